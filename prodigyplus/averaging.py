@@ -1,0 +1,36 @@
+"""Schedule-Free (arXiv 2405.15682): the weights of training y, of the base iterate z, the average x.
+
+    y = (1−β1) z + β1 x
+
+Only y (in the model) and z (in the state) are kept. Pure functions on tensors.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def move(y: Tensor, z: Tensor, update: Tensor, c: Tensor, z_step: Tensor, y_step: Tensor) -> None:
+    """One step, in place in y and z: ``y ← lerp(y, z, c) − y_step·u``, ``z ← z − z_step·u``.
+
+    With ``z_step = dlr`` and ``y_step = dlr·(1−β1(1−c))`` this moves x to ``lerp(x, z, c)``.
+    """
+    y.lerp_(z, c).addcmul_(update, y_step, value=-1)
+    z.addcmul_(update, z_step, value=-1)
+
+
+def x_from_y(y: Tensor, z: Tensor, beta1: float, out: Tensor) -> None:
+    """Write the average ``x = lerp(y, z, 1 − 1/β1)`` to ``out``, which may be ``y``."""
+    _lerp(y, z, 1 - 1 / beta1, out)
+
+
+def y_from_x(x: Tensor, z: Tensor, beta1: float, out: Tensor) -> None:
+    """Write the weights of training ``y = lerp(x, z, 1 − β1)`` to ``out``, which may be ``x``."""
+    _lerp(x, z, 1 - beta1, out)
+
+
+def _lerp(start: Tensor, end: Tensor, weight: float, out: Tensor) -> None:
+    if start.element_size() < 4:  # half precision rounds once, at the end
+        out.copy_(start.float().lerp_(end.float(), weight))
+    else:
+        out.copy_(start.lerp(end, weight)) if out is not start else out.lerp_(end, weight)

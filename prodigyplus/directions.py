@@ -1,0 +1,25 @@
+"""From a gradient and its second moment to a direction of unit scale: pure functions on tensors."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def adam(grad: Tensor, deviation: Tensor) -> Tensor:
+    """``g / (sqrt(V)/d + eps)``, in place in ``grad``; ``deviation`` has eps in it already.
+
+    The same as Adam's ``d·g / (sqrt(V) + d·eps)`` where V is the second moment of ``d·g``.
+    """
+    return grad.div_(deviation)
+
+
+def atan2(grad: Tensor, deviation: Tensor) -> Tensor:
+    """``(4/π)·atan2(g, sqrt(V)/d)``, in place in ``grad``: Adam-atan2 (arXiv 2407.05872, eq. 34)."""
+    return grad.atan2_(deviation).mul_(4 / math.pi)
+
+
+def stable_scale(square_sum: Tensor, numel: int) -> Tensor:
+    """StableAdamW's factor (arXiv 2304.13013) ``1 / sqrt(max(1, rms(u)))``, from the sum of u²."""
+    return square_sum.div(numel).sqrt_().clamp_(min=1).rsqrt_()

@@ -1,0 +1,91 @@
+"""Advance many rules in lock-step, so that what they ask of each other's shards goes out together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prodigyplus.layout import Layout, Sum
+from prodigyplus.rule import Part, Rule, update
+
+Asked = tuple[Layout, dict[str, Sum]]
+Answer = dict[str, Tensor]
+
+
+class Exchange(Protocol):
+    """Completes sums over shards; see :class:`OneProcess`."""
+
+    # How many bytes of directions may be alive at once, while their sums are completed.
+    bucket_bytes: int
+
+    def complete(self, asked: Sequence[Asked]) -> list[Answer]:
+        """The sums over the whole tensors, in the order and under the names in which they were asked."""
+        ...
+
+
+class OneProcess:
+    """The exchange of a process that holds whole tensors: every sum is complete."""
+
+    bucket_bytes = 0
+
+    def complete(self, asked: Sequence[Asked]) -> list[Answer]:
+        return [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
+
+
+def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Tensor], None]) -> None:
+    """One step of all ``parts``.
+
+    The first round, the statistics of the raw gradients, is of all parts at once: its answers are
+    small, and nothing may move before it is known whether all gradients are finite. The later rounds
+    run in buckets, so that few directions are alive at a time.
+
+    Args:
+        parts: One or more parameters with gradients.
+        exchange: Who completes their sums.
+        open_groups: Called between the first round and the others with the sum of all g², a tensor
+            without dimensions, on the device of the first part: not finite if any gradient is not.
+    """
+    rules = [update(part) for part in parts]
+    answers = exchange.complete([(part.layout, next(rule)) for part, rule in zip(parts, rules, strict=True)])
+    open_groups(_total([answer["total"] for answer in answers]))
+    for bucket in _buckets(parts, exchange.bucket_bytes):
+        _advance(parts[bucket], rules[bucket], answers[bucket], exchange)
+
+
+def _total(totals: Sequence[Tensor]) -> Tensor:
+    device = totals[0].device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    return torch.stack([total.to(device, wide) for total in totals]).sum()
+
+
+def _buckets(parts: Sequence[Part], limit: int) -> Iterator[slice]:
+    """Cut ``parts`` into runs of at most ``limit`` bytes, or of one part where that is more."""
+    start, size = 0, 0
+    for stop, part in enumerate(parts):
+        more = part.weight.numel() * part.weight.element_size()
+        if stop > start and size + more > limit:
+            yield slice(start, stop)
+            start, size = stop, 0
+        size += more
+    yield slice(start, len(parts))
+
+
+def _advance(
+    parts: Sequence[Part], rules: Sequence[Rule], answers: Sequence[Answer], exchange: Exchange
+) -> None:
+    """Run rules to their ends, one round of questions and answers at a time."""
+    running = list(zip(parts, rules, answers, strict=True))
+    while running:
+        asking: list[tuple[Part, Rule]] = []
+        asked: list[Asked] = []
+        for part, rule, answer in running:
+            try:
+                asked.append((part.layout, rule.send(answer)))
+            except StopIteration:
+                continue
+            asking.append((part, rule))
+        completed = exchange.complete(asked)
+        running = [(part, rule, answer) for (part, rule), answer in zip(asking, completed, strict=True)]

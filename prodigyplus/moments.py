@@ -1,0 +1,112 @@
+"""The second moment of ``d·g``, factored or full, and the first moment: pure functions on tensors.
+
+Factored (Adafactor, arXiv 1804.04235, eq. 4), over the two largest dimensions of a tensor, rows and
+columns; any other dimension is a batch dimension::
+
+    R ← β2 R + (1−β2) d² mean over columns (g²)
+    C ← β2 C + (1−β2) d² mean over rows (g²)
+    sqrt(V) ≈ sqrt(R · C / mean(R))
+
+Averages are linear, so mean(R) is kept as a third average, fed by the total: no shard then needs the
+other shards' R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+
+import torch
+from torch import Tensor
+
+from prodigyplus.layout import Layout, Sum
+
+# A matrix smaller than this in every dimension is not worth factoring.
+_SMALLEST_FACTORED = 32
+
+# As Adafactor does: keeps 0/0 out of the normalised row factor of an all-zero tensor.
+_TINY = 1e-30
+
+
+def factored_dims(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The dimensions ``(row, column)`` over which a tensor of this global shape is factored.
+
+    The column dimension is the largest, the row dimension the second largest; of equal ones the
+    later counts as larger. None for tensors too small to factor.
+    """
+    if len(shape) < 2 or max(shape) < _SMALLEST_FACTORED:
+        return None
+    *_, (_, row), (_, column) = sorted((size, dim) for dim, size in enumerate(shape))
+    return row, column
+
+
+def new_state(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Zero moments for a gradient: factors in ``dtype``, a full moment in the gradient's dtype."""
+    dims = factored_dims(layout.shape) if factored else None
+    if dims is None:
+        return {"exp_avg_sq": torch.zeros_like(grad)}
+
+    def zeros(dtype: torch.dtype, *ones: int) -> Tensor:
+        shape = [1 if dim in ones else size for dim, size in enumerate(grad.shape)]
+        return grad.new_zeros(shape, dtype=dtype)
+
+    row, column = dims
+    return {
+        "exp_avg_sq_row": zeros(dtype, column),
+        "exp_avg_sq_col": zeros(dtype, row),
+        # Divides every row factor: its rounding would not average out, so it is never below float32.
+        "exp_avg_sq_mean": zeros(torch.promote_types(dtype, torch.float32), row, column),
+    }
+
+
+def squares(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype) -> dict[str, Sum]:
+    """Sums of g² that the moments need, in ``dtype``: the total, and per row, column and matrix."""
+    dims = factored_dims(layout.shape) if factored else None
+    if dims is None:
+        return {"total": Sum(torch.linalg.vector_norm(grad, dtype=dtype).square(), layout.dims)}
+    row, column = dims
+    squared = grad.to(dtype).square()
+    rows = squared.sum(column, keepdim=True)
+    matrix = rows.sum(row, keepdim=True)
+    return {
+        "total": Sum(matrix.sum(), layout.dims),
+        "row": Sum(rows, (column,)),
+        "col": Sum(squared.sum(row, keepdim=True), (row,)),
+        "mean": Sum(matrix, (row, column)),
+    }
+
+
+def advance_factors(
+    state: Mapping[str, Tensor], sums: Mapping[str, Tensor], layout: Layout, keep: Tensor, take: Tensor
+) -> None:
+    """Move the factors in place: ``keep`` is β2, ``take`` (1−β2)·d², both without dimensions."""
+    dims = factored_dims(layout.shape)
+    assert dims is not None
+    rows, columns = layout.size(dims[0]), layout.size(dims[1])
+    for name, count in (("row", columns), ("col", rows), ("mean", rows * columns)):
+        average, total = state[f"exp_avg_sq_{name}"], sums[name]
+        average.copy_(average.to(total.dtype) * keep + total * (take / count))
+
+
+def advance_full(state: Mapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> None:
+    """``V ← keep·V + take·g²`` in place; ``grad`` in the dtype of the computation."""
+    average = state["exp_avg_sq"]
+    average.copy_(torch.addcmul(grad.square().mul_(take), average.to(grad.dtype), keep))
+
+
+def deviation(state: Mapping[str, Tensor], d: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``sqrt(V)/d + offset``, a new tensor: V averages (d·g)², so this is on the scale of g."""
+    if "exp_avg_sq" in state:
+        root = state["exp_avg_sq"].to(dtype).sqrt().div_(d)
+        return root if offset is None else root.add_(offset)
+    row, column, mean = (state[f"exp_avg_sq_{name}"].to(dtype) for name in ("row", "col", "mean"))
+    row_root = row.div(mean + _TINY).sqrt_().div_(d)
+    column_root = column.sqrt()
+    return row_root * column_root if offset is None else torch.addcmul(offset, row_root, column_root)
+
+
+def advance_first(state: MutableMapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> Tensor:
+    """``m ← keep·m + take·g`` in place; returns m in the dtype of the computation."""
+    average = state["exp_avg"]
+    moved = torch.addcmul(grad * take, average.to(grad.dtype), keep)
+    average.copy_(moved)
+    return moved

@@ -1,0 +1,459 @@
+"""The optimiser for one process: parameter groups, ``step``, ``train``/``eval``, checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prodigyplus import averaging, driver, options, stepsize
+from prodigyplus.layout import Layout
+from prodigyplus.options import Options
+from prodigyplus.rule import Part, new_state
+from prodigyplus.stepsize import GroupStep
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Freed once Prodigy no longer adapts the step size.
+_PRODIGY_STATE = ("p0", "s")
+
+
+class ProdigyPlusScheduleFree(Optimizer):
+    r"""Adam without a learning rate (Prodigy) or a schedule (Schedule-Free), with factored moments.
+
+    Call :meth:`train` before training and :meth:`eval` before evaluating or saving the model, as with
+    every Schedule-Free optimiser: the model holds the weights to train at, or their average.
+
+    >>> optimizer = ProdigyPlusScheduleFree(model.parameters())
+    >>> optimizer.train()
+    >>> loss_of(model, batch).backward()
+    >>> optimizer.step()
+    >>> optimizer.eval()
+
+    Use a constant learning rate schedule and no gradient clipping: StableAdamW does its work. A step
+    that meets an inf or NaN in any gradient changes nothing, and no step waits for the device.
+
+    Every option may be set per parameter group, and changed between steps.
+
+    Args:
+        params: Parameters, named parameters, or parameter groups, as for every torch optimiser:
+            float32, bfloat16, float16 or float64 tensors of any shape.
+        lr: Multiplies the step size that Prodigy finds. Leave it at 1, or let a schedule move it.
+        betas: β1, the weight of the average x in the training weights y (without Schedule-Free, the
+            decay of the first moment), and β2, the decay of the second moment.
+        beta3: Decay of Prodigy's statistics. None: sqrt(β2).
+        weight_decay: Decoupled weight decay λ, taken at y.
+        weight_decay_by_lr: Multiply λ with the step size, as AdamW does.
+        use_bias_correction: Not implemented yet.
+        d0: First step size, to be chosen too small.
+        d_coef: Multiplies the estimate of the step size.
+        prodigy_steps: Stop adapting the step size, and free the memory for it, at this call of
+            ``step`` (0 or None: never). Calls count whose step was skipped, not those with ``lr=0``.
+        use_speed: Not implemented yet.
+        eps: Added to the denominator, relative to the step size. None: Adam-atan2, which needs none;
+            StableAdamW is then off.
+        split_groups: A step size for each parameter group. False: one, from the statistics of all
+            groups for which it is False, under the options of the first of these.
+        split_groups_mean: With ``split_groups``, every group moves by the harmonic mean of the
+            groups' step sizes.
+        factored: Second moments of rank one for tensors of two or more dimensions.
+        factored_fp32: Keep the factors in float32. False: in the gradient's dtype.
+        fused_back_pass: Not implemented yet.
+        use_stableadamw: Divide an update by the square root of its rms where that exceeds 1.
+        use_muon_pp: Not implemented yet.
+        use_cautious: Not implemented yet.
+        use_grams: Not implemented yet.
+        use_adopt: Not implemented yet.
+        use_orthograd: Not implemented yet.
+        use_focus: Not implemented yet.
+        stochastic_rounding: Round bfloat16 weights stochastically.
+        beta4: Decay of a step size that moves both ways, as a running average. 0: it never shrinks.
+            None: β2.
+        d_limiter: Let the step size grow by at most 2^¼ a step.
+        schedulefree_c: Averaging strength of Schedule-Free; above 0, c is
+            ``min(1, c·(1−β1)·schedulefree_c)``.
+        use_schedulefree: False: Adam's first moment and decoupled weight decay instead; bring a
+            schedule.
+        slice_p: Prodigy's statistics are taken of every ``slice_p``-th element.
+
+    Raises:
+        ValueError: An option has a value it cannot have, or a parameter is of another dtype.
+        NotImplementedError: An option is set that is not implemented yet.
+    """
+
+    _exchange: driver.Exchange = driver.OneProcess()
+    _warned: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        beta3: float | None = None,
+        weight_decay: float = 0.0,
+        weight_decay_by_lr: bool = True,
+        use_bias_correction: bool = False,
+        d0: float = 1e-6,
+        d_coef: float = 1.0,
+        prodigy_steps: int | None = 0,
+        use_speed: bool | Literal["relative"] = False,
+        eps: float | None = 1e-8,
+        split_groups: bool = True,
+        split_groups_mean: bool = True,
+        factored: bool = True,
+        factored_fp32: bool = True,
+        fused_back_pass: bool = False,
+        use_stableadamw: bool = True,
+        use_muon_pp: bool = False,
+        use_cautious: bool = False,
+        use_grams: bool = False,
+        use_adopt: bool = False,
+        use_focus: bool = False,
+        stochastic_rounding: bool = True,
+        *,
+        use_orthograd: bool = False,
+        beta4: float | None = 0.0,
+        d_limiter: bool = True,
+        schedulefree_c: float = 0.0,
+        use_schedulefree: bool = True,
+        slice_p: int = 11,
+    ) -> None:
+        given = locals()
+        defaults = {name: given[name] for name in options.NAMES}
+        # Every key of a group is a default, so that a fresh and a loaded optimiser have the same.
+        super().__init__(params, {**defaults, **stepsize.first_numbers(1.0), "calls": 0, "train_mode": True})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters: ``{"params": …}`` and any options that differ; see the class."""
+        given = {**self.defaults, **param_group}
+        options.validate(given)
+        param_group |= stepsize.first_numbers(given["d0"])
+        super().add_param_group(param_group)
+        self._check_parameters(len(self.param_groups) - 1)
+        self._resolve(self.param_groups[-1])
+        modes = [group["train_mode"] for group in self.param_groups[:-1] if group["use_schedulefree"]]
+        if modes:
+            param_group["train_mode"] = modes[0]
+
+    def _check_parameters(self, index: int) -> None:
+        """Refuse the parameters of a group just added, and the group with them."""
+        for number, p in enumerate(self.param_groups[index]["params"]):
+            if p.dtype not in _DTYPES:
+                name = self._name(index, number)
+                self.param_groups.pop(index)
+                raise ValueError(
+                    f"{name} is {p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Freeze it "
+                    "by leaving it out of params, or convert it."
+                )
+
+    def _resolve(self, group: dict[str, Any]) -> None:
+        for note in options.resolve_exclusions(group):
+            if note not in self._warned:
+                self._warned |= {note}
+                warnings.warn(note, stacklevel=4)
+
+    def _name(self, group: int, number: int) -> str:
+        names = self.param_groups[group].get("param_names")
+        return f"parameter {names[number]!r}" if names else f"parameter {number} of param_groups[{group}]"
+
+    # ------------------------------------------------------------------------------------ the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model anew, with gradients, and returns the loss.
+
+        Returns:
+            The loss of the closure, if there is one.
+
+        Raises:
+            RuntimeError: The optimiser is in eval mode, or a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
+        only_state = all(Options.of(group).lr_is_zero for group in self.param_groups)
+        evaluating = any(g["use_schedulefree"] and not g["train_mode"] for g in self.param_groups)
+        if evaluating and not only_state:
+            raise RuntimeError(
+                "step() in eval mode: the model holds the averaged weights. Call optimizer.train() before "
+                "the training steps, and optimizer.eval() before evaluating or saving."
+            )
+
+        parts = self._parts()
+        if not parts or evaluating:
+            return loss
+        home = parts[0].weight.device
+        for group in self.param_groups:
+            stepsize.lift(group, home)
+        active = list({id(part.group): part.group for part in parts}.values())
+
+        def open_groups(total: Tensor) -> None:
+            finite = total.isfinite()
+            happens = finite & (total > 0) if only_state else finite
+            for group in active:
+                group.open(happens, skips=~finite)
+
+        driver.run(parts, self._exchange, open_groups)
+        stepsize.close(active, [group.totals() for group in active], self.param_groups)
+        for taking_part in active:
+            taking_part.numbers["calls"] += not taking_part.options.lr_is_zero
+        return loss
+
+    def _parts(self) -> list[Part]:
+        """The parameters with gradients, with their state, made where there is none yet."""
+        parts = []
+        number = 0
+        for index, group in enumerate(self.param_groups):
+            step: GroupStep | None = None
+            for place, p in enumerate(group["params"]):
+                number += 1
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{self._name(index, place)} has a sparse gradient, which this optimiser cannot "
+                        "use: build its layer with sparse=False."
+                    )
+                step = step or GroupStep(group)
+                parts.append(self._part(p, step, number))
+        return parts
+
+    def _part(self, p: Tensor, group: GroupStep, number: int) -> Part:
+        assert p.grad is not None
+        weight, grad, layout = p.detach(), p.grad.detach(), Layout(tuple(p.shape))
+        state = self.state[p]
+        if not state:
+            state.update(new_state(weight, grad, layout, group.options))
+        if not group.adapts:
+            for key in _PRODIGY_STATE:
+                state.pop(key, None)
+        return Part(weight, grad, state, layout, group, number)
+
+    # ------------------------------------------------------------------------- train, eval, average
+
+    def train(self) -> None:
+        """Put the training weights y into the model. Free when they are there already."""
+        self._swap(train=True)
+
+    def eval(self) -> None:
+        """Put the averaged weights x into the model. Free when they are there already.
+
+        Between them :meth:`eval` and :meth:`train` cost no memory, and a rounding of the weights;
+        :meth:`averaged_parameters` costs a copy, and nothing of the weights.
+        """
+        self._swap(train=False)
+
+    @torch.no_grad()
+    def _swap(self, *, train: bool) -> None:
+        convert = averaging.y_from_x if train else averaging.x_from_y
+        for group in self.param_groups:
+            if group["use_schedulefree"] and group["train_mode"] != train:
+                for p, z in self._with_z(group):
+                    convert(p, z, group["betas"][0], out=p)
+                group["train_mode"] = train
+
+    def _with_z(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        for p in group["params"]:
+            if p in self.state and "z" in self.state[p]:
+                yield p, self.state[p]["z"]
+
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """A context in which the model holds the averaged weights x.
+
+        On leaving it, every weight is what it was on entering, bit for bit, whatever mode the
+        optimiser is in; the state is not touched. Costs a copy of the weights meanwhile.
+
+        >>> with optimizer.averaged_parameters():
+        ...     evaluate(model)
+        """
+        before: list[tuple[Tensor, Tensor]] = []
+        try:
+            with torch.no_grad():
+                for p, x in self._averages():
+                    before.append((p, p.detach().clone()))
+                    p.copy_(x)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, y in before:
+                    p.copy_(y)
+
+    @torch.no_grad()
+    def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """``model.state_dict()`` with the averaged weights x: what to save as the trained model.
+
+        Changes nothing. What the optimiser averages is new tensors; the rest are the model's own.
+        """
+        averages = {id(p): x for p, x in self._averages()}
+        entries = model.state_dict(keep_vars=True)
+        return {
+            name: averages.get(id(value), value.detach() if isinstance(value, Tensor) else value)
+            for name, value in entries.items()
+        }
+
+    def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter that does not hold x now, with its x, a new tensor."""
+        for group in self.param_groups:
+            if group["use_schedulefree"] and group["train_mode"]:
+                for p, z in self._with_z(group):
+                    x = torch.empty_like(p, requires_grad=False)
+                    averaging.x_from_y(p.detach(), z, group["betas"][0], out=x)
+                    yield p, x
+
+    # ------------------------------------------------------------------------------------- metrics
+
+    @torch.no_grad()
+    def metrics(self) -> list[dict[str, Tensor]]:
+        """What the step size does: one dict for each parameter group, of tensors without dimensions.
+
+        They stay on the device, and their values are those of now; reading one waits for the device.
+
+        =================  =============================================================================
+        ``d``              step size of the group
+        ``d_hat``          Prodigy's last estimate of it, numerator / denominator, before the limiter
+        ``effective_lr``   lr·(1 − β1(1 − c)): what a step moves the model, in units of the step size
+        ``step_size``      the step size in use (see ``split_groups_mean``) × ``effective_lr``
+        ``numerator``      Prodigy's decayed sum of ⟨g, p0 − z⟩, weighted with d²/sqrt(d0)
+        ``denominator``    Prodigy's ‖s‖₁
+        ``step``           steps made
+        ``skipped_steps``  steps skipped for an inf or NaN in a gradient
+        =================  =============================================================================
+        """
+
+        def read(group: Mapping[str, Any]) -> dict[str, Tensor]:
+            numbers = {name: torch.as_tensor(group[name]).clone() for name in stepsize.NUMBERS}
+            return {
+                "d": numbers["d"],
+                "d_hat": numbers["d_hat"],
+                "effective_lr": numbers["effective_lr"],
+                "step_size": numbers["shared_d"] * numbers["effective_lr"],
+                "numerator": numbers["d_numerator"],
+                "denominator": numbers["d_denom"],
+                "step": numbers["k"],
+                "skipped_steps": numbers["skipped"],
+            }
+
+        return [read(group) for group in self.param_groups]
+
+    # --------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimiser; a group's numbers are plain Python numbers in it.
+
+        The model's weights are not in it: save them too, and load them before going on.
+        """
+        saved = super().state_dict()
+        numbers = [(group, name) for group in saved["param_groups"] for name in stepsize.NUMBERS]
+        tensors = [(group, name) for group, name in numbers if isinstance(group[name], Tensor)]
+        if tensors:  # one wait for the device, not one a number
+            values = torch.stack([group[name].double() for group, name in tensors]).tolist()
+            for (group, name), value in zip(tensors, values, strict=True):
+                group[name] = int(value) if name in stepsize.COUNTS else value
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, every tensor in the dtype it was saved in.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave. It is not changed, nor shared.
+
+        Raises:
+            ValueError: It is of other groups, other parameters or another optimiser. The optimiser
+                is then as it was before.
+        """
+        # torch's loader casts all state to the parameter's dtype. So it does not get to see it.
+        loaded: dict[int, dict[str, Any]] = {}
+
+        def take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            groups = self._check_groups(state_dict)
+            loaded.update(self._check_state(state_dict["state"], groups))
+            return {"state": {}, "param_groups": groups}
+
+        def put_in(optimizer: Optimizer) -> None:
+            parameters = (p for group in self.param_groups for p in group["params"])
+            for number, p in enumerate(parameters):
+                if number in loaded:
+                    self.state[p] = {
+                        key: value.to(p.device, copy=True) for key, value in loaded[number].items()
+                    }
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take_out),
+            self.register_load_state_dict_post_hook(put_in, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The groups of a state dict, complete and checked, with parameters numbered from 0."""
+        saved, own = state_dict["param_groups"], self.param_groups
+        if len(saved) != len(own):
+            raise ValueError(
+                f"the state dict has {len(saved)} parameter groups, the optimiser {len(own)}: build the "
+                "optimiser with the groups that it was saved with."
+            )
+        groups = []
+        for index, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
+            if len(theirs["params"]) != len(ours["params"]):
+                raise ValueError(
+                    f"param_groups[{index}] of the state dict has {len(theirs['params'])} parameters, the "
+                    f"optimiser's {len(ours['params'])}: build the optimiser with the parameters that it "
+                    "was saved with."
+                )
+            group = {**self.defaults, **theirs}
+            group["betas"] = tuple(group["betas"])  # some savers make lists of tuples
+            options.validate(group)
+            groups.append(group)
+        return groups
+
+    def _check_state(
+        self, saved: Mapping[int, Mapping[str, Any]], groups: list[dict[str, Any]]
+    ) -> dict[int, dict[str, Any]]:
+        """The states of a state dict by the number of their parameter, after a look at their shapes."""
+        states = {}
+        number = 0
+        for index, (theirs, ours) in enumerate(zip(groups, self.param_groups, strict=True)):
+            for place, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
+                if saved.get(key):
+                    self._check_shapes(saved[key], p, theirs, self._name(index, place))
+                    states[number] = dict(saved[key])
+                number += 1
+        return states
+
+    def _check_shapes(self, saved: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str) -> None:
+        meta = torch.empty_like(p, device="meta")
+        expected = new_state(meta, meta, Layout(tuple(p.shape)), Options.of(group))
+        optional = set(_PRODIGY_STATE)
+        if saved.keys() - optional != expected.keys() - optional:
+            raise ValueError(
+                f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it "
+                "was saved by another optimiser, or with other options."
+            )
+        for key, value in saved.items():
+            if value.shape != expected[key].shape:
+                raise ValueError(
+                    f"{name}: {key!r} of the state dict has shape {tuple(value.shape)}, but a parameter of "
+                    f"shape {tuple(p.shape)} needs {tuple(expected[key].shape)}: load it into the model it "
+                    "was saved with."
+                )

@@ -1,0 +1,276 @@
+"""Prodigy's step size ``d`` (arXiv 2306.06101, algorithm 4): a group's numbers, and how they move.
+
+The numbers of a group live in its ``param_groups`` entry, as tensors without dimensions on the device
+of the parameters. No step reads one back: every decision is a ``torch.where``, and a step that must
+change nothing is a step whose numbers are chosen so that it changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prodigyplus.options import Options
+
+# How far the limiter lets d grow in one step.
+_LIMIT = 2**0.25
+
+
+def first_numbers(d0: float) -> dict[str, float | int]:
+    """A new group's numbers, each as a plain number; the keys are those of ``param_groups``.
+
+    ===============  =================================================================================
+    ``d``            step size of the group
+    ``shared_d``     step size that multiplies ``lr``: ``d``, or the harmonic mean over the groups
+    ``d_hat``        last estimate ``d_numerator / d_denom``, before limiter and ``d_coef``
+    ``d_numerator``  N of SPEC's step 7, the decayed sum of ⟨g, p0 − z⟩, weighted
+    ``d_denom``      ‖s‖₁ of the last step
+    ``weight_sum``   Σ dlr², the Schedule-Free weights so far
+    ``effective_lr`` lr·(1 − β1(1 − c)) of the last step
+    ``k``            steps that counted so far
+    ``skipped``      steps skipped for an inf or NaN in a gradient
+    ===============  =================================================================================
+    """
+    numbers = dict.fromkeys(("d", "shared_d", "d_hat"), float(d0))
+    zeros = dict.fromkeys(("d_numerator", "d_denom", "weight_sum", "effective_lr"), 0.0)
+    return {**numbers, **zeros, "k": 0, "skipped": 0}
+
+
+NUMBERS = tuple(first_numbers(1.0))
+COUNTS = ("k", "skipped")
+
+
+def lift(group: dict[str, Any], device: torch.device) -> None:
+    """Make a group's numbers tensors on ``device``: float64 where the device has it, counts int64."""
+    floating = torch.float32 if device.type == "mps" else torch.float64
+    for name in NUMBERS:
+        dtype = torch.int64 if name in COUNTS else floating
+        group[name] = torch.as_tensor(group[name], dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Scalars:
+    """The numbers of a group that one step's arithmetic uses: 0-dim tensors, one dtype and device.
+
+    Where the step is not to happen, ``beta2`` and ``beta1`` are 1 and every other coefficient of
+    something new is 0.
+    """
+
+    happens: Tensor  # bool: whether this step changes anything
+    step: Tensor  # int64: number of this step, from 1
+    d: Tensor
+    eps: Tensor | None
+    statistic: Tensor  # d²/sqrt(d0), the weight of this gradient in Prodigy's statistics
+    beta2: Tensor  # decay of the second moment
+    square: Tensor  # (1 − β2) d², the weight of this g² in it
+    beta1: Tensor  # decay of the first moment, without Schedule-Free
+    gradient: Tensor  # (1 − β1) d / d, the weight of this g in it, on the scale of g
+    unit: Tensor  # 1
+    dlr: Tensor  # d·lr
+    decay: Tensor  # what weight decay takes off a weight: λ·dlr, or λ
+    c: Tensor  # Schedule-Free's averaging weight
+    xy: Tensor  # 1 − β1 (1 − c), how much of z's step y makes
+
+    def admit(self, values: Tensor) -> Tensor:
+        """``values``, or zeros if the step is not to happen: keeps 0·inf out of what follows."""
+        return torch.where(self.happens, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+class GroupStep:
+    """One parameter group during one step.
+
+    Args:
+        group: The entry of ``param_groups``; its numbers are tensors (see :func:`lift`).
+    """
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.numbers = group
+        self.options = Options.of(group)
+        self.adapts = self.options.adapts(group["calls"])
+        # Until a step has moved the weights, state may be older than the weights it belongs to.
+        self.moved_before = group["calls"] > 0
+        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}
+
+    def open(self, happens: Tensor, skips: Tensor) -> None:
+        """Fix this step's numbers, once it is known whether it happens.
+
+        Args:
+            happens: bool, 0-dim: False if this call is to change nothing.
+            skips: bool, 0-dim: whether that is because a gradient is not finite.
+        """
+        o, numbers = self.options, self.numbers
+        self._happens = happens
+        d = numbers["d"]
+        zero, one = torch.zeros_like(d), torch.ones_like(d)
+
+        def where_happens(value: Tensor | float) -> Tensor:
+            return torch.where(happens, value, zero)
+
+        dlr = where_happens(numbers["shared_d"] * o.lr)
+        weight = dlr.square()
+        weight_sum = numbers["weight_sum"] + weight
+        c = torch.where(weight_sum > 0, weight / weight_sum, zero)
+        beta1, beta2 = o.betas
+        if o.schedulefree_c > 0:
+            c = (c * ((1 - beta1) * o.schedulefree_c)).clamp_(max=1)
+        xy = 1 - beta1 * (1 - c)
+        self._exact = Scalars(
+            happens=happens,
+            step=numbers["k"] + 1,
+            d=d,
+            eps=None if o.eps is None else one * o.eps,
+            statistic=d.square() / math.sqrt(o.d0),
+            beta2=torch.where(happens, beta2, one),
+            square=where_happens((1 - beta2) * d.square()),
+            beta1=torch.where(happens, beta1, one),
+            gradient=where_happens((1 - beta1) * d),
+            unit=where_happens(one),
+            dlr=dlr,
+            decay=o.weight_decay * (dlr if o.weight_decay_by_lr else where_happens(one)),
+            c=c,
+            xy=xy,
+        )
+        self._scalars.clear()
+
+        numbers["weight_sum"].copy_(weight_sum)
+        self._set("effective_lr", o.lr * (xy if o.use_schedulefree else one))
+        numbers["k"].add_(happens)
+        numbers["skipped"].add_(skips)
+
+    def scalars(self, like: Tensor) -> Scalars:
+        """The numbers of this step on the device of ``like``, floating ones in its dtype."""
+        key = like.device, like.dtype
+        if key not in self._scalars:
+
+            def convert(value: Tensor | None) -> Tensor | None:
+                if value is None or not value.is_floating_point():
+                    return None if value is None else value.to(like.device)
+                return value.to(*key)
+
+            exact = self._exact
+            self._scalars[key] = Scalars(**{name: convert(getattr(exact, name)) for name in exact.__slots__})  # type: ignore[arg-type]
+        return self._scalars[key]
+
+    def observe(self, product: Tensor, norm: Tensor) -> None:
+        """Take in one parameter's Prodigy statistics: ⟨g, p0 − z⟩ and ‖s‖₁, over its whole tensor."""
+        self._statistics.append((product, norm))
+
+    def totals(self) -> Tensor:
+        """The group's sums of this step: numerator (weighted) and denominator, as a tensor of two."""
+        d = self.numbers["d"]
+        if not self._statistics:
+            return d.new_zeros(2)
+        flat = [value.to(d.device, d.dtype) for pair in self._statistics for value in pair]
+        product, norm = torch.stack(flat).view(-1, 2).sum(dim=0).unbind()
+        weighted: Tensor = product * self._exact.statistic
+        return torch.stack((weighted, norm))
+
+    def adapt(self, totals: Tensor) -> None:
+        """Move ``d`` by the sums of the step (see :meth:`totals`), if it happens."""
+        numbers = self.numbers
+        d, d_hat, numerator = next_d(numbers["d"], numbers["d_numerator"], totals, self.options)
+        self._set("d", d)
+        self._set("d_hat", torch.where(totals[1] > 0, d_hat, numbers["d_hat"]))
+        self._set("d_numerator", numerator)
+        self._set("d_denom", totals[1])
+
+    def follow(self, leader: GroupStep) -> None:
+        """Take over the step size of a group that adapts for both."""
+        for name in ("d", "d_hat", "d_numerator", "d_denom"):
+            self.numbers[name].copy_(leader.numbers[name])
+
+    def _set(self, name: str, value: Tensor) -> None:
+        number = self.numbers[name]
+        number.copy_(torch.where(self._happens, value, number))
+
+
+def next_d(d: Tensor, numerator: Tensor, totals: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of Prodigy's step size.
+
+    Args:
+        d, numerator: ``d`` and N before the step; 0-dim.
+        totals: The step's sums over the group, ⟨g, p0 − z⟩·d²/sqrt(d0) and ‖s‖₁; shape (2,).
+        options: Those of the group.
+
+    Returns:
+        The next ``d``, the estimate ``N/‖s‖₁`` and the next N; 0-dim. Where ‖s‖₁ is zero, ``d`` stays.
+    """
+    product, norm = totals.unbind()
+    numerator = options.prodigy_beta * numerator
+    # Until progress is made, what is negative would only hold d down.
+    numerator = torch.where((d > options.d0) | (product > 0), numerator + product, numerator)
+    d_hat = numerator / norm
+    limited = torch.minimum(d_hat, _LIMIT * d) if options.d_limiter else d_hat
+    estimate = options.d_coef * limited
+    if options.d_beta > 0:
+        moved = options.d_beta * d + (1 - options.d_beta) * estimate.clamp(min=options.d0)
+    else:
+        moved = torch.maximum(d, estimate)
+    return torch.where(norm > 0, moved, d), d_hat, numerator
+
+
+def close(groups: Sequence[GroupStep], totals: Sequence[Tensor], everyone: Sequence[dict[str, Any]]) -> None:
+    """End a step: move every group's ``d``, then share them as ``split_groups`` and its mean say.
+
+    Args:
+        groups: The groups that took part.
+        totals: Their sums (see :meth:`GroupStep.totals`).
+        everyone: All entries of ``param_groups``, those that took no part included.
+    """
+    pool: list[GroupStep] = []
+    pooled: list[Tensor] = []
+    for group, sums in zip(groups, totals, strict=True):
+        if not group.options.split_groups:
+            pool.append(group)
+            pooled.append(sums)
+        elif group.adapts:
+            group.adapt(sums)
+    if pool and pool[0].adapts:
+        pool[0].adapt(torch.stack(pooled).sum(dim=0))
+        for group in pool[1:]:
+            group.follow(pool[0])
+
+    for numbers in everyone:
+        numbers["shared_d"].copy_(numbers["d"])
+    sharing = [numbers for numbers in everyone if numbers["split_groups"] and numbers["split_groups_mean"]]
+    if len(sharing) > 1:
+        mean = harmonic_mean(*(torch.stack([n[name] for n in sharing]) for name in ("d", "k")))
+        for numbers in sharing:
+            numbers["shared_d"].copy_(torch.where(numbers["k"] > 0, mean, numbers["d"]))
+
+
+def harmonic_mean(d: Tensor, k: Tensor) -> Tensor:
+    """The harmonic mean of ``d`` over the groups that have made a step (``k > 0``); shapes (groups,).
+
+    A group that never had a gradient keeps its ``d0`` and would hold the others down to it.
+    """
+    started = k > 0
+    return started.sum() / torch.where(started, 1 / d, 0.0).sum()
+
+
+def advance_statistics(
+    grad: Tensor, p0: Tensor, z: Tensor, s: Tensor, beta3: float, scalars: Scalars
+) -> tuple[Tensor, Tensor]:
+    """Prodigy's sums of one parameter: moves ``s`` in place, returns ⟨g, p0 − z⟩ and ‖s‖₁.
+
+    ``s ← β3 s + d²/sqrt(d0)·g``. The sums are in float64 over products rounded once, so that they
+    hardly depend on how a tensor is cut into shards.
+
+    Args:
+        grad, p0, z, s: The sampled elements, shape (samples,); ``p0`` and ``s`` in the storage dtype.
+    """
+    g = grad.to(scalars.d.dtype)
+    product = (p0 - z.to(g.dtype)).mul_(g).sum(dtype=_wide(g))
+    moved = (s * beta3).add_(g * scalars.statistic)
+    s.copy_(torch.where(scalars.happens, moved, s))
+    return product, s.abs().sum(dtype=_wide(g))
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.device.type == "mps" else torch.float64

@@ -1,0 +1,132 @@
+"""Make the golden runs: play cases.py with the published packages, and keep what came of it.
+
+    pip install --no-deps --target ORACLE prodigy-plus-schedule-free==2.0.1
+    pip install --no-deps --target ANCESTOR prodigyopt==1.1.2
+    python tests/golden/make.py ORACLE ANCESTOR
+
+The first, the oracle, has our import name, so it runs in a process without us. It is corrected in the two
+places where we differ on purpose and the numbers would show it:
+
+- the row factor of tall tensors is normalised by its true mean;
+- ‖s‖₁ of a tensor is summed in float32. The package rounds it to bfloat16, the dtype that s is stored in,
+  which puts up to 0.4 % on a tensor's share of d's denominator, and turns a last bit of a gradient into
+  as much where it tips the rounding.
+
+Each run is played twice, once with gradients that are off by a last bit. How far that takes the run is
+kept as its noise floor.
+
+The second, the reference Prodigy, is played in float64, where no storage dtype comes between us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from cases import ANCESTOR_CASES, BFLOAT16_CASES, CASES, STEPS, Case, Problem, distance, set_lr
+
+HERE = Path(__file__).parent
+
+
+def oracle(folder: str) -> type[torch.optim.Optimizer]:
+    sys.path.insert(0, folder)
+    published = importlib.import_module("prodigyplus.prodigy_plus_schedulefree").ProdigyPlusScheduleFree
+
+    class Corrected(published):  # type: ignore[misc, valid-type]
+        def get_denom(self, state, group):
+            if "exp_avg_sq_metadata" not in state:
+                return super().get_denom(state, group)
+            rows, columns = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            row_dim = state["exp_avg_sq_metadata"][1]
+            return (rows / rows.mean(row_dim, keepdim=True).add(1e-30) * columns).sqrt()
+
+        def update_prodigy(self, state, group, grad, data):
+            super().update_prodigy(state, group, grad, data)
+            if "s" in state:
+                _, denominator = self.get_running_values_for_group(group)
+                magnitudes = state["s"].abs()
+                denominator.add_(magnitudes.sum(dtype=torch.float32) - magnitudes.sum())
+
+    return Corrected
+
+
+def ancestor(folder: str) -> type[torch.optim.Optimizer]:
+    sys.path.insert(0, folder)
+    return importlib.import_module("prodigyopt").Prodigy
+
+
+def play(
+    optimizer_class: type[torch.optim.Optimizer], case: Case, dtype: torch.dtype = torch.float32, **how: bool
+) -> dict[str, np.ndarray]:
+    problem = Problem(dtype, **how)
+    optimizer = optimizer_class(problem.groups(case), **case.options)
+    d = []
+    for step in range(STEPS):
+        set_lr(optimizer, case, step)
+        problem.backward()
+        optimizer.step()
+        d.append([group["d"] for group in optimizer.param_groups])
+    result = {"d": np.array(d)}
+    for number, p in enumerate(problem.parameters):
+        result[f"weight.{number}"] = p.detach().numpy()
+        if "z" in optimizer.state[p]:
+            result[f"z.{number}"] = optimizer.state[p]["z"].numpy()
+    return result
+
+
+def noise_floor(run: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """How far apart two runs are: in d the most at any step, in tensors the most of any tensor."""
+    tensors = [distance(other[key], run[key]) for key in run if key != "d"]
+    return {"floor.d": np.abs(other["d"] / run["d"] - 1).max(), "floor.tensors": np.array(max(tensors))}
+
+
+def single_steps(optimizer_class: type[torch.optim.Optimizer], case: Case) -> dict[str, np.ndarray]:
+    """The state before and after one step, a few times along a run in bfloat16."""
+    problem = Problem(torch.bfloat16)
+    optimizer = optimizer_class(problem.groups(case), stochastic_rounding=False, **case.options)
+    kept: dict[str, np.ndarray] = {}
+
+    def keep(when: str) -> None:
+        group = optimizer.param_groups[0]
+        for name in ("d", "d_numerator", "d_denom", "k"):
+            kept[f"{when}.{name}"] = np.array(group[name])
+        kept[f"{when}.weight_sum"] = np.array(group.get("weight_sum", 0.0))
+        for number, p in enumerate(problem.parameters):
+            kept[f"{when}.{number}.weight"] = p.detach().float().numpy()
+            kept[f"{when}.{number}.grad"] = p.grad.float().numpy()
+            for key, value in optimizer.state[p].items():
+                if isinstance(value, torch.Tensor):
+                    kept[f"{when}.{number}.{key}"] = value.detach().float().clone().numpy()
+
+    for step in range(61):
+        problem.backward()
+        if step in (20, 60):
+            keep(f"{step}.before")
+        optimizer.step()
+        if step in (20, 60):
+            keep(f"{step}.after")
+    return kept
+
+
+def main() -> None:
+    oracle_folder, ancestor_folder = sys.argv[1:]
+    with contextlib.redirect_stdout(io.StringIO()):  # the package prints
+        optimizer_class = oracle(oracle_folder)
+        for name, case in CASES.items():
+            run = play(optimizer_class, case)
+            floor = noise_floor(run, play(optimizer_class, case, perturbed=True))
+            np.savez_compressed(HERE / f"{name}.npz", **run, **floor)
+        for name, case in BFLOAT16_CASES.items():
+            np.savez_compressed(HERE / f"bfloat16_{name}.npz", **single_steps(optimizer_class, case))
+        prodigy = ancestor(ancestor_folder)
+        for name, (theirs, _) in ANCESTOR_CASES.items():
+            np.savez_compressed(HERE / f"ancestor_{name}.npz", **play(prodigy, theirs, torch.float64))
+
+
+if __name__ == "__main__":
+    main()
