@@ -93,15 +93,13 @@ def advance_full(state: Mapping[str, Tensor], grad: Tensor, keep: Tensor, take: 
     average.copy_(torch.addcmul(grad.square().mul_(take), average.to(grad.dtype), keep))
 
 
-def deviation(state: Mapping[str, Tensor], d: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+def deviation(state: Mapping[str, Tensor], d: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """``sqrt(V)/d + offset``, a new tensor: V averages (d·g)², so this is on the scale of g."""
     if "exp_avg_sq" in state:
-        root = state["exp_avg_sq"].to(dtype).sqrt().div_(d)
-        return root if offset is None else root.add_(offset)
+        return state["exp_avg_sq"].to(dtype).sqrt().div_(d).add_(offset)
     row, column, mean = (state[f"exp_avg_sq_{name}"].to(dtype) for name in ("row", "col", "mean"))
     row_root = row.div(mean + _TINY).sqrt_().div_(d)
-    column_root = column.sqrt()
-    return row_root * column_root if offset is None else torch.addcmul(offset, row_root, column_root)
+    return torch.addcmul(offset, row_root, column.sqrt())
 
 
 def advance_first(state: MutableMapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,10 @@ from prodigyplus.options import Options
 from prodigyplus.rule import Part, new_state
 from prodigyplus.stepsize import GroupStep
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# float16 has not the range for the squares of d·g.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+_NOT_THE_CALLER = ("prodigyplus", "prodigyplus_dist", "torch")
 
 # Freed once Prodigy no longer adapts the step size.
 _PRODIGY_STATE = ("p0", "s")
@@ -42,7 +46,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     Args:
         params: Parameters, named parameters, or parameter groups, as for every torch optimiser:
-            float32, bfloat16, float16 or float64 tensors of any shape.
+            float32, bfloat16 or float64 tensors of any shape.
         lr: Multiplies the step size that Prodigy finds. Leave it at 1, or let a schedule move it.
         betas: β1, the weight of the average x in the training weights y (without Schedule-Free, the
             decay of the first moment), and β2, the decay of the second moment.
@@ -147,15 +151,15 @@ class ProdigyPlusScheduleFree(Optimizer):
                 name = self._name(index, number)
                 self.param_groups.pop(index)
                 raise ValueError(
-                    f"{name} is {p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Freeze it "
-                    "by leaving it out of params, or convert it."
+                    f"{name} is {p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Leave "
+                    "it out of params, or convert it."
                 )
 
     def _resolve(self, group: dict[str, Any]) -> None:
         for note in options.resolve_exclusions(group):
             if note not in self._warned:
                 self._warned |= {note}
-                warnings.warn(note, stacklevel=4)
+                _warn_caller(note)
 
     def _name(self, group: int, number: int) -> str:
         names = self.param_groups[group].get("param_names")
@@ -339,7 +343,12 @@ class ProdigyPlusScheduleFree(Optimizer):
         """
 
         def read(group: Mapping[str, Any]) -> dict[str, Tensor]:
-            numbers = {name: torch.as_tensor(group[name]).clone() for name in stepsize.NUMBERS}
+            numbers = {
+                name: value.clone()
+                if isinstance(value := group[name], Tensor)
+                else stepsize.as_number(name, value)
+                for name in stepsize.NUMBERS
+            }
             return {
                 "d": numbers["d"],
                 "d_hat": numbers["d_hat"],
@@ -407,6 +416,9 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _check_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The groups of a state dict, complete and checked, with parameters numbered from 0."""
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"the state dict has no {key!r}: pass what state_dict() gave.")
         saved, own = state_dict["param_groups"], self.param_groups
         if len(saved) != len(own):
             raise ValueError(
@@ -421,7 +433,12 @@ class ProdigyPlusScheduleFree(Optimizer):
                     f"optimiser's {len(ours['params'])}: build the optimiser with the parameters that it "
                     "was saved with."
                 )
-            group = {**self.defaults, **theirs}
+            if missing := {"d0", *stepsize.NUMBERS} - theirs.keys():
+                raise ValueError(
+                    f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: it is "
+                    "not of this optimiser."
+                )
+            group = {**self.defaults, **theirs}  # options that came since it was saved
             group["betas"] = tuple(group["betas"])  # some savers make lists of tuples
             options.validate(group)
             groups.append(group)
@@ -457,3 +474,11 @@ class ProdigyPlusScheduleFree(Optimizer):
                     f"shape {tuple(p.shape)} needs {tuple(expected[key].shape)}: load it into the model it "
                     "was saved with."
                 )
+
+
+def _warn_caller(message: str) -> None:
+    """Warn at the line of the caller's own code, however many of ours and torch's lie between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +18,8 @@ from prodigyplus.options import Options
 
 # How far the limiter lets d grow in one step.
 _LIMIT = 2**0.25
+
+_CPU = torch.device("cpu")
 
 
 def first_numbers(d0: float) -> dict[str, float | int]:
@@ -45,16 +46,18 @@ NUMBERS = tuple(first_numbers(1.0))
 COUNTS = ("k", "skipped")
 
 
-def lift(group: dict[str, Any], device: torch.device) -> None:
-    """Make a group's numbers tensors on ``device``: float64 where the device has it, counts int64."""
+def as_number(name: str, value: float | Tensor, device: torch.device = _CPU) -> Tensor:
+    """A group's number as a 0-dim tensor on ``device``: int64, or float64 where the device has it."""
     floating = torch.float32 if device.type == "mps" else torch.float64
-    for name in NUMBERS:
-        dtype = torch.int64 if name in COUNTS else floating
-        group[name] = torch.as_tensor(group[name], dtype=dtype, device=device)
+    return torch.as_tensor(value, dtype=torch.int64 if name in COUNTS else floating, device=device)
 
 
-@dataclass(frozen=True, slots=True)
-class Scalars:
+def lift(group: dict[str, Any], device: torch.device) -> None:
+    """Make a group's numbers tensors on ``device``."""
+    group.update({name: as_number(name, group[name], device) for name in NUMBERS})
+
+
+class Scalars(NamedTuple):
     """The numbers of a group that one step's arithmetic uses: 0-dim tensors, one dtype and device.
 
     Where the step is not to happen, ``beta2`` and ``beta1`` are 1 and every other coefficient of
@@ -64,7 +67,7 @@ class Scalars:
     happens: Tensor  # bool: whether this step changes anything
     step: Tensor  # int64: number of this step, from 1
     d: Tensor
-    eps: Tensor | None
+    eps: Tensor  # 0 for Adam-atan2, which needs none
     statistic: Tensor  # d²/sqrt(d0), the weight of this gradient in Prodigy's statistics
     beta2: Tensor  # decay of the second moment
     square: Tensor  # (1 − β2) d², the weight of this g² in it
@@ -124,7 +127,7 @@ class GroupStep:
             happens=happens,
             step=numbers["k"] + 1,
             d=d,
-            eps=None if o.eps is None else one * o.eps,
+            eps=one * (o.eps or 0.0),
             statistic=d.square() / math.sqrt(o.d0),
             beta2=torch.where(happens, beta2, one),
             square=where_happens((1 - beta2) * d.square()),
@@ -147,14 +150,12 @@ class GroupStep:
         """The numbers of this step on the device of ``like``, floating ones in its dtype."""
         key = like.device, like.dtype
         if key not in self._scalars:
-
-            def convert(value: Tensor | None) -> Tensor | None:
-                if value is None or not value.is_floating_point():
-                    return None if value is None else value.to(like.device)
-                return value.to(*key)
-
-            exact = self._exact
-            self._scalars[key] = Scalars(**{name: convert(getattr(exact, name)) for name in exact.__slots__})  # type: ignore[arg-type]
+            self._scalars[key] = Scalars(
+                *(
+                    value.to(*key) if value.is_floating_point() else value.to(like.device)
+                    for value in self._exact
+                )
+            )
         return self._scalars[key]
 
     def observe(self, product: Tensor, norm: Tensor) -> None:
@@ -163,13 +164,12 @@ class GroupStep:
 
     def totals(self) -> Tensor:
         """The group's sums of this step: numerator (weighted) and denominator, as a tensor of two."""
-        d = self.numbers["d"]
+        d: Tensor = self.numbers["d"]
         if not self._statistics:
             return d.new_zeros(2)
         flat = [value.to(d.device, d.dtype) for pair in self._statistics for value in pair]
-        product, norm = torch.stack(flat).view(-1, 2).sum(dim=0).unbind()
-        weighted: Tensor = product * self._exact.statistic
-        return torch.stack((weighted, norm))
+        totals = torch.stack(flat).view(-1, 2).sum(dim=0)
+        return torch.stack((totals[0] * self._exact.statistic, totals[1]))
 
     def adapt(self, totals: Tensor) -> None:
         """Move ``d`` by the sums of the step (see :meth:`totals`), if it happens."""

@@ -71,7 +71,7 @@ def test_oracle_single_steps_in_bfloat16(name, at):
 
     parameters = [torch.nn.Parameter(read(f"{at}.before.{n}.weight")) for n in range(10)]
     optimizer = ProdigyPlusScheduleFree(parameters, stochastic_rounding=False, **case.options)
-    for number, p in enumerate(parameters):
+    for p in parameters:
         p.grad = torch.zeros_like(p)
     _make_state(optimizer)
     for number, p in enumerate(parameters):

@@ -1,0 +1,60 @@
+"""Small problems that the tests of one process share."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from prodigyplus import ProdigyPlusScheduleFree
+
+
+class Fed:
+    """Parameters of any shapes, with gradients that are drawn, not computed: only the optimiser acts."""
+
+    def __init__(self, *shapes, dtype=torch.float32, seed=0):
+        self.random = torch.Generator().manual_seed(seed)
+        self.parameters = [nn.Parameter(self._draw(shape).to(dtype)) for shape in shapes]
+
+    def _draw(self, shape):
+        return torch.randn(shape, generator=self.random)
+
+    def backward(self):
+        """Gradients that lean one way, so that Prodigy finds progress to make."""
+        for p in self.parameters:
+            p.grad = (self._draw(p.shape) + 0.5).mul_(0.1).to(p.dtype)
+
+
+def run(optimizer, problem, steps):
+    for _ in range(steps):
+        problem.backward()
+        optimizer.step()
+
+
+def snapshot(optimizer):
+    """All that a step may change: weights, and the state dict with copies of its tensors."""
+    weights = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    return weights, copy.deepcopy(optimizer.state_dict())
+
+
+def assert_same(found, expected, path=""):
+    """Equal to the bit, in dtype too, through dicts and lists."""
+    if isinstance(expected, Tensor):
+        assert found.dtype == expected.dtype, path
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{path}: {m}"
+        )
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key in expected:
+            assert_same(found[key], expected[key], f"{path}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), path
+        for index, (f, e) in enumerate(zip(found, expected, strict=True)):
+            assert_same(f, e, f"{path}[{index}]")
+    else:
+        assert found == expected, path
+
+
+def pair(*shapes, dtype=torch.float32, **options):
+    problem = Fed(*shapes, dtype=dtype)
+    return problem, ProdigyPlusScheduleFree(problem.parameters, **options)

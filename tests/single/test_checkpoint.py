@@ -1,0 +1,187 @@
+"""Stop, save, load, go on: bit for bit the run that did not stop."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from prodigyplus import ProdigyPlusScheduleFree
+from tests.single.problems import Fed, assert_same, pair, run, snapshot
+
+OPTIONS = [
+    {},
+    {"factored": False},
+    {"factored_fp32": False},
+    {"use_schedulefree": False},
+    {"prodigy_steps": 5},
+    {"eps": None, "use_stableadamw": False},
+    {"beta4": None, "weight_decay": 0.1},
+]
+
+
+def through_a_file(saved):
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resumed(problem, optimizer, **options):
+    """A problem and an optimiser that know of the others only what was saved."""
+    other = Fed(*(p.shape for p in problem.parameters), dtype=problem.parameters[0].dtype)
+    other.random.set_state(problem.random.get_state())
+    with torch.no_grad():
+        for ours, theirs in zip(other.parameters, problem.parameters, strict=True):
+            ours.copy_(theirs)
+    other_optimizer = ProdigyPlusScheduleFree(other.parameters, **options)
+    other_optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    return other, other_optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_resume(options, mode, dtype):
+    problem, optimizer = pair((40, 12), (12, 40), (9,), (), dtype=dtype, **options)
+    run(optimizer, problem, 30)
+    getattr(optimizer, mode)()
+    other, other_optimizer = resumed(problem, optimizer, **options)
+    assert_same(other_optimizer.state_dict(), optimizer.state_dict())
+    for p, o in ((problem, optimizer), (other, other_optimizer)):
+        o.train()
+        run(o, p, 20)
+    assert_same(snapshot(other_optimizer), snapshot(optimizer))
+
+
+def test_a_fresh_and_a_loaded_group_have_the_same_keys():
+    problem, optimizer = pair((40, 12))
+    fresh = optimizer.param_groups[0].keys()
+    run(optimizer, problem, 1)
+    _, loaded = resumed(problem, optimizer)
+    assert fresh == loaded.param_groups[0].keys()
+
+
+def test_numbers_are_plain_and_exact():
+    problem, optimizer = pair((40, 12))
+    run(optimizer, problem, 40)
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert not any(isinstance(value, torch.Tensor) for value in group.values())
+    assert group["d"] == optimizer.metrics()[0]["d"].item()
+    assert type(group["k"]) is int
+
+
+def test_a_load_shares_nothing_with_what_was_loaded():
+    problem, optimizer = pair((40, 12))
+    run(optimizer, problem, 10)
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved)
+    _, other_optimizer = pair((40, 12))
+    other_optimizer.load_state_dict(saved)
+    run(optimizer, problem, 3)
+    assert_same(other_optimizer.state_dict(), kept)
+
+
+def test_lists_where_tuples_were():
+    problem, optimizer = pair((40, 12))
+    run(optimizer, problem, 2)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["betas"] = list(saved["param_groups"][0]["betas"])
+    optimizer.load_state_dict(saved)
+    run(optimizer, problem, 1)
+
+
+def test_hooks_see_the_whole_state():
+    problem, optimizer = pair((40, 12))
+    run(optimizer, problem, 2)
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(lambda _, saved: seen.append(len(saved["state"])))
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state)))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [1, 1]
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_go_on_alike(copier):
+    problem, optimizer = pair((40, 12), (9,))
+    run(optimizer, problem, 20)
+    twin = copier(optimizer)
+    random = problem.random.get_state()
+    run(optimizer, problem, 10)
+    problem.random.set_state(random)
+    problem.parameters = twin.param_groups[0]["params"]
+    run(twin, problem, 10)
+    assert_same(snapshot(twin), snapshot(optimizer))
+
+
+def train(model, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.full((4, 40), 0.5)).square().sum().backward()
+        optimizer.step()
+
+
+def model_and_optimizer(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 12), nn.Tanh(), nn.Linear(12, 3))
+    return model, ProdigyPlusScheduleFree(model.parameters(), **options)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_checkpoint_helpers_of_torch(flatten, mode):
+    """They make a step of zero gradients and lr=0; it makes state, and changes nothing."""
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer = model_and_optimizer()
+    weights = [p.detach().clone() for p in model.parameters()]
+    getattr(optimizer, mode)()
+    get_optimizer_state_dict(model, optimizer, options=how)
+    optimizer.train()
+    assert_same([p.detach() for p in model.parameters()], weights)
+    assert int(optimizer.metrics()[0]["step"]) == 0
+
+    untouched, optimizer_untouched = model_and_optimizer()
+    train(model, optimizer, 30)
+    train(untouched, optimizer_untouched, 30)
+    assert_same(snapshot(optimizer), snapshot(optimizer_untouched))
+
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=how))
+    other, optimizer_other = model_and_optimizer()
+    other.load_state_dict(model.state_dict())
+    getattr(optimizer_other, mode)()
+    set_optimizer_state_dict(other, optimizer_other, saved, options=how)
+    assert_same(snapshot(optimizer_other), snapshot(optimizer))
+    train(model, optimizer, 10)
+    train(other, optimizer_other, 10)
+    assert_same(snapshot(optimizer_other), snapshot(optimizer))
+
+
+def test_weights_loaded_after_state_was_made_are_where_the_run_starts():
+    model, optimizer = model_and_optimizer()
+    get_optimizer_state_dict(model, optimizer)
+    expected, optimizer_expected = model_and_optimizer()
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+            q.copy_(p.mul_(2))
+    train(model, optimizer, 20)
+    train(expected, optimizer_expected, 20)
+    assert_same(snapshot(optimizer), snapshot(optimizer_expected))
+
+
+def test_warm_up_from_zero_is_a_step_like_any_other():
+    problem, optimizer = pair((40, 12), lr=0.0)
+    weights = problem.parameters[0].detach().clone()
+    run(optimizer, problem, 3)
+    assert_same(problem.parameters[0].detach(), weights)
+    assert int(optimizer.metrics()[0]["step"]) == 3
+    assert (optimizer.state[problem.parameters[0]]["exp_avg_sq_row"] > 0).all()
+    optimizer.param_groups[0]["lr"] = 1.0
+    run(optimizer, problem, 40)
+    assert float(optimizer.metrics()[0]["d"]) > 1e-5

@@ -1,0 +1,63 @@
+"""The package in float64 against an independent transcription of SPEC in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.single.problems import pair
+from tests.single.reference import Reference
+
+SHAPES = ((), (7,), (40, 12), (12, 40), (33, 33), (3, 35, 33), (2, 34, 3, 3), (5, 5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"factored": False},
+        {"weight_decay": 0.1},
+        {"weight_decay": 1e-3, "weight_decay_by_lr": False},
+        {"eps": None, "use_stableadamw": False},
+        {"beta4": 0.99},
+        {"beta4": None, "d_limiter": False},
+        {"d_limiter": False, "d_coef": 0.5},
+        {"schedulefree_c": 30.0, "betas": (0.95, 0.999)},
+        {"slice_p": 1, "lr": 0.3},
+        {"slice_p": 4, "d0": 1e-4},
+    ],
+    ids=str,
+)
+def test_formulas(options):
+    problem, optimizer = pair(*SHAPES, dtype=torch.float64, **options)
+    reference = Reference([p.detach().numpy() for p in problem.parameters], **options)
+    for _ in range(120):
+        problem.backward()
+        reference.step([p.grad.numpy() for p in problem.parameters])
+        optimizer.step()
+        assert float(optimizer.metrics()[0]["d"]) == pytest.approx(reference.d, rel=1e-9)
+
+    for i, p in enumerate(problem.parameters):
+        np.testing.assert_allclose(p.detach().numpy(), reference.y(i), rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(optimizer.state[p]["z"].numpy(), reference.z[i], rtol=1e-8, atol=1e-10)
+    optimizer.eval()
+    for i, p in enumerate(problem.parameters):
+        np.testing.assert_allclose(p.detach().numpy(), reference.x[i], rtol=1e-8, atol=1e-10)
+
+
+def test_moving_step_size_shrinks():
+    """With beta4 d follows its estimate down; without, it stays."""
+    sizes = {}
+    for beta4 in (0.0, 0.9):
+        problem, optimizer = pair((50,), (12, 40), beta4=beta4)
+        largest = 0.0
+        for step in range(150):
+            problem.backward()
+            if step > 60:
+                for p in problem.parameters:
+                    p.grad.neg_()
+            optimizer.step()
+            largest = max(largest, float(optimizer.metrics()[0]["d"]))
+        sizes[beta4] = float(optimizer.metrics()[0]["d"]), largest
+    assert sizes[0.0][0] == sizes[0.0][1]
+    assert sizes[0.9][0] < 0.5 * sizes[0.9][1]
+    assert sizes[0.9][0] >= 1e-6

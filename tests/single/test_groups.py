@@ -1,0 +1,239 @@
+"""Parameter groups: added late, frozen, empty, unused, with options of their own; unusual tensors."""
+
+import pytest
+import torch
+from torch import nn
+
+from prodigyplus import ProdigyPlusScheduleFree
+from tests.single.problems import Fed, assert_same, pair, run, snapshot
+
+
+def d(optimizer):
+    return [float(group["d"]) for group in optimizer.metrics()]
+
+
+def test_published_import_path():
+    from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree as Published
+
+    assert Published is ProdigyPlusScheduleFree
+
+
+def test_groups_adapt_apart_and_move_by_their_harmonic_mean():
+    problem = Fed((40, 40), (30,))
+    first, second = problem.parameters
+    optimizer = ProdigyPlusScheduleFree([{"params": [first]}, {"params": [second], "d_coef": 3.0}])
+    run(optimizer, problem, 60)
+    one, two = d(optimizer)
+    assert one != two
+    for group in optimizer.metrics():
+        mean = 2 / (1 / one + 1 / two)
+        assert float(group["step_size"] / group["effective_lr"]) == pytest.approx(mean, rel=1e-12)
+
+
+def test_a_group_alone_and_in_company_without_mean_are_the_same():
+    alone, optimizer_alone = pair((40, 40))
+    run(optimizer_alone, alone, 40)
+
+    problem = Fed((40, 40))
+    other = nn.Parameter(torch.ones(7))
+    optimizer = ProdigyPlusScheduleFree(
+        [{"params": problem.parameters}, {"params": [other]}], split_groups_mean=False
+    )
+    for step in range(40):
+        problem.backward()
+        other.grad = torch.full((7,), 0.1 + step)
+        optimizer.step()
+    assert_same(problem.parameters[0].detach(), alone.parameters[0].detach())
+    assert d(optimizer)[0] == d(optimizer_alone)[0]
+
+
+def test_pooled_groups_are_one_group():
+    one, optimizer_one = pair((40, 40), (30,))
+    run(optimizer_one, one, 40)
+    two = Fed((40, 40), (30,))
+    optimizer_two = ProdigyPlusScheduleFree([{"params": [p]} for p in two.parameters], split_groups=False)
+    run(optimizer_two, two, 40)
+    assert d(optimizer_two) == d(optimizer_one) * 2
+    for ours, theirs in zip(one.parameters, two.parameters, strict=True):
+        assert_same(ours.detach(), theirs.detach())
+
+
+@pytest.mark.parametrize("idle", ["frozen", "empty", "unused"])
+@pytest.mark.parametrize("options", [{}, {"split_groups_mean": False}, {"split_groups": False}], ids=str)
+@pytest.mark.parametrize("first", [False, True])
+def test_an_idle_group_is_as_if_it_were_not_there(idle, options, first):
+    alone, optimizer_alone = pair((40, 40), **options)
+    run(optimizer_alone, alone, 40)
+
+    problem = Fed((40, 40))
+    parameter = nn.Parameter(torch.ones(3), requires_grad=idle != "frozen")
+    groups = [{"params": problem.parameters}, {"params": [] if idle == "empty" else [parameter]}]
+    optimizer = ProdigyPlusScheduleFree(groups[::-1] if first else groups, **options)
+    run(optimizer, problem, 40)
+    optimizer.eval()
+    optimizer.train()
+
+    assert d(optimizer)[first] == d(optimizer_alone)[0]
+    assert_same(optimizer.state[problem.parameters[0]]["z"], optimizer_alone.state[alone.parameters[0]]["z"])
+    assert_same(parameter.detach(), torch.ones(3))
+    optimizer.load_state_dict(optimizer.state_dict())
+    run(optimizer, problem, 1)
+
+
+def test_an_unused_parameter_does_not_disturb_the_count():
+    problem, optimizer = pair((40, 40), (30,))
+    for step in range(20):
+        problem.backward()
+        if step % 2:
+            problem.parameters[1].grad = None
+        optimizer.step()
+    assert int(optimizer.metrics()[0]["step"]) == 20
+
+
+def test_a_step_without_any_gradient_changes_nothing():
+    problem, optimizer = pair((40, 40))
+    run(optimizer, problem, 5)
+    before = snapshot(optimizer)
+    problem.parameters[0].grad = None
+    optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def test_a_parameter_that_comes_late_starts_from_its_weight_of_then():
+    problem, optimizer = pair((40, 40), (30,))
+    for _ in range(10):
+        problem.backward()
+        problem.parameters[1].grad = None
+        optimizer.step()
+    late = problem.parameters[1]
+    assert late not in optimizer.state
+    with torch.no_grad():
+        late.fill_(2.0)
+    run(optimizer, problem, 1)
+    assert_same(optimizer.state[late]["p0"], torch.full((3,), 2.0, dtype=torch.bfloat16))
+
+
+def test_group_added_in_mid_run():
+    problem, optimizer = pair((40, 40))
+    run(optimizer, problem, 30)
+    added = Fed((12, 40), seed=1)
+    optimizer.add_param_group({"params": added.parameters, "d0": 1e-4, "weight_decay": 0.1})
+    assert d(optimizer)[1] == pytest.approx(1e-4)
+    for _ in range(40):
+        added.backward()
+        run(optimizer, problem, 1)
+    assert int(optimizer.metrics()[0]["step"]) == 70
+    assert int(optimizer.metrics()[1]["step"]) == 40
+    assert d(optimizer)[1] > 1e-4
+
+
+def test_group_added_in_eval_mode_is_in_eval_mode():
+    problem, optimizer = pair((40, 40))
+    run(optimizer, problem, 3)
+    optimizer.eval()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
+        optimizer.step()
+    optimizer.train()
+    run(optimizer, problem, 1)
+
+
+def test_options_of_a_group_may_change_between_steps():
+    problem, optimizer = pair((40, 40))
+    run(optimizer, problem, 3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for _ in range(3):
+        run(optimizer, problem, 1)
+        schedule.step()
+    assert float(optimizer.metrics()[0]["effective_lr"]) < 0.5
+
+
+def test_named_parameters():
+    model = nn.Linear(3, 2)
+    optimizer = ProdigyPlusScheduleFree(model.named_parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+
+def test_closure():
+    model = nn.Linear(3, 2)
+    optimizer = ProdigyPlusScheduleFree(model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    for _ in range(200):
+        last = optimizer.step(closure)
+    assert last < 0.5 * first
+
+
+@pytest.mark.parametrize("options", [{}, {"factored": False}, {"use_schedulefree": False}], ids=str)
+def test_memory_format_does_not_matter(options):
+    """Channels-last weights and transposed gradients give what contiguous ones give."""
+    plain, optimizer_plain = pair((40, 8, 3, 3), (40, 12), **options)
+    other = Fed((40, 8, 3, 3), (40, 12))
+    conv, matrix = other.parameters
+    conv.data = conv.data.contiguous(memory_format=torch.channels_last)
+    optimizer = ProdigyPlusScheduleFree(other.parameters, **options)
+    for _ in range(40):
+        plain.backward()
+        optimizer_plain.step()
+        other.backward()
+        conv.grad = conv.grad.contiguous(memory_format=torch.channels_last)
+        matrix.grad = matrix.grad.t().contiguous().t()
+        optimizer.step()
+    assert conv.is_contiguous(memory_format=torch.channels_last)
+    for ours, theirs in zip(plain.parameters, other.parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"factored": False}, {"eps": None, "use_stableadamw": False}], ids=str
+)
+def test_tensors_without_elements(options):
+    problem, optimizer = pair((40, 40), (0,), (0, 64), (64, 0), **options)
+    alone, optimizer_alone = pair((40, 40), **options)
+    run(optimizer, problem, 10)
+    run(optimizer_alone, alone, 10)
+    assert d(optimizer) == d(optimizer_alone)
+    optimizer.eval()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_lr_as_a_tensor():
+    numbers, tensors = pair((40, 40)), pair((40, 40), lr=torch.tensor(1.0))
+    for problem, optimizer in (numbers, tensors):
+        run(optimizer, problem, 20)
+    assert_same(numbers[0].parameters[0].detach(), tensors[0].parameters[0].detach())
+
+
+def test_prodigy_steps_freeze_d_and_free_its_state():
+    problem, optimizer = pair((40, 40), prodigy_steps=10)
+    free, optimizer_free = pair((40, 40))
+    run(optimizer, problem, 9)
+    run(optimizer_free, free, 9)
+    assert d(optimizer) == d(optimizer_free)
+    assert optimizer.state[problem.parameters[0]].keys() >= {"p0", "s"}
+    run(optimizer, problem, 10)
+    assert d(optimizer) == d(optimizer_free)
+    assert not optimizer.state[problem.parameters[0]].keys() & {"p0", "s"}
+
+
+def test_metrics_are_of_the_moment_they_were_asked():
+    problem, optimizer = pair((40, 40))
+    assert float(optimizer.metrics()[0]["d"]) == 1e-6
+    run(optimizer, problem, 20)
+    early = optimizer.metrics()[0]
+    value = float(early["d"])
+    run(optimizer, problem, 20)
+    assert float(early["d"]) == value < float(optimizer.metrics()[0]["d"])
+    assert set(early) == {
+        "d", "d_hat", "effective_lr", "step_size", "numerator", "denominator", "step", "skipped_steps",
+    }  # fmt: skip
+    late = optimizer.metrics()[0]
+    assert float(late["d_hat"]) == pytest.approx(float(late["numerator"] / late["denominator"]))

@@ -1,0 +1,107 @@
+"""train() and eval(), and the averaged weights without either."""
+
+import pytest
+import torch
+from torch import nn
+
+from prodigyplus import ProdigyPlusScheduleFree
+from tests.single.problems import assert_same, pair, run, snapshot
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eval_and_train_come_back_to_the_weights(dtype):
+    problem, optimizer = pair((40, 40), (5,), dtype=dtype)
+    run(optimizer, problem, 50)
+    y = [p.detach().clone() for p in problem.parameters]
+    optimizer.eval()
+    x = [p.detach().clone() for p in problem.parameters]
+    optimizer.eval()
+    assert_same([p.detach() for p in problem.parameters], x)
+    assert all((a != b).any() for a, b in zip(x, y, strict=True))
+    optimizer.train()
+    optimizer.train()
+    for p, before in zip(problem.parameters, y, strict=True):
+        torch.testing.assert_close(p.detach(), before, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_average_is_the_average_of_z():
+    """x is the mean of every z so far, weighted with dlr²."""
+    problem, optimizer = pair((40, 40), dtype=torch.float64)
+    (p,) = problem.parameters
+    total, weights = torch.zeros_like(p), 0.0
+    for _ in range(60):
+        weight = float(optimizer.metrics()[0]["d"]) ** 2
+        run(optimizer, problem, 1)
+        total, weights = total + weight * optimizer.state[p]["z"], weights + weight
+    optimizer.eval()
+    torch.testing.assert_close(p.detach(), total / weights)
+
+
+def test_step_in_eval_mode_says_what_to_call():
+    problem, optimizer = pair((4, 4))
+    run(optimizer, problem, 1)
+    optimizer.eval()
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def test_without_schedulefree_there_are_no_modes():
+    problem, optimizer = pair((4, 4), use_schedulefree=False)
+    run(optimizer, problem, 3)
+    before = snapshot(optimizer)
+    optimizer.eval()
+    assert_same(snapshot(optimizer), before)
+    run(optimizer, problem, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_averaged_parameters_leave_no_trace(mode, dtype):
+    problem, optimizer = pair((40, 40), (5,), dtype=dtype)
+    run(optimizer, problem, 50)
+    optimizer.eval()
+    x = [p.detach().clone() for p in problem.parameters]
+    optimizer.train()
+    getattr(optimizer, mode)()
+    before = snapshot(optimizer)
+    with optimizer.averaged_parameters():
+        for p, average in zip(problem.parameters, x, strict=True):
+            torch.testing.assert_close(p.detach(), average, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    assert_same(snapshot(optimizer), before)
+
+
+def test_averaged_parameters_come_back_after_an_error():
+    problem, optimizer = pair((40, 40))
+    run(optimizer, problem, 50)
+    before = snapshot(optimizer)
+
+    def evaluate():
+        with optimizer.averaged_parameters():
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        evaluate()
+    assert_same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_averaged_state_dict(mode):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight  # tied
+    model[2].bias.requires_grad_(False)
+    optimizer = ProdigyPlusScheduleFree(model.parameters())
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+    getattr(optimizer, mode)()
+    before = snapshot(optimizer)
+    saved = optimizer.averaged_state_dict(model)
+    assert_same(snapshot(optimizer), before)
+    assert saved["2.weight"] is saved["0.weight"] or mode == "eval"
+    assert not any(value.requires_grad for value in saved.values())
+
+    optimizer.eval()
+    assert_same(dict(saved), dict(model.state_dict()))

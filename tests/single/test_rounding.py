@@ -1,0 +1,105 @@
+"""bfloat16 weights, and stochastic rounding."""
+
+import pytest
+import torch
+
+from prodigyplus import ProdigyPlusScheduleFree, rounding
+from tests.single.problems import assert_same, pair, run, snapshot
+
+
+def noise_of(count, step=1, parameter=1):
+    positions = torch.arange(count, dtype=torch.int32)
+    return rounding.noise(positions, torch.tensor(step), parameter)
+
+
+def test_noise_is_uniform():
+    bits = noise_of(1 << 18)
+    for half in (rounding.low_half(bits), rounding.high_half(bits)):
+        assert half.min() >= 0
+        assert half.max() < 1 << 16
+        counts = torch.bincount((half >> 8).long(), minlength=256).double()
+        expected = half.numel() / 256
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        assert 160 < chi_square < 370  # 255 degrees of freedom: this is p = 1e-6 on both sides
+
+
+def test_noise_is_uncorrelated():
+    """Neighbours, consecutive steps, consecutive parameters, the two halves: each pair independent."""
+    count = 1 << 18
+
+    def centred(values):
+        return (values.double() - 32767.5) / 65536 * 12**0.5
+
+    base = centred(rounding.low_half(noise_of(count)))
+    others = [
+        base.roll(1),
+        base.roll(64),
+        centred(rounding.low_half(noise_of(count, step=2))),
+        centred(rounding.low_half(noise_of(count, parameter=2))),
+        centred(rounding.high_half(noise_of(count))),
+    ]
+    for other in others:
+        assert abs((base * other).mean()) < 5 / count**0.5
+
+
+def test_rounding_is_to_a_neighbour_and_unbiased():
+    values = torch.linspace(1.0, 1.0 + 2**-7, 33)[1:-1].repeat_interleave(4096)
+    target = torch.empty_like(values, dtype=torch.bfloat16)
+    rounding.write(target, values, rounding.low_half(noise_of(values.numel())))
+    assert set(target.tolist()) == {1.0, 1.0 + 2**-7}
+    mean = target.double().view(-1, 4096).mean(1)
+    assert (mean - values.double().view(-1, 4096).mean(1)).abs().max() < 5 * 2**-7 * 0.5 / 64
+
+
+def test_what_needs_no_rounding_is_not_changed():
+    values = torch.tensor(
+        [0.0, -0.0, 1.0, -3.5, float("inf"), -float("inf"), 2.0**-126], dtype=torch.bfloat16
+    )
+    target = torch.empty_like(values)
+    for step in range(50):
+        rounding.write(target, values.float(), rounding.high_half(noise_of(values.numel(), step)))
+        assert_same(target, values)
+
+
+def test_same_run_same_bits_and_another_place_other_bits():
+    runs = [pair((40, 12), (40, 12), dtype=torch.bfloat16) for _ in range(2)]
+    for seed, (problem, optimizer) in enumerate(runs):
+        torch.manual_seed(seed)  # the noise is of the run, not of the process
+        run(optimizer, problem, 60)
+    assert_same(snapshot(runs[0][1]), snapshot(runs[1][1]))
+    assert not torch.equal(noise_of(100, parameter=1), noise_of(100, parameter=2))
+
+
+def test_small_steps_are_lost_to_the_nearest_and_kept_on_average():
+    def moved(stochastic_rounding):
+        parameter = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+        optimizer = ProdigyPlusScheduleFree(
+            [parameter], d0=1e-4, prodigy_steps=1, stochastic_rounding=stochastic_rounding
+        )
+        for _ in range(20):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        return 1 - optimizer.state[parameter]["z"].float().mean().item()
+
+    reference = torch.nn.Parameter(torch.ones(11))
+    exact = ProdigyPlusScheduleFree([reference], d0=1e-4, prodigy_steps=1)
+    for _ in range(20):
+        reference.grad = torch.ones_like(reference)
+        exact.step()
+    expected = 1 - exact.state[reference]["z"].mean().item()
+    assert moved(False) == 0
+    assert moved(True) == pytest.approx(expected, rel=0.05)
+
+
+def test_bfloat16_learns():
+    dtype = torch.bfloat16
+    model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.GELU(), torch.nn.Linear(64, 5)).to(dtype)
+    inputs = torch.randn(256, 20, dtype=dtype)
+    labels = (inputs.float() @ torch.randn(20, 5)).argmax(1)
+    optimizer = ProdigyPlusScheduleFree(model.parameters())
+    for _ in range(250):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs).float(), labels)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.2
