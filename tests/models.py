@@ -1,0 +1,66 @@
+"""A small transformer, and something for it to learn: a random walk on a graph of symbols."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WIDTH, HEADS, SYMBOLS, LENGTH = 64, 4, 96, 24
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.norm2 = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    def __init__(self, blocks: int = 2):
+        super().__init__()
+        self.embed = nn.Embedding(SYMBOLS, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, SYMBOLS)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        x = self.embed(symbols)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Walks:
+    """Batches of walks, the same on every rank; each symbol has three successors."""
+
+    def __init__(self, batch: int = 16):
+        self._random = torch.Generator().manual_seed(1)
+        self._successors = torch.randint(SYMBOLS, (SYMBOLS, 3), generator=self._random)
+        self._batch = batch
+
+    def next(self) -> Tensor:
+        walk = [torch.randint(SYMBOLS, (self._batch,), generator=self._random)]
+        for _ in range(LENGTH):
+            choice = torch.randint(3, (self._batch,), generator=self._random)
+            walk.append(self._successors[walk[-1], choice])
+        return torch.stack(walk, dim=1)
+
+
+def loss_of(model: nn.Module, walks: Tensor) -> Tensor:
+    predicted = model(walks[:, :-1])
+    return F.cross_entropy(predicted.flatten(0, 1).float(), walks[:, 1:].flatten())
+
+
+def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The relative distance of two lists of weights, in the norm over all of them."""
+    one, other = (torch.cat([p.detach().flatten() for p in weights]).double() for weights in (ours, theirs))
+    return float((one - other).norm() / other.norm())
