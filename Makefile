@@ -1,0 +1,28 @@
+# Two commands that do everything on a fresh machine; the rest is for those who develop.
+
+PYTHON ?= python3
+PROCESSES ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: mnist test lint clean
+
+mnist: $(VENV)/launch  ## train MNIST on two DDP processes
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/mnist_ddp.py $(ARGS)
+
+test: $(VENV)/test  ## the whole suite
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+lint: $(VENV)/dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A stamp for each set of extras: installed once, and again when what to install has changed.
+$(VENV)/launch $(VENV)/test $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
