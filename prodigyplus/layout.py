@@ -8,7 +8,8 @@ process the local tensor is the global one and the sum is complete already.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -24,13 +25,23 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The place of a local tensor in its global tensor; here, the whole of it.
+    """The place of a local tensor in its global tensor: in each dimension, the indices that it holds.
 
     Args:
         shape: The shape of the global tensor.
+        indices: For each dimension, the global indices of the local tensor, ascending: a range where
+            they follow on one another. Left out, the local tensor is the global one.
     """
 
     shape: tuple[int, ...]
+    indices: tuple[Sequence[int], ...] = ()
+    _samples: dict[tuple[int, torch.device], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if not self.indices:
+            object.__setattr__(self, "indices", tuple(range(size) for size in self.shape))
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -46,14 +57,62 @@ class Layout:
         """The size of one dimension of the global tensor, as a divisor: at least 1."""
         return max(1, self.shape[dim])
 
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of the local tensor."""
+        return tuple(map(len, self.indices))
+
     def sample(self, tensor: Tensor, every: int) -> Tensor:
-        """The local elements whose index in the row-major flattened global tensor is a multiple of
-        ``every``: one dimension, a view where the memory allows it.
+        """The local elements whose index in the row-major flattened global tensor is a multiple of ``every``.
+
+        Args:
+            tensor: The local tensor, or another of its shape and memory format.
+            every: The distance of two samples in the global tensor.
+
+        Returns:
+            One dimension, in ascending order of the index; a view where the memory allows it.
         """
-        return tensor.reshape(-1)[::every]
+        flat = tensor.reshape(-1)
+        if self._is_one_run:
+            return flat[-self._first % every :: every]
+        key = every, tensor.device
+        if key not in self._samples:
+            # On the host: finding them on a device would wait for how many there are.
+            chosen = (self._positions(torch.int64, torch.device("cpu")).reshape(-1) % every == 0).nonzero()
+            self._samples[key] = chosen.view(-1).to(torch.int32).to(tensor.device)
+        return flat.index_select(0, self._samples[key])
 
     def positions(self, device: torch.device) -> Tensor:
-        """The index of each local element in the row-major flattened global tensor, modulo 2³²:
-        int32, in the shape of the local tensor.
+        """The index of each local element in the row-major flattened global tensor, modulo 2³².
+
+        Returns:
+            int32, in the shape of the local tensor.
         """
-        return torch.arange(math.prod(self.shape), dtype=torch.int32, device=device).view(self.shape)
+        return self._positions(torch.int32, device)
+
+    def _positions(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        result = torch.zeros((), dtype=dtype, device=device)
+        stride = 1
+        for dim in reversed(self.dims):
+            indices = self.indices[dim]
+            along = (
+                torch.arange(indices.start, indices.stop, device=device)
+                if isinstance(indices, range)
+                else torch.tensor(indices, dtype=torch.int64).to(device)
+            )
+            result = result + (along * stride).to(dtype).view(-1, *(1,) * (len(self.shape) - dim - 1))
+            stride *= self.shape[dim]
+        return result
+
+    @property
+    def _is_one_run(self) -> bool:
+        """Whether the local elements follow on one another in the flattened global tensor."""
+        whole = all(
+            len(indices) == size for indices, size in zip(self.indices[1:], self.shape[1:], strict=True)
+        )
+        return whole and (not self.shape or isinstance(self.indices[0], range))
+
+    @property
+    def _first(self) -> int:
+        """The position of the first local element, where they are one run."""
+        return self.indices[0][0] * math.prod(self.shape[1:]) if self.shape and self.indices[0] else 0

@@ -99,6 +99,23 @@ def test_a_step_without_any_gradient_changes_nothing():
     assert_same(snapshot(optimizer), before)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"factored": False}, {"eps": None, "use_stableadamw": False}], ids=str
+)
+def test_gradients_of_zero(options):
+    """Nothing to learn from: no weight moves, and d stays where it was."""
+    problem, optimizer = pair((40, 40), (3,), **options)
+    weights = [p.detach().clone() for p in problem.parameters]
+    for p in problem.parameters:
+        p.grad = torch.zeros_like(p)
+    for _ in range(3):
+        optimizer.step()
+    assert_same([p.detach() for p in problem.parameters], weights)
+    assert d(optimizer) == [1e-6]
+    run(optimizer, problem, 40)
+    assert d(optimizer)[0] > 1e-5
+
+
 def test_a_parameter_that_comes_late_starts_from_its_weight_of_then():
     problem, optimizer = pair((40, 40), (30,))
     for _ in range(10):
@@ -212,15 +229,18 @@ def test_lr_as_a_tensor():
     assert_same(numbers[0].parameters[0].detach(), tensors[0].parameters[0].detach())
 
 
-def test_prodigy_steps_freeze_d_and_free_its_state():
-    problem, optimizer = pair((40, 40), prodigy_steps=10)
-    free, optimizer_free = pair((40, 40))
+@pytest.mark.parametrize("split", [True, False])
+def test_prodigy_steps_freeze_d_and_free_its_state(split):
+    problem, optimizer = pair((40, 40), prodigy_steps=10, split_groups=split)
+    free, optimizer_free = pair((40, 40), split_groups=split)
     run(optimizer, problem, 9)
     run(optimizer_free, free, 9)
     assert d(optimizer) == d(optimizer_free)
     assert optimizer.state[problem.parameters[0]].keys() >= {"p0", "s"}
     run(optimizer, problem, 10)
-    assert d(optimizer) == d(optimizer_free)
+    frozen, adapting = optimizer.metrics()[0], optimizer_free.metrics()[0]
+    for name in ("d", "d_hat", "numerator", "denominator"):
+        assert frozen[name] == adapting[name]
     assert not optimizer.state[problem.parameters[0]].keys() & {"p0", "s"}
 
 
