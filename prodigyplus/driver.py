@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from prodigyplus.layout import Layout, Sum
@@ -25,6 +24,10 @@ class Exchange(Protocol):
         """The sums over the whole tensors, in the order and under the names in which they were asked."""
         ...
 
+    def everywhere(self, values: Tensor) -> Tensor:
+        """Sums over all who hold other parameters of the same optimiser, of a few numbers."""
+        ...
+
 
 class OneProcess:
     """The exchange of a process that holds whole tensors: every sum is complete."""
@@ -34,8 +37,11 @@ class OneProcess:
     def complete(self, asked: Sequence[Asked]) -> list[Answer]:
         return [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
 
+    def everywhere(self, values: Tensor) -> Tensor:
+        return values
 
-def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Tensor], None]) -> None:
+
+def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Sequence[Answer]], None]) -> None:
     """One step of all ``parts``.
 
     The first round, the statistics of the raw gradients, is of all parts at once: its answers are
@@ -45,20 +51,14 @@ def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Tensor
     Args:
         parts: One or more parameters with gradients.
         exchange: Who completes their sums.
-        open_groups: Called between the first round and the others with the sum of all g², a tensor
-            without dimensions, on the device of the first part: not finite if any gradient is not.
+        open_groups: Called between the first round and the others with the answers of the first, in the
+            order of ``parts``: it fixes the numbers of the parts' groups.
     """
     rules = [update(part) for part in parts]
     answers = exchange.complete([(part.layout, next(rule)) for part, rule in zip(parts, rules, strict=True)])
-    open_groups(_total([answer["total"] for answer in answers]))
+    open_groups(answers)
     for bucket in _buckets(parts, exchange.bucket_bytes):
         _advance(parts[bucket], rules[bucket], answers[bucket], exchange)
-
-
-def _total(totals: Sequence[Tensor]) -> Tensor:
-    device = totals[0].device
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return torch.stack([total.to(device, wide) for total in totals]).sum()
 
 
 def _buckets(parts: Sequence[Part], limit: int) -> Iterator[slice]:

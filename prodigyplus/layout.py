@@ -8,7 +8,7 @@ process the local tensor is the global one and the sum is complete already.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,10 +31,13 @@ class Layout:
         shape: The shape of the global tensor.
         indices: For each dimension, the global indices of the local tensor, ascending: a range where
             they follow on one another. Left out, the local tensor is the global one.
+        cuts: What cuts the global tensor, as pairs of a mesh axis (known to who completes sums over it)
+            and the dimension that it cuts.
     """
 
     shape: tuple[int, ...]
     indices: tuple[Sequence[int], ...] = ()
+    cuts: tuple[tuple[Hashable, int], ...] = ()
     _samples: dict[tuple[int, torch.device], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

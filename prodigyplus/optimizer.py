@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
@@ -200,44 +200,54 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "the training steps, and optimizer.eval() before evaluating or saving."
             )
 
-        parts = self._parts()
+        groups = [GroupStep(group) for group in self.param_groups]
+        parts = self._parts(groups)
         if not parts or evaluating:
             return loss
         home = parts[0].weight.device
         for group in self.param_groups:
             stepsize.lift(group, home)
-        active = list({id(part.group): part.group for part in parts}.values())
 
-        def open_groups(total: Tensor) -> None:
+        def open_groups(answers: Sequence[driver.Answer]) -> None:
+            total, *presence = self._exchange.everywhere(_overview(groups, parts, answers, home)).unbind()
             finite = total.isfinite()
-            happens = finite & (total > 0) if only_state else finite
-            for group in active:
-                group.open(happens, skips=~finite)
+            for group, present in zip(groups, presence, strict=True):
+                happens = finite & (present > 0)
+                group.open(happens & (total > 0) if only_state else happens, skips=~finite & (present > 0))
 
         driver.run(parts, self._exchange, open_groups)
-        stepsize.close(active, [group.totals() for group in active], self.param_groups)
-        for taking_part in active:
-            taking_part.numbers["calls"] += not taking_part.options.lr_is_zero
+        totals = self._exchange.everywhere(torch.stack([group.totals() for group in groups]))
+        stepsize.close(groups, totals)
+        for step in groups:
+            step.numbers["calls"] += not step.options.lr_is_zero
         return loss
 
-    def _parts(self) -> list[Part]:
-        """The parameters with gradients, with their state, made where there is none yet."""
+    def _parts(self, groups: Sequence[GroupStep]) -> list[Part]:
+        """The parameters that take part in a step, with their state, made where there is none yet."""
         parts = []
         number = 0
-        for index, group in enumerate(self.param_groups):
-            step: GroupStep | None = None
-            for place, p in enumerate(group["params"]):
+        for index, group in enumerate(groups):
+            for place, p in enumerate(group.numbers["params"]):
                 number += 1
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{self._name(index, place)} has a sparse gradient, which this optimiser cannot "
-                        "use: build its layer with sparse=False."
-                    )
-                step = step or GroupStep(group)
-                parts.append(self._part(p, step, number))
+                if self._takes_part(p):
+                    self._check_gradient(p, self._name(index, place))
+                    parts.append(self._part(p, group, number))
         return parts
+
+    def _takes_part(self, p: Tensor) -> bool:
+        return p.grad is not None
+
+    def _check_gradient(self, p: Tensor, name: str) -> None:
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{name} has a sparse gradient, which this optimiser cannot use: build its layer with "
+                "sparse=False."
+            )
+        if hasattr(p, "placements"):
+            raise RuntimeError(
+                f"{name} is a DTensor, a piece of a sharded parameter: use "
+                "prodigyplus_dist.ShardedProdigyPlusScheduleFree."
+            )
 
     def _part(self, p: Tensor, group: GroupStep, number: int) -> Part:
         assert p.grad is not None
@@ -474,6 +484,25 @@ class ProdigyPlusScheduleFree(Optimizer):
                     f"shape {tuple(p.shape)} needs {tuple(expected[key].shape)}: load it into the model it "
                     "was saved with."
                 )
+
+
+def _overview(
+    groups: Sequence[GroupStep], parts: Sequence[Part], answers: Sequence[driver.Answer], device: torch.device
+) -> Tensor:
+    """The sum of all g², not finite if any gradient is not, then for each group how many gradients it has.
+
+    The latter only counts as zero or more; shape (1 + groups,).
+    """
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    zero, one = torch.zeros((), dtype=wide, device=device), torch.ones((), dtype=wide, device=device)
+    total, presence = zero, {id(group): zero for group in groups}
+    for part, answer in zip(parts, answers, strict=True):
+        total = total + answer["total"].to(device)
+        if part.present is None:
+            presence[id(part.group)] = one
+        else:
+            presence[id(part.group)] = presence[id(part.group)] + answer["present"].to(device)
+    return torch.stack([total, *presence.values()])
 
 
 def _warn_caller(message: str) -> None:

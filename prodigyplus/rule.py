@@ -26,11 +26,13 @@ class Part:
     """What one parameter brings to a step: plain local tensors, and its place in the whole."""
 
     weight: Tensor  # y, changed in place
-    grad: Tensor  # of the same shape and dtype
+    grad: Tensor  # of the same shape and dtype; zeros where there is none here, but may be elsewhere
     state: dict[str, Tensor]  # as new_state() makes it, changed in place
     layout: Layout
     group: GroupStep
     number: int  # of the parameter in the optimiser
+    # Whether a gradient is here; None where nobody needs to ask, since every piece's is here if one's is.
+    present: bool | None = None
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -73,8 +75,13 @@ def update(part: Part) -> Rule:
     factored = "exp_avg_sq" not in state
 
     # The raw gradient's squares. With the answer it is known whether the step happens at all.
-    squares = yield moments.squares(part.grad, layout, factored=factored, dtype=dtype)
-    n = part.group.scalars(like=torch.empty((), dtype=dtype, device=weight.device))
+    asked = moments.squares(part.grad, layout, factored=factored, dtype=dtype)
+    if part.present is not None:
+        asked["present"] = Sum(torch.full_like(asked["total"].local, part.present), layout.dims)
+    squares = yield asked
+    n = part.group.scalars(weight.device, dtype)
+    if part.present is False:
+        n = n.only_if(squares["present"] > 0)
 
     if not part.group.moved_before:
         _anchor(weight, state, layout, o)
@@ -115,7 +122,7 @@ def update(part: Part) -> Rule:
     whole = (yield sums) if sums else {}
 
     if part.group.adapts:
-        part.group.observe(whole["product"], whole["norm"])
+        part.group.observe(n.admit(whole["product"]), n.admit(whole["norm"]))
     step = n.dlr
     if o.use_stableadamw:
         step = step * directions.stable_scale(whole["square"], layout.numel)

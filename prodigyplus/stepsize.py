@@ -60,8 +60,7 @@ def lift(group: dict[str, Any], device: torch.device) -> None:
 class Scalars(NamedTuple):
     """The numbers of a group that one step's arithmetic uses: 0-dim tensors, one dtype and device.
 
-    Where the step is not to happen, ``beta2`` and ``beta1`` are 1 and every other coefficient of
-    something new is 0.
+    Where the step is not to happen, what keeps something is 1 and what adds to something is 0.
     """
 
     happens: Tensor  # bool: whether this step changes anything
@@ -72,12 +71,21 @@ class Scalars(NamedTuple):
     beta2: Tensor  # decay of the second moment
     square: Tensor  # (1 − β2) d², the weight of this g² in it
     beta1: Tensor  # decay of the first moment, without Schedule-Free
-    gradient: Tensor  # (1 − β1) d / d, the weight of this g in it, on the scale of g
+    gradient: Tensor  # (1 − β1) d, the weight of this g in it
     unit: Tensor  # 1
     dlr: Tensor  # d·lr
     decay: Tensor  # what weight decay takes off a weight: λ·dlr, or λ
     c: Tensor  # Schedule-Free's averaging weight
     xy: Tensor  # 1 − β1 (1 − c), how much of z's step y makes
+
+    def only_if(self, condition: Tensor) -> Scalars:
+        """These, if ``condition`` (bool, 0-dim) holds as well; else those of no step."""
+        kept = {name: torch.where(condition, getattr(self, name), 1) for name in ("beta1", "beta2")}
+        added = {
+            name: torch.where(condition, getattr(self, name), 0)
+            for name in ("square", "gradient", "unit", "dlr", "decay", "c")
+        }
+        return self._replace(happens=self.happens & condition, **kept, **added)
 
     def admit(self, values: Tensor) -> Tensor:
         """``values``, or zeros if the step is not to happen: keeps 0·inf out of what follows."""
@@ -108,53 +116,47 @@ class GroupStep:
             skips: bool, 0-dim: whether that is because a gradient is not finite.
         """
         o, numbers = self.options, self.numbers
-        self._happens = happens
-        d = numbers["d"]
+        d, weight_sum = numbers["d"], numbers["weight_sum"]
         zero, one = torch.zeros_like(d), torch.ones_like(d)
-
-        def where_happens(value: Tensor | float) -> Tensor:
-            return torch.where(happens, value, zero)
-
-        dlr = where_happens(numbers["shared_d"] * o.lr)
+        self.happens = happens
+        dlr = numbers["shared_d"] * o.lr
         weight = dlr.square()
-        weight_sum = numbers["weight_sum"] + weight
-        c = torch.where(weight_sum > 0, weight / weight_sum, zero)
+        new_sum = weight_sum + weight
+        c = torch.where(new_sum > 0, weight / new_sum, zero)
         beta1, beta2 = o.betas
         if o.schedulefree_c > 0:
             c = (c * ((1 - beta1) * o.schedulefree_c)).clamp_(max=1)
         xy = 1 - beta1 * (1 - c)
         self._exact = Scalars(
-            happens=happens,
+            happens=torch.ones_like(happens),
             step=numbers["k"] + 1,
             d=d,
             eps=one * (o.eps or 0.0),
             statistic=d.square() / math.sqrt(o.d0),
-            beta2=torch.where(happens, beta2, one),
-            square=where_happens((1 - beta2) * d.square()),
-            beta1=torch.where(happens, beta1, one),
-            gradient=where_happens((1 - beta1) * d),
-            unit=where_happens(one),
+            beta2=one * beta2,
+            square=(1 - beta2) * d.square(),
+            beta1=one * beta1,
+            gradient=(1 - beta1) * d,
+            unit=one,
             dlr=dlr,
-            decay=o.weight_decay * (dlr if o.weight_decay_by_lr else where_happens(one)),
+            decay=o.weight_decay * (dlr if o.weight_decay_by_lr else one),
             c=c,
             xy=xy,
-        )
+        ).only_if(happens)
         self._scalars.clear()
 
-        numbers["weight_sum"].copy_(weight_sum)
-        self._set("effective_lr", o.lr * (xy if o.use_schedulefree else one))
+        effective_lr = o.lr * (xy if o.use_schedulefree else one)
+        for name, value in (("weight_sum", new_sum), ("effective_lr", effective_lr)):
+            numbers[name].copy_(torch.where(happens, value, numbers[name]))
         numbers["k"].add_(happens)
         numbers["skipped"].add_(skips)
 
-    def scalars(self, like: Tensor) -> Scalars:
-        """The numbers of this step on the device of ``like``, floating ones in its dtype."""
-        key = like.device, like.dtype
+    def scalars(self, device: torch.device, dtype: torch.dtype) -> Scalars:
+        """The numbers of this step on ``device``, floating ones in ``dtype``."""
+        key = device, dtype
         if key not in self._scalars:
             self._scalars[key] = Scalars(
-                *(
-                    value.to(*key) if value.is_floating_point() else value.to(like.device)
-                    for value in self._exact
-                )
+                *(value.to(*key) if value.is_floating_point() else value.to(device) for value in self._exact)
             )
         return self._scalars[key]
 
@@ -171,23 +173,18 @@ class GroupStep:
         totals = torch.stack(flat).view(-1, 2).sum(dim=0)
         return torch.stack((totals[0] * self._exact.statistic, totals[1]))
 
-    def adapt(self, totals: Tensor) -> None:
-        """Move ``d`` by the sums of the step (see :meth:`totals`), if it happens."""
+    def adapt(self, totals: Tensor, happens: Tensor) -> None:
+        """Move ``d`` by sums of the step (see :meth:`totals`), if it happens."""
         numbers = self.numbers
         d, d_hat, numerator = next_d(numbers["d"], numbers["d_numerator"], totals, self.options)
-        self._set("d", d)
-        self._set("d_hat", torch.where(totals[1] > 0, d_hat, numbers["d_hat"]))
-        self._set("d_numerator", numerator)
-        self._set("d_denom", totals[1])
+        d_hat = torch.where(totals[1] > 0, d_hat, numbers["d_hat"])
+        for name, value in (("d", d), ("d_hat", d_hat), ("d_numerator", numerator), ("d_denom", totals[1])):
+            numbers[name].copy_(torch.where(happens, value, numbers[name]))
 
     def follow(self, leader: GroupStep) -> None:
         """Take over the step size of a group that adapts for both."""
         for name in ("d", "d_hat", "d_numerator", "d_denom"):
             self.numbers[name].copy_(leader.numbers[name])
-
-    def _set(self, name: str, value: Tensor) -> None:
-        number = self.numbers[name]
-        number.copy_(torch.where(self._happens, value, number))
 
 
 def next_d(d: Tensor, numerator: Tensor, totals: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,27 +212,25 @@ def next_d(d: Tensor, numerator: Tensor, totals: Tensor, options: Options) -> tu
     return torch.where(norm > 0, moved, d), d_hat, numerator
 
 
-def close(groups: Sequence[GroupStep], totals: Sequence[Tensor], everyone: Sequence[dict[str, Any]]) -> None:
+def close(groups: Sequence[GroupStep], totals: Tensor) -> None:
     """End a step: move every group's ``d``, then share them as ``split_groups`` and its mean say.
 
     Args:
-        groups: The groups that took part.
-        totals: Their sums (see :meth:`GroupStep.totals`).
-        everyone: All entries of ``param_groups``, those that took no part included.
+        groups: All groups of the optimiser.
+        totals: Their sums (see :meth:`GroupStep.totals`); shape (groups, 2).
     """
-    pool: list[GroupStep] = []
-    pooled: list[Tensor] = []
+    pool = [index for index, group in enumerate(groups) if not group.options.split_groups]
     for group, sums in zip(groups, totals, strict=True):
-        if not group.options.split_groups:
-            pool.append(group)
-            pooled.append(sums)
-        elif group.adapts:
-            group.adapt(sums)
-    if pool and pool[0].adapts:
-        pool[0].adapt(torch.stack(pooled).sum(dim=0))
-        for group in pool[1:]:
-            group.follow(pool[0])
+        if group.adapts and group.options.split_groups:
+            group.adapt(sums, group.happens)
+    if pool and groups[pool[0]].adapts:
+        leader = groups[pool[0]]
+        any_happens = torch.stack([groups[index].happens for index in pool]).any()
+        leader.adapt(torch.stack([totals[index] for index in pool]).sum(dim=0), any_happens)
+        for index in pool[1:]:
+            groups[index].follow(leader)
 
+    everyone = [group.numbers for group in groups]
     for numbers in everyone:
         numbers["shared_d"].copy_(numbers["d"])
     sharing = [numbers for numbers in everyone if numbers["split_groups"] and numbers["split_groups_mean"]]
