@@ -1,0 +1,280 @@
+"""Learn MNIST with Prodigy+ Schedule-Free on several processes:
+
+    torchrun --standalone --nproc-per-node 2 launch/mnist_ddp.py
+
+The network and the batches are those of Schedule-Free's MNIST example; there is no learning rate to set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mnist_data
+import torch
+from files import replacing
+from ranks import Ranks, start
+from report import Curve, Panel, Record, Report
+from torch import Tensor, nn
+from torch.nn.functional import nll_loss
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+
+from prodigyplus import ProdigyPlusScheduleFree
+
+Batch = tuple[Tensor, ...]
+
+MEAN, STD = 0.1307, 0.3081
+TEST_BATCH = 1000
+REPORT_EVERY = 20  # steps
+LEARNING_RATES = {"prodigyplus": 1.0, "adamw": 1e-3}
+
+# What a resumed run must share with the run that it goes on with.
+SHARED = ("optimizer", "lr", "batch_size", "seed", "limit")
+
+
+def main() -> None:
+    """Train, test and save, epoch by epoch."""
+    args = parse()
+    with start() as ranks:
+        run(args, ranks)
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description="Learn MNIST on several processes.")
+    add = parser.add_argument
+    add("--epochs", type=_count, default=3, help="default: %(default)s; the example trains for 14")
+    add("--batch-size", type=_count, default=64, help="of all processes together; default: %(default)s")
+    add("--seed", type=int, default=1, help="default: %(default)s")
+    add("--optimizer", choices=LEARNING_RATES, default="prodigyplus", help="default: %(default)s")
+    add("--lr", type=float, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
+    add("--data", type=Path, metavar="DIR", help="folder of MNIST's four IDX files, plain or .gz")
+    add("--out", type=Path, default=Path("runs/mnist"), metavar="DIR", help="default: %(default)s")
+    resume_help = "go on from a checkpoint; default: checkpoint.pt in --out"
+    add("--resume", type=Path, nargs="?", const=True, metavar="PATH", help=resume_help)
+    add("--limit", type=_count, metavar="N", help="use the first N images only, for a quick trial")
+    args = parser.parse_args()
+    args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
+    args.resume = args.out / "checkpoint.pt" if args.resume is True else args.resume
+    return args
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    """The whole run, in one of its processes."""
+    settings = {name: getattr(args, name) for name in SHARED}
+    with ranks.together():
+        if args.batch_size % ranks.size:
+            raise ValueError(
+                f"--batch-size {args.batch_size} cannot be split evenly over {ranks.size} processes: choose "
+                f"a multiple of {ranks.size}."
+            )
+        if args.data is None and ranks.local_rank == 0:
+            mnist_data.fetch(mnist_data.cache_folder())
+        torch.manual_seed(args.seed)
+        net = network().to(ranks.device)
+        optimizer = build_optimizer(args.optimizer, net, args.lr)
+    with ranks.together():
+        train, test = load_data(args.data or mnist_data.cache_folder(), args.limit, ranks.device)
+        done, records = resume(args.resume, net, optimizer, settings) if args.resume else (0, [])
+        about = {"torch": torch.__version__, "processes": ranks.size, "device": ranks.device, **vars(args)}
+        report = Report(args.out, about, silent=ranks.rank != 0, records=records)
+    if done >= args.epochs:
+        report.say(f"{args.resume} has been trained for {done} epochs: ask for more with --epochs.")
+
+    sampler: DistributedSampler[int] = DistributedSampler(train, ranks.size, ranks.rank, seed=args.seed)
+    batches = BatchSampler(sampler, args.batch_size // ranks.size, drop_last=False)
+    # A batch is one indexing of the tensors: nothing is left for workers to do.
+    loader: DataLoader[Batch] = DataLoader(train, sampler=batches, batch_size=None)
+
+    for epoch in range(done, args.epochs):
+        sampler.set_epoch(epoch)
+        # Dropout differs between processes. Seeded every epoch, it needs no state in the checkpoint.
+        torch.manual_seed(args.seed + epoch * ranks.size + ranks.rank)
+        if isinstance(optimizer, ProdigyPlusScheduleFree):
+            optimizer.train()
+        train_epoch(net, optimizer, loader, report, ranks, epoch, f"epoch {epoch + 1}/{args.epochs}")
+
+        if isinstance(optimizer, ProdigyPlusScheduleFree):
+            optimizer.eval()
+            report.say(f"Prodigy LR: {optimizer.metrics()[0]['d'].item():.6f}")
+        loss, correct = evaluate(net, test, ranks)
+        share = correct / len(test)
+        report.say(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{len(test)} ({share:.2%})")
+        report.log("test", step=(epoch + 1) * len(loader), epoch=epoch + 1, loss=loss, accuracy=share)
+        report.draw(panels(args.optimizer))
+
+        if isinstance(optimizer, ProdigyPlusScheduleFree):
+            optimizer.train()  # a checkpoint goes on from the weights of training
+        if ranks.rank == 0:
+            save(args.out, net, optimizer, epoch + 1, settings, report.records)
+
+
+# --------------------------------------------------------------------------------- network and data
+
+
+def network() -> nn.Sequential:
+    """The network of Schedule-Free's MNIST example."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, kernel_size=3),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, kernel_size=3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.25),
+        nn.Flatten(),
+        nn.Linear(9216, 128),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(128, 10),
+        nn.LogSoftmax(dim=1),
+    )
+
+
+def build_optimizer(name: str, net: nn.Module, lr: float) -> Optimizer:
+    """The optimiser of that name, for the whole network."""
+    return (ProdigyPlusScheduleFree if name == "prodigyplus" else AdamW)(net.parameters(), lr=lr)
+
+
+def load_data(folder: Path, limit: int | None, device: torch.device) -> tuple[TensorDataset, TensorDataset]:
+    """The training and the test set, as bytes, on the device."""
+    data = mnist_data.load(folder)
+    tensors = [torch.from_numpy(array[:limit]).to(device) for array in data]
+    return TensorDataset(*tensors[:2]), TensorDataset(*tensors[2:])
+
+
+def prepare(images: Tensor, labels: Tensor) -> Batch:
+    """A batch of bytes as the network wants it."""
+    return images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD), labels.long()
+
+
+# ------------------------------------------------------------------------------------- one epoch
+
+
+def train_epoch(
+    net: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader[Batch],
+    report: Report,
+    ranks: Ranks,
+    epoch: int,
+    title: str,
+) -> None:
+    """Take the steps of one epoch."""
+    # Made every epoch: past its first step it groups the gradients anew, and with more than two processes
+    # the grouping shows in the last bits of their sums. So a resumed run rounds as one that never stopped.
+    model = net if ranks.size == 1 else DistributedDataParallel(net)
+    model.train()
+    losses: list[Tensor] = []
+    with report.bar(loader, title) as bar:
+        for number, batch in enumerate(bar, 1):
+            images, labels = prepare(*batch)
+            optimizer.zero_grad()
+            loss = nll_loss(model(images), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.detach())
+            if number % REPORT_EVERY == 0 or number == len(loader):
+                mean = ranks.sum(torch.stack(losses).mean()).item() / ranks.size
+                losses.clear()
+                numbers = step_size(optimizer)
+                at = {"step": epoch * len(loader) + number, "epoch": epoch + number / len(loader)}
+                report.log("train", **at, loss=mean, **numbers)
+                lr = numbers.get("d", numbers["lr"])
+                bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.6f}", refresh=False)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, data: TensorDataset, ranks: Ranks) -> tuple[float, int]:
+    """The mean loss, and how many images are recognised, over all processes: each sees its share once."""
+    net.eval()
+    mine = [torch.split(tensor[ranks.rank :: ranks.size], TEST_BATCH) for tensor in data.tensors]
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for batch in zip(*mine, strict=True):
+        images, labels = prepare(*batch)
+        output = net(images)
+        sums[0] += nll_loss(output, labels, reduction="sum")
+        sums[1] += (output.argmax(dim=1) == labels).sum()
+    loss, correct = ranks.sum(sums).tolist()
+    return loss / len(data), int(correct)
+
+
+def step_size(optimizer: Optimizer) -> dict[str, float]:
+    """How far the optimiser goes now."""
+    numbers = {"lr": float(optimizer.param_groups[0]["lr"])}
+    if isinstance(optimizer, ProdigyPlusScheduleFree):
+        metrics = optimizer.metrics()[0]
+        numbers |= {name: metrics[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
+    return numbers
+
+
+def panels(optimizer: str) -> list[Panel]:
+    """What to draw."""
+    size = Panel("step size d", (Curve("train", "d", "d"),))
+    return [
+        Panel("loss", (Curve("train", "loss", "training"), Curve("test", "loss", "test")), "log"),
+        Panel("test accuracy", (Curve("test", "accuracy", "test"),)),
+        *([size] if optimizer == "prodigyplus" else []),
+    ]
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def save(
+    folder: Path,
+    net: nn.Module,
+    optimizer: Optimizer,
+    epoch: int,
+    settings: Mapping[str, Any],
+    records: list[Record],
+) -> None:
+    """Write what a run needs to go on, and the trained network by itself."""
+    checkpoint = {
+        "epoch": epoch,
+        "settings": dict(settings),
+        "model": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "records": records,
+    }
+    trained = net.state_dict()
+    if isinstance(optimizer, ProdigyPlusScheduleFree):
+        trained = optimizer.averaged_state_dict(net)
+    for name, content in {"checkpoint.pt": checkpoint, "model.pt": trained}.items():
+        with replacing(folder / name) as path:
+            torch.save(content, path)
+
+
+def resume(
+    path: Path, net: nn.Module, optimizer: Optimizer, settings: Mapping[str, Any]
+) -> tuple[int, list[Record]]:
+    """Take over a checkpoint; returns the epochs it was trained for, and its records."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume: there is no checkpoint {path}; leave --resume out to start anew.")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = saved["settings"]
+        for name, ours in settings.items():
+            if theirs[name] != ours:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"--resume: {path} was trained with {option} {theirs[name]}, not {ours}.")
+        net.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return saved["epoch"], saved["records"]
+    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"--resume: {path} is not a checkpoint of this script.") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The processes of a run: which one this is, what it computes on, and how all of them give up together."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+# Some of its functions take the process group of the time of import as a default, and keep it from being
+# destroyed. A worker of gloo that outlives main() can then abort the process as Python shuts down.
+import torch.distributed.nn
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where this process stands among those that ``torchrun`` started; without it, alone."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """A GPU for each process of the node, or the CPU for all of them."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """``tensor``, in place, summed over all processes."""
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """End all processes, and tell why once, if the body fails on any for a reason in the user's hands.
+
+        Every process must enter it; none leaves it before all have come to its end.
+        """
+        error: str | None = None
+        try:
+            yield
+        except (OSError, ValueError) as caught:
+            error = str(caught)
+        errors = [error]
+        if dist.is_initialized():
+            errors *= self.size
+            dist.all_gather_object(errors, error)
+        told = next((error for error in errors if error is not None), None)
+        if told is not None:
+            if self.rank == 0:
+                print(f"error: {told}", file=sys.stderr, flush=True)
+            if dist.is_initialized():
+                dist.barrier()  # torchrun ends the others as soon as one is gone, also one that still tells
+            raise SystemExit(1)
+
+
+@contextmanager
+def start() -> Iterator[Ranks]:
+    """Join the processes of the run: NCCL on GPUs, gloo on the CPU."""
+    launched = "RANK" in os.environ
+    ranks = Ranks(
+        rank=int(os.environ.get("RANK", 0)),
+        size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_size))
+    on_gpu = ranks.device.type == "cuda"
+    if on_gpu:
+        gpus = torch.cuda.device_count()
+        if ranks.local_size > gpus:
+            error = (
+                f"error: {ranks.local_size} processes for {gpus} GPUs: start at most one a GPU, or set "
+                "CUDA_VISIBLE_DEVICES= to train on the CPU."
+            )
+            raise SystemExit(error if ranks.rank == 0 else 1)
+        torch.cuda.set_device(ranks.device)
+    if launched:
+        # gloo beside NCCL carries the error messages, which are not on the GPU.
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, device_id=ranks.device if on_gpu else None)
+    try:
+        yield ranks
+    finally:
+        if launched:
+            dist.destroy_process_group()

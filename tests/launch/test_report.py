@@ -1,0 +1,66 @@
+import json
+
+import pytest
+from files import replacing
+from report import Curve, Panel, Report
+
+PANELS = [
+    Panel("loss", (Curve("train", "loss", "training"), Curve("test", "loss", "test")), "log"),
+    Panel("d", (Curve("train", "d", "d"),)),
+]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_log_and_picture(tmp_path):
+    report = Report(tmp_path, {"seed": 1, "out": tmp_path}, silent=False)
+    for step in range(1, 41):
+        report.log("train", epoch=step / 40, loss=1 / step, d=1e-3)
+    report.draw(PANELS)  # nothing is tested yet
+    first = (tmp_path / "progress.png").read_bytes()
+    report.log("test", epoch=1, loss=0.1)
+    report.draw(PANELS)
+    assert first.startswith(b"\x89PNG")
+    assert (tmp_path / "progress.png").read_bytes() != first
+    assert lines(tmp_path) == [{"kind": "run", "seed": 1, "out": str(tmp_path)}, *report.records]
+    assert report.records[-1] == {"kind": "test", "epoch": 1, "loss": 0.1}
+
+
+def test_log_goes_on_from_the_records_it_is_given(tmp_path):
+    report = Report(tmp_path, {}, silent=False)
+    report.log("train", epoch=1)
+    kept = list(report.records)
+    report.log("train", epoch=2)
+    Report(tmp_path, {}, silent=False, records=kept).log("train", epoch=3)
+    assert [line.get("epoch") for line in lines(tmp_path)] == [None, 1, 3]
+
+
+def test_silent_report_writes_nothing(tmp_path, capfd):
+    report = Report(tmp_path / "out", {}, silent=True)
+    report.log("train", epoch=1, loss=1, d=1)
+    report.draw(PANELS)
+    report.say("hello")
+    assert list(report.bar([1, 2], "steps")) == [1, 2]
+    assert report.records
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_replacing_is_all_or_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as draft:
+            draft.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    with replacing(path) as draft:
+        draft.write_text("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
