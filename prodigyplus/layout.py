@@ -81,7 +81,7 @@ class Layout:
         key = every, tensor.device
         if key not in self._samples:
             # On the host: finding them on a device would wait for how many there are.
-            chosen = (self._positions(torch.int64, torch.device("cpu")).reshape(-1) % every == 0).nonzero()
+            chosen = (self.positions_exact().reshape(-1) % every == 0).nonzero()
             self._samples[key] = chosen.view(-1).to(torch.int32).to(tensor.device)
         return flat.index_select(0, self._samples[key])
 
@@ -92,6 +92,10 @@ class Layout:
             int32, in the shape of the local tensor.
         """
         return self._positions(torch.int32, device)
+
+    def positions_exact(self) -> Tensor:
+        """The same without the modulus, int64 on the host."""
+        return self._positions(torch.int64, torch.device("cpu"))
 
     def _positions(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         result = torch.zeros((), dtype=dtype, device=device)

@@ -39,22 +39,32 @@ def factored_dims(shape: tuple[int, ...]) -> tuple[int, int] | None:
     return row, column
 
 
+def averaged_dims(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The dimensions of a tensor of this shape that the moment ``key`` of its state is averaged over."""
+    if key not in ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq_mean"):
+        return ()
+    dims = factored_dims(shape)
+    assert dims is not None
+    row, column = dims
+    return {"exp_avg_sq_row": (column,), "exp_avg_sq_col": (row,), "exp_avg_sq_mean": (row, column)}[key]
+
+
 def new_state(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """Zero moments for a gradient: factors in ``dtype``, a full moment in the gradient's dtype."""
-    dims = factored_dims(layout.shape) if factored else None
-    if dims is None:
+    if not factored or factored_dims(layout.shape) is None:
         return {"exp_avg_sq": torch.zeros_like(grad)}
 
-    def zeros(dtype: torch.dtype, *ones: int) -> Tensor:
-        shape = [1 if dim in ones else size for dim, size in enumerate(grad.shape)]
-        return grad.new_zeros(shape, dtype=dtype)
+    def zeros(key: str, dtype: torch.dtype) -> Tensor:
+        averaged = averaged_dims(key, layout.shape)
+        return grad.new_zeros(
+            [1 if dim in averaged else size for dim, size in enumerate(grad.shape)], dtype=dtype
+        )
 
-    row, column = dims
     return {
-        "exp_avg_sq_row": zeros(dtype, column),
-        "exp_avg_sq_col": zeros(dtype, row),
+        "exp_avg_sq_row": zeros("exp_avg_sq_row", dtype),
+        "exp_avg_sq_col": zeros("exp_avg_sq_col", dtype),
         # Divides every row factor: its rounding would not average out, so it is never below float32.
-        "exp_avg_sq_mean": zeros(torch.promote_types(dtype, torch.float32), row, column),
+        "exp_avg_sq_mean": zeros("exp_avg_sq_mean", torch.promote_types(dtype, torch.float32)),
     }
 
 

@@ -12,19 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prodigyplus import averaging, driver, options, stepsize
-from prodigyplus.layout import Layout
+from prodigyplus import averaging, driver, options, samples, stepsize
+from prodigyplus.layout import Layout, Sum
 from prodigyplus.options import Options
-from prodigyplus.rule import Part, new_state
+from prodigyplus.rule import PRODIGY_STATE, Part, new_state, saved_form
 from prodigyplus.stepsize import GroupStep
 
 # float16 has not the range for the squares of d·g.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 _NOT_THE_CALLER = ("prodigyplus", "prodigyplus_dist", "torch")
-
-# Freed once Prodigy no longer adapts the step size.
-_PRODIGY_STATE = ("p0", "s")
 
 
 class ProdigyPlusScheduleFree(Optimizer):
@@ -251,14 +248,37 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _part(self, p: Tensor, group: GroupStep, number: int) -> Part:
         assert p.grad is not None
-        weight, grad, layout = p.detach(), p.grad.detach(), Layout(tuple(p.shape))
-        state = self.state[p]
+        return self._make_part(p, p.grad, group, number)
+
+    def _make_part(
+        self, p: Tensor, grad: Tensor, group: GroupStep, number: int, present: bool | None = None
+    ) -> Part:
+        weight, grad, layout, state = self._local(p), self._local(grad), self._layout(p), self.state[p]
         if not state:
-            state.update(new_state(weight, grad, layout, group.options))
+            for key, value in new_state(weight, grad, layout, group.options).items():
+                state[key] = value if key in PRODIGY_STATE else self._placed(p, value, key, group.options)
         if not group.adapts:
-            for key in _PRODIGY_STATE:
+            for key in PRODIGY_STATE:
                 state.pop(key, None)
-        return Part(weight, grad, state, layout, group, number)
+        local_state = {key: self._local(value) for key, value in state.items()}
+        return Part(weight, grad, local_state, layout, group, number, present)
+
+    # What a subclass whose parameters are pieces of tensors has to say about them.
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """The local tensor of a parameter, a gradient or an entry of the state, sharing its memory."""
+        return tensor.detach()
+
+    def _layout(self, p: Tensor) -> Layout:
+        return Layout(tuple(p.shape))
+
+    def _placed(self, p: Tensor, local: Tensor, key: str, o: Options) -> Tensor:
+        """An entry of the state as it is saved (see :func:`saved_form`), from the local piece of it."""
+        return local
+
+    def _piece(self, p: Tensor, saved: Tensor, key: str, o: Options) -> Tensor:
+        """The local piece of a saved entry of the state, new memory: undoes :meth:`_placed`."""
+        return saved.to(p.device, copy=True)
 
     # ------------------------------------------------------------------------- train, eval, average
 
@@ -280,7 +300,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         for group in self.param_groups:
             if group["use_schedulefree"] and group["train_mode"] != train:
                 for p, z in self._with_z(group):
-                    convert(p, z, group["betas"][0], out=p)
+                    weights = self._local(p)
+                    convert(weights, self._local(z), group["betas"][0], out=weights)
                 group["train_mode"] = train
 
     def _with_z(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -329,7 +350,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             if group["use_schedulefree"] and group["train_mode"]:
                 for p, z in self._with_z(group):
                     x = torch.empty_like(p, requires_grad=False)
-                    averaging.x_from_y(p.detach(), z, group["betas"][0], out=x)
+                    averaging.x_from_y(self._local(p), self._local(z), group["betas"][0], out=self._local(x))
                     yield p, x
 
     # ------------------------------------------------------------------------------------- metrics
@@ -386,7 +407,32 @@ class ProdigyPlusScheduleFree(Optimizer):
             values = torch.stack([group[name].double() for group, name in tensors]).tolist()
             for (group, name), value in zip(tensors, values, strict=True):
                 group[name] = int(value) if name in stepsize.COUNTS else value
+        saved["state"] = self._saved_states()
         return saved
+
+    def _saved_states(self) -> dict[int, dict[str, Tensor]]:
+        """The states of all parameters by their numbers, Prodigy's samples as rows."""
+        kept = [
+            (number, p, Options.of(group))
+            for number, (p, group) in enumerate(self._parameters())
+            if p in self.state
+        ]
+        asked: list[driver.Asked] = []
+        for _, p, o in kept:
+            layout, state = self._layout(p), self.state[p]
+            last = layout.dims[-1:]
+            rows = {
+                key: samples.spread(state[key], layout, o.slice_p) for key in PRODIGY_STATE if key in state
+            }
+            asked.append((layout, {key: Sum(value, last) for key, value in rows.items()}))
+        return {
+            number: {**self.state[p], **{key: self._placed(p, value, key, o) for key, value in rows.items()}}
+            for (number, p, o), rows in zip(kept, self._exchange.complete(asked), strict=True)
+        }
+
+    def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Every parameter with its group, in the order of their numbers in a state dict."""
+        return ((p, group) for group in self.param_groups for p in group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, every tensor in the dtype it was saved in.
@@ -399,7 +445,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 is then as it was before.
         """
         # torch's loader casts all state to the parameter's dtype. So it does not get to see it.
-        loaded: dict[int, dict[str, Any]] = {}
+        loaded: dict[int, dict[str, Tensor]] = {}
 
         def take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             groups = self._check_groups(state_dict)
@@ -407,12 +453,9 @@ class ProdigyPlusScheduleFree(Optimizer):
             return {"state": {}, "param_groups": groups}
 
         def put_in(optimizer: Optimizer) -> None:
-            parameters = (p for group in self.param_groups for p in group["params"])
-            for number, p in enumerate(parameters):
+            for number, (p, group) in enumerate(self._parameters()):
                 if number in loaded:
-                    self.state[p] = {
-                        key: value.to(p.device, copy=True) for key, value in loaded[number].items()
-                    }
+                    self.state[p] = self._loaded_state(p, loaded[number], Options.of(group))
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_out),
@@ -423,6 +466,15 @@ class ProdigyPlusScheduleFree(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _loaded_state(self, p: Tensor, saved: Mapping[str, Tensor], o: Options) -> dict[str, Tensor]:
+        pieces = {key: self._piece(p, value, key, o) for key, value in saved.items()}
+        return {
+            key: samples.collect(piece, self._layout(p), o.slice_p)
+            if key in PRODIGY_STATE
+            else self._placed(p, piece, key, o)
+            for key, piece in pieces.items()
+        }
 
     def _check_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The groups of a state dict, complete and checked, with parameters numbered from 0."""
@@ -456,7 +508,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _check_state(
         self, saved: Mapping[int, Mapping[str, Any]], groups: list[dict[str, Any]]
-    ) -> dict[int, dict[str, Any]]:
+    ) -> dict[int, dict[str, Tensor]]:
         """The states of a state dict by the number of their parameter, after a look at their shapes."""
         states = {}
         number = 0
@@ -469,20 +521,20 @@ class ProdigyPlusScheduleFree(Optimizer):
         return states
 
     def _check_shapes(self, saved: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str) -> None:
-        meta = torch.empty_like(p, device="meta")
-        expected = new_state(meta, meta, Layout(tuple(p.shape)), Options.of(group))
-        optional = set(_PRODIGY_STATE)
-        if saved.keys() - optional != expected.keys() - optional:
+        o, shape = Options.of(group), tuple(p.shape)
+        meta = torch.empty(shape, dtype=p.dtype, device="meta")
+        expected = new_state(meta, meta, Layout(shape), o).keys()
+        if set(saved).symmetric_difference(expected) - set(PRODIGY_STATE):
             raise ValueError(
                 f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it "
                 "was saved by another optimiser, or with other options."
             )
         for key, value in saved.items():
-            if value.shape != expected[key].shape:
+            needed, _ = saved_form(key, shape, o.slice_p)
+            if tuple(value.shape) != needed:
                 raise ValueError(
                     f"{name}: {key!r} of the state dict has shape {tuple(value.shape)}, but a parameter of "
-                    f"shape {tuple(p.shape)} needs {tuple(expected[key].shape)}: load it into the model it "
-                    "was saved with."
+                    f"shape {shape} needs {needed}: load it into the model it was saved with."
                 )
 
 

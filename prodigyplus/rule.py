@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prodigyplus import averaging, directions, moments, rounding, stepsize
+from prodigyplus import averaging, directions, moments, rounding, samples, stepsize
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.options import Options
 from prodigyplus.stepsize import GroupStep
 
 Rule = Generator[dict[str, Sum], dict[str, Tensor], None]
+
+# What Prodigy remembers of a parameter, as samples; freed once the step size is frozen.
+PRODIGY_STATE = ("p0", "s")
 
 
 @dataclass(slots=True)
@@ -66,6 +69,18 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
     state["p0"] = layout.sample(weight.detach(), options.slice_p).to(storage, copy=True)
     state["s"] = torch.zeros_like(state["p0"])
     return state
+
+
+def saved_form(key: str, shape: tuple[int, ...], every: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How an entry of the state is saved, for a parameter of this global shape.
+
+    Returns:
+        The global shape that it is saved in, and the dimensions in which every shard has the whole.
+    """
+    if key in PRODIGY_STATE:
+        return samples.rows_shape(shape, every), (max(0, len(shape) - 1),)
+    whole = moments.averaged_dims(key, shape)
+    return tuple(1 if dim in whole else size for dim, size in enumerate(shape)), whole
 
 
 def update(part: Part) -> Rule:

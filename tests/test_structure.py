@@ -24,7 +24,7 @@ def test_one_process_knows_nothing_of_many():
         assert not name.startswith(("torch.distributed", "prodigyplus_dist")), path
 
 
-@pytest.mark.parametrize("package", ["prodigyplus"])
+@pytest.mark.parametrize("package", ["prodigyplus", "prodigyplus_dist"])
 def test_torch_is_the_only_dependency(package):
     import sys
 

@@ -13,7 +13,8 @@ class Fed:
 
     def __init__(self, *shapes, dtype=torch.float32, seed=0):
         self.random = torch.Generator().manual_seed(seed)
-        self.parameters = [nn.Parameter(self._draw(shape).to(dtype)) for shape in shapes]
+        # Weights that p0 holds exactly in bfloat16: what it loses would be displacement to Prodigy.
+        self.parameters = [nn.Parameter(self._draw(shape).bfloat16().to(dtype)) for shape in shapes]
 
     def _draw(self, shape):
         return torch.randn(shape, generator=self.random)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from prodigyplus import samples
 from prodigyplus.layout import Layout
 
 
@@ -20,22 +21,27 @@ def cut(tensor, layout):
     return tensor
 
 
-@pytest.mark.parametrize("every", [1, 3, 11])
-@pytest.mark.parametrize(
+CUTS = pytest.mark.parametrize(
     ("shape", "cuts"),
     [
         ((), ()), ((50,), (1,)), ((50,), (4,)), ((7,), (9,)), ((13, 5), (3, 1)), ((13, 5), (1, 2)),
-        ((13, 27), (3, 2)), ((6, 7, 5), (4, 1, 1)), ((6, 7, 5), (1, 3, 1)), ((6, 7, 5), (2, 1, 3)), ((0, 4), (2, 1)),
+        ((13, 27), (3, 2)), ((6, 7, 5), (4, 1, 1)), ((6, 7, 5), (1, 3, 1)), ((6, 7, 5), (2, 1, 3)),
+        ((0, 4), (2, 1)),
     ],
 )  # fmt: skip
+
+
+def all_layouts(shape, cuts):
+    indices = itertools.product(*(pieces(*args) for args in zip(shape, cuts, strict=True)))
+    return [Layout(shape, each) for each in indices]
+
+
+@pytest.mark.parametrize("every", [1, 3, 11])
+@CUTS
 def test_shards_sample_what_the_whole_samples(shape, cuts, every):
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
-    layouts = [
-        Layout(shape, indices)
-        for indices in itertools.product(*(pieces(*args) for args in zip(shape, cuts, strict=True)))
-    ]
     found = []
-    for layout in layouts:
+    for layout in all_layouts(shape, cuts):
         local = cut(whole, layout)
         assert layout.local_shape == local.shape
         torch.testing.assert_close(layout.positions(torch.device("cpu")), local.to(torch.int32))
@@ -58,3 +64,25 @@ def test_positions_wrap_around():
     layout = Layout((1 << 20, 1 << 20), (range((1 << 20) - 1, 1 << 20), range(3)))
     assert layout.positions(torch.device("cpu")).tolist() == [[-(1 << 20), 1 - (1 << 20), 2 - (1 << 20)]]
     assert layout.sample(torch.arange(3).view(1, 3), 1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("every", [1, 3, 11])
+@CUTS
+def test_rows_of_shards_are_pieces_of_the_rows_of_the_whole(shape, cuts, every):
+    whole = torch.randn(shape)
+    layout = Layout(shape)
+    rows = samples.spread(layout.sample(whole, every), layout, every)
+    assert rows.shape == samples.rows_shape(shape, every)
+    torch.testing.assert_close(samples.collect(rows, layout, every), layout.sample(whole, every))
+
+    sums = {}  # over the pieces of the last dimension
+    for piece in all_layouts(shape, cuts):
+        mine = samples.spread(piece.sample(cut(whole, piece), every), piece, every)
+        sums[piece.indices[:-1]] = sums.get(piece.indices[:-1], 0) + mine
+        its_rows = cut(rows, Layout(tuple(rows.shape), (*piece.indices[:-1], range(rows.shape[-1]))))
+        torch.testing.assert_close(
+            samples.collect(its_rows, piece, every), piece.sample(cut(whole, piece), every)
+        )
+    for leading, found in sums.items():
+        expected = cut(rows, Layout(tuple(rows.shape), (*leading, range(rows.shape[-1]))))
+        torch.testing.assert_close(found, expected)

@@ -1,0 +1,57 @@
+"""Prodigy's sampled state as rows, the form in which it is saved: it can be cut as its parameter is.
+
+In memory ``p0`` and ``s`` are the sampled elements one after another. Of a parameter of C columns, the
+samples are in each row the elements of one phase: those in columns ``phase + every·j``, where the phase of
+the row r of the flattened tensor is ``(−r·C) mod every``. So they are saved as ``[…, ceil(C/every)]``, with
+zeros where a short row has no j-th sample.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from prodigyplus.layout import Layout
+
+
+def rows_shape(shape: tuple[int, ...], every: int) -> tuple[int, ...]:
+    """The shape of the rows of a tensor of this shape, global or local in all but the last dimension."""
+    *leading, columns = shape or (1,)
+    return (*leading, -(-columns // every))
+
+
+def spread(samples: Tensor, layout: Layout, every: int) -> Tensor:
+    """The rows of the samples of a local tensor.
+
+    Columns that other shards hold are zero: the sum over the shards of the last dimension is whole.
+
+    Args:
+        samples: As :meth:`Layout.sample` gives them; shape (samples,).
+        layout: That of the local tensor.
+        every: The distance of two samples in the flattened global tensor.
+    """
+    shape = _local_rows_shape(layout, every)
+    rows = samples.new_zeros(math.prod(shape))
+    return rows.index_copy_(0, _places(layout, every).to(samples.device), samples).view(shape)
+
+
+def collect(rows: Tensor, layout: Layout, every: int) -> Tensor:
+    """The samples of a local tensor from its rows, whole in the last dimension: undoes :func:`spread`."""
+    return rows.reshape(-1).index_select(0, _places(layout, every).to(rows.device))
+
+
+def _local_rows_shape(layout: Layout, every: int) -> tuple[int, ...]:
+    return (*layout.local_shape[:-1], rows_shape(layout.shape, every)[-1])
+
+
+def _places(layout: Layout, every: int) -> Tensor:
+    """Where each sample stands in the flattened rows; int64, on the host."""
+    elements = torch.arange(math.prod(layout.local_shape)).view(layout.local_shape)
+    chosen = layout.sample(elements, every)
+    columns, local_columns = (layout.shape or (1,))[-1], (layout.local_shape or (1,))[-1]
+    positions = layout.sample(layout.positions_exact(), every)
+    row, column = positions // max(1, columns), positions % max(1, columns)
+    phase = (-row * columns) % every
+    return chosen // max(1, local_columns) * rows_shape(layout.shape, every)[-1] + (column - phase) // every

@@ -1,0 +1,61 @@
+"""Complete sums over shards: all that a round asks for in one all-reduce per mesh axis.
+
+The number of collectives depends on the meshes alone, not on how many parameters or groups there are. An
+all-reduce gives every rank the same bits, so every rank computes the same numbers from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prodigyplus.driver import Answer, Asked
+from prodigyplus_dist.layout import Axis
+
+
+class MeshExchange:
+    """The exchange of a process that holds pieces of tensors; see :class:`prodigyplus.driver.Exchange`.
+
+    Args:
+        process_group: The ranks that hold other parameters of the same optimiser, or None.
+        bucket_bytes: How many bytes of directions may be alive at once; each bucket is a collective more.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None, bucket_bytes: int) -> None:
+        self.bucket_bytes = bucket_bytes
+        self._process_group = process_group
+
+    def complete(self, asked: Sequence[Asked]) -> list[Answer]:
+        answers: list[Answer] = [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
+        # In the order in which the parameters name them: the same on every rank.
+        crossing: dict[Axis, list[tuple[int, str]]] = {}
+        for number, (layout, sums) in enumerate(asked):
+            for name, sum_ in sums.items():
+                for axis, dim in layout.cuts:
+                    if dim in sum_.dims:
+                        crossing.setdefault(cast("Axis", axis), []).append((number, name))
+        for (mesh, axis), places in crossing.items():
+            completed = _all_reduce([answers[n][name] for n, name in places], mesh.get_group(axis))
+            for (n, name), value in zip(places, completed, strict=True):
+                answers[n][name] = value
+        return answers
+
+    def everywhere(self, values: Tensor) -> Tensor:
+        if self._process_group is None:
+            return values
+        return _all_reduce([values], self._process_group)[0]
+
+
+def _all_reduce(values: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """The sums over a group of many tensors, packed into one buffer of the widest of their dtypes."""
+    dtype = values[0].dtype
+    for value in values:
+        dtype = torch.promote_types(dtype, value.dtype)
+    buffer = torch.cat([value.reshape(-1).to(dtype) for value in values])
+    dist.all_reduce(buffer, group=group)
+    pieces = torch.split(buffer, [value.numel() for value in values])
+    return [piece.view(value.shape).to(value.dtype) for piece, value in zip(pieces, values, strict=True)]

@@ -1,0 +1,129 @@
+"""The optimiser of sharded parameters: local views, layouts and the exchange; the rule is the other's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from prodigyplus.layout import Layout
+from prodigyplus.optimizer import ProdigyPlusScheduleFree
+from prodigyplus.options import Options
+from prodigyplus.rule import Part, saved_form
+from prodigyplus.stepsize import GroupStep
+from prodigyplus_dist.exchange import MeshExchange
+from prodigyplus_dist.layout import layout_of, placements_of
+
+
+class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
+    """:class:`prodigyplus.ProdigyPlusScheduleFree` for parameters that are cut into shards.
+
+    Every quantity that the algorithm takes over a whole tensor or group is taken over the whole global
+    tensor or group: the run is that of one process, cut into pieces, with the same step size on every rank.
+
+    >>> fully_shard(model)
+    >>> optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+
+    Parameters may be DTensors of any mesh and placement but ``Partial`` (FSDP2, HSDP, tensor and expert
+    parallelism, their products, uneven and empty shards), of several meshes, and plain tensors beside them,
+    whose replicas must be given equal gradients, as DDP does. Every rank calls :meth:`step`,
+    :meth:`state_dict` and :meth:`load_state_dict` together.
+
+    A step makes two all-reduces per mesh axis that cuts a parameter, and one for each further bucket.
+
+    Args:
+        params, options: As for :class:`prodigyplus.ProdigyPlusScheduleFree`.
+        process_group: A group of ranks each of which holds other parameters in an optimiser of its own with
+            as many groups, as the stages of a pipeline do. They share ``d`` and skip steps together, at the
+            price of two small all-reduces a step.
+        bucket_bytes: How many bytes of updates may be alive at once.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *args: Any,
+        process_group: dist.ProcessGroup | None = None,
+        bucket_bytes: int = 64 << 20,
+        **options: Any,
+    ) -> None:
+        self._exchange = MeshExchange(process_group, bucket_bytes)
+        super().__init__(params, *args, **options)
+
+    def _takes_part(self, p: Tensor) -> bool:
+        # Where this rank has no gradient others may have one: whether to take part is not its own to decide.
+        return p.requires_grad
+
+    def _check_gradient(self, p: Tensor, name: str) -> None:
+        if getattr(p, "_fsdp_flattened", False):
+            raise RuntimeError(
+                f"{name} is a flat parameter of FSDP1, which has lost the shapes of the tensors in it: shard "
+                "the model with torch.distributed.fsdp.fully_shard."
+            )
+        if not isinstance(p, DTensor):
+            super()._check_gradient(p, name)
+            return
+        if any(placement.is_partial() for placement in p.placements):
+            raise RuntimeError(
+                f"{name} has placements {p.placements}: a Partial parameter has no value to train."
+            )
+        grad = p.grad
+        if grad is None:
+            return
+        found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
+        if found != (p.device_mesh, p.placements):
+            raise RuntimeError(
+                f"{name} has placements {p.placements} on {p.device_mesh}, but its gradient is {found}. Give "
+                "it the parameter's, as FSDP2 does: grad.redistribute(p.device_mesh, p.placements)."
+            )
+
+    def _part(self, p: Tensor, group: GroupStep, number: int) -> Part:
+        present = p.grad is not None
+        grad = p.grad if p.grad is not None else torch.zeros_like(p)
+        return self._make_part(p, grad, group, number, present)
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+    def _layout(self, p: Tensor) -> Layout:
+        # Kept, since a layout may keep where its samples are. A parameter may change its placements.
+        key = (p.shape, p.device_mesh, p.placements) if isinstance(p, DTensor) else p.shape
+        if key not in self._layouts:
+            self._layouts[key] = layout_of(p)
+        return self._layouts[key]
+
+    @property
+    def _layouts(self) -> dict[object, Layout]:
+        layouts: dict[object, Layout] = self.__dict__.setdefault("_layouts_by_placement", {})
+        return layouts
+
+    def _placed(self, p: Tensor, local: Tensor, key: str, o: Options) -> Tensor:
+        if not isinstance(p, DTensor):
+            return local
+        shape, whole = saved_form(key, tuple(p.shape), o.slice_p)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            local,
+            p.device_mesh,
+            placements_of(p, whole),
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=stride,
+        )
+
+    def _piece(self, p: Tensor, saved: Tensor, key: str, o: Options) -> Tensor:
+        device = self._local(p).device
+        if not isinstance(p, DTensor):
+            return (saved.full_tensor() if isinstance(saved, DTensor) else saved).to(device, copy=True)
+        _, whole = saved_form(key, tuple(p.shape), o.slice_p)
+        if isinstance(saved, DTensor):
+            return saved.redistribute(p.device_mesh, placements_of(p, whole)).to_local().to(device, copy=True)
+        for dim, indices in enumerate(self._layout(p).indices):
+            if dim not in whole:
+                chosen = torch.tensor(indices, dtype=torch.int64, device=saved.device)
+                saved = saved.index_select(dim, chosen)
+        return saved.to(device, copy=True)
