@@ -17,10 +17,14 @@ from torch import Tensor
 
 
 class Sum(NamedTuple):
-    """A sum that may be incomplete: ``local``, summed over the dimensions ``dims`` of this shard."""
+    """A sum that may be incomplete: ``local``, summed over the dimensions ``dims`` of this shard.
+
+    Copies of a tensor count once, but where ``copies`` is set: there each counts, so that all hear of all.
+    """
 
     local: Tensor
     dims: tuple[int, ...]
+    copies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +37,13 @@ class Layout:
             they follow on one another. Left out, the local tensor is the global one.
         cuts: What cuts the global tensor, as pairs of a mesh axis (known to who completes sums over it)
             and the dimension that it cuts.
+        copies: The mesh axes along which there are copies of the tensor.
     """
 
     shape: tuple[int, ...]
     indices: tuple[Sequence[int], ...] = ()
     cuts: tuple[tuple[Hashable, int], ...] = ()
+    copies: tuple[Hashable, ...] = ()
     _samples: dict[tuple[int, torch.device], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -55,6 +61,11 @@ class Layout:
     def numel(self) -> int:
         """The number of elements of the global tensor, as a divisor: at least 1."""
         return max(1, math.prod(self.shape))
+
+    def axes(self, asked: Sum) -> list[Hashable]:
+        """The mesh axes over which a local sum has to be summed to be complete."""
+        cutting = [axis for axis, dim in self.cuts if dim in asked.dims]
+        return [*cutting, *self.copies] if asked.copies else cutting
 
     def size(self, dim: int) -> int:
         """The size of one dimension of the global tensor, as a divisor: at least 1."""

@@ -69,16 +69,19 @@ def new_state(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtyp
 
 
 def squares(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype) -> dict[str, Sum]:
-    """Sums of g² that the moments need, in ``dtype``: the total, and per row, column and matrix."""
+    """Sums of g², in ``dtype``: those per row, column and matrix that factors need, and the total.
+
+    The total says whether the gradient is finite, which copies of the tensor have to agree on.
+    """
     dims = factored_dims(layout.shape) if factored else None
     if dims is None:
-        return {"total": Sum(torch.linalg.vector_norm(grad, dtype=dtype).square(), layout.dims)}
+        return {"total": Sum(torch.linalg.vector_norm(grad, dtype=dtype).square(), layout.dims, copies=True)}
     row, column = dims
     squared = grad.to(dtype).square()
     rows = squared.sum(column, keepdim=True)
     matrix = rows.sum(row, keepdim=True)
     return {
-        "total": Sum(matrix.sum(), layout.dims),
+        "total": Sum(matrix.sum(), layout.dims, copies=True),
         "row": Sum(rows, (column,)),
         "col": Sum(squared.sum(row, keepdim=True), (row,)),
         "mean": Sum(matrix, (row, column)),

@@ -92,7 +92,7 @@ def update(part: Part) -> Rule:
     # The raw gradient's squares. With the answer it is known whether the step happens at all.
     asked = moments.squares(part.grad, layout, factored=factored, dtype=dtype)
     if part.present is not None:
-        asked["present"] = Sum(torch.full_like(asked["total"].local, part.present), layout.dims)
+        asked["present"] = Sum(torch.full_like(asked["total"].local, part.present), layout.dims, copies=True)
     squares = yield asked
     n = part.group.scalars(weight.device, dtype)
     if part.present is False:

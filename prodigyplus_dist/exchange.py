@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prodigyplus.driver import Answer, Asked
-from prodigyplus_dist.layout import Axis
 
 
 class MeshExchange:
@@ -31,15 +30,15 @@ class MeshExchange:
 
     def complete(self, asked: Sequence[Asked]) -> list[Answer]:
         answers: list[Answer] = [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
-        # In the order in which the parameters name them: the same on every rank.
-        crossing: dict[Axis, list[tuple[int, str]]] = {}
+        # By process group, since meshes may share axes. In the order in which the parameters name them, which
+        # is the same on every rank.
+        crossing: dict[dist.ProcessGroup, list[tuple[int, str]]] = {}
         for number, (layout, sums) in enumerate(asked):
             for name, sum_ in sums.items():
-                for axis, dim in layout.cuts:
-                    if dim in sum_.dims:
-                        crossing.setdefault(cast("Axis", axis), []).append((number, name))
-        for (mesh, axis), places in crossing.items():
-            completed = _all_reduce([answers[n][name] for n, name in places], mesh.get_group(axis))
+                for axis in layout.axes(sum_):
+                    crossing.setdefault(cast("dist.ProcessGroup", axis), []).append((number, name))
+        for group, places in crossing.items():
+            completed = _all_reduce([answers[n][name] for n, name in places], group)
             for (n, name), value in zip(places, completed, strict=True):
                 answers[n][name] = value
         return answers

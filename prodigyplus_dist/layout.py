@@ -6,18 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from prodigyplus.layout import Layout
 
-Axis = tuple[DeviceMesh, int]
-"""A mesh axis: the mesh, and the number of its dimension."""
-
 
 def layout_of(tensor: Tensor) -> Layout:
-    """The layout of a parameter: of a DTensor, from its placements; of another tensor, the whole."""
+    """The layout of a parameter: of a DTensor, from its placements; of another tensor, the whole.
+
+    It names a mesh axis by the process group of the ranks along it.
+    """
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return Layout(shape)
@@ -25,14 +24,17 @@ def layout_of(tensor: Tensor) -> Layout:
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a parameter on a mesh that this rank is not of"
     indices: list[Sequence[int]] = [range(size) for size in shape]
-    cuts = []
+    cuts, copies = [], []
     for axis, placement in enumerate(placements):
-        dim = cut_dim(placement, len(shape))
-        if dim is None or mesh.size(axis) == 1:
+        if mesh.size(axis) == 1:
             continue
-        indices[dim] = _piece(indices[dim], dim, placement, mesh.size(axis), coordinate[axis])
-        cuts.append(((mesh, axis), dim))
-    layout = Layout(shape, tuple(indices), tuple(cuts))
+        dim = cut_dim(placement, len(shape))
+        if dim is None:
+            copies.append(mesh.get_group(axis))
+        else:
+            indices[dim] = _piece(indices[dim], dim, placement, mesh.size(axis), coordinate[axis])
+            cuts.append((mesh.get_group(axis), dim))
+    layout = Layout(shape, tuple(indices), tuple(cuts), tuple(copies))
     assert layout.local_shape == tuple(tensor.to_local().shape)
     return layout
 

@@ -33,7 +33,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     whose replicas must be given equal gradients, as DDP does. Every rank calls :meth:`step`,
     :meth:`state_dict` and :meth:`load_state_dict` together.
 
-    A step makes two all-reduces per mesh axis that cuts a parameter, and one for each further bucket.
+    A step makes two all-reduces along each mesh axis that cuts a parameter, one along each that copies one,
+    and one more where there are more updates than fit a bucket, for each further bucket.
 
     Args:
         params, options: As for :class:`prodigyplus.ProdigyPlusScheduleFree`.
