@@ -103,7 +103,8 @@ def advance_factors(
 def advance_full(state: Mapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> None:
     """``V ← keep·V + take·g²`` in place; ``grad`` in the dtype of the computation."""
     average = state["exp_avg_sq"]
-    average.copy_(torch.addcmul(grad.square().mul_(take), average.to(grad.dtype), keep))
+    moved = grad.square().mul_(take).addcmul_(average.to(grad.dtype), keep)
+    average.copy_(moved)
 
 
 def deviation(state: Mapping[str, Tensor], d: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,6 +119,6 @@ def deviation(state: Mapping[str, Tensor], d: Tensor, offset: Tensor, dtype: tor
 def advance_first(state: MutableMapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> Tensor:
     """``m ← keep·m + take·g`` in place; returns m in the dtype of the computation."""
     average = state["exp_avg"]
-    moved = torch.addcmul(grad * take, average.to(grad.dtype), keep)
+    moved = (grad * take).addcmul_(average.to(grad.dtype), keep)
     average.copy_(moved)
     return moved

@@ -124,11 +124,11 @@ def update(part: Part) -> Rule:
         moments.advance_factors(state, admitted, layout, n.beta2, n.square)
     else:
         moments.advance_full(state, u, n.beta2, n.square)
-    deviation = moments.deviation(state, n.d, n.eps, dtype)
 
     # Direction.
     if not o.use_schedulefree:
         u = moments.advance_first(state, u, n.beta1, n.gradient).div_(n.d)
+    deviation = moments.deviation(state, n.d, n.eps, dtype)
     u = directions.atan2(u, deviation) if o.eps is None else directions.adam(u, deviation)
     del deviation
     if o.use_stableadamw:
