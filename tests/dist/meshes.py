@@ -1,0 +1,107 @@
+"""Every mesh that the exactness tests run on: how many ranks, and where each parameter lies."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+# Like a transformer's: matrices wide, tall and square, a stack of experts, a convolution, biases and norms.
+EVEN = ((32, 64), (64, 32), (36, 36), (4, 8, 40), (36, 8, 3, 3), (64,), (32,), (4,))
+# Odd sizes; on four ranks some hold less than others, or nothing.
+UNEVEN = ((33, 17), (17, 35), (37, 37), (5, 3, 41), (35, 3, 3, 3), (13,), (5,), (1,), ())
+EMPTY = ((3, 40), (40, 2), (2, 33, 34), (1, 64), (64, 1), (3,), (1,), (0, 8))
+
+
+def along(dim):
+    """Cut by a 1-D mesh along a dimension, where there is one."""
+    return lambda shape: [Shard(dim % len(shape)) if shape else Replicate()]
+
+
+def tensor_parallel(shape):
+    """Tall matrices by their rows, wide ones by their columns; norms and biases everywhere."""
+    if len(shape) < 2:
+        return [Replicate()]
+    return [Shard(0) if shape[0] >= shape[1] else Shard(1)]
+
+
+def fsdp_and_tensor_parallel(shape):
+    (inner,) = tensor_parallel(shape)
+    if not shape:
+        return [Replicate(), Replicate()]
+    return [_StridedShard(0, split_factor=2) if inner == Shard(0) else Shard(0), inner]
+
+
+def both_dims(shape):
+    return [Shard(0), Shard(min(1, len(shape) - 1))] if len(shape) > 1 else [Replicate(), Replicate()]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    size: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    placements: Callable[[tuple[int, ...]], list | None]  # of a shape; None: a plain tensor
+    experts: tuple[int, ...] | None = None  # the mesh of three-dimensional parameters, where they have one
+
+    @property
+    def ranks(self):
+        return math.prod(self.size)
+
+
+MESHES = {
+    "fsdp2": Mesh((2,), EVEN, along(0)),
+    "fsdp3": Mesh((3,), EVEN, along(0)),
+    "fsdp4": Mesh((4,), EVEN, along(0)),
+    "last_dim": Mesh((2,), UNEVEN, along(-1)),
+    "hsdp": Mesh((2, 2), EVEN, lambda shape: [Replicate(), *along(0)(shape)]),
+    "tp": Mesh((2,), EVEN, tensor_parallel),
+    "fsdp_tp": Mesh((2, 2), EVEN, fsdp_and_tensor_parallel),
+    "fsdp_tp_uneven": Mesh((2, 2), UNEVEN, fsdp_and_tensor_parallel),
+    "uneven": Mesh((4,), UNEVEN, along(0)),
+    "empty": Mesh((4,), EMPTY, along(0)),
+    "nine": Mesh((9,), UNEVEN, along(0)),
+    "mixed": Mesh((2,), UNEVEN, lambda shape: along(0)(shape) if len(shape) > 1 else None),
+    "two_meshes": Mesh((4,), EVEN, along(0), experts=(2, 2)),
+}
+
+
+class Placed:
+    """A problem (see tests.single.problems.Fed) cut up on a mesh."""
+
+    def __init__(self, problem, mesh: Mesh):
+        self._problem, self._mesh = problem, mesh
+        self._device_mesh = init_device_mesh("cpu", mesh.size)
+        self._expert_mesh = mesh.experts and init_device_mesh("cpu", mesh.experts)
+        self.parameters = [nn.Parameter(self._place(p.detach())) for p in problem.parameters]
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        shape = tuple(tensor.shape)
+        if self._expert_mesh is not None and len(shape) == 3:
+            return distribute_tensor(tensor, self._expert_mesh, both_dims(shape), src_data_rank=None)
+        placements = self._mesh.placements(shape)
+        if placements is None:
+            return tensor.clone()
+        return distribute_tensor(tensor, self._device_mesh, placements, src_data_rank=None)
+
+    def backward(self):
+        self._problem.backward()
+        for p, full in zip(self.parameters, self._problem.parameters, strict=True):
+            p.grad = self._place(full.grad)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The global tensor of a DTensor; another tensor as it is."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def pieces_of(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def quiet_threads():
+    torch.set_num_threads(1)

@@ -1,0 +1,41 @@
+"""The small transformer on meshes, as a user would wrap it."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.models import Transformer
+
+# Name: sizes of the axes that copy, shard and split tensors.
+WRAPS = {"ddp2": {"ddp": 2}, "fsdp2": {"fsdp": 2}, "fsdp4": {"fsdp": 4}, "hsdp": {"copy": 2, "fsdp": 2},
+         "tp": {"tp": 2}, "fsdp_tp": {"fsdp": 2, "tp": 2}}  # fmt: skip
+
+
+def ranks(name):
+    return torch.Size(WRAPS[name].values()).numel()
+
+
+def wrap(name, dtype=torch.float32):
+    """A model, the model to call, and the number and count of this rank's slice of a global batch."""
+    torch.manual_seed(0)
+    model = Transformer().to(dtype)
+    axes = WRAPS[name]
+    if "ddp" in axes:
+        return model, DistributedDataParallel(model), dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    if "tp" in axes:
+        for block in model.blocks:
+            plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+            parallelize_module(block, mesh["tp"], plan)
+    if "fsdp" in axes:
+        data_mesh = mesh["copy", "fsdp"] if "copy" in axes else mesh["fsdp"]
+        for block in model.blocks:
+            fully_shard(block, mesh=data_mesh)
+        fully_shard(model, mesh=data_mesh)
+        number = data_mesh.get_rank() if data_mesh.ndim == 1 else dist.get_rank()
+        return model, model, data_mesh.get_local_rank() if data_mesh.ndim == 1 else number, data_mesh.size()
+    return model, model, 0, 1

@@ -1,0 +1,168 @@
+"""Saved on some ranks, loaded on others: the run goes on."""
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from tests.dist.meshes import MESHES, Placed, whole
+from tests.dist.sharding import ranks, wrap
+from tests.models import Walks, loss_of
+from tests.single.problems import Fed, assert_same
+
+BEFORE, AFTER = 30, 15
+
+
+def advance(called, optimizer, data, steps, number, count):
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(called, data.next().chunk(count)[number])
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def weights_and_d(model, optimizer):
+    return [whole(p) for p in model.parameters()], float(optimizer.metrics()[0]["d"])
+
+
+def save(name, folder, flatten):
+    """Train, save, and train on: where the uninterrupted run is."""
+    model, called, number, count = wrap(name)
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+    data = Walks()
+    advance(called, optimizer, data, BEFORE, number, count)
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    saved = get_state_dict(model, optimizer, options=how)
+    dcp.save({"model": saved[0], "optimizer": saved[1]}, checkpoint_id=folder)
+    advance(called, optimizer, data, AFTER, number, count)
+    return weights_and_d(model, optimizer)
+
+
+def load(name, folder, flatten, mode):
+    model, called, number, count = wrap(name)
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+    data = Walks()
+    for _ in range(BEFORE):
+        data.next()
+    getattr(optimizer, mode)()
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    template = get_state_dict(model, optimizer, options=how)
+    saved = {"model": template[0], "optimizer": template[1]}
+    dcp.load(saved, checkpoint_id=folder)
+    set_state_dict(
+        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=how
+    )
+    advance(called, optimizer, data, AFTER, number, count)
+    return weights_and_d(model, optimizer)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_through_dcp(pool, tmp_path, flatten):
+    uninterrupted = pool.run(4, save, "fsdp4", str(tmp_path), flatten)
+    assert_same(pool.run(4, load, "fsdp4", str(tmp_path), flatten, "train"), uninterrupted)
+    weights, d = uninterrupted[0]
+    for name, mode in (("fsdp2", "train"), ("hsdp", "eval"), ("fsdp_tp", "train")):
+        for found, found_d in pool.run(ranks(name), load, name, str(tmp_path), flatten, mode):
+            assert found_d == pytest.approx(d, rel=1e-5)
+            for ours, theirs in zip(found, weights, strict=True):
+                assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def state_of(optimizer):
+    """A state dict with whole tensors, as one process would save it."""
+    saved = optimizer.state_dict()
+    saved["state"] = {
+        number: {key: whole(value) for key, value in state.items()} for number, state in saved["state"].items()
+    }
+    return saved
+
+
+def fed_on_mesh(name, saved, weights, draws, steps):
+    """Go on, on a mesh, from what one process saved; returns what it saves and weighs then."""
+    mesh = MESHES[name]
+    problem = Fed(*mesh.shapes)
+    problem.random.set_state(draws)
+    for p, value in zip(problem.parameters, weights, strict=True):
+        p.data.copy_(value)
+    placed = Placed(problem, mesh)
+    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
+    optimizer.load_state_dict(saved)
+    for _ in range(steps):
+        placed.backward()
+        optimizer.step()
+    return state_of(optimizer), [whole(p) for p in placed.parameters]
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "last_dim", "hsdp", "fsdp_tp_uneven", "empty", "mixed", "two_meshes"])
+def test_what_one_process_saved(pool, name):
+    """Loaded and saved again it is the same; trained on, it is what one process would have become."""
+    problem = Fed(*MESHES[name].shapes)
+    optimizer = ProdigyPlusScheduleFree(problem.parameters)
+    for _ in range(40):
+        problem.backward()
+        optimizer.step()
+    saved, draws = optimizer.state_dict(), problem.random.get_state()
+    weights = [p.detach().clone() for p in problem.parameters]
+
+    for found, found_weights in pool.run(MESHES[name].ranks, fed_on_mesh, name, saved, weights, draws, 0):
+        assert_same(found, saved)
+        assert_same(found_weights, weights)
+
+    results = pool.run(MESHES[name].ranks, fed_on_mesh, name, saved, weights, draws, 20)
+    for _ in range(20):
+        problem.backward()
+        optimizer.step()
+    for found, found_weights in results:
+        assert found["param_groups"][0]["d"] == pytest.approx(optimizer.state_dict()["param_groups"][0]["d"], rel=1e-6)
+        for ours, p in zip(found_weights, problem.parameters, strict=True):
+            assert (ours - p.detach()).norm() <= 1e-6 * p.detach().norm()
+
+
+def averages():
+    """Averaged weights from every interface, of a model on a mesh."""
+    model, called, number, count = wrap("fsdp2")
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+    advance(called, optimizer, Walks(), 20, number, count)
+    before = [whole(p) for p in model.parameters()]
+    saved = {name: whole(value) for name, value in optimizer.averaged_state_dict(model).items()}
+    with optimizer.averaged_parameters():
+        inside = {name: whole(value) for name, value in model.state_dict().items()}
+    after = [whole(p) for p in model.parameters()]
+    optimizer.eval()
+    evaluated = {name: whole(value) for name, value in model.state_dict().items()}
+    return before, after, saved, inside, evaluated
+
+
+def test_averaged_weights(pool):
+    before, after, saved, inside, evaluated = pool.run(2, averages)[0]
+    assert_same(after, before)
+    assert_same(saved, evaluated)
+    assert_same(inside, evaluated)
+
+
+def swapped(after_construction):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5))
+    mesh = init_device_mesh("cpu", (2,))
+    if not after_construction:
+        fully_shard(model, mesh=mesh)
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+    if after_construction:
+        fully_shard(model, mesh=mesh)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(torch.full((4, 40), 0.3)).square().sum().backward()
+        optimizer.step()
+    return [whole(p) for p in model.parameters()], float(optimizer.metrics()[0]["d"])
+
+
+def test_parameters_swapped_after_construction(pool):
+    assert_same(pool.run(2, swapped, True), pool.run(2, swapped, False))

@@ -1,0 +1,111 @@
+"""What a step sends: a few all-reduces, however many parameters and groups there are, and nothing else."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from tests.dist.meshes import MESHES, Placed
+from tests.single.problems import Fed
+
+# All-reduces: two along an axis that cuts a parameter, one along an axis that only copies.
+EXPECTED = {"fsdp4": 2, "hsdp": 3, "tp": 2, "fsdp_tp": 4, "uneven": 2, "mixed": 2, "two_meshes": 6}
+
+
+class NoWait(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal"), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of_a_step(mesh_name, repeat, per_group, bucket_bytes):
+    mesh = MESHES[mesh_name]
+    placed = Placed(Fed(*mesh.shapes * repeat), mesh)
+    parameters = placed.parameters
+    groups = [{"params": parameters[i : i + per_group]} for i in range(0, len(parameters), per_group)]
+    optimizer = ShardedProdigyPlusScheduleFree(groups, bucket_bytes=bucket_bytes)
+    placed.backward()
+    optimizer.step()  # makes state, and finds out where samples are
+    placed.backward()
+    with CommDebugMode() as seen, NoWait():
+        optimizer.step()
+    return {str(kind): count for kind, count in seen.get_comm_counts().items() if count}
+
+
+@pytest.mark.parametrize("mesh_name", EXPECTED)
+def test_all_reduces_do_not_depend_on_parameters_or_groups(pool, mesh_name):
+    ranks = MESHES[mesh_name].ranks
+    for repeat, per_group in ((1, 100), (3, 100), (3, 2)):
+        for counts in pool.run(ranks, collectives_of_a_step, mesh_name, repeat, per_group, 1 << 26):
+            assert counts == {"c10d.allreduce_": EXPECTED[mesh_name]}, (repeat, per_group)
+
+
+def test_one_more_for_each_further_bucket(pool):
+    """A rank has parameters of 4096, 4096, 2592, 2560 and 5184 bytes, and a few smaller ones."""
+    for counts in pool.run(2, collectives_of_a_step, "fsdp2", 1, 100, 8192):
+        assert counts == {"c10d.allreduce_": 1 + 3}
+
+
+def ddp_step():
+    problem = Fed((40, 12), (5,))
+    problem.backward()
+    with CommDebugMode() as seen:
+        for optimizer_class in (ProdigyPlusScheduleFree, ShardedProdigyPlusScheduleFree):
+            optimizer_class(problem.parameters).step()
+    return seen.get_total_counts()
+
+
+def test_plain_parameters_send_nothing(pool):
+    assert pool.run(2, ddp_step) == [0, 0]
+
+
+def stage(rank, shapes):
+    """The parameters of one stage of a pipeline, out of a problem of all."""
+    problem = Fed(*shapes)
+    mine = problem.parameters[rank::2]
+    group = dist.group.WORLD
+    optimizer = ShardedProdigyPlusScheduleFree(split(mine), process_group=group)
+    d = []
+    for step in range(60):
+        problem.backward()
+        spoil(step, problem.parameters)
+        optimizer.step()
+        d.append([float(group["d"]) for group in optimizer.metrics()])
+    return d, [p.detach() for p in mine]
+
+
+def split(parameters):
+    matrices = [p for p in parameters if p.ndim > 1]
+    return [{"params": matrices}, {"params": [p for p in parameters if p.ndim <= 1], "d_coef": 2.0}]
+
+
+def spoil(step, parameters):
+    if step % 7 == 5:
+        parameters[0].grad[0] = float("nan")
+
+
+def run_stage(shapes):
+    return stage(dist.get_rank(), shapes)
+
+
+@pytest.mark.parametrize("shapes", [((40, 12), (12, 40), (9,), (5,)), ((40, 12), (12, 40))])
+def test_stages_of_a_pipeline_share_their_step_size(pool, shapes):
+    """Also where a stage has nothing in a group."""
+    problem = Fed(*shapes)
+    optimizer = ProdigyPlusScheduleFree(split(problem.parameters))
+    expected = []
+    for step in range(60):
+        problem.backward()
+        spoil(step, problem.parameters)
+        optimizer.step()
+        expected.append([float(group["d"]) for group in optimizer.metrics()])
+    assert expected[-1][0] > 1e-4
+    stages = pool.run(2, run_stage, shapes)
+    for rank, (d, weights) in enumerate(stages):
+        torch.testing.assert_close(torch.tensor(d), torch.tensor(expected), rtol=1e-9, atol=0)
+        for found, p in zip(weights, problem.parameters[rank::2], strict=True):
+            torch.testing.assert_close(found, p.detach(), rtol=1e-6, atol=1e-7)

@@ -1,0 +1,85 @@
+"""Memory: a step leaves nothing behind, and what it needs meanwhile is bounded by the bucket."""
+
+import gc
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from tests.dist.meshes import MESHES, Mesh, Placed, along
+from tests.single.problems import Fed
+
+
+def peak_of_a_step(optimizer, problem):
+    """The most bytes that a step holds beyond what was there before it."""
+    for _ in range(2):
+        problem.backward()
+        optimizer.step()
+    problem.backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        optimizer.step()
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def objects():
+    gc.collect()
+    return sum(isinstance(o, torch.Tensor) for o in gc.get_objects()), len(gc.get_objects())
+
+
+def counts_over_time(mesh_name):
+    mesh = MESHES[mesh_name]
+    placed = Placed(Fed(*mesh.shapes), mesh)
+    optimizer = ShardedProdigyPlusScheduleFree([{"params": [p]} for p in placed.parameters])
+    counts = []
+    for step in range(210):
+        placed.backward()
+        optimizer.step()
+        optimizer.metrics()
+        if step in (9, 209):
+            counts.append(objects())
+    return counts
+
+
+@pytest.mark.parametrize("mesh_name", ["fsdp2", "fsdp_tp"])
+def test_live_objects_are_flat_over_200_steps(pool, mesh_name):
+    for (tensors, everything), (later_tensors, later_everything) in pool.run(
+        MESHES[mesh_name].ranks, counts_over_time, mesh_name
+    ):
+        assert later_tensors == tensors
+        assert later_everything <= everything + 50
+
+
+SQUARES = Mesh((2,), ((128, 256),) * 16, along(0))
+PIECE = 64 * 256 * 4  # bytes that a rank holds of each
+
+
+def peak_on_two_ranks(options, bucket_bytes):
+    placed = Placed(Fed(*SQUARES.shapes), SQUARES)
+    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters, bucket_bytes=bucket_bytes, **options)
+    return peak_of_a_step(optimizer, placed)
+
+
+OPTIONS = [{}, {"factored": False}, {"use_schedulefree": False}, {"weight_decay": 0.1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_step_needs_a_bucket_and_one_parameter_more(pool, options):
+    """The updates of a bucket, one temporary of the parameter at work, and what is small."""
+    small = 2 * 16 * (64 + 256) * 4 + 100_000
+    for pieces in (1, 4):
+        for most in pool.run(2, peak_on_two_ranks, options, pieces * PIECE):
+            assert most <= (pieces + 1) * PIECE + small
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_process_needs_two_of_the_largest_parameter(options):
+    problem = Fed(*((512, 512),) * 8, (1024, 512))
+    optimizer = ProdigyPlusScheduleFree(problem.parameters, **options)
+    assert peak_of_a_step(optimizer, problem) <= 2 * 1024 * 512 * 4 + 200_000

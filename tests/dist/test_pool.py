@@ -1,0 +1,54 @@
+"""The pool itself: a failure or a hang of any rank is a failure of the test, with its place."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.dist.pool import Failed
+
+
+def rank_and_sum(value):
+    total = torch.tensor([value * dist.get_rank()])
+    dist.all_reduce(total)
+    return dist.get_rank(), total
+
+
+def fail_on_one():
+    if dist.get_rank() == 1:
+        raise KeyError("deliberate")
+    dist.barrier()
+
+
+def hang_on_one():
+    if dist.get_rank() == 1:
+        time.sleep(3600)
+
+
+def die_on_one():
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_results_come_in_order(pool):
+    for size in (1, 3):
+        results = pool.run(size, rank_and_sum, 2)
+        assert [rank for rank, _ in results] == list(range(size))
+        assert all(int(total) == size * (size - 1) for _, total in results)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (fail_on_one, "rank 1 failed:[^$]*KeyError: 'deliberate'"),
+        (hang_on_one, "rank 1 did not answer:[^$]*hang_on_one"),
+        (die_on_one, "rank 1 failed:\nthe process died"),
+    ],
+)
+def test_failures_are_told(pool, function, message):
+    with pytest.raises(Failed, match=message):
+        pool.run(2, function, limit=10)
+    assert len(pool.run(2, rank_and_sum, 1)) == 2

@@ -1,0 +1,93 @@
+"""What differs between ranks must not: missing gradients, an inf on one rank, ranks that own nothing."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from tests.dist.meshes import MESHES, Placed, pieces_of, whole
+from tests.single.problems import Fed, assert_same
+
+STEPS = 40
+
+
+def split(parameters):
+    return [{"params": parameters[:3]}, {"params": parameters[3:]}]
+
+
+def disturb(step, parameters, rank):
+    """What happens to the gradients of a rank; None: of one process, that holds them all."""
+    if step % 4 == 1:  # missing everywhere
+        parameters[0].grad = None
+    if step % 4 == 2 and rank in (None, 1):  # not finite on one rank
+        local = pieces_of(parameters[1].grad)
+        if local.numel():
+            local.view(-1)[0] = float("inf")
+    if step in (20, 21):  # a group that has none
+        for p in parameters[3:]:
+            p.grad = None
+
+
+def play(optimizer, problem, rank=None):
+    d = []
+    for step in range(STEPS):
+        problem.backward()
+        disturb(step, problem.parameters, rank)
+        optimizer.step()
+        d.append([float(group["d"]) for group in optimizer.metrics()])
+    metrics = [{name: float(value) for name, value in group.items()} for group in optimizer.metrics()]
+    return [whole(p) for p in problem.parameters], d, metrics
+
+
+def on_mesh(name):
+    placed = Placed(Fed(*MESHES[name].shapes), MESHES[name])
+    return play(ShardedProdigyPlusScheduleFree(split(placed.parameters)), placed, dist.get_rank())
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "uneven", "hsdp", "fsdp_tp", "two_meshes"])
+def test_missing_and_bad_gradients(pool, name):
+    mesh = MESHES[name]
+    problem = Fed(*mesh.shapes)
+    weights, d, metrics = play(ProdigyPlusScheduleFree(split(problem.parameters)), problem)
+    assert metrics[0]["skipped_steps"] == STEPS // 4
+    for found in pool.run(mesh.ranks, on_mesh, name, limit=60):
+        assert found[1] == found[1]
+        for ours, theirs in zip(found[2], metrics, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+        for one, other in zip(found[0], weights, strict=True):
+            assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+def missing_on_one(name, missing):
+    placed = Placed(Fed(*MESHES[name].shapes), MESHES[name])
+    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
+    for _ in range(STEPS):
+        placed.backward()
+        for p in placed.parameters[:4]:
+            if missing and dist.get_rank() == 1:
+                p.grad = None
+            elif dist.get_rank() == 1:
+                pieces_of(p.grad).zero_()
+        optimizer.step()
+    return [whole(p) for p in placed.parameters], float(optimizer.metrics()[0]["d"])
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "uneven"])
+def test_a_gradient_missing_on_one_rank_is_zero_there(pool, name):
+    missing = pool.run(MESHES[name].ranks, missing_on_one, name, True, limit=60)
+    zeros = pool.run(MESHES[name].ranks, missing_on_one, name, False, limit=60)
+    assert_same(missing, zeros)
+
+
+def nothing_to_do(name):
+    placed = Placed(Fed(*MESHES[name].shapes), MESHES[name])
+    for p in placed.parameters:
+        p.requires_grad_(False)
+    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
+    optimizer.step()
+    return len(optimizer.state)
+
+
+def test_all_frozen(pool):
+    assert pool.run(2, nothing_to_do, "fsdp2", limit=30) == [0, 0]
