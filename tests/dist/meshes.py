@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -44,7 +43,8 @@ def both_dims(shape):
 class Mesh:
     size: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
-    placements: Callable[[tuple[int, ...]], list | None]  # of a shape; None: a plain tensor
+    placements: Callable[[tuple[int, ...]], list]  # of a shape
+    plain: bool = False  # whether every other parameter is a plain tensor
     experts: tuple[int, ...] | None = None  # the mesh of three-dimensional parameters, where they have one
 
     @property
@@ -64,7 +64,7 @@ MESHES = {
     "uneven": Mesh((4,), UNEVEN, along(0)),
     "empty": Mesh((4,), EMPTY, along(0)),
     "nine": Mesh((9,), UNEVEN, along(0)),
-    "mixed": Mesh((2,), UNEVEN, lambda shape: along(0)(shape) if len(shape) > 1 else None),
+    "mixed": Mesh((2,), UNEVEN * 2, along(0), plain=True),  # an odd number: each shape in both kinds
     "two_meshes": Mesh((4,), EVEN, along(0), experts=(2, 2)),
 }
 
@@ -76,21 +76,22 @@ class Placed:
         self._problem, self._mesh = problem, mesh
         self._device_mesh = init_device_mesh("cpu", mesh.size)
         self._expert_mesh = mesh.experts and init_device_mesh("cpu", mesh.experts)
-        self.parameters = [nn.Parameter(self._place(p.detach())) for p in problem.parameters]
+        self.parameters = [
+            nn.Parameter(self._place(number, p.detach())) for number, p in enumerate(problem.parameters)
+        ]
 
-    def _place(self, tensor: Tensor) -> Tensor:
+    def _place(self, number: int, tensor: Tensor) -> Tensor:
         shape = tuple(tensor.shape)
+        if self._mesh.plain and number % 2:
+            return tensor.clone()
         if self._expert_mesh is not None and len(shape) == 3:
             return distribute_tensor(tensor, self._expert_mesh, both_dims(shape), src_data_rank=None)
-        placements = self._mesh.placements(shape)
-        if placements is None:
-            return tensor.clone()
-        return distribute_tensor(tensor, self._device_mesh, placements, src_data_rank=None)
+        return distribute_tensor(tensor, self._device_mesh, self._mesh.placements(shape), src_data_rank=None)
 
     def backward(self):
         self._problem.backward()
-        for p, full in zip(self.parameters, self._problem.parameters, strict=True):
-            p.grad = self._place(full.grad)
+        for number, (p, full) in enumerate(zip(self.parameters, self._problem.parameters, strict=True)):
+            p.grad = self._place(number, full.grad)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -102,6 +103,3 @@ def whole(tensor: Tensor) -> Tensor:
 def pieces_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-
-def quiet_threads():
-    torch.set_num_threads(1)

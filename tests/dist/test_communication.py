@@ -7,7 +7,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree, exchange
 from tests.dist.meshes import MESHES, Placed
 from tests.single.problems import Fed
 
@@ -48,6 +48,17 @@ def test_one_more_for_each_further_bucket(pool):
     """A rank has parameters of 4096, 4096, 2592, 2560 and 5184 bytes, and a few smaller ones."""
     for counts in pool.run(2, collectives_of_a_step, "fsdp2", 1, 100, 8192):
         assert counts == {"c10d.allreduce_": 1 + 3}
+
+
+def sums_of_two_dtypes():
+    values = [torch.full((3, 1), 0.1), torch.tensor(0.1, dtype=torch.float64)]
+    return exchange._all_reduce(values, dist.group.WORLD)
+
+
+def test_what_travels_together_keeps_its_precision(pool):
+    for single, double in pool.run(2, sums_of_two_dtypes):
+        torch.testing.assert_close(single, torch.full((3, 1), 0.2), rtol=0, atol=0)
+        torch.testing.assert_close(double, torch.tensor(0.2, dtype=torch.float64), rtol=0, atol=0)
 
 
 def ddp_step():

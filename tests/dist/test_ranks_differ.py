@@ -9,7 +9,7 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import MESHES, Placed, pieces_of, whole
 from tests.single.problems import Fed, assert_same
 
-STEPS = 40
+STEPS = 42  # the last is one with a gradient missing
 
 
 def split(parameters):
@@ -50,9 +50,9 @@ def test_missing_and_bad_gradients(pool, name):
     mesh = MESHES[name]
     problem = Fed(*mesh.shapes)
     weights, d, metrics = play(ProdigyPlusScheduleFree(split(problem.parameters)), problem)
-    assert metrics[0]["skipped_steps"] == STEPS // 4
+    assert metrics[0]["skipped_steps"] == 10
     for found in pool.run(mesh.ranks, on_mesh, name, limit=60):
-        assert found[1] == found[1]
+        assert torch.tensor(found[1]).allclose(torch.tensor(d), rtol=1e-6, atol=0)
         for ours, theirs in zip(found[2], metrics, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-6)
         for one, other in zip(found[0], weights, strict=True):
