@@ -62,10 +62,13 @@ def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Sequen
 
 
 def _buckets(parts: Sequence[Part], limit: int) -> Iterator[slice]:
-    """Cut ``parts`` into runs of at most ``limit`` bytes, or of one part where that is more."""
+    """Cut ``parts`` into runs of at most ``limit`` bytes, or of one part where that is more.
+
+    By the largest piece that any rank has of each, so that all ranks cut alike.
+    """
     start, size = 0, 0
     for stop, part in enumerate(parts):
-        more = part.weight.numel() * part.weight.element_size()
+        more = part.layout.most * part.weight.element_size()
         if stop > start and size + more > limit:
             yield slice(start, stop)
             start, size = stop, 0

@@ -38,12 +38,14 @@ class Layout:
         cuts: What cuts the global tensor, as pairs of a mesh axis (known to who completes sums over it)
             and the dimension that it cuts.
         copies: The mesh axes along which there are copies of the tensor.
+        most: How many elements the largest local tensor of all ranks has. Left out, the local tensor's.
     """
 
     shape: tuple[int, ...]
     indices: tuple[Sequence[int], ...] = ()
     cuts: tuple[tuple[Hashable, int], ...] = ()
     copies: tuple[Hashable, ...] = ()
+    most: int = -1
     _samples: dict[tuple[int, torch.device], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -51,6 +53,8 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.indices:
             object.__setattr__(self, "indices", tuple(range(size) for size in self.shape))
+        if self.most < 0:
+            object.__setattr__(self, "most", math.prod(self.local_shape))
 
     @property
     def dims(self) -> tuple[int, ...]:

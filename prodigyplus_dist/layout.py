@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ def layout_of(tensor: Tensor) -> Layout:
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a parameter on a mesh that this rank is not of"
     indices: list[Sequence[int]] = [range(size) for size in shape]
+    largest = list(shape)
     cuts, copies = [], []
     for axis, placement in enumerate(placements):
         if mesh.size(axis) == 1:
@@ -33,8 +35,9 @@ def layout_of(tensor: Tensor) -> Layout:
             copies.append(mesh.get_group(axis))
         else:
             indices[dim] = _piece(indices[dim], dim, placement, mesh.size(axis), coordinate[axis])
+            largest[dim] = -(-largest[dim] // mesh.size(axis))
             cuts.append((mesh.get_group(axis), dim))
-    layout = Layout(shape, tuple(indices), tuple(cuts), tuple(copies))
+    layout = Layout(shape, tuple(indices), tuple(cuts), tuple(copies), math.prod(largest))
     assert layout.local_shape == tuple(tensor.to_local().shape)
     return layout
 

@@ -79,7 +79,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         if found != (p.device_mesh, p.placements):
             raise RuntimeError(
                 f"{name} has placements {p.placements} on {p.device_mesh}, but its gradient is {found}. Give "
-                "it the parameter's, as FSDP2 does: p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
+                "it the parameter's, as FSDP2 does: "
+                "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
             )
 
     def _part(self, p: Tensor, group: GroupStep, number: int) -> Part:

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree, exchange
-from tests.dist.meshes import MESHES, Placed
-from tests.single.problems import Fed
+from tests.dist.meshes import MESHES, Placed, whole
+from tests.single.problems import Fed, assert_same
 
 # All-reduces: two along an axis that cuts a parameter, one along an axis that only copies.
 EXPECTED = {"fsdp4": 2, "hsdp": 3, "tp": 2, "fsdp_tp": 4, "uneven": 2, "mixed": 2, "two_meshes": 6}
@@ -48,6 +48,31 @@ def test_one_more_for_each_further_bucket(pool):
     """A rank has parameters of 4096, 4096, 2592, 2560 and 5184 bytes, and a few smaller ones."""
     for counts in pool.run(2, collectives_of_a_step, "fsdp2", 1, 100, 8192):
         assert counts == {"c10d.allreduce_": 1 + 3}
+
+
+def in_small_buckets(mesh_name, bucket_bytes):
+    mesh = MESHES[mesh_name]
+    placed = Placed(Fed(*mesh.shapes), mesh)
+    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters, bucket_bytes=bucket_bytes)
+    counts = []
+    for _ in range(20):
+        placed.backward()
+        with CommDebugMode() as seen:
+            optimizer.step()
+        counts.append(seen.get_total_counts())
+    return counts, float(optimizer.metrics()[0]["d"]), [whole(p) for p in placed.parameters]
+
+
+@pytest.mark.parametrize("mesh_name", ["uneven", "empty", "fsdp_tp_uneven", "nine"])
+def test_ranks_with_more_and_with_less_cut_the_same_buckets(pool, mesh_name):
+    ranks = MESHES[mesh_name].ranks
+    whole_run = pool.run(ranks, in_small_buckets, mesh_name, 1 << 26, limit=60)
+    for bucket_bytes in (1, 1000, 4000):
+        first, *others = pool.run(ranks, in_small_buckets, mesh_name, bucket_bytes, limit=60)
+        assert bucket_bytes > 1 or first[0][0] > whole_run[0][0][0]
+        assert_same(first[1:], whole_run[0][1:])
+        for other in others:
+            assert_same(other, first)
 
 
 def sums_of_two_dtypes():
