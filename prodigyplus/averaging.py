@@ -7,6 +7,7 @@ Only y (in the model) and z (in the state) are kept. Pure functions on tensors.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -21,16 +22,9 @@ def move(y: Tensor, z: Tensor, update: Tensor, c: Tensor, z_step: Tensor, y_step
 
 def x_from_y(y: Tensor, z: Tensor, beta1: float, out: Tensor) -> None:
     """Write the average ``x = lerp(y, z, 1 − 1/β1)`` to ``out``, which may be ``y``."""
-    _lerp(y, z, 1 - 1 / beta1, out)
+    torch.lerp(y, z, 1 - 1 / beta1, out=out)
 
 
 def y_from_x(x: Tensor, z: Tensor, beta1: float, out: Tensor) -> None:
     """Write the weights of training ``y = lerp(x, z, 1 − β1)`` to ``out``, which may be ``x``."""
-    _lerp(x, z, 1 - beta1, out)
-
-
-def _lerp(start: Tensor, end: Tensor, weight: float, out: Tensor) -> None:
-    if start.element_size() < 4:  # half precision rounds once, at the end
-        out.copy_(start.float().lerp_(end.float(), weight))
-    else:
-        out.copy_(start.lerp(end, weight)) if out is not start else out.lerp_(end, weight)
+    torch.lerp(x, z, 1 - beta1, out=out)

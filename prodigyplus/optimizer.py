@@ -137,9 +137,6 @@ class ProdigyPlusScheduleFree(Optimizer):
         super().add_param_group(param_group)
         self._check_parameters(len(self.param_groups) - 1)
         self._resolve(self.param_groups[-1])
-        modes = [group["train_mode"] for group in self.param_groups[:-1] if group["use_schedulefree"]]
-        if modes:
-            param_group["train_mode"] = modes[0]
 
     def _check_parameters(self, index: int) -> None:
         """Refuse the parameters of a group just added, and the group with them."""

@@ -144,3 +144,14 @@ def test_a_state_of_another_kind():
     saved["param_groups"][0]["factored"] = True
     with pytest.raises(ValueError, match=r"parameter 0.*exp_avg_sq"):
         optimizer.load_state_dict(saved)
+
+
+def test_a_state_dict_with_an_option_out_of_range():
+    problem, optimizer = pair((40, 12))
+    run(optimizer, problem, 3)
+    before = snapshot(optimizer)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["d_coef"] = -1.0
+    with pytest.raises(ValueError, match=r"d_coef=-1\.0"):
+        optimizer.load_state_dict(saved)
+    assert_same(snapshot(optimizer), before)

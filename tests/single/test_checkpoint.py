@@ -95,6 +95,7 @@ def test_lists_where_tuples_were():
     saved = optimizer.state_dict()
     saved["param_groups"][0]["betas"] = list(saved["param_groups"][0]["betas"])
     optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
     run(optimizer, problem, 1)
 
 

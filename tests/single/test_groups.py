@@ -218,6 +218,7 @@ def test_tensors_without_elements(options):
     run(optimizer, problem, 10)
     run(optimizer_alone, alone, 10)
     assert d(optimizer) == d(optimizer_alone)
+    assert not any(value.isnan().any() for state in optimizer.state.values() for value in state.values())
     optimizer.eval()
     optimizer.load_state_dict(optimizer.state_dict())
 

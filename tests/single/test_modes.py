@@ -20,8 +20,9 @@ def test_eval_and_train_come_back_to_the_weights(dtype):
     assert all((a != b).any() for a, b in zip(x, y, strict=True))
     optimizer.train()
     optimizer.train()
+    eps = torch.finfo(dtype).eps
     for p, before in zip(problem.parameters, y, strict=True):
-        torch.testing.assert_close(p.detach(), before, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+        torch.testing.assert_close(p.detach(), before, rtol=4 * eps, atol=eps)
 
 
 def test_average_is_the_average_of_z():
@@ -44,6 +45,19 @@ def test_step_in_eval_mode_says_what_to_call():
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
         optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def test_a_step_of_checkpoint_helpers_in_eval_mode():
+    """Whatever gradients lie about: with lr=0 it makes state, and changes nothing."""
+    problem, optimizer = pair((4, 4), (3,))
+    run(optimizer, problem, 5)
+    optimizer.eval()
+    before = snapshot(optimizer)
+    problem.backward()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1.0
     assert_same(snapshot(optimizer), before)
 
 
