@@ -5,10 +5,13 @@ PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: mnist test lint clean
+.PHONY: mnist gpt test lint clean
 
 mnist: $(VENV)/launch  ## train MNIST on two DDP processes
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/mnist_ddp.py $(ARGS)
+
+gpt: $(VENV)/launch  ## pretrain a small GPT under FSDP2 on two processes, ten minutes
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/gpt_fsdp2.py --minutes 10 $(ARGS)
 
 test: $(VENV)/test  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)

@@ -33,6 +33,10 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     whose replicas must be given equal gradients, as DDP does. Every rank calls :meth:`step`,
     :meth:`state_dict` and :meth:`load_state_dict` together.
 
+    FSDP2 keeps the weights of the root module gathered after a forward pass until a backward pass. Where none
+    follows, as after an evaluation, it would train on with the averaged weights it gathered: shard the root
+    with ``reshard_after_forward=True``, or call ``model.reshard()`` when the weights have changed.
+
     A step makes two all-reduces along each mesh axis that cuts a parameter, one along each that copies one,
     and one more where there are more updates than fit a bucket, for each further bucket.
 
