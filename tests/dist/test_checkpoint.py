@@ -4,8 +4,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
@@ -145,24 +143,3 @@ def test_averaged_weights(pool):
     assert_same(after, before)
     assert_same(saved, evaluated)
     assert_same(inside, evaluated)
-
-
-def swapped(after_construction):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(40, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5))
-    mesh = init_device_mesh("cpu", (2,))
-    if not after_construction:
-        fully_shard(model, mesh=mesh)
-    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
-    if after_construction:
-        fully_shard(model, mesh=mesh)
-        optimizer.param_groups[0]["params"] = list(model.parameters())
-    for _ in range(40):
-        optimizer.zero_grad()
-        model(torch.full((4, 40), 0.3)).square().sum().backward()
-        optimizer.step()
-    return [whole(p) for p in model.parameters()], float(optimizer.metrics()[0]["d"])
-
-
-def test_parameters_swapped_after_construction(pool):
-    assert_same(pool.run(2, swapped, True), pool.run(2, swapped, False))

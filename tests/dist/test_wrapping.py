@@ -1,0 +1,35 @@
+"""Ways to wrap a model that leave the parameters of one step other objects than those of construction."""
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from tests.dist.meshes import whole
+from tests.single.problems import assert_same
+
+
+def trained(after_construction=False, offload=False):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5))
+    mesh = init_device_mesh("cpu", (2,))
+    policy = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
+    if not after_construction:
+        fully_shard(model, mesh=mesh, offload_policy=policy)
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+    if after_construction:
+        fully_shard(model, mesh=mesh, offload_policy=policy)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(torch.full((4, 40), 0.3)).square().sum().backward()
+        optimizer.step()
+    return [whole(p) for p in model.parameters()], float(optimizer.metrics()[0]["d"])
+
+
+def test_parameters_swapped_after_construction(pool):
+    assert_same(pool.run(2, trained, True), pool.run(2, trained, False))
+
+
+def test_parameters_offloaded_to_the_cpu(pool):
+    assert_same(pool.run(2, trained, False, True), pool.run(2, trained, False))
