@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prodigyplus import averaging, driver, options, samples, stepsize
+from prodigyplus import averaging, checkpoint, driver, options, samples, stepsize
+from prodigyplus.checkpoint import name_of
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.options import Options
-from prodigyplus.rule import PRODIGY_STATE, Part, new_state, saved_form
+from prodigyplus.rule import PRODIGY_STATE, Part, new_state
 from prodigyplus.stepsize import GroupStep
 
 # float16 has not the range for the squares of d·g.
@@ -142,7 +143,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """Refuse the parameters of a group just added, and the group with them."""
         for number, p in enumerate(self.param_groups[index]["params"]):
             if p.dtype not in _DTYPES:
-                name = self._name(index, number)
+                name = name_of(self.param_groups[index], index, number)
                 self.param_groups.pop(index)
                 raise ValueError(
                     f"{name} is {p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Leave "
@@ -154,10 +155,6 @@ class ProdigyPlusScheduleFree(Optimizer):
             if note not in self._warned:
                 self._warned |= {note}
                 _warn_caller(note)
-
-    def _name(self, group: int, number: int) -> str:
-        names = self.param_groups[group].get("param_names")
-        return f"parameter {names[number]!r}" if names else f"parameter {number} of param_groups[{group}]"
 
     # ------------------------------------------------------------------------------------ the step
 
@@ -224,7 +221,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             for place, p in enumerate(group.numbers["params"]):
                 number += 1
                 if self._takes_part(p):
-                    self._check_gradient(p, self._name(index, place))
+                    self._check_gradient(p, name_of(group.numbers, index, place))
                     parts.append(self._part(p, group, number))
         return parts
 
@@ -270,7 +267,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         return Layout(tuple(p.shape))
 
     def _placed(self, p: Tensor, local: Tensor, key: str, o: Options) -> Tensor:
-        """An entry of the state as it is saved (see :func:`saved_form`), from the local piece of it."""
+        """An entry of the state as it is saved (:func:`prodigyplus.rule.saved_form`), from the local piece."""
         return local
 
     def _piece(self, p: Tensor, saved: Tensor, key: str, o: Options) -> Tensor:
@@ -398,12 +395,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         The model's weights are not in it: save them too, and load them before going on.
         """
         saved = super().state_dict()
-        numbers = [(group, name) for group in saved["param_groups"] for name in stepsize.NUMBERS]
-        tensors = [(group, name) for group, name in numbers if isinstance(group[name], Tensor)]
-        if tensors:  # one wait for the device, not one a number
-            values = torch.stack([group[name].double() for group, name in tensors]).tolist()
-            for (group, name), value in zip(tensors, values, strict=True):
-                group[name] = int(value) if name in stepsize.COUNTS else value
+        checkpoint.make_plain(saved["param_groups"])
         saved["state"] = self._saved_states()
         return saved
 
@@ -445,8 +437,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         loaded: dict[int, dict[str, Tensor]] = {}
 
         def take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            groups = self._check_groups(state_dict)
-            loaded.update(self._check_state(state_dict["state"], groups))
+            groups = checkpoint.checked_groups(state_dict, self.param_groups, self.defaults)
+            loaded.update(checkpoint.checked_states(state_dict["state"], groups, self.param_groups))
             return {"state": {}, "param_groups": groups}
 
         def put_in(optimizer: Optimizer) -> None:
@@ -473,67 +465,6 @@ class ProdigyPlusScheduleFree(Optimizer):
             for key, piece in pieces.items()
         }
 
-    def _check_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The groups of a state dict, complete and checked, with parameters numbered from 0."""
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"the state dict has no {key!r}: pass what state_dict() gave.")
-        saved, own = state_dict["param_groups"], self.param_groups
-        if len(saved) != len(own):
-            raise ValueError(
-                f"the state dict has {len(saved)} parameter groups, the optimiser {len(own)}: build the "
-                "optimiser with the groups that it was saved with."
-            )
-        groups = []
-        for index, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
-            if len(theirs["params"]) != len(ours["params"]):
-                raise ValueError(
-                    f"param_groups[{index}] of the state dict has {len(theirs['params'])} parameters, the "
-                    f"optimiser's {len(ours['params'])}: build the optimiser with the parameters that it "
-                    "was saved with."
-                )
-            if missing := {"d0", *stepsize.NUMBERS} - theirs.keys():
-                raise ValueError(
-                    f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: it is "
-                    "not of this optimiser."
-                )
-            group = {**self.defaults, **theirs}  # options that came since it was saved
-            group["betas"] = tuple(group["betas"])  # some savers make lists of tuples
-            options.validate(group)
-            groups.append(group)
-        return groups
-
-    def _check_state(
-        self, saved: Mapping[int, Mapping[str, Any]], groups: list[dict[str, Any]]
-    ) -> dict[int, dict[str, Tensor]]:
-        """The states of a state dict by the number of their parameter, after a look at their shapes."""
-        states = {}
-        number = 0
-        for index, (theirs, ours) in enumerate(zip(groups, self.param_groups, strict=True)):
-            for place, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
-                if saved.get(key):
-                    self._check_shapes(saved[key], p, theirs, self._name(index, place))
-                    states[number] = dict(saved[key])
-                number += 1
-        return states
-
-    def _check_shapes(self, saved: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str) -> None:
-        o, shape = Options.of(group), tuple(p.shape)
-        meta = torch.empty(shape, dtype=p.dtype, device="meta")
-        expected = new_state(meta, meta, Layout(shape), o).keys()
-        if set(saved).symmetric_difference(expected) - set(PRODIGY_STATE):
-            raise ValueError(
-                f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it "
-                "was saved by another optimiser, or with other options."
-            )
-        for key, value in saved.items():
-            needed, _ = saved_form(key, shape, o.slice_p)
-            if tuple(value.shape) != needed:
-                raise ValueError(
-                    f"{name}: {key!r} of the state dict has shape {tuple(value.shape)}, but a parameter of "
-                    f"shape {shape} needs {needed}: load it into the model it was saved with."
-                )
-
 
 def _overview(
     groups: Sequence[GroupStep], parts: Sequence[Part], answers: Sequence[driver.Answer], device: torch.device
@@ -544,14 +475,13 @@ def _overview(
     """
     wide = torch.float32 if device.type == "mps" else torch.float64
     zero, one = torch.zeros((), dtype=wide, device=device), torch.ones((), dtype=wide, device=device)
-    total, presence = zero, {id(group): zero for group in groups}
+    totals = [answer["total"].to(device, wide) for answer in answers]
+    present: dict[int, list[Tensor]] = {id(group): [zero] for group in groups}
     for part, answer in zip(parts, answers, strict=True):
-        total = total + answer["total"].to(device)
-        if part.present is None:
-            presence[id(part.group)] = one
-        else:
-            presence[id(part.group)] = presence[id(part.group)] + answer["present"].to(device)
-    return torch.stack([total, *presence.values()])
+        present[id(part.group)].append(one if part.present is None else answer["present"].to(device, wide))
+    return torch.stack(
+        [torch.stack(totals).sum(), *(torch.stack(counts).sum() for counts in present.values())]
+    )
 
 
 def _warn_caller(message: str) -> None:

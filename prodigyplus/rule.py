@@ -105,8 +105,9 @@ def update(part: Part) -> Rule:
     z = base.to(dtype)
     sums: dict[str, Sum] = {}
 
-    # Prodigy's statistics: the raw gradient, before this step's move.
-    if part.group.adapts:
+    # Prodigy's statistics: the raw gradient, before this step's move. Once freed, they do not come back.
+    adapts = part.group.adapts and "s" in state
+    if adapts:
         product, norm = stepsize.advance_statistics(
             layout.sample(part.grad, o.slice_p),
             state["p0"],
@@ -120,7 +121,7 @@ def update(part: Part) -> Rule:
     # Second moment.
     u = n.admit(part.grad.to(dtype))
     if factored:
-        admitted = {name: n.admit(value) for name, value in squares.items()}
+        admitted = {name: n.admit(squares[name]) for name in ("row", "col", "mean")}
         moments.advance_factors(state, admitted, layout, n.beta2, n.square)
     else:
         moments.advance_full(state, u, n.beta2, n.square)
@@ -136,7 +137,7 @@ def update(part: Part) -> Rule:
 
     whole = (yield sums) if sums else {}
 
-    if part.group.adapts:
+    if adapts:
         part.group.observe(n.admit(whole["product"]), n.admit(whole["norm"]))
     step = n.dlr
     if o.use_stableadamw:

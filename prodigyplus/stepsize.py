@@ -89,7 +89,7 @@ class Scalars(NamedTuple):
 
     def admit(self, values: Tensor) -> Tensor:
         """``values``, or zeros if the step is not to happen: keeps 0·inf out of what follows."""
-        return torch.where(self.happens, values, torch.zeros((), dtype=values.dtype, device=values.device))
+        return torch.where(self.happens, values, 0)
 
 
 class GroupStep:

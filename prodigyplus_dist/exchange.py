@@ -1,4 +1,4 @@
-"""Complete sums over shards: all that a round asks for in one all-reduce per mesh axis.
+"""Complete sums over shards: all that a round asks for in one all-reduce along each mesh axis it crosses.
 
 The number of collectives depends on the meshes alone, not on how many parameters or groups there are. An
 all-reduce gives every rank the same bits, so every rank computes the same numbers from them.
@@ -6,6 +6,7 @@ all-reduce gives every rank the same bits, so every rank computes the same numbe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -51,9 +52,7 @@ class MeshExchange:
 
 def _all_reduce(values: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """The sums over a group of many tensors, packed into one buffer of the widest of their dtypes."""
-    dtype = values[0].dtype
-    for value in values:
-        dtype = torch.promote_types(dtype, value.dtype)
+    dtype = functools.reduce(torch.promote_types, {value.dtype for value in values})
     buffer = torch.cat([value.reshape(-1).to(dtype) for value in values])
     dist.all_reduce(buffer, group=group)
     pieces = torch.split(buffer, [value.numel() for value in values])

@@ -244,6 +244,10 @@ def test_prodigy_steps_freeze_d_and_free_its_state(split):
         assert frozen[name] == adapting[name]
     assert not optimizer.state[problem.parameters[0]].keys() & {"p0", "s"}
 
+    optimizer.param_groups[0]["prodigy_steps"] = 0  # too late
+    run(optimizer, problem, 3)
+    assert d(optimizer) == [frozen["d"]]
+
 
 def test_metrics_are_of_the_moment_they_were_asked():
     problem, optimizer = pair((40, 40))
