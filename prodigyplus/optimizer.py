@@ -267,7 +267,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         return Layout(tuple(p.shape))
 
     def _placed(self, p: Tensor, local: Tensor, key: str, o: Options) -> Tensor:
-        """An entry of the state as it is saved (:func:`prodigyplus.rule.saved_form`), from the local piece."""
+        """An entry of the state in :func:`prodigyplus.rule.saved_form`, from the local piece of it."""
         return local
 
     def _piece(self, p: Tensor, saved: Tensor, key: str, o: Options) -> Tensor:
