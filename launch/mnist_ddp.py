@@ -16,6 +16,7 @@ from typing import Any
 import mnist_data
 import torch
 from files import replacing
+from options import Parser, positive
 from ranks import Ranks, start
 from report import Curve, Panel, Record, Report
 from torch import Tensor, nn
@@ -39,17 +40,18 @@ SHARED = ("optimizer", "lr", "batch_size", "seed", "limit")
 
 def main() -> None:
     """Train, test and save, epoch by epoch."""
-    args = parse()
     with start() as ranks:
+        with ranks.together():
+            args = parse()
         run(args, ranks)
 
 
 def parse() -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description="Learn MNIST on several processes.")
+    parser = Parser(description="Learn MNIST on several processes.")
     add = parser.add_argument
-    add("--epochs", type=_count, default=3, help="default: %(default)s; the example trains for 14")
-    add("--batch-size", type=_count, default=64, help="of all processes together; default: %(default)s")
+    add("--epochs", type=positive, default=3, help="default: %(default)s; the example trains for 14")
+    add("--batch-size", type=positive, default=64, help="of all processes together; default: %(default)s")
     add("--seed", type=int, default=1, help="default: %(default)s")
     add("--optimizer", choices=LEARNING_RATES, default="prodigyplus", help="default: %(default)s")
     add("--lr", type=float, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
@@ -57,18 +59,11 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/mnist"), metavar="DIR", help="default: %(default)s")
     resume_help = "go on from a checkpoint; default: checkpoint.pt in --out"
     add("--resume", type=Path, nargs="?", const=True, metavar="PATH", help=resume_help)
-    add("--limit", type=_count, metavar="N", help="use the first N images only, for a quick trial")
+    add("--limit", type=positive, metavar="N", help="use the first N images only, for a quick trial")
     args = parser.parse_args()
     args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
     args.resume = args.out / "checkpoint.pt" if args.resume is True else args.resume
     return args
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:

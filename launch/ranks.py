@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch.distributed as dist
 # destroyed. A worker of gloo that outlives main() can then abort the process as Python shuts down.
 import torch.distributed.nn
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,14 @@ class Ranks:
         if dist.is_initialized():
             dist.all_reduce(tensor)
         return tensor
+
+    def agree(self, value: object) -> bool:
+        """Whether ``value`` is the same in all processes."""
+        if not dist.is_initialized():
+            return True
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return all(other == value for other in values)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -91,4 +101,12 @@ def start() -> Iterator[Ranks]:
         yield ranks
     finally:
         if launched:
+            _let_go_of_groups()
             dist.destroy_process_group()
+
+
+def _let_go_of_groups() -> None:
+    """See to it that process groups can be destroyed: meshes keep them, and DTensor's caches keep meshes."""
+    gc.collect()  # sharded models keep them too, in cycles of references
+    for mesh in [found for found in gc.get_objects() if type(found) is DeviceMesh]:
+        getattr(mesh, "_pg_registry", {}).clear()

@@ -28,7 +28,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One of the plots of the picture, over the epochs."""
+    """One of the plots of the picture."""
 
     title: str
     curves: tuple[Curve, ...]
@@ -67,22 +67,22 @@ class Report:
         return tqdm(steps, title, disable=self.silent, leave=False, mininterval=interval, dynamic_ncols=True)
 
     def log(self, kind: str, **numbers: float) -> None:
-        """Add a record to the log; one with an ``epoch`` can be drawn."""
+        """Add a record to the log; one with what :meth:`draw` draws over can be drawn."""
         record = {"kind": kind, **numbers}
         self.records.append(record)
         if not self.silent:
             with (self.folder / "log.jsonl").open("a") as log:
                 log.write(_line(record))
 
-    def draw(self, panels: Sequence[Panel]) -> None:
-        """Draw the log so far, one plot under the other."""
+    def draw(self, panels: Sequence[Panel], over: str = "epoch") -> None:
+        """Draw the log so far, one plot under the other, over what the records have under ``over``."""
         if self.silent:
             return
         figure = Figure(figsize=(7, 2.4 * len(panels)), layout="constrained")
         grid = figure.subplots(len(panels), sharex=True, squeeze=False)
         for axes, panel in zip(grid[:, 0], panels, strict=True):
             for curve in panel.curves:
-                points = [(r["epoch"], r[curve.key]) for r in self.records if r["kind"] == curve.kind]
+                points = [(r[over], r[curve.key]) for r in self.records if r["kind"] == curve.kind]
                 # Few points are results, many are a course.
                 style = "o-" if len(points) <= 20 else "-"
                 axes.plot(*zip(*points, strict=True), style, label=curve.label, linewidth=1.2, markersize=4)
@@ -90,7 +90,7 @@ class Report:
             axes.grid(alpha=0.3)
             if len(panel.curves) > 1:
                 axes.legend(frameon=False)
-        grid[-1, 0].set(xlabel="epoch", xlim=(0, None))
+        grid[-1, 0].set(xlabel=over, xlim=(0, None))
         grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         with replacing(self.folder / "progress.png") as path:
             figure.savefig(path, format="png", dpi=120)

@@ -7,10 +7,11 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    # What starts processes runs in one of pytest-xdist's workers: one pool serves it, and two cores.
+    # What starts processes stays together, so that one pool serves it and few processes run at a time.
     for item in items:
-        if {HERE / "dist", HERE / "launch"} & set(item.path.parents):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+        for folder in ("dist", "launch"):
+            if HERE / folder in item.path.parents:
+                item.add_marker(pytest.mark.xdist_group(folder))
 
 
 @pytest.fixture(autouse=True)

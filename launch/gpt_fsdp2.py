@@ -1,0 +1,332 @@
+"""Pretrain a small byte-level GPT with Prodigy+ Schedule-Free, sharded over any mesh of processes:
+
+    torchrun --standalone --nproc-per-node 2 launch/gpt_fsdp2.py
+    torchrun --standalone --nproc-per-node 8 launch/gpt_fsdp2.py --mesh replicate=2,fsdp=2,tp=2
+
+There is no learning rate to set, and nothing to download: unless told otherwise with --data it learns the
+sources of Python's standard library. The same seed gives the same batches on every mesh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import torch
+import torch.distributed as dist
+from checkpoints import Run
+from corpus import Batch, Corpus, even_windows, files_in, random_windows, read, standard_library
+from files import replacing
+from gpt import GPT
+from meshes import MeshShape, device_mesh, parallelize, parse_mesh
+from options import Parser, natural, positive
+from ranks import Ranks, start
+from report import Curve, Panel, Report
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim import AdamW, Optimizer
+
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+
+EVALUATED = 512  # windows of the held-out text
+LEARNING_RATES = {"prodigyplus": 1.0, "adamw": 1e-3}
+
+CHECKPOINTS = "checkpoints"  # in --out
+
+MODEL = ("layers", "width", "heads", "context")
+# What a resumed run must share with the run that it goes on with, beside the text.
+SHARED = (*MODEL, "optimizer", "lr", "batch_size", "seed")
+
+
+def main() -> None:
+    """Train, evaluate and save."""
+    with start() as ranks:
+        with ranks.together():
+            args = parse()
+        run(args, ranks)
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = Parser(description="Pretrain a small byte-level GPT on any mesh of processes.")
+    add = parser.add_argument
+    mesh_help = "as replicate=2,fsdp=4,tp=2; default: fsdp over all processes"
+    add("--mesh", metavar="AXIS=N,…", help=mesh_help)
+    add("--data", type=Path, metavar="DIR", help="folder of text; default: Python's standard library")
+    add("--pattern", default="*", metavar="GLOB", help="which files of --data to read; default: all")
+    add("--layers", type=positive, default=4, help="default: %(default)s")
+    add("--width", type=positive, default=128, help="default: %(default)s")
+    add("--heads", type=positive, default=4, help="default: %(default)s")
+    add("--context", type=positive, default=128, help="bytes in a window; default: %(default)s")
+    add("--batch-size", type=positive, default=16, help="windows, of all processes; default: %(default)s")
+    add("--seed", type=natural, default=1, help="default: %(default)s")
+    add("--optimizer", choices=LEARNING_RATES, default="prodigyplus", help="default: %(default)s")
+    add("--lr", type=float, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
+    add("--steps", type=positive, help="stop after this many; default: 1000, and no end with --minutes")
+    add("--minutes", type=float, help="stop after this much time")
+    add("--log-every", type=positive, default=10, metavar="STEPS", help="default: %(default)s")
+    add("--eval-every", type=positive, default=100, metavar="STEPS", help="default: %(default)s")
+    add("--save-every", type=positive, metavar="STEPS", help="checkpoints; default: only at the end")
+    add("--out", type=Path, default=Path("runs/gpt"), metavar="DIR", help="default: %(default)s")
+    resume_help = "go on from a checkpoint; default: the newest in --out, or the beginning if there is none"
+    add("--resume", type=Path, nargs="?", const=True, metavar="PATH", help=resume_help)
+    args = parser.parse_args()
+    args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
+    args.steps = 1000 if args.steps is None and args.minutes is None else args.steps
+    return args
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    """The whole run, in one of its processes."""
+    begun = time.monotonic()
+    with ranks.together():
+        shape = parse_mesh(args.mesh, ranks.size)
+        check(args, shape)
+        text = read_corpus(args).to(ranks.device)
+        settings = {name: getattr(args, name) for name in SHARED} | {"data": text.summary}
+        saved, before = find_checkpoint(args, settings)
+        torch.manual_seed(args.seed)  # every process starts with the same weights
+        model = GPT(**{name: getattr(args, name) for name in MODEL}).to(ranks.device)
+    size = sum(p.numel() for p in model.parameters())
+    if dist.is_initialized():
+        parallelize(model, device_mesh(shape, ranks.device))
+    optimizer = build_optimizer(args.optimizer, model, args.lr)
+    with ranks.together():
+        if not ranks.agree((text.summary, before.step)):
+            raise ValueError(
+                "the nodes find different text, or checkpoints: share --data and --out among them."
+            )
+        if saved is not None:
+            checkpoints.load(saved, model, optimizer)
+        told = vars(args) | {"mesh": shape, "data": text.summary, "parameters": size}
+        about = {"torch": torch.__version__, "processes": ranks.size, "device": ranks.device, **told}
+        report = Report(args.out, about, silent=ranks.rank != 0, records=before.records)
+    report.say(f"{size:,} parameters on {ranks.size} processes, {shape}; {text.summary}")
+    if saved is not None:
+        report.say(f"Going on from {saved}")
+    if args.steps is not None and before.step >= args.steps:
+        report.say(f"It has been trained for {before.step} steps: ask for more with --steps.")
+        return
+
+    share = Share(ranks.rank // shape.tp, shape.data_parallel)
+    meter = Meter(report, ranks, args.batch_size * args.context, begun, args.minutes)
+    steps = count(before.step) if args.steps is None else range(before.step, args.steps)
+    with report.bar(steps, "step") as bar:
+        for step in bar:
+            windows = random_windows(text.training, args.context, args.batch_size, args.seed, step)
+            meter.add(take_step(model, optimizer, share.of(windows)))
+            done = step + 1
+            last = done == args.steps
+            if done % args.log_every == 0 or last:
+                last |= meter.log(done, step_size(optimizer), bar)
+            if done % args.eval_every == 0 or last:
+                with meter.paused(), averaged(optimizer):
+                    loss = evaluate(model, text.held_out, args, share, ranks)
+                    report.log("held out", step=done, minutes=meter.minutes(), **in_bits(loss))
+                    report.say(f"step {done}: held-out {in_bits(loss)['bits_per_byte']:.4f} bits/byte")
+                    report.draw(panels(args.optimizer), over="step")
+            if last or (args.save_every and done % args.save_every == 0):
+                now = Run(done, settings, report.records)
+                with meter.paused(), ranks.together():
+                    checkpoints.save(args.out / CHECKPOINTS, now, model, optimizer, ranks)
+            if last:
+                break
+    with ranks.together():
+        save_average(args.out / "model.pt", args, model, optimizer, ranks)
+
+
+def check(args: argparse.Namespace, shape: MeshShape) -> None:
+    """Refuse what cannot be split over the mesh.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if args.batch_size % shape.data_parallel:
+        raise ValueError(
+            f"--batch-size {args.batch_size} cannot be split evenly over the {shape.data_parallel} processes "
+            f"of replicate × fsdp: choose a multiple of {shape.data_parallel}."
+        )
+    if args.heads % shape.tp:
+        raise ValueError(
+            f"--heads {args.heads} cannot be split evenly over tp={shape.tp}: choose a multiple of it."
+        )
+
+
+def read_corpus(args: argparse.Namespace) -> Corpus:
+    """The text that the options name."""
+    paths = standard_library() if args.data is None else files_in(args.data, args.pattern)
+    return read(paths, args.context)
+
+
+def find_checkpoint(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Path | None, Run]:
+    """The checkpoint to go on from, if any, and what was before it.
+
+    Raises:
+        OSError: The one that --resume names is not there.
+        ValueError: It is of another run; or there are some, but not --resume.
+    """
+    newest = checkpoints.newest(args.out / CHECKPOINTS)
+    if args.resume is None and newest is not None:
+        raise ValueError(
+            f"{newest} is of an earlier run: go on from it with --resume, or choose another --out."
+        )
+    path = newest if args.resume is True else args.resume
+    return path, Run() if path is None else checkpoints.read_run(path, settings)
+
+
+def build_optimizer(name: str, model: nn.Module, lr: float) -> Optimizer:
+    """The optimiser of that name, for the whole model."""
+    if name == "adamw":
+        # One by one: with tensor parallelism the weights are of several meshes, which foreach cannot mix.
+        return AdamW(model.parameters(), lr=lr, foreach=False)
+    sharded = dist.is_initialized()
+    return (ShardedProdigyPlusScheduleFree if sharded else ProdigyPlusScheduleFree)(model.parameters(), lr=lr)
+
+
+# ---------------------------------------------------------------------------------------- the steps
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which windows of every batch a process sees; those of one ``tp`` group see the same."""
+
+    number: int
+    count: int
+
+    def of(self, batch: Batch) -> Batch:
+        """The share of a batch."""
+        inputs, targets = (part.chunk(self.count)[self.number] for part in batch)
+        return inputs, targets
+
+
+def take_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
+    """Learn from a batch; returns its loss."""
+    optimizer.zero_grad()
+    loss: Tensor = model(*batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, text: Tensor, args: argparse.Namespace, share: Share, ranks: Ranks) -> float:
+    """The mean loss over windows spread evenly over a text: the same windows on every mesh."""
+    batches = -(-EVALUATED // args.batch_size)
+    windows = even_windows(text, args.context, batches * args.batch_size)
+    parts = zip(*(torch.split(part, args.batch_size) for part in windows), strict=True)
+    losses = torch.stack([model(*share.of(batch)) for batch in parts])
+    return ranks.sum(losses.double().mean()).item() / ranks.size
+
+
+def averaged(optimizer: Optimizer) -> AbstractContextManager[None]:
+    """The model with the weights to evaluate; training goes on as if nothing had been."""
+    if isinstance(optimizer, ProdigyPlusScheduleFree):
+        return optimizer.averaged_parameters()
+    return nullcontext()
+
+
+def step_size(optimizer: Optimizer) -> dict[str, float]:
+    """How far the optimiser goes now."""
+    numbers = {"lr": float(optimizer.param_groups[0]["lr"])}
+    if isinstance(optimizer, ProdigyPlusScheduleFree):
+        metrics = optimizer.metrics()[0]
+        numbers |= {name: metrics[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------- the report
+
+
+class Meter:
+    """Gathers losses and time between two lines of the log.
+
+    Args:
+        report: Where the lines go.
+        ranks: Whose losses they are the mean of.
+        tokens: How many a step takes in.
+        begun: When the run began.
+        minutes: How long it may last, or None.
+    """
+
+    def __init__(
+        self, report: Report, ranks: Ranks, tokens: int, begun: float, minutes: float | None
+    ) -> None:
+        self._report = report
+        self._ranks = ranks
+        self._tokens = tokens
+        self._begun = begun
+        self._budget = math.inf if minutes is None else minutes
+        self._losses: list[Tensor] = []
+        self._since = time.monotonic()
+
+    def minutes(self) -> float:
+        """The age of the run."""
+        return (time.monotonic() - self._begun) / 60
+
+    def add(self, loss: Tensor) -> None:
+        """A step more, and its loss."""
+        self._losses.append(loss)
+
+    def log(self, step: int, numbers: Mapping[str, float], bar: Any) -> bool:
+        """Tell of the steps since the last call; returns whether the time is over, the same everywhere."""
+        mean = torch.stack(self._losses).double().mean()
+        # One all-reduce for both. The clock that counts is that of the first process.
+        over = self._ranks.rank == 0 and self.minutes() >= self._budget
+        total, over_somewhere = self._ranks.sum(torch.stack([mean, torch.full_like(mean, over)])).tolist()
+        loss = in_bits(total / self._ranks.size)
+        speed = len(self._losses) * self._tokens / (time.monotonic() - self._since)
+        self._report.log(
+            "train", step=step, minutes=self.minutes(), tokens_per_second=speed, **loss, **numbers
+        )
+        size = f"d {numbers['d']:.2e}" if "d" in numbers else f"lr {numbers['lr']:.2e}"
+        bar.set_postfix_str(f"loss {loss['loss']:.4f}, {speed:,.0f} tokens/s, {size}", refresh=False)
+        self._losses.clear()
+        self._since = time.monotonic()
+        return bool(over_somewhere)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose time is not that of steps."""
+        before = time.monotonic()
+        yield
+        self._since += time.monotonic() - before
+
+
+def in_bits(loss: float) -> dict[str, float]:
+    """A loss in nats, and in bits; every target is a byte."""
+    return {"loss": loss, "bits_per_byte": loss / math.log(2)}
+
+
+def panels(optimizer: str) -> list[Panel]:
+    """What to draw."""
+    curves = (
+        Curve("train", "bits_per_byte", "training"),
+        Curve("held out", "bits_per_byte", "held out"),
+    )
+    size = Panel("step size d", (Curve("train", "d", "d"),), "log")
+    return [Panel("bits per byte", curves), *([size] if optimizer == "prodigyplus" else [])]
+
+
+def save_average(
+    path: Path, args: argparse.Namespace, model: nn.Module, optimizer: Optimizer, ranks: Ranks
+) -> None:
+    """Write the trained model by itself, whole."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    with averaged(optimizer):
+        weights = get_model_state_dict(model, options=whole)
+    if ranks.rank == 0:
+        with replacing(path) as draft:
+            torch.save({**{name: getattr(args, name) for name in MODEL}, "model": weights}, draft)
+
+
+if __name__ == "__main__":
+    main()

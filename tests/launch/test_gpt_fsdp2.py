@@ -1,0 +1,381 @@
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import checkpoints
+import corpus
+import gpt_fsdp2
+import pytest
+import torch
+from checkpoints import Run
+from gpt import GPT, rotary_angles, rotate
+from gpt_fsdp2 import Share
+from meshes import MeshShape, parse_mesh
+from ranks import Ranks
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from prodigyplus import ProdigyPlusScheduleFree
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--layers", 2, "--width", 32, "--heads", 4, "--context", 32, "--batch-size", 8, "--log-every", 1]
+STEPS, SAVED = 20, 10
+ALONE = Ranks(0, 1, 0, 1)
+
+
+def launch(processes, *options):
+    """Run the script; without processes, without a launcher. A run that hangs fails."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [
+        sys.executable,
+        *(torchrun if processes else ()),
+        "launch/gpt_fsdp2.py",
+        *map(str, options),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def trained(processes, out, *options):
+    done = launch(processes, *TINY, "--steps", STEPS, "--eval-every", SAVED, "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert "UserWarning" not in done.stderr
+    return done
+
+
+def lines(folder, kind):
+    """The records of a kind, but for what the clock says."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    timed = {"minutes", "tokens_per_second"}
+    return [{k: v for k, v in r.items() if k not in timed} for r in records if r["kind"] == kind]
+
+
+def losses(folder, kind):
+    return torch.tensor([line["loss"] for line in lines(folder, kind)])
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------- the mesh
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        (None, MeshShape(fsdp=8)),
+        ("fsdp=8", MeshShape(fsdp=8)),
+        ("tp=8", MeshShape(tp=8)),
+        ("tp=2, fsdp=4", MeshShape(fsdp=4, tp=2)),
+        ("replicate=2,fsdp=2,tp=2", MeshShape(2, 2, 2)),
+        ("replicate=4,tp=2", MeshShape(replicate=4, tp=2)),
+    ],
+)
+def test_mesh_by_name(text, shape):
+    assert parse_mesh(text, 8) == shape
+    assert parse_mesh(str(shape), 8) == shape
+
+
+@pytest.mark.parametrize(
+    "text", ["", "fsdp", "fsdp=", "fsdp=0", "fsdp=-8", "pp=8", "2x4", "fsdp=2,fsdp=4", "8"]
+)
+def test_bad_mesh_is_named_with_what_is_allowed(text):
+    with pytest.raises(ValueError, match=r"^--mesh .*is not one of replicate=N, fsdp=N, tp=N") as caught:
+        parse_mesh(text, 8)
+    assert text in str(caught.value)
+
+
+def test_mesh_of_another_number_of_processes():
+    with pytest.raises(ValueError, match=r"^--mesh fsdp=2,tp=2 is a mesh of 4 processes, but there are 8"):
+        parse_mesh("fsdp=2,tp=2", 8)
+
+
+# ------------------------------------------------------------------------------------------- the text
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(23):
+        path = tmp_path / f"{number % 3}" / f"{number:02}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes([number]) * (50 + number))
+    (tmp_path / "0" / "empty.txt").touch()
+    (tmp_path / "0" / "other.md").write_text("x" * 100)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "hidden.txt").write_text("x" * 100)
+    return tmp_path
+
+
+def test_every_tenth_file_is_held_out(folder):
+    text = corpus.read(corpus.files_in(folder, "*.txt"), 16)
+    assert corpus.read(reversed(list(corpus.files_in(folder, "*.txt"))), 16).summary == text.summary
+    in_order = sorted(range(23), key=lambda number: (number % 3, number))
+    assert text.held_out.unique().tolist() == sorted(in_order[::10])
+    assert text.training.unique().tolist() == sorted(set(range(23)) - set(in_order[::10]))
+    assert len(text.training) + len(text.held_out) == sum(range(50, 73))
+    (folder / "1" / "01.txt").write_bytes(bytes([9]) * 51)
+    assert corpus.read(corpus.files_in(folder, "*.txt"), 16).summary != text.summary
+
+
+def test_too_little_text_is_told(folder):
+    with pytest.raises(ValueError, match=r"^--data: of 1 files 0 bytes would train on"):
+        corpus.read(corpus.files_in(folder, "*.md"), 16)
+    with pytest.raises(NotADirectoryError, match="nowhere is not a folder"):
+        corpus.files_in(folder / "nowhere", "*")
+
+
+def test_standard_library_has_no_tests():
+    paths = list(corpus.standard_library())
+    assert len(paths) > 300
+    assert not any({"test", "site-packages"} & set(path.parts[-3:]) for path in paths)
+
+
+def test_windows_follow_from_seed_and_step():
+    text = torch.arange(200, dtype=torch.uint8)
+    draws = {
+        tuple(corpus.random_windows(text, 8, 4, seed, step)[0][:, 0].tolist())
+        for seed in (0, 1)
+        for step in (0, 1, 0)
+    }
+    assert len(draws) == 4
+    inputs, targets = corpus.random_windows(text, 8, 1000, 0, 0)
+    assert_same(inputs + 1, targets)
+    assert_same(inputs[:, :1] + torch.arange(8), inputs)
+    assert (inputs.min(), targets.max()) == (0, 199)  # every byte can be seen
+    inputs, targets = corpus.even_windows(text, 8, 5)
+    assert (inputs.shape, inputs.min(), targets.max()) == ((5, 8), 0, 199)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shares_make_up_the_batch(count):
+    batch = corpus.random_windows(torch.arange(200, dtype=torch.uint8), 8, 12, 0, 3)
+    shares = [Share(number, count).of(batch) for number in range(count)]
+    for whole, *parts in zip(batch, *shares, strict=True):
+        assert {len(part) for part in parts} == {12 // count}
+        assert_same(torch.cat(parts), whole)
+
+
+# ------------------------------------------------------------------------------------------ the model
+
+
+def test_rotation_tells_distances_alone():
+    angles = rotary_angles(64, 16)
+    q, k = torch.randn(2, 16).expand(64, 2, 16).unbind(1)
+    q, k = (rotate(x, angles.cos(), angles.sin()) for x in (q, k))
+    scores = q @ k.T
+    for distance in (0, 1, 7):
+        same = scores.diagonal(-distance)
+        torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-4, atol=1e-4)
+    assert all(
+        not torch.allclose(scores[50, 50 - one], scores[50, 50 - two]) for one, two in pairwise((0, 1, 7))
+    )
+    torch.testing.assert_close(q.norm(dim=-1), q[0].norm().expand(64))
+
+
+def test_model_sees_the_past_and_no_future():
+    model = GPT(2, 32, 4, 16)
+    text = torch.randint(256, (1, 16))
+    changed = text.clone()
+    changed[0, 9] += 1
+    different = (model.logits(text) != model.logits(changed % 256)).any(dim=-1).squeeze()
+    assert different.tolist() == [False] * 9 + [True] * 7
+
+
+def test_untrained_model_knows_next_to_nothing():
+    text = torch.randint(256, (16, 65))
+    loss = GPT(4, 64, 4, 64)(text[:, :-1], text[:, 1:])
+    assert 5 < loss < 7  # a uniform guess: ln 256 = 5.55
+
+
+def test_width_must_suit_the_heads():
+    with pytest.raises(ValueError, match=r"^--width 36 with --heads 4: .* choose a multiple of 8\.$"):
+        GPT(1, 36, 4, 16)
+
+
+# ----------------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_of_one_process(tmp_path):
+    def fresh():
+        model = GPT(1, 16, 2, 8)
+        optimizer = ProdigyPlusScheduleFree(model.parameters())
+        return model, optimizer
+
+    def learn(model, optimizer, steps):
+        text = torch.arange(256, dtype=torch.uint8)
+        for step in steps:
+            gpt_fsdp2.take_step(model, optimizer, corpus.random_windows(text, 8, 4, 0, step))
+
+    model, optimizer = fresh()
+    learn(model, optimizer, range(5))
+    run = Run(5, {"seed": 1}, [{"kind": "train", "loss": 0.1}])
+    (tmp_path / ".00000005").mkdir()  # left by a killed run
+    (tmp_path / ".00000005" / "rest").touch()
+    for _ in range(2):
+        checkpoints.save(tmp_path, run, model, optimizer, ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000005"]
+    learn(model, optimizer, range(5, 9))
+
+    path = checkpoints.newest(tmp_path)
+    assert checkpoints.read_run(path, {"seed": 1}) == run
+    other, others = fresh()
+    checkpoints.load(path, other, others)
+    learn(other, others, range(5, 9))
+    assert_same(other.state_dict(), model.state_dict())
+    one, two = optimizer.state_dict(), others.state_dict()
+    assert_same(one.pop("state"), two.pop("state"))
+    assert one == two
+
+
+def test_newest_checkpoint_is_whole(tmp_path):
+    assert checkpoints.newest(tmp_path) is None
+    for name in ("00000200", "00000090", ".00001000", "00003000"):
+        (tmp_path / name).mkdir()
+    for name in ("00000200", "00000090", ".00001000"):
+        (tmp_path / name / "run.json").touch()
+    assert checkpoints.newest(tmp_path) == tmp_path / "00000200"
+
+
+def test_resume_refuses_another_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^--resume: there is no checkpoint"):
+        checkpoints.read_run(tmp_path / "none", {})
+    with pytest.raises(ValueError, match="is not a checkpoint of this script"):
+        checkpoints.read_run(tmp_path, {})
+    (tmp_path / "run.json").write_text('{"step": 1, "settings": {"batch_size": 8}, "records": []}')
+    with pytest.raises(ValueError, match=r"was trained with --batch-size 8, not 16\.$"):
+        checkpoints.read_run(tmp_path, {"batch_size": 16})
+    with pytest.raises(ValueError, match="is not a checkpoint of this script"):
+        checkpoints.read_run(tmp_path, {"seed": 1})
+
+
+# ------------------------------------------------------------------------------------ the whole script
+
+
+@pytest.fixture(scope="module", params=["prodigyplus", "adamw"])
+def whole(request, tmp_path_factory):
+    """A run of two processes that was never stopped, with a checkpoint on its way."""
+    out = tmp_path_factory.mktemp(request.param)
+    trained(2, out, "--optimizer", request.param, "--save-every", SAVED)
+    return out, request.param
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("gpt")
+def test_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
+    out, optimizer = whole
+    saved = out / "checkpoints" / f"{SAVED:08}"
+    # More evaluations, too, leave no trace in the weights.
+    trained(2, tmp_path, "--optimizer", optimizer, "--eval-every", 3, "--resume", saved)
+    assert_same(*(torch.load(folder / "model.pt") for folder in (out, tmp_path)))
+    assert lines(out, "train") == lines(tmp_path, "train")
+    tested = lines(tmp_path, "held out")
+    assert [line["step"] for line in tested] == [10, 12, 15, 18, 20]
+    assert lines(out, "held out") == [tested[0], tested[-1]]
+    contents = []
+    for folder in (out, tmp_path):
+        dcp_to_torch_save(folder / "checkpoints" / f"{STEPS:08}", tmp_path / "whole.pt")
+        contents.append(torch.load(tmp_path / "whole.pt"))
+    one, other = contents
+    assert_same(one.pop("model"), other.pop("model"))
+    assert_same(one["optimizer"].pop("state"), other["optimizer"].pop("state"))
+    assert one == other
+
+
+def assert_close(one, other):
+    for kind in ("train", "held out"):
+        torch.testing.assert_close(losses(one, kind), losses(other, kind), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("gpt")
+@pytest.mark.parametrize(("processes", "mesh"), [(0, "fsdp=1"), (4, "fsdp=2,tp=2")])
+@pytest.mark.parametrize("whole", ["prodigyplus"], indirect=True)
+def test_every_mesh_learns_the_same(whole, tmp_path, processes, mesh):
+    trained(processes, tmp_path, "--mesh", mesh)
+    assert_close(tmp_path, whole[0])
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("gpt")
+@pytest.mark.parametrize(
+    ("processes", "mesh"),
+    [
+        (0, "fsdp=1"),
+        (1, "fsdp=1"),
+        (2, "tp=2"),
+        (2, "replicate=2"),
+        (4, "fsdp=2,tp=2"),
+        (4, "replicate=2,fsdp=2"),
+    ],
+)
+def test_run_goes_on_on_any_mesh(whole, tmp_path, processes, mesh):
+    out, optimizer = whole
+    saved = out / "checkpoints" / f"{SAVED:08}"
+    trained(processes, tmp_path, "--mesh", mesh, "--optimizer", optimizer, "--resume", saved)
+    assert_close(tmp_path, out)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("gpt")
+def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
+    out = tmp_path / "new" / "folder"
+    options = ["--data", folder, "--pattern", "*.txt", "--minutes", 0.001, "--out", out]
+    done = launch(2, *TINY, *options)
+    assert done.returncode == 0, done.stderr
+    start, held_out = done.stdout.splitlines()
+    assert start.endswith("processes, fsdp=2; " + corpus.read(corpus.files_in(folder, "*.txt"), 32).summary)
+    (run,), train, (test,) = (lines(out, kind) for kind in ("run", "train", "held out"))
+    assert held_out == f"step {test['step']}: held-out {test['bits_per_byte']:.4f} bits/byte"
+    assert run["processes"] == 2
+    assert {"step", "loss", "bits_per_byte", "lr", "d", "d_hat", "effective_lr"} < train[-1].keys()
+    assert (out / "progress.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("checkpoints", "log.jsonl", "model.pt", "progress.png"),
+    ]
+
+    # model.pt is the average: it has the loss that was told.
+    saved = torch.load(out / "model.pt")
+    weights = saved.pop("model")
+    model = GPT(**saved)
+    model.load_state_dict(weights)
+    text = corpus.read(corpus.files_in(folder, "*.txt"), 32).held_out
+    args = gpt_fsdp2.argparse.Namespace(batch_size=8, context=32)
+    loss = gpt_fsdp2.evaluate(model, text, args, Share(0, 1), ALONE)
+    assert loss == pytest.approx(test["loss"], rel=1e-5)
+
+    again = launch(2, *TINY, *options)
+    assert again.returncode != 0
+    assert "is of an earlier run" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("gpt")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mesh", "fsdp=4"], "--mesh fsdp=4 is a mesh of 4 processes, but there are 2"),
+        (["--mesh", "tp=2", "--heads", "1"], "--heads 1 cannot be split evenly over tp=2"),
+        (["--batch-size", "3"], "--batch-size 3 cannot be split evenly over the 2 processes"),
+        (["--data", "nowhere"], "--data: nowhere is not a folder"),
+        (["--steps", "0"], "argument --steps: 0 is less than 1"),
+        (["--resume", "nowhere"], "there is no checkpoint nowhere"),
+    ],
+)
+def test_error_is_told_once_and_ends_all_processes(tmp_path, options, message):
+    out = tmp_path / "out"
+    done = launch(2, "--out", out, *options)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert not out.exists()
