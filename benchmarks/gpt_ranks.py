@@ -33,7 +33,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--optimizers", nargs="+", default=["prodigyplus", "adamw"])
     parser.add_argument("--out", type=Path, help="folder for gpt_ranks.png")
     args = parser.parse_args()

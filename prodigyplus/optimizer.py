@@ -229,10 +229,16 @@ class ProdigyPlusScheduleFree(Optimizer):
         return p.grad is not None
 
     def _check_gradient(self, p: Tensor, name: str) -> None:
+        """Refuse what cannot be right; by what every rank knows, so that none is left waiting for others."""
         if p.grad is not None and p.grad.layout != torch.strided:
             raise RuntimeError(
                 f"{name} has a sparse gradient, which this optimiser cannot use: build its layer with "
                 "sparse=False."
+            )
+        if getattr(p, "_fsdp_flattened", False):
+            raise RuntimeError(
+                f"{name} is a flat parameter of FSDP1, which has lost the shapes of the tensors in it: shard "
+                "the model with torch.distributed.fsdp.fully_shard."
             )
         if hasattr(p, "placements"):
             raise RuntimeError(

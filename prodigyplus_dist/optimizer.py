@@ -64,11 +64,6 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         return p.requires_grad
 
     def _check_gradient(self, p: Tensor, name: str) -> None:
-        if getattr(p, "_fsdp_flattened", False):
-            raise RuntimeError(
-                f"{name} is a flat parameter of FSDP1, which has lost the shapes of the tensors in it: shard "
-                "the model with torch.distributed.fsdp.fully_shard."
-            )
         if not isinstance(p, DTensor):
             super()._check_gradient(p, name)
             return

@@ -49,14 +49,18 @@ def test_gradients(pool, kind, expected):
         assert all(part in text for part in expected), text
 
 
-def flat():
-    model = FullyShardedDataParallel(nn.Linear(6, 4), use_orig_params=True, device_id=torch.device("cpu"))
-    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+def flat(optimizer_class, use_orig_params):
+    model = FullyShardedDataParallel(
+        nn.Linear(6, 4), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    optimizer = optimizer_class(model.parameters())
     model(torch.ones(2, 6)).sum().backward()
     return message(optimizer)
 
 
-def test_flat_parameters_of_fsdp1(pool):
-    for text in pool.run(2, flat, limit=20):
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize("optimizer_class", [ProdigyPlusScheduleFree, ShardedProdigyPlusScheduleFree])
+def test_flat_parameters_of_fsdp1(pool, optimizer_class, use_orig_params):
+    for text in pool.run(2, flat, optimizer_class, use_orig_params, limit=20):
         assert "FSDP1" in text
         assert "fully_shard" in text

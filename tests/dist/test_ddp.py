@@ -12,8 +12,8 @@ from tests.single.problems import assert_same
 STEPS = 100
 
 
-def train(make, dtype=torch.float32, **options):
-    """Train on this rank's part of each global batch: weights, average, d and the losses on it."""
+def train(make, dtype=torch.float32, steps=STEPS, **options):
+    """Train on this rank's part of each global batch: the weights, their average, and d at every step."""
     torch.manual_seed(0)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = Transformer().to(dtype)
@@ -22,7 +22,7 @@ def train(make, dtype=torch.float32, **options):
     ours = isinstance(optimizer, ProdigyPlusScheduleFree)
     data = Walks()
     d = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss_of(wrapped, data.next().chunk(size)[rank]).backward()
         optimizer.step()
@@ -35,7 +35,7 @@ def train(make, dtype=torch.float32, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [2, 4])
 def test_replicas_agree_to_the_bit(pool, size, dtype):
-    first, *others = pool.run(size, train, ProdigyPlusScheduleFree, dtype)
+    first, *others = pool.run(size, train, ProdigyPlusScheduleFree, dtype, 2 * STEPS)
     assert first[2][-1] > 100 * first[2][0]
     for other in others:
         assert_same(other, first)
