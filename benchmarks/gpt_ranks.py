@@ -58,7 +58,9 @@ def main() -> None:
             if number:
                 apart.plot(off, label=f"{optimizer}, {ranks} ranks", linewidth=1)
     curves.set(title=f"training loss, {args.optimizers[0]}", xlabel="step", ylabel="bits per byte")
-    apart.set(title=f"relative distance from {args.ranks[0]} rank", xlabel="step", yscale="log")
+    apart.set(
+        title=f"relative distance from {args.ranks[0]} rank", xlabel="step", yscale="log", ylim=(1e-8, 1e-4)
+    )
     for axes in (curves, apart):
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)

@@ -22,7 +22,7 @@ from prodigyplus.stepsize import GroupStep
 # float16 has not the range for the squares of d·g.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
-_NOT_THE_CALLER = ("prodigyplus", "prodigyplus_dist", "torch")
+_NOT_THE_CALLER = ("prodigyplus.", "prodigyplus_", "torch.")
 
 
 class ProdigyPlusScheduleFree(Optimizer):
@@ -182,8 +182,9 @@ class ProdigyPlusScheduleFree(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        groups = [GroupStep(group) for group in self.param_groups]
         # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
-        only_state = all(Options.of(group).lr_is_zero for group in self.param_groups)
+        only_state = all(group.options.lr_is_zero for group in groups)
         evaluating = any(g["use_schedulefree"] and not g["train_mode"] for g in self.param_groups)
         if evaluating and not only_state:
             raise RuntimeError(
@@ -191,13 +192,12 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "the training steps, and optimizer.eval() before evaluating or saving."
             )
 
-        groups = [GroupStep(group) for group in self.param_groups]
         parts = self._parts(groups)
-        if not parts or evaluating:
+        if evaluating or (not parts and self._exchange.has_all):
             return loss
-        home = parts[0].weight.device
-        for group in self.param_groups:
-            stepsize.lift(group, home)
+        home = parts[0].weight.device if parts else torch.device("cpu")
+        for group in groups:
+            stepsize.lift(group.numbers, home)
 
         def open_groups(answers: Sequence[driver.Answer]) -> None:
             total, *presence = self._exchange.everywhere(_overview(groups, parts, answers, home)).unbind()
@@ -209,8 +209,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         driver.run(parts, self._exchange, open_groups)
         totals = self._exchange.everywhere(torch.stack([group.totals() for group in groups]))
         stepsize.close(groups, totals)
-        for step in groups:
-            step.numbers["calls"] += not step.options.lr_is_zero
+        for group in groups:
+            group.numbers["calls"] += not group.options.lr_is_zero
         return loss
 
     def _parts(self, groups: Sequence[GroupStep]) -> list[Part]:
@@ -238,12 +238,12 @@ class ProdigyPlusScheduleFree(Optimizer):
         if getattr(p, "_fsdp_flattened", False):
             raise RuntimeError(
                 f"{name} is a flat parameter of FSDP1, which has lost the shapes of the tensors in it: shard "
-                "the model with torch.distributed.fsdp.fully_shard."
+                "the model with FSDP2's fully_shard instead."
             )
         if hasattr(p, "placements"):
             raise RuntimeError(
-                f"{name} is a DTensor, a piece of a sharded parameter: use "
-                "prodigyplus_dist.ShardedProdigyPlusScheduleFree."
+                f"{name} is a DTensor, a piece of a sharded parameter: use ShardedProdigyPlusScheduleFree, "
+                "of the package beside this one."
             )
 
     def _part(self, p: Tensor, group: GroupStep, number: int) -> Part:
@@ -481,7 +481,7 @@ def _overview(
     """
     wide = torch.float32 if device.type == "mps" else torch.float64
     zero, one = torch.zeros((), dtype=wide, device=device), torch.ones((), dtype=wide, device=device)
-    totals = [answer["total"].to(device, wide) for answer in answers]
+    totals = [zero, *(answer["total"].to(device, wide) for answer in answers)]
     present: dict[int, list[Tensor]] = {id(group): [zero] for group in groups}
     for part, answer in zip(parts, answers, strict=True):
         present[id(part.group)].append(one if part.present is None else answer["present"].to(device, wide))
@@ -493,6 +493,6 @@ def _overview(
 def _warn_caller(message: str) -> None:
     """Warn at the line of the caller's own code, however many of ours and torch's lie between."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_NOT_THE_CALLER):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)

@@ -27,6 +27,7 @@ class MeshExchange:
 
     def __init__(self, process_group: dist.ProcessGroup | None, bucket_bytes: int) -> None:
         self.bucket_bytes = bucket_bytes
+        self.has_all = process_group is None
         self._process_group = process_group
 
     def complete(self, asked: Sequence[Asked]) -> list[Answer]:

@@ -128,9 +128,9 @@ def run_stage(shapes):
     return stage(dist.get_rank(), shapes)
 
 
-@pytest.mark.parametrize("shapes", [((40, 12), (12, 40), (9,), (5,)), ((40, 12), (12, 40))])
+@pytest.mark.parametrize("shapes", [((40, 12), (12, 40), (9,), (5,)), ((40, 12), (12, 40)), ((40, 12),)])
 def test_stages_of_a_pipeline_share_their_step_size(pool, shapes):
-    """Also where a stage has nothing in a group."""
+    """Also where a stage has nothing in a group, or nothing at all."""
     problem = Fed(*shapes)
     optimizer = ProdigyPlusScheduleFree(split(problem.parameters))
     expected = []
