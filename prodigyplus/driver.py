@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from prodigyplus.layout import Layout, Sum
-from prodigyplus.rule import Part, Rule, update
+from prodigyplus.rule import Part, Rule, compute_dtype, update
 
 Asked = tuple[Layout, dict[str, Sum]]
 Answer = dict[str, Tensor]
@@ -53,7 +53,7 @@ def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Sequen
     run in buckets, so that few directions are alive at a time.
 
     Args:
-        parts: One or more parameters with gradients.
+        parts: The parameters that take part.
         exchange: Who completes their sums.
         open_groups: Called between the first round and the others with the answers of the first, in the
             order of ``parts``: it fixes the numbers of the parts' groups.
@@ -66,13 +66,13 @@ def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Sequen
 
 
 def _buckets(parts: Sequence[Part], limit: int) -> Iterator[slice]:
-    """Cut ``parts`` into runs of at most ``limit`` bytes, or of one part where that is more.
+    """Cut ``parts`` into runs whose directions have ``limit`` bytes at most, or one part where that is more.
 
     By the largest piece that any rank has of each, so that all ranks cut alike.
     """
     start, size = 0, 0
     for stop, part in enumerate(parts):
-        more = part.layout.most * part.weight.element_size()
+        more = part.layout.most * compute_dtype(part.weight).itemsize
         if stop > start and size + more > limit:
             yield slice(start, stop)
             start, size = stop, 0

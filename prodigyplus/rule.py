@@ -100,9 +100,7 @@ def update(part: Part) -> Rule:
 
     if not part.group.moved_before:
         _anchor(weight, state, layout, o)
-    y = weight.to(dtype)
     base = state["z"] if o.use_schedulefree else weight
-    z = base.to(dtype)
     sums: dict[str, Sum] = {}
 
     # Prodigy's statistics: the raw gradient, before this step's move. Once freed, they do not come back.
@@ -144,11 +142,11 @@ def update(part: Part) -> Rule:
         step = step * directions.stable_scale(whole["square"], layout.numel)
 
     # The move: Schedule-Free, or decoupled weight decay and a plain step.
-    unit = n.unit
+    y, z = weight.to(dtype), base.to(dtype)
     if o.use_schedulefree:
         if o.weight_decay:
             u.mul_(step).addcmul_(y, n.decay)
-            step = unit
+            step = n.unit
         averaging.move(y, z, u, n.c, z_step=step, y_step=step * n.xy)
     else:
         if o.weight_decay:

@@ -60,8 +60,8 @@ SQUARES = Mesh((2,), ((128, 256),) * 16, along(0))
 PIECE = 64 * 256 * 4  # bytes that a rank holds of each
 
 
-def peak_on_two_ranks(options, bucket_bytes):
-    placed = Placed(Fed(*SQUARES.shapes), SQUARES)
+def peak_on_two_ranks(options, bucket_bytes, dtype=torch.float32):
+    placed = Placed(Fed(*SQUARES.shapes, dtype=dtype), SQUARES)
     optimizer = ShardedProdigyPlusScheduleFree(placed.parameters, bucket_bytes=bucket_bytes, **options)
     return peak_of_a_step(optimizer, placed)
 
@@ -76,6 +76,12 @@ def test_a_step_needs_a_bucket_and_one_parameter_more(pool, options):
     for pieces in (1, 4):
         for most in pool.run(2, peak_on_two_ranks, options, pieces * PIECE):
             assert most <= (pieces + 1) * PIECE + small
+
+
+def test_rounding_needs_some_more_of_one_parameter(pool):
+    """Weights and z in float32 and noise, of the parameter at work; of the others in the bucket, updates."""
+    for most in pool.run(2, peak_on_two_ranks, {}, 8 * PIECE, torch.bfloat16):
+        assert most <= (8 + 6) * PIECE + 150_000
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
