@@ -22,9 +22,16 @@ def move(y: Tensor, z: Tensor, update: Tensor, c: Tensor, z_step: Tensor, y_step
 
 def x_from_y(y: Tensor, z: Tensor, beta1: float, out: Tensor) -> None:
     """Write the average ``x = lerp(y, z, 1 − 1/β1)`` to ``out``, which may be ``y``."""
-    torch.lerp(y, z, 1 - 1 / beta1, out=out)
+    _lerp(y, z, 1 - 1 / beta1, out)
 
 
 def y_from_x(x: Tensor, z: Tensor, beta1: float, out: Tensor) -> None:
     """Write the weights of training ``y = lerp(x, z, 1 − β1)`` to ``out``, which may be ``x``."""
-    torch.lerp(x, z, 1 - beta1, out=out)
+    _lerp(x, z, 1 - beta1, out)
+
+
+def _lerp(start: Tensor, end: Tensor, weight: float, out: Tensor) -> None:
+    if start.dtype == end.dtype:
+        torch.lerp(start, end, weight, out=out)
+    else:  # a model of another dtype than when its state was saved
+        out.copy_(start.double().lerp_(end.double(), weight))

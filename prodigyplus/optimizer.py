@@ -40,7 +40,9 @@ class ProdigyPlusScheduleFree(Optimizer):
     Use a constant learning rate schedule and no gradient clipping: StableAdamW does its work. A step
     that meets an inf or NaN in any gradient changes nothing, and no step waits for the device.
 
-    Every option may be set per parameter group, and changed between steps.
+    Every option may be set per parameter group. Those that say what state there is (``use_schedulefree``,
+    ``factored``, ``factored_fp32``, ``slice_p``) hold from a parameter's first step on, ``betas[0]`` may not
+    change in eval mode; the others may be changed between steps.
 
     Args:
         params: Parameters, named parameters, or parameter groups, as for every torch optimiser:
@@ -134,7 +136,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         """Add a group of parameters: ``{"params": …}`` and any options that differ; see the class."""
         given = {**self.defaults, **param_group}
         options.validate(given)
-        param_group |= stepsize.first_numbers(given["d0"])
+        # Also where the group was another optimiser's.
+        param_group |= {**stepsize.first_numbers(given["d0"]), "calls": 0, "train_mode": True}
         super().add_param_group(param_group)
         self._check_parameters(len(self.param_groups) - 1)
         self._resolve(self.param_groups[-1])
@@ -195,7 +198,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         parts = self._parts(groups)
         if evaluating or (not parts and self._exchange.has_all):
             return loss
-        home = parts[0].weight.device if parts else torch.device("cpu")
+        home = next((self._local(p).device for p, _ in self._parameters()), torch.device("cpu"))
         for group in groups:
             stepsize.lift(group.numbers, home)
 
@@ -257,6 +260,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         if not state:
             for key, value in new_state(weight, grad, layout, group.options).items():
                 state[key] = value if key in PRODIGY_STATE else self._placed(p, value, key, group.options)
+        if ("z" in state) != group.options.use_schedulefree:
+            raise RuntimeError(
+                f"use_schedulefree={group.options.use_schedulefree!r}, but the optimiser has made steps with "
+                f"{not group.options.use_schedulefree!r}: build another optimiser to change it."
+            )
         if not group.adapts:
             for key in PRODIGY_STATE:
                 state.pop(key, None)
@@ -278,7 +286,9 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _piece(self, p: Tensor, saved: Tensor, key: str, o: Options) -> Tensor:
         """The local piece of a saved entry of the state, new memory: undoes :meth:`_placed`."""
-        return saved.to(p.device, copy=True)
+        if hasattr(saved, "full_tensor"):  # a DTensor, saved by the sharded optimiser
+            saved = saved.full_tensor()
+        return saved.to(self._local(p).device, copy=True)
 
     # ------------------------------------------------------------------------- train, eval, average
 
@@ -444,13 +454,17 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         def take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             groups = checkpoint.checked_groups(state_dict, self.param_groups, self.defaults)
-            loaded.update(checkpoint.checked_states(state_dict["state"], groups, self.param_groups))
+            states = checkpoint.checked_states(state_dict["state"], groups, self.param_groups)
+            o = [Options.of(group) for group in groups for _ in group["params"]]
+            for number, (p, _) in enumerate(self._parameters()):
+                if number in states:
+                    loaded[number] = self._loaded_state(p, states[number], o[number])
             return {"state": {}, "param_groups": groups}
 
         def put_in(optimizer: Optimizer) -> None:
-            for number, (p, group) in enumerate(self._parameters()):
+            for number, (p, _) in enumerate(self._parameters()):
                 if number in loaded:
-                    self.state[p] = self._loaded_state(p, loaded[number], Options.of(group))
+                    self.state[p] = loaded[number]
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_out),

@@ -169,10 +169,15 @@ def _anchor(weight: Tensor, state: dict[str, Tensor], layout: Layout, options: O
 
 def _write(part: Part, y: Tensor, z: Tensor, n: stepsize.Scalars) -> None:
     """Write y and z back where they are not what was computed on."""
-    stochastic = part.group.options.stochastic_rounding and part.weight.dtype == torch.bfloat16
-    bits = None
-    if stochastic:
-        bits = rounding.noise(part.layout.positions(part.weight.device), n.step, part.number)
-    rounding.write(part.weight, y, None if bits is None else rounding.low_half(bits))
+    targets = [(part.weight, y, rounding.low_half)]
     if "z" in part.state:
-        rounding.write(part.state["z"], z, None if bits is None else rounding.high_half(bits))
+        targets.append((part.state["z"], z, rounding.high_half))
+    bits = None
+    for target, source, half in targets:
+        noise = None
+        widened = target.dtype == torch.bfloat16 and source.dtype == torch.float32
+        if widened and part.group.options.stochastic_rounding:
+            if bits is None:
+                bits = rounding.noise(part.layout.positions(target.device), n.step, part.number)
+            noise = half(bits)
+        rounding.write(target, source, noise)

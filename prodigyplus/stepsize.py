@@ -227,25 +227,25 @@ def close(groups: Sequence[GroupStep], totals: Tensor) -> None:
         leader = groups[pool[0]]
         any_happens = torch.stack([groups[index].happens for index in pool]).any()
         leader.adapt(torch.stack([totals[index] for index in pool]).sum(dim=0), any_happens)
-        for index in pool[1:]:
-            groups[index].follow(leader)
+    for index in pool[1:]:
+        groups[index].follow(groups[pool[0]])
 
     everyone = [group.numbers for group in groups]
     for numbers in everyone:
         numbers["shared_d"].copy_(numbers["d"])
     sharing = [numbers for numbers in everyone if numbers["split_groups"] and numbers["split_groups_mean"]]
     if len(sharing) > 1:
-        mean = harmonic_mean(*(torch.stack([n[name] for n in sharing]) for name in ("d", "k")))
+        mean = harmonic_mean(*(torch.stack([n[name] for n in sharing]) for name in ("d", "weight_sum")))
         for numbers in sharing:
-            numbers["shared_d"].copy_(torch.where(numbers["k"] > 0, mean, numbers["d"]))
+            numbers["shared_d"].copy_(torch.where(numbers["weight_sum"] > 0, mean, numbers["d"]))
 
 
-def harmonic_mean(d: Tensor, k: Tensor) -> Tensor:
-    """The harmonic mean of ``d`` over the groups that have made a step (``k > 0``); shapes (groups,).
+def harmonic_mean(d: Tensor, weight_sum: Tensor) -> Tensor:
+    """The harmonic mean of ``d`` over the groups that have moved (``weight_sum > 0``); shapes (groups,).
 
-    A group that never had a gradient keeps its ``d0`` and would hold the others down to it.
+    A group that never had a gradient, or a learning rate, keeps its ``d0`` and would hold the others to it.
     """
-    started = k > 0
+    started = weight_sum > 0
     return started.sum() / torch.where(started, 1 / d, 0.0).sum()
 
 

@@ -30,6 +30,9 @@ class MeshExchange:
         self.has_all = process_group is None
         self._process_group = process_group
 
+    def __deepcopy__(self, memo: dict[int, object]) -> MeshExchange:
+        return self  # the copy of an optimiser talks to the same ranks
+
     def complete(self, asked: Sequence[Asked]) -> list[Answer]:
         answers: list[Answer] = [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
         # By process group, since meshes may share axes. In the order in which the parameters name them, which

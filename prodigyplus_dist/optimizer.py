@@ -59,6 +59,10 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         self._exchange = MeshExchange(process_group, bucket_bytes)
         super().__init__(params, *args, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's leaves out what it does not know of; a copy must not go on alone.
+        return {**super().__getstate__(), "_exchange": self._exchange}
+
     def _takes_part(self, p: Tensor) -> bool:
         # Where this rank has no gradient others may have one: whether to take part is not its own to decide.
         return p.requires_grad
@@ -119,8 +123,10 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     def _piece(self, p: Tensor, saved: Tensor, key: str, o: Options) -> Tensor:
         device = self._local(p).device
         if not isinstance(p, DTensor):
-            return (saved.full_tensor() if isinstance(saved, DTensor) else saved).to(device, copy=True)
+            return super()._piece(p, saved, key, o)
         _, whole = saved_form(key, tuple(p.shape), o.slice_p)
+        if isinstance(saved, DTensor) and saved.device_mesh != p.device_mesh:
+            saved = saved.full_tensor()
         if isinstance(saved, DTensor):
             return saved.redistribute(p.device_mesh, placements_of(p, whole)).to_local().to(device, copy=True)
         for dim, indices in enumerate(self._layout(p).indices):

@@ -1,9 +1,13 @@
 """Saved on some ranks, loaded on others: the run goes on."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
@@ -121,6 +125,57 @@ def test_what_one_process_saved(pool, name):
         assert found["param_groups"][0]["d"] == pytest.approx(optimizer.state_dict()["param_groups"][0]["d"], rel=1e-6)
         for ours, p in zip(found_weights, problem.parameters, strict=True):
             assert (ours - p.detach()).norm() <= 1e-6 * p.detach().norm()
+
+
+def copied():
+    """An optimiser and a copy of it go on alike, and both still talk to the other rank."""
+    placed = Placed(Fed(*MESHES["fsdp2"].shapes), MESHES["fsdp2"])
+    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
+    for _ in range(20):
+        placed.backward()
+        optimizer.step()
+    parameters, twin = copy.deepcopy((placed.parameters, optimizer))
+    for _ in range(20):
+        placed.backward()
+        for p, original in zip(parameters, placed.parameters, strict=True):
+            p.grad = original.grad
+        optimizer.step()
+        twin.step()
+    return [[float(o.metrics()[0]["d"]) for o in (optimizer, twin)], [whole(p) for p in parameters]]
+
+
+def test_a_copy_is_sharded_too(pool):
+    first, second = pool.run(2, copied)
+    assert_same(first, second)
+    assert first[0][0] == first[0][1] > 1e-5
+
+
+def foreign():
+    """What one mesh saved, on another, and in the optimiser of one process."""
+    tensor = torch.arange(80.0).view(20, 4)
+    lines, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    results = []
+    for p in (
+        distribute_tensor(tensor, lines, [Shard(0)]),
+        distribute_tensor(tensor, square, [Replicate(), Shard(1)]),
+        tensor,
+    ):
+        p = torch.nn.Parameter(p.clone())
+        optimizer = (ShardedProdigyPlusScheduleFree if isinstance(p, DTensor) else ProdigyPlusScheduleFree)([p])
+        if results:
+            optimizer.load_state_dict(results[0])
+        else:
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            results.append(optimizer.state_dict())
+        results.append({key: whole(value) for key, value in optimizer.state_dict()["state"][0].items()})
+    return results[1:]
+
+
+def test_from_one_mesh_to_another(pool):
+    for first, *others in pool.run(2, foreign):
+        for other in others:
+            assert_same(other, first)
 
 
 def averages():

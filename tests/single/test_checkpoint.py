@@ -89,6 +89,24 @@ def test_a_load_shares_nothing_with_what_was_loaded():
     assert_same(other_optimizer.state_dict(), kept)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_a_model_of_another_dtype_goes_on(before, after):
+    problem, optimizer = pair((40, 12), (9,), dtype=before)
+    run(optimizer, problem, 30)
+    other = Fed((40, 12), (9,), dtype=after)
+    optimizer_other = ProdigyPlusScheduleFree(other.parameters)
+    optimizer_other.load_state_dict(optimizer.state_dict())
+    assert optimizer_other.state[other.parameters[0]]["z"].dtype == before
+    run(optimizer_other, other, 10)
+    optimizer_other.eval()
+    with optimizer_other.averaged_parameters():
+        pass
+    optimizer_other.train()
+    run(optimizer_other, other, 1)
+
+
 def test_lists_where_tuples_were():
     problem, optimizer = pair((40, 12))
     run(optimizer, problem, 2)

@@ -80,6 +80,48 @@ def test_an_idle_group_is_as_if_it_were_not_there(idle, options, first):
     run(optimizer, problem, 1)
 
 
+def test_a_group_without_a_learning_rate_does_not_hold_the_others():
+    problem = Fed((40, 40), (30,))
+    first, second = problem.parameters
+    optimizer = ProdigyPlusScheduleFree([{"params": [first]}, {"params": [second], "lr": 0.0}])
+    run(optimizer, problem, 60)
+    metrics = optimizer.metrics()[0]
+    assert float(metrics["step_size"] / metrics["effective_lr"]) == pytest.approx(float(metrics["d"]))
+    assert float(metrics["d"]) > 1e-4
+
+
+def test_groups_of_another_optimiser():
+    problem = Fed((40, 40))
+    groups = [{"params": problem.parameters}]
+    first = ProdigyPlusScheduleFree(groups, prodigy_steps=30)
+    run(first, problem, 40)
+    first.eval()
+    groups[0]["params"] = Fed((40, 40)).parameters
+    second = ProdigyPlusScheduleFree(groups, prodigy_steps=30)
+    problem.parameters = groups[0]["params"]
+    run(second, problem, 25)
+    assert d(second)[0] > 1e-5
+    assert int(second.metrics()[0]["step"]) == 25
+
+
+def test_a_pooled_group_that_comes_after_the_step_size_is_frozen():
+    problem, optimizer = pair((40, 40), split_groups=False, prodigy_steps=40)
+    run(optimizer, problem, 50)
+    problem.parameters.append(nn.Parameter(torch.ones(30)))
+    optimizer.add_param_group({"params": problem.parameters[1:]})
+    run(optimizer, problem, 2)
+    assert d(optimizer)[1] == d(optimizer)[0] > 1e-5
+
+
+def test_what_state_there_is_cannot_change():
+    problem, optimizer = pair((40, 40))
+    run(optimizer, problem, 2)
+    optimizer.param_groups[0]["use_schedulefree"] = False
+    with pytest.raises(RuntimeError, match="use_schedulefree=False"):
+        optimizer.step()
+    assert int(optimizer.metrics()[0]["step"]) == 2
+
+
 def test_an_unused_parameter_does_not_disturb_the_count():
     problem, optimizer = pair((40, 40), (30,))
     for step in range(20):
