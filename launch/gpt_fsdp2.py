@@ -27,6 +27,7 @@ from corpus import Batch, Corpus, even_windows, files_in, random_windows, read, 
 from files import replacing
 from gpt import GPT
 from meshes import MeshShape, device_mesh, parallelize, parse_mesh
+from optimizers import LEARNING_RATES, step_size
 from options import Parser, natural, positive
 from ranks import Ranks, start
 from report import Curve, Panel, Report
@@ -38,7 +39,6 @@ from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 EVALUATED = 512  # windows of the held-out text
-LEARNING_RATES = {"prodigyplus": 1.0, "adamw": 1e-3}
 
 CHECKPOINTS = "checkpoints"  # in --out
 
@@ -232,15 +232,6 @@ def averaged(optimizer: Optimizer) -> AbstractContextManager[None]:
     if isinstance(optimizer, ProdigyPlusScheduleFree):
         return optimizer.averaged_parameters()
     return nullcontext()
-
-
-def step_size(optimizer: Optimizer) -> dict[str, float]:
-    """How far the optimiser goes now."""
-    numbers = {"lr": float(optimizer.param_groups[0]["lr"])}
-    if isinstance(optimizer, ProdigyPlusScheduleFree):
-        metrics = optimizer.metrics()[0]
-        numbers |= {name: metrics[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
-    return numbers
 
 
 # ---------------------------------------------------------------------------------------- the report

@@ -16,6 +16,7 @@ from typing import Any
 import mnist_data
 import torch
 from files import replacing
+from optimizers import LEARNING_RATES, step_size
 from options import Parser, positive
 from ranks import Ranks, start
 from report import Curve, Panel, Record, Report
@@ -32,7 +33,6 @@ Batch = tuple[Tensor, ...]
 MEAN, STD = 0.1307, 0.3081
 TEST_BATCH = 1000
 REPORT_EVERY = 20  # steps
-LEARNING_RATES = {"prodigyplus": 1.0, "adamw": 1e-3}
 
 # What a resumed run must share with the run that it goes on with.
 SHARED = ("optimizer", "lr", "batch_size", "seed", "limit")
@@ -203,15 +203,6 @@ def evaluate(net: nn.Module, data: TensorDataset, ranks: Ranks) -> tuple[float, 
         sums[1] += (output.argmax(dim=1) == labels).sum()
     loss, correct = ranks.sum(sums).tolist()
     return loss / len(data), int(correct)
-
-
-def step_size(optimizer: Optimizer) -> dict[str, float]:
-    """How far the optimiser goes now."""
-    numbers = {"lr": float(optimizer.param_groups[0]["lr"])}
-    if isinstance(optimizer, ProdigyPlusScheduleFree):
-        metrics = optimizer.metrics()[0]
-        numbers |= {name: metrics[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
-    return numbers
 
 
 def panels(optimizer: str) -> list[Panel]:

@@ -102,9 +102,7 @@ def advance_factors(
 
 def advance_full(state: Mapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> None:
     """``V ← keep·V + take·g²`` in place; ``grad`` in the dtype of the computation."""
-    average = state["exp_avg_sq"]
-    moved = grad.square().mul_(take).addcmul_(average.to(grad.dtype), keep)
-    average.copy_(moved)
+    _advance(state["exp_avg_sq"], grad.square().mul_(take), keep)
 
 
 def deviation(state: Mapping[str, Tensor], d: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,7 +116,10 @@ def deviation(state: Mapping[str, Tensor], d: Tensor, offset: Tensor, dtype: tor
 
 def advance_first(state: MutableMapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> Tensor:
     """``m ← keep·m + take·g`` in place; returns m in the dtype of the computation."""
-    average = state["exp_avg"]
-    moved = (grad * take).addcmul_(average.to(grad.dtype), keep)
-    average.copy_(moved)
-    return moved
+    return _advance(state["exp_avg"], grad * take, keep)
+
+
+def _advance(average: Tensor, new: Tensor, keep: Tensor) -> Tensor:
+    """``average ← keep·average + new`` in place; returns it in the dtype of ``new``, which it overwrites."""
+    average.copy_(new.addcmul_(average.to(new.dtype), keep))
+    return new

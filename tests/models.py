@@ -60,6 +60,21 @@ def loss_of(model: nn.Module, walks: Tensor) -> Tensor:
     return F.cross_entropy(predicted.flatten(0, 1).float(), walks[:, 1:].flatten())
 
 
+def fit(called, optimizer, data, steps, number=0, count=1):
+    """Train on part ``number`` of ``count`` of each batch.
+
+    Returns ``d`` after every step, of an optimiser that has one.
+    """
+    d = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(called, data.next().chunk(count)[number]).backward()
+        optimizer.step()
+        if hasattr(optimizer, "metrics"):
+            d.append(optimizer.metrics()[0]["d"].item())
+    return d
+
+
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The relative distance of two lists of weights, in the norm over all of them."""
     one, other = (torch.cat([p.detach().flatten() for p in weights]).double() for weights in (ours, theirs))

@@ -14,21 +14,10 @@ from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import MESHES, Placed, pieces_of, whole
 from tests.dist.sharding import ranks, wrap
-from tests.models import Walks, loss_of
+from tests.models import Walks, fit
 from tests.single.problems import Fed, assert_same
 
 BEFORE, AFTER = 30, 15
-
-
-def advance(called, optimizer, data, steps, number, count):
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = loss_of(called, data.next().chunk(count)[number])
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
 
 
 def weights_and_d(model, optimizer):
@@ -40,11 +29,11 @@ def save(name, folder, flatten):
     model, called, number, count = wrap(name)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
     data = Walks()
-    advance(called, optimizer, data, BEFORE, number, count)
+    fit(called, optimizer, data, BEFORE, number, count)
     how = StateDictOptions(flatten_optimizer_state_dict=flatten)
     saved = get_state_dict(model, optimizer, options=how)
     dcp.save({"model": saved[0], "optimizer": saved[1]}, checkpoint_id=folder)
-    advance(called, optimizer, data, AFTER, number, count)
+    fit(called, optimizer, data, AFTER, number, count)
     return weights_and_d(model, optimizer)
 
 
@@ -62,7 +51,7 @@ def load(name, folder, flatten, mode):
     set_state_dict(
         model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=how
     )
-    advance(called, optimizer, data, AFTER, number, count)
+    fit(called, optimizer, data, AFTER, number, count)
     return weights_and_d(model, optimizer)
 
 
@@ -185,7 +174,7 @@ def averages():
     """Averaged weights from every interface, of a model on a mesh."""
     model, called, number, count = wrap("fsdp2")
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
-    advance(called, optimizer, Walks(), 20, number, count)
+    fit(called, optimizer, Walks(), 20, number, count)
     before = [whole(p) for p in model.parameters()]
     saved = {name: whole(value) for name, value in optimizer.averaged_state_dict(model).items()}
     with optimizer.averaged_parameters():

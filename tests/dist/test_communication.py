@@ -105,13 +105,7 @@ def stage(rank, shapes):
     mine = problem.parameters[rank::2]
     group = dist.group.WORLD
     optimizer = ShardedProdigyPlusScheduleFree(split(mine), process_group=group)
-    d = []
-    for step in range(60):
-        problem.backward()
-        spoil(step, problem.parameters)
-        optimizer.step()
-        d.append([float(group["d"]) for group in optimizer.metrics()])
-    return d, [p.detach() for p in mine]
+    return spoilt_run(optimizer, problem), [p.detach() for p in mine]
 
 
 def split(parameters):
@@ -119,9 +113,16 @@ def split(parameters):
     return [{"params": matrices}, {"params": [p for p in parameters if p.ndim <= 1], "d_coef": 2.0}]
 
 
-def spoil(step, parameters):
-    if step % 7 == 5:
-        parameters[0].grad[0] = float("nan")
+def spoilt_run(optimizer, problem):
+    """``d`` of every group at every step, some of which a NaN spoils."""
+    d = []
+    for step in range(60):
+        problem.backward()
+        if step % 7 == 5:
+            problem.parameters[0].grad[0] = float("nan")
+        optimizer.step()
+        d.append([float(group["d"]) for group in optimizer.metrics()])
+    return d
 
 
 def run_stage(shapes):
@@ -133,12 +134,7 @@ def test_stages_of_a_pipeline_share_their_step_size(pool, shapes):
     """Also where a stage has nothing in a group, or nothing at all."""
     problem = Fed(*shapes)
     optimizer = ProdigyPlusScheduleFree(split(problem.parameters))
-    expected = []
-    for step in range(60):
-        problem.backward()
-        spoil(step, problem.parameters)
-        optimizer.step()
-        expected.append([float(group["d"]) for group in optimizer.metrics()])
+    expected = spoilt_run(optimizer, problem)
     assert expected[-1][0] > 1e-4
     stages = pool.run(2, run_stage, shapes)
     for rank, (d, weights) in enumerate(stages):

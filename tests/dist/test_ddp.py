@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from prodigyplus import ProdigyPlusScheduleFree
-from tests.models import Transformer, Walks, distance, loss_of
+from tests.models import Transformer, Walks, distance, fit
 from tests.single.problems import assert_same
 
 STEPS = 100
@@ -19,16 +19,8 @@ def train(make, dtype=torch.float32, steps=STEPS, **options):
     model = Transformer().to(dtype)
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     optimizer = make(model.parameters(), **options)
-    ours = isinstance(optimizer, ProdigyPlusScheduleFree)
-    data = Walks()
-    d = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(wrapped, data.next().chunk(size)[rank]).backward()
-        optimizer.step()
-        if ours:
-            d.append(optimizer.metrics()[0]["d"].item())
-    averages = dict(optimizer.averaged_state_dict(model)) if ours else {}
+    d = fit(wrapped, optimizer, Walks(), steps, rank, size)
+    averages = dict(optimizer.averaged_state_dict(model)) if d else {}
     return [p.detach().clone() for p in model.parameters()], averages, d
 
 

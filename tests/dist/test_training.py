@@ -9,21 +9,14 @@ from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import whole
 from tests.dist.sharding import WRAPS, ranks, wrap
-from tests.models import Transformer, Walks, distance, loss_of
+from tests.models import Transformer, Walks, distance, fit
 
 STEPS = 100
 
 
 def train(model, called, make, number=0, count=1):
     optimizer = make(model.parameters())
-    data = Walks()
-    d = []
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss_of(called, data.next().chunk(count)[number]).backward()
-        optimizer.step()
-        if isinstance(optimizer, ProdigyPlusScheduleFree):
-            d.append(optimizer.metrics()[0]["d"].item())
+    d = fit(called, optimizer, Walks(), STEPS, number, count)
     return [whole(p) for p in model.parameters()], d
 
 
