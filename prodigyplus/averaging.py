@@ -20,6 +20,11 @@ def move(y: Tensor, z: Tensor, update: Tensor, c: Tensor, z_step: Tensor, y_step
     z.addcmul_(update, z_step, value=-1)
 
 
+def taken(y: Tensor, z: Tensor, update: Tensor, c: Tensor, y_step: Tensor) -> Tensor:
+    """What :func:`move` takes off y, ``c·(y − z) + y_step·u``, a new tensor; changes nothing."""
+    return (y - z).mul_(c).addcmul_(update, y_step)
+
+
 def x_from_y(y: Tensor, z: Tensor, beta1: float, out: Tensor) -> None:
     """Write the average ``x = lerp(y, z, 1 − 1/β1)`` to ``out``, which may be ``y``."""
     _lerp(y, z, 1 - 1 / beta1, out)

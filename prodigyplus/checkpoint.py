@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prodigyplus import options, stepsize
+from prodigyplus import options, progress, stepsize
 from prodigyplus.layout import Layout
 from prodigyplus.options import Options
-from prodigyplus.rule import PRODIGY_STATE, new_state, saved_form
+from prodigyplus.rule import new_state, saved_form
 
 Group = Mapping[str, Any]
 """An entry of ``param_groups``."""
@@ -102,7 +102,7 @@ def _check_state(saved: Mapping[str, Tensor], p: Tensor, o: Options, name: str) 
     shape = tuple(p.shape)
     meta = torch.empty(shape, dtype=p.dtype, device="meta")
     expected = new_state(meta, meta, Layout(shape), o).keys()
-    if set(saved).symmetric_difference(expected) - set(PRODIGY_STATE):
+    if set(saved).symmetric_difference(expected) - set(progress.STATE):
         raise ValueError(
             f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it was "
             "saved by another optimiser, or with other options."

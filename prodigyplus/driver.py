@@ -56,13 +56,18 @@ def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Sequen
         parts: The parameters that take part.
         exchange: Who completes their sums.
         open_groups: Called between the first round and the others with the answers of the first, in the
-            order of ``parts``: it fixes the numbers of the parts' groups.
+            order of ``parts``: the numbers of the parts' groups must be fixed when it returns.
     """
     rules = [update(part) for part in parts]
     answers = exchange.complete([(part.layout, next(rule)) for part, rule in zip(parts, rules, strict=True)])
     open_groups(answers)
     for bucket in _buckets(parts, exchange.bucket_bytes):
         _advance(parts[bucket], rules[bucket], answers[bucket], exchange)
+
+
+def size_of(part: Part) -> int:
+    """How many bytes the direction of a parameter has at most, on the rank that has most of it."""
+    return part.layout.most * compute_dtype(part.weight).itemsize
 
 
 def _buckets(parts: Sequence[Part], limit: int) -> Iterator[slice]:
@@ -72,7 +77,7 @@ def _buckets(parts: Sequence[Part], limit: int) -> Iterator[slice]:
     """
     start, size = 0, 0
     for stop, part in enumerate(parts):
-        more = part.layout.most * compute_dtype(part.weight).itemsize
+        more = size_of(part)
         if stop > start and size + more > limit:
             yield slice(start, stop)
             start, size = stop, 0

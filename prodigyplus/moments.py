@@ -49,6 +49,11 @@ def averaged_dims(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return {"exp_avg_sq_row": (column,), "exp_avg_sq_col": (row,), "exp_avg_sq_mean": (row, column)}[key]
 
 
+def is_factored(state: Mapping[str, Tensor]) -> bool:
+    """Whether the second moment in a parameter's state is factored."""
+    return "exp_avg_sq_row" in state
+
+
 def new_state(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """Zero moments for a gradient: factors in ``dtype``, a full moment in the gradient's dtype."""
     if not factored or factored_dims(layout.shape) is None:
@@ -103,6 +108,11 @@ def advance_factors(
 def advance_full(state: Mapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> None:
     """``V ← keep·V + take·g²`` in place; ``grad`` in the dtype of the computation."""
     _advance(state["exp_avg_sq"], grad.square().mul_(take), keep)
+
+
+def advance_weight(state: Mapping[str, Tensor], weight: Tensor, keep: Tensor, take: Tensor) -> None:
+    """``w̄ ← keep·w̄ + take·w`` in place, FOCUS's average of the weights."""
+    _advance(state["exp_avg_weight"], weight * take, keep)
 
 
 def deviation(state: Mapping[str, Tensor], d: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from prodigyplus import averaging, checkpoint, driver, options, samples, stepsize
+from prodigyplus import averaging, checkpoint, driver, options, progress, samples, stepsize
 from prodigyplus.checkpoint import name_of
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.options import Options
-from prodigyplus.rule import PRODIGY_STATE, Part, new_state
+from prodigyplus.rule import Part, new_state
+from prodigyplus.step import Step
 from prodigyplus.stepsize import GroupStep
 
 # float16 has not the range for the squares of d·g.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
+_EVALUATING = (
+    "in eval mode: the model holds the averaged weights. Call optimizer.train() before the training "
+    "steps, and optimizer.eval() before evaluating or saving."
+)
+
 _NOT_THE_CALLER = ("prodigyplus.", "prodigyplus_", "torch.")
+
+
+class _Place(NamedTuple):
+    """Where a parameter stands."""
+
+    p: Tensor
+    group: int
+    place: int  # in its group
+    number: int  # in the optimiser, from 1
 
 
 class ProdigyPlusScheduleFree(Optimizer):
@@ -41,8 +58,9 @@ class ProdigyPlusScheduleFree(Optimizer):
     that meets an inf or NaN in any gradient changes nothing, and no step waits for the device.
 
     Every option may be set per parameter group. Those that say what state there is (``use_schedulefree``,
-    ``factored``, ``factored_fp32``, ``slice_p``) hold from a parameter's first step on, ``betas[0]`` may not
-    change in eval mode; the others may be changed between steps.
+    ``use_focus``, ``use_speed="relative"``, ``factored``, ``factored_fp32``, ``slice_p``) hold from a
+    parameter's first step on, ``betas[0]`` may not change in eval mode; the others may be changed between
+    steps.
 
     Args:
         params: Parameters, named parameters, or parameter groups, as for every torch optimiser:
@@ -53,12 +71,13 @@ class ProdigyPlusScheduleFree(Optimizer):
         beta3: Decay of Prodigy's statistics. None: sqrt(β2).
         weight_decay: Decoupled weight decay λ, taken at y.
         weight_decay_by_lr: Multiply λ with the step size, as AdamW does.
-        use_bias_correction: Not implemented yet.
+        use_bias_correction: RAdam's correction of the second moment, and its warm-up.
         d0: First step size, to be chosen too small.
         d_coef: Multiplies the estimate of the step size.
         prodigy_steps: Stop adapting the step size, and free the memory for it, at this call of
             ``step`` (0 or None: never). Calls count whose step was skipped, not those with ``lr=0``.
-        use_speed: Not implemented yet.
+        use_speed: SPEED. True: judge progress by signs alone, and let d grow to d^0.975 at most. "relative":
+            by its average, over how far the weights have come (what 2.0.1 calls SPEED).
         eps: Added to the denominator, relative to the step size. None: Adam-atan2, which needs none;
             StableAdamW is then off.
         split_groups: A step size for each parameter group. False: one, from the statistics of all
@@ -67,14 +86,17 @@ class ProdigyPlusScheduleFree(Optimizer):
             groups' step sizes.
         factored: Second moments of rank one for tensors of two or more dimensions.
         factored_fp32: Keep the factors in float32. False: in the gradient's dtype.
-        fused_back_pass: Not implemented yet.
+        fused_back_pass: Move parameters within the backward pass, and free each gradient at once: see
+            :meth:`fuse_backward`.
         use_stableadamw: Divide an update by the square root of its rms where that exceeds 1.
         use_muon_pp: Not implemented yet.
-        use_cautious: Not implemented yet.
-        use_grams: Not implemented yet.
-        use_adopt: Not implemented yet.
-        use_orthograd: Not implemented yet.
-        use_focus: Not implemented yet.
+        use_cautious: Drop what of a move disagrees in sign with its gradient, and scale up the rest.
+            Excludes Grams.
+        use_grams: Take a move's magnitudes, and its gradient's signs.
+        use_adopt: ADOPT: normalise a gradient by the second moment of those before it.
+        use_orthograd: Take what of a direction is orthogonal to the weights, at its full length.
+        use_focus: FOCUS: the sign of a gradient, and a pull from the weights' average. Excludes factored,
+            ``eps=None`` and Muon.
         stochastic_rounding: Round bfloat16 weights stochastically.
         beta4: Decay of a step size that moves both ways, as a running average. 0: it never shrinks.
             None: β2.
@@ -92,6 +114,8 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     _exchange: driver.Exchange = driver.OneProcess()
     _warned: frozenset[str] = frozenset()
+    _under_way: Step | None = None  # a step that a backward pass has begun
+    _fuses = False  # whether fuse_backward() has been called
 
     def __init__(
         self,
@@ -185,47 +209,133 @@ class ProdigyPlusScheduleFree(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        groups = [GroupStep(group) for group in self.param_groups]
-        # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
-        only_state = all(group.options.lr_is_zero for group in groups)
-        evaluating = any(g["use_schedulefree"] and not g["train_mode"] for g in self.param_groups)
-        if evaluating and not only_state:
+        self._finish_backward()
+        step, self._under_way = self._under_way or self._begin(), None
+        if self._evaluating and not step.only_makes_state:
+            raise RuntimeError(f"step() {_EVALUATING}")
+        fused = [group for group in self.param_groups if group["fused_back_pass"]]
+        if fused and not (self._fuses or step.only_makes_state):
             raise RuntimeError(
-                "step() in eval mode: the model holds the averaged weights. Call optimizer.train() before "
-                "the training steps, and optimizer.eval() before evaluating or saving."
+                "fused_back_pass=True, but no backward pass moves any parameter: call "
+                "optimizer.fuse_backward(model) once, when the model is wrapped as it will be trained."
             )
-
-        parts = self._parts(groups)
-        if evaluating or (not parts and self._exchange.has_all):
-            return loss
-        home = next((self._local(p).device for p, _ in self._parameters()), torch.device("cpu"))
-        for group in groups:
-            stepsize.lift(group.numbers, home)
-
-        def open_groups(answers: Sequence[driver.Answer]) -> None:
-            total, *presence = self._exchange.everywhere(_overview(groups, parts, answers, home)).unbind()
-            finite = total.isfinite()
-            for group, present in zip(groups, presence, strict=True):
-                happens = finite & (present > 0)
-                group.open(happens & (total > 0) if only_state else happens, skips=~finite & (present > 0))
-
-        driver.run(parts, self._exchange, open_groups)
-        totals = self._exchange.everywhere(torch.stack([group.totals() for group in groups]))
-        stepsize.close(groups, totals)
-        for group in groups:
-            group.numbers["calls"] += not group.options.lr_is_zero
+        parts = self._parts(step)
+        if not self._evaluating and (parts or step.taken or not self._exchange.has_all):
+            step.close(parts)
+        for group in fused:
+            for p in group["params"]:
+                p.grad = None
         return loss
 
-    def _parts(self, groups: Sequence[GroupStep]) -> list[Part]:
-        """The parameters that take part in a step, with their state, made where there is none yet."""
-        parts = []
+    @property
+    def _evaluating(self) -> bool:
+        return any(group["use_schedulefree"] and not group["train_mode"] for group in self.param_groups)
+
+    def _begin(self) -> Step:
+        home = next((self._local(p).device for p, _ in self._parameters()), torch.device("cpu"))
+        for group in self.param_groups:
+            stepsize.lift(group, home)
+        return Step(self.param_groups, self._exchange)
+
+    def fuse_backward(self, model: nn.Module) -> list[RemovableHandle]:
+        """Let backward passes move the parameters of ``model``, those in groups with ``fused_back_pass``.
+
+        Call it once, when the model is wrapped as it will be trained. Each gradient is then consumed and
+        freed as soon as it is there, and :meth:`step` ends the step: it moves the step size, and whatever no
+        backward pass has moved. The loop stays as it is, but every backward pass needs its :meth:`step`.
+
+        A gradient with an inf or NaN skips its parameter alone, since others have moved already; the step
+        size then keeps its value, and the step counts as skipped.
+
+        Returns:
+            A handle for each hook that was attached, whose ``remove()`` takes it off again.
+
+        Raises:
+            ValueError: No parameter of the model is in such a group, or its gradients are summed over
+                processes elsewhere than where a hook sees them.
+        """
+        parameters = self._fusable(model)
+        handles = self._attach(model, parameters)
+        self._fuses = True
+        return handles
+
+    def _fusable(self, model: nn.Module) -> dict[str, Tensor]:
+        """The parameters of a model, by their names, that are to be moved in a backward pass."""
+        ours = {p for p, group in self._parameters() if group["fused_back_pass"]}
+        parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p in ours}
+        if not parameters:
+            raise ValueError(
+                "fuse_backward: no parameter of the model is in a group with fused_back_pass=True. Pass "
+                "fused_back_pass=True to the optimiser, and the model whose parameters it was given."
+            )
+        return parameters
+
+    def _attach(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
+        if hasattr(model, "register_comm_hook"):
+            raise ValueError(
+                f"fuse_backward: {type(model).__name__} sums gradients over processes after a hook has seen "
+                "them: use ShardedProdigyPlusScheduleFree, of the package beside this one, which waits."
+            )
+        take = self._weak_take()
+
+        def consume(p: Tensor) -> None:
+            if p.grad is not None and take(p, p.grad):
+                p.grad = None
+
+        return [
+            p.register_post_accumulate_grad_hook(consume)  # type: ignore[no-untyped-call]
+            for p in parameters.values()
+        ]
+
+    def _weak_take(self) -> Callable[[Tensor, Tensor], bool]:
+        """:meth:`_take` for a hook: whoever drops the optimiser is done with it, hooks or not."""
+        optimizer = weakref.ref(self)
+
+        def take(p: Tensor, grad: Tensor) -> bool:
+            alive = optimizer()
+            return alive is not None and alive._take(p, grad)
+
+        return take
+
+    def _finish_backward(self) -> None:
+        """Take the gradients that a backward pass has left waiting."""
+
+    @torch.no_grad()
+    def _take(self, p: Tensor, grad: Tensor) -> bool:
+        """Move a parameter by its gradient, now or soon. Returns whether it is one to be moved so."""
+        if self._under_way is None:
+            self._places = {place.p: place for place in self._numbered()}
+        place = self._places.get(p)
+        if place is None or not self.param_groups[place.group]["fused_back_pass"]:
+            return False
+        name = name_of(self.param_groups[place.group], place.group, place.place)
+        if self._evaluating:
+            raise RuntimeError(f"{name} has a gradient {_EVALUATING}")
+        step = self._under_way = self._under_way or self._begin()
+        if p in step.taken:
+            raise RuntimeError(
+                f"{name} has a second gradient, but no step() came after the first: fused_back_pass=True "
+                "moves a parameter by the gradient of one backward pass, and cannot add up several. Call "
+                "optimizer.step() after each, or set fused_back_pass=False."
+            )
+        self._check_gradient(p, name)
+        step.take(p, self._part(p, grad, step.groups[place.group], place.number))
+        return True
+
+    def _numbered(self) -> Iterator[_Place]:
         number = 0
-        for index, group in enumerate(groups):
-            for place, p in enumerate(group.numbers["params"]):
+        for index, group in enumerate(self.param_groups):
+            for place, p in enumerate(group["params"]):
                 number += 1
-                if self._takes_part(p):
-                    self._check_gradient(p, name_of(group.numbers, index, place))
-                    parts.append(self._part(p, group, number))
+                yield _Place(p, index, place, number)
+
+    def _parts(self, step: Step) -> list[Part]:
+        """The parameters that are left of a step, with their state, made where there is none yet."""
+        parts = []
+        for p, group, place, number in self._numbered():
+            if p not in step.taken and self._takes_part(p):
+                self._check_gradient(p, name_of(self.param_groups[group], group, place))
+                parts.append(self._part(p, p.grad, step.groups[group], number))
         return parts
 
     def _takes_part(self, p: Tensor) -> bool:
@@ -249,9 +359,9 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "of the package beside this one."
             )
 
-    def _part(self, p: Tensor, group: GroupStep, number: int) -> Part:
-        assert p.grad is not None
-        return self._make_part(p, p.grad, group, number)
+    def _part(self, p: Tensor, grad: Tensor | None, group: GroupStep, number: int) -> Part:
+        assert grad is not None
+        return self._make_part(p, grad, group, number)
 
     def _make_part(
         self, p: Tensor, grad: Tensor, group: GroupStep, number: int, present: bool | None = None
@@ -259,14 +369,14 @@ class ProdigyPlusScheduleFree(Optimizer):
         weight, grad, layout, state = self._local(p), self._local(grad), self._layout(p), self.state[p]
         if not state:
             for key, value in new_state(weight, grad, layout, group.options).items():
-                state[key] = value if key in PRODIGY_STATE else self._placed(p, value, key, group.options)
+                state[key] = value if key in progress.SAMPLED else self._placed(p, value, key, group.options)
         if ("z" in state) != group.options.use_schedulefree:
             raise RuntimeError(
                 f"use_schedulefree={group.options.use_schedulefree!r}, but the optimiser has made steps with "
                 f"{not group.options.use_schedulefree!r}: build another optimiser to change it."
             )
         if not group.adapts:
-            for key in PRODIGY_STATE:
+            for key in progress.STATE:
                 state.pop(key, None)
         local_state = {key: self._local(value) for key, value in state.items()}
         return Part(weight, grad, local_state, layout, group, number, present)
@@ -304,8 +414,17 @@ class ProdigyPlusScheduleFree(Optimizer):
         """
         self._swap(train=False)
 
+    def _check_no_step_is_under_way(self) -> None:
+        if self._under_way is not None:
+            raise RuntimeError(
+                "a backward pass has moved parameters (fused_back_pass=True), and no step() has ended that "
+                "step yet: call optimizer.step() first."
+            )
+
     @torch.no_grad()
     def _swap(self, *, train: bool) -> None:
+        if any(group["use_schedulefree"] and group["train_mode"] != train for group in self.param_groups):
+            self._check_no_step_is_under_way()
         convert = averaging.y_from_x if train else averaging.x_from_y
         for group in self.param_groups:
             if group["use_schedulefree"] and group["train_mode"] != train:
@@ -410,6 +529,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         The model's weights are not in it: save them too, and load them before going on.
         """
+        self._check_no_step_is_under_way()
         saved = super().state_dict()
         checkpoint.make_plain(saved["param_groups"])
         saved["state"] = self._saved_states()
@@ -427,7 +547,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             layout, state = self._layout(p), self.state[p]
             last = layout.dims[-1:]
             rows = {
-                key: samples.spread(state[key], layout, o.slice_p) for key in PRODIGY_STATE if key in state
+                key: samples.spread(state[key], layout, o.slice_p) for key in progress.SAMPLED if key in state
             }
             asked.append((layout, {key: Sum(value, last) for key, value in rows.items()}))
         return {
@@ -449,6 +569,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             ValueError: It is of other groups, other parameters or another optimiser. The optimiser
                 is then as it was before.
         """
+        self._check_no_step_is_under_way()
         # torch's loader casts all state to the parameter's dtype. So it does not get to see it.
         loaded: dict[int, dict[str, Tensor]] = {}
 
@@ -480,28 +601,10 @@ class ProdigyPlusScheduleFree(Optimizer):
         pieces = {key: self._piece(p, value, key, o) for key, value in saved.items()}
         return {
             key: samples.collect(piece, self._layout(p), o.slice_p)
-            if key in PRODIGY_STATE
+            if key in progress.SAMPLED
             else self._placed(p, piece, key, o)
             for key, piece in pieces.items()
         }
-
-
-def _overview(
-    groups: Sequence[GroupStep], parts: Sequence[Part], answers: Sequence[driver.Answer], device: torch.device
-) -> Tensor:
-    """The sum of all g², not finite if any gradient is not, then for each group how many gradients it has.
-
-    The latter only counts as zero or more; shape (1 + groups,).
-    """
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    zero, one = torch.zeros((), dtype=wide, device=device), torch.ones((), dtype=wide, device=device)
-    totals = [zero, *(answer["total"].to(device, wide) for answer in answers)]
-    present: dict[int, list[Tensor]] = {id(group): [zero] for group in groups}
-    for part, answer in zip(parts, answers, strict=True):
-        present[id(part.group)].append(one if part.present is None else answer["present"].to(device, wide))
-    return torch.stack(
-        [torch.stack(totals).sum(), *(torch.stack(counts).sum() for counts in present.values())]
-    )
 
 
 def _warn_caller(message: str) -> None:

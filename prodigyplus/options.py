@@ -81,17 +81,10 @@ class Options:
 NAMES = tuple(field.name for field in fields(Options))
 
 # Options of the signature that no step computes yet.
-_PLANNED = (
-    "use_speed",
-    "use_bias_correction",
-    "use_muon_pp",
-    "use_cautious",
-    "use_grams",
-    "use_adopt",
-    "use_orthograd",
-    "use_focus",
-    "fused_back_pass",
-)
+_PLANNED = ("use_muon_pp",)
+
+# Up to this β2, RAdam's rectification never leaves zero: its average is never long enough.
+_SHORTEST_RECTIFIED = 0.6
 
 
 def _is_number(value: object) -> bool:
@@ -166,6 +159,11 @@ def validate(group: Mapping[str, Any]) -> None:
             f"betas={group['betas']!r}: Schedule-Free averages with betas[0], which must be greater "
             "than 0; or set use_schedulefree=False."
         )
+    if group["use_bias_correction"] and group["betas"][1] <= _SHORTEST_RECTIFIED:
+        raise ValueError(
+            f"betas={group['betas']!r}: with use_bias_correction=True, betas[1] must be greater than "
+            f"{_SHORTEST_RECTIFIED}, or the correction holds every step at zero."
+        )
     for name in _PLANNED:
         if group[name]:
             raise NotImplementedError(f"{name}={group[name]!r} is not implemented yet; leave it at False.")
@@ -175,13 +173,42 @@ def validate(group: Mapping[str, Any]) -> None:
             raise ValueError(f"unknown option {key!r} in a parameter group: did you mean {close[0]!r}?")
 
 
+# What excludes what, in this order: (when, what is then set, what to say of it).
+_EXCLUSIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], dict[str, Any], str], ...] = (
+    (
+        lambda o: o["eps"] is None and o["use_stableadamw"],
+        {"use_stableadamw": False},
+        "eps=None (Adam-atan2) excludes use_stableadamw=True: StableAdamW is off",
+    ),
+    (
+        lambda o: o["use_cautious"] and o["use_grams"],
+        {"use_grams": False},
+        "use_cautious=True excludes use_grams=True: Grams is off",
+    ),
+    (
+        lambda o: o["use_focus"] and o["factored"],
+        {"factored": False},
+        "use_focus=True excludes factored=True: factored is off, and the state larger",
+    ),
+    (
+        lambda o: o["use_focus"] and o["eps"] is None,
+        {"eps": 1e-8},
+        "use_focus=True excludes eps=None (Adam-atan2): Adam-atan2 is off",
+    ),
+    (
+        lambda o: o["use_focus"] and o["use_muon_pp"],
+        {"use_muon_pp": False},
+        "use_focus=True excludes use_muon_pp=True: Muon is off",
+    ),
+)
+
+
 def resolve_exclusions(group: dict[str, Any]) -> list[str]:
     """Switch off, in ``group``, what another option of it excludes; say so, a line for each."""
     notes = []
-    if group["eps"] is None and group["use_stableadamw"]:
-        group["use_stableadamw"] = False
-        notes.append(
-            "eps=None (Adam-atan2) excludes use_stableadamw=True: StableAdamW is off. "
-            "Pass use_stableadamw=False to silence this."
-        )
+    for excludes, consequence, note in _EXCLUSIONS:
+        if excludes(group):
+            group.update(consequence)
+            values = ", ".join(f"{name}={value!r}" for name, value in consequence.items())
+            notes.append(f"{note}. Pass {values} to silence this.")
     return notes

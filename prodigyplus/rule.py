@@ -7,21 +7,19 @@ the whole (see :mod:`prodigyplus.layout`). Between two yields stand pure functio
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prodigyplus import averaging, directions, moments, rounding, samples, stepsize
+from prodigyplus import averaging, directions, moments, progress, rounding, samples, variants
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.options import Options
-from prodigyplus.stepsize import GroupStep
+from prodigyplus.stepsize import GroupStep, Scalars
 
 Rule = Generator[dict[str, Sum], dict[str, Tensor], None]
-
-# What Prodigy remembers of a parameter, as samples; freed once the step size is frozen.
-PRODIGY_STATE = ("p0", "s")
 
 
 @dataclass(slots=True)
@@ -53,22 +51,26 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
     ``exp_avg`` (otherwise)                   the gradient's          the weight's
     ``exp_avg_sq_row``, ``_col``, ``_mean``   float32, see options    1 in the averaged dimensions
     ``exp_avg_sq`` (where not factored)       the gradient's          the weight's
+    ``exp_avg_weight`` (FOCUS, instead)       the gradient's          the weight's
     ``p0``, ``s`` (until ``prodigy_steps``)   bfloat16; float64 for   (ceil(elements / ``slice_p``),)
                                               float64 gradients
+    ``exp_avg_product``, ``max_l1``,          float64                 ()
+    ``max_l2`` (SPEED "relative", for ``s``)
     ========================================  ======================  ================================
     """
     dtype = torch.float32 if options.factored_fp32 else grad.dtype
     if grad.dtype == torch.float64:
         dtype = torch.float64
-    state = moments.new_state(grad, layout, factored=options.factored, dtype=dtype)
+    if options.use_focus:
+        state = {"exp_avg_weight": torch.zeros_like(grad)}
+    else:
+        state = moments.new_state(grad, layout, factored=options.factored, dtype=dtype)
     if options.use_schedulefree:
         state["z"] = weight.detach().clone(memory_format=torch.preserve_format)
     else:
         state["exp_avg"] = torch.zeros_like(grad)
     storage = torch.float64 if grad.dtype == torch.float64 else torch.bfloat16
-    state["p0"] = layout.sample(weight.detach(), options.slice_p).to(storage, copy=True)
-    state["s"] = torch.zeros_like(state["p0"])
-    return state
+    return state | progress.new_state(weight, layout, options, storage)
 
 
 def saved_form(key: str, shape: tuple[int, ...], every: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -77,7 +79,9 @@ def saved_form(key: str, shape: tuple[int, ...], every: int) -> tuple[tuple[int,
     Returns:
         The global shape that it is saved in, and the dimensions in which every shard has the whole.
     """
-    if key in PRODIGY_STATE:
+    if key in progress.NUMBERS:
+        return (), tuple(range(len(shape)))
+    if key in progress.SAMPLED:
         return samples.rows_shape(shape, every), (max(0, len(shape) - 1),)
     whole = moments.averaged_dims(key, shape)
     return tuple(1 if dim in whole else size for dim, size in enumerate(shape)), whole
@@ -87,14 +91,15 @@ def update(part: Part) -> Rule:
     """One step of one parameter, as SPEC's "One step with the defaults" has it."""
     weight, state, layout, o = part.weight, part.state, part.layout, part.group.options
     dtype = compute_dtype(weight)
-    factored = "exp_avg_sq" not in state
 
     # The raw gradient's squares. With the answer it is known whether the step happens at all.
-    asked = moments.squares(part.grad, layout, factored=factored, dtype=dtype)
+    asked = moments.squares(part.grad, layout, factored=moments.is_factored(state), dtype=dtype)
     if part.present is not None:
         asked["present"] = Sum(torch.full_like(asked["total"].local, part.present), layout.dims, copies=True)
     squares = yield asked
     n = part.group.scalars(weight.device, dtype)
+    if part.group.alone:
+        n = n.only_if(squares["total"].isfinite())
     if part.present is False:
         n = n.only_if(squares["present"] > 0)
 
@@ -103,57 +108,150 @@ def update(part: Part) -> Rule:
     base = state["z"] if o.use_schedulefree else weight
     sums: dict[str, Sum] = {}
 
-    # Prodigy's statistics: the raw gradient, before this step's move. Once freed, they do not come back.
-    adapts = part.group.adapts and "s" in state
+    # The raw gradient's evidence for the step size, before this step's move; once freed, there is none.
+    adapts = part.group.adapts and "p0" in state
     if adapts:
-        product, norm = stepsize.advance_statistics(
-            layout.sample(part.grad, o.slice_p),
-            state["p0"],
-            layout.sample(base, o.slice_p),
-            state["s"],
-            o.prodigy_beta,
-            n,
-        )
-        sums |= {"product": Sum(product, layout.dims), "norm": Sum(norm, layout.dims)}
+        grads, bases = (layout.sample(tensor, o.slice_p) for tensor in (part.grad, base))
+        evidence = progress.local_sums(grads, bases, state, o, n)
+        sums |= {name: Sum(value, layout.dims) for name, value in evidence.items()}
 
-    # Second moment.
-    u = n.admit(part.grad.to(dtype))
-    if factored:
-        admitted = {name: n.admit(squares[name]) for name in ("row", "col", "mean")}
-        moments.advance_factors(state, admitted, layout, n.beta2, n.square)
-    else:
-        moments.advance_full(state, u, n.beta2, n.square)
-
-    # Direction.
-    if not o.use_schedulefree:
-        u = moments.advance_first(state, u, n.beta1, n.gradient).div_(n.d)
-    deviation = moments.deviation(state, n.d, n.eps, dtype)
-    u = directions.atan2(u, deviation) if o.eps is None else directions.adam(u, deviation)
-    del deviation
-    if o.use_stableadamw:
-        sums["square"] = Sum(torch.linalg.vector_norm(u).square(), layout.dims)
+    # The direction, and what spans it.
+    u = yield from _direction(part, squares, base, n)
+    projects = o.use_orthograd and math.prod(layout.shape) > 1
+    if projects:
+        sums |= {name: Sum(value, layout.dims) for name, value in variants.dots(u, base)._asdict().items()}
+    elif o.use_stableadamw:
+        sums["uu"] = Sum(torch.linalg.vector_norm(u).square(), layout.dims)
 
     whole = (yield sums) if sums else {}
 
     if adapts:
-        part.group.observe(n.admit(whole["product"]), n.admit(whole["norm"]))
-    step = n.dlr
+        part.group.observe(part.number, *progress.observed(whole, state, o, n))
+    step, square = n.dlr, whole.get("uu")
+    if projects:
+        dots = variants.Dots(*(whole[name] for name in variants.Dots._fields))
+        along, scale, square = variants.projection(dots, dtype)
+        u.addcmul_(base.to(dtype), along, value=-1)
+        step = step * scale
     if o.use_stableadamw:
-        step = step * directions.stable_scale(whole["square"], layout.numel)
+        assert square is not None
+        step = step * directions.stable_scale(square, layout.numel)
 
-    # The move: Schedule-Free, or decoupled weight decay and a plain step.
-    y, z = weight.to(dtype), base.to(dtype)
-    if o.use_schedulefree:
-        if o.weight_decay:
-            u.mul_(step).addcmul_(y, n.decay)
-            step = n.unit
-        averaging.move(y, z, u, n.c, z_step=step, y_step=step * n.xy)
+    # The move.
+    if not o.use_schedulefree:
+        _descend(part, u, step, n)
+    elif o.use_cautious or o.use_grams:
+        u, agreeing = _propose(part, u, step, n)
+        if agreeing is not None:
+            whole = yield {"agreeing": Sum(agreeing, layout.dims)}
+            u.div_(variants.share(whole["agreeing"], layout.numel))
+        _accept(part, u, n)
     else:
-        if o.weight_decay:
-            y.mul_(1 - n.decay)
-        y.addcmul_(u, step, value=-1)
+        _average(part, u, step, n)
 
-    _write(part, y, z, n)
+
+def _direction(
+    part: Part, squares: Mapping[str, Tensor], base: Tensor, n: Scalars
+) -> Generator[dict[str, Sum], dict[str, Tensor], Tensor]:
+    """The direction of the update, of about unit scale: a new tensor. Moves the moments."""
+    state, layout, o = part.state, part.layout, part.group.options
+    g = n.admit(part.grad.to(compute_dtype(part.weight)))
+
+    # ADOPT (arXiv 2411.02853) normalises by the second moment of the gradients before this one.
+    denominator = _denominator(state, n, g.dtype, o) if o.use_adopt else None
+    if o.use_focus:
+        moments.advance_weight(state, base.to(g.dtype), n.beta2, n.square)
+    elif moments.is_factored(state):
+        admitted = {name: n.admit(squares[name]) for name in ("row", "col", "mean")}
+        moments.advance_factors(state, admitted, layout, n.beta2, n.square)
+    else:
+        moments.advance_full(state, g, n.beta2, n.square)
+
+    # Without Schedule-Free there is a first moment: of the gradients, or with ADOPT, of the normalised ones.
+    early = o.use_schedulefree or o.use_adopt
+    if early:
+        denominator = _denominator(state, n, g.dtype, o) if denominator is None else denominator
+        g = _normalised(g, denominator, base, n, o)
+        del denominator
+    if o.use_schedulefree:
+        return g
+    if o.use_adopt:
+        g = g.clamp_(-n.bound, n.bound)
+    m = moments.advance_first(state, g, n.beta1, n.gradient).div_(n.d)
+    if o.use_cautious:
+        agreeing = variants.drop_disagreeing(m, g)
+        del g
+        whole = yield {"agreeing": Sum(agreeing, layout.dims)}
+        m.div_(variants.share(whole["agreeing"], layout.numel))
+    elif o.use_grams:
+        m = variants.grams(m, g)
+    return m if early else _normalised(m, _denominator(state, n, m.dtype, o), base, n, o)
+
+
+def _denominator(state: dict[str, Tensor], n: Scalars, dtype: torch.dtype, o: Options) -> Tensor:
+    """What a gradient is normalised by, a new tensor: its deviation, or FOCUS's average of the weights."""
+    if o.use_focus:
+        return state["exp_avg_weight"].to(dtype, copy=True)
+    return moments.deviation(state, n.d, n.eps, dtype)
+
+
+def _normalised(numerator: Tensor, denominator: Tensor, base: Tensor, n: Scalars, o: Options) -> Tensor:
+    """The direction, in place in ``numerator``."""
+    if o.use_focus:
+        return variants.focus(numerator, denominator, base.to(numerator.dtype))
+    # Where no gradient was before this one, ADOPT has nothing to divide it by.
+    unknown = denominator <= n.eps if o.use_adopt else None
+    normalise = directions.atan2 if o.eps is None else directions.adam
+    u = normalise(numerator, denominator)
+    return u if unknown is None else u.masked_fill_(unknown, 0)
+
+
+def _average(part: Part, u: Tensor, step: Tensor, n: Scalars) -> None:
+    """Schedule-Free's move, written to y and z."""
+    y, z = _widened(part)
+    if part.group.options.weight_decay:
+        u.mul_(step).addcmul_(y, n.decay)
+        step = n.unit
+    averaging.move(y, z, u, n.c, z_step=step, y_step=step * n.xy)
+    _write(part, n, y=y, z=z)
+
+
+def _propose(part: Part, u: Tensor, step: Tensor, n: Scalars) -> tuple[Tensor, Tensor | None]:
+    """The same with a second thought on y: moves z, and proposes what to take off y.
+
+    Returns:
+        The proposal; and for Cautious, to be divided by the share that they make, how many elements it has.
+    """
+    y, z = _widened(part)
+    o = part.group.options
+    if o.weight_decay and o.weight_decay_by_lr:
+        u.mul_(step).addcmul_(y, n.decay)
+        step = n.unit
+    proposed = averaging.taken(y, z, u, n.c, y_step=step * n.xy)
+    z.addcmul_(u, step, value=-1)
+    if o.weight_decay and not o.weight_decay_by_lr:
+        z.addcmul_(y, n.decay, value=-1)
+    _write(part, n, z=z)
+    if o.use_grams:
+        return variants.grams(proposed, u), None
+    return proposed, variants.drop_disagreeing(proposed, u)
+
+
+def _accept(part: Part, proposed: Tensor, n: Scalars) -> None:
+    """Take what was proposed off y."""
+    y = part.weight.to(proposed.dtype)
+    o = part.group.options
+    if o.weight_decay and not o.weight_decay_by_lr:
+        y.mul_(1 - n.decay * n.xy)
+    _write(part, n, y=y.sub_(proposed))
+
+
+def _descend(part: Part, u: Tensor, step: Tensor, n: Scalars) -> None:
+    """A plain step, with decoupled weight decay."""
+    y = part.weight.to(u.dtype)
+    if part.group.options.weight_decay:
+        y.mul_(1 - n.decay)
+    _write(part, n, y=y.addcmul_(u, step, value=-1))
 
 
 def _anchor(weight: Tensor, state: dict[str, Tensor], layout: Layout, options: Options) -> None:
@@ -167,13 +265,21 @@ def _anchor(weight: Tensor, state: dict[str, Tensor], layout: Layout, options: O
         state["p0"].copy_(layout.sample(weight, options.slice_p))
 
 
-def _write(part: Part, y: Tensor, z: Tensor, n: stepsize.Scalars) -> None:
+def _widened(part: Part) -> tuple[Tensor, Tensor]:
+    """Of y and z the values in the dtype of the computation: themselves, or new tensors."""
+    dtype = compute_dtype(part.weight)
+    return part.weight.to(dtype), part.state["z"].to(dtype)
+
+
+def _write(part: Part, n: Scalars, *, y: Tensor | None = None, z: Tensor | None = None) -> None:
     """Write y and z back where they are not what was computed on."""
-    targets = [(part.weight, y, rounding.low_half)]
-    if "z" in part.state:
-        targets.append((part.state["z"], z, rounding.high_half))
     bits = None
-    for target, source, half in targets:
+    for target, source, half in (
+        (part.weight, y, rounding.low_half),
+        (part.state.get("z"), z, rounding.high_half),
+    ):
+        if source is None or target is None:
+            continue
         noise = None
         widened = target.dtype == torch.bfloat16 and source.dtype == torch.float32
         if widened and part.group.options.stochastic_rounding:

@@ -19,6 +19,9 @@ from prodigyplus.options import Options
 # How far the limiter lets d grow in one step.
 _LIMIT = 2**0.25
 
+# With SPEED, d grows to this power of itself at most; it is below 1.
+_SPEED_LIMIT = 0.975
+
 _CPU = torch.device("cpu")
 
 
@@ -30,6 +33,7 @@ def first_numbers(d0: float) -> dict[str, float | int]:
     ``shared_d``     step size that multiplies ``lr``: ``d``, or the harmonic mean over the groups
     ``d_hat``        last estimate ``d_numerator / d_denom``, before limiter and ``d_coef``
     ``d_numerator``  N of SPEC's step 7, the decayed sum of ⟨g, p0 − z⟩, weighted
+    ``max_d_numerator``  the largest N so far
     ``d_denom``      ‖s‖₁ of the last step
     ``weight_sum``   Σ dlr², the Schedule-Free weights so far
     ``effective_lr`` lr·(1 − β1(1 − c)) of the last step
@@ -38,7 +42,7 @@ def first_numbers(d0: float) -> dict[str, float | int]:
     ===============  =================================================================================
     """
     numbers = dict.fromkeys(("d", "shared_d", "d_hat"), float(d0))
-    zeros = dict.fromkeys(("d_numerator", "d_denom", "weight_sum", "effective_lr"), 0.0)
+    zeros = dict.fromkeys(("d_numerator", "max_d_numerator", "d_denom", "weight_sum", "effective_lr"), 0.0)
     return {**numbers, **zeros, "k": 0, "skipped": 0}
 
 
@@ -64,10 +68,13 @@ class Scalars(NamedTuple):
     """
 
     happens: Tensor  # bool: whether this step changes anything
+    observes: Tensor  # bool: whether Prodigy counts this gradient
     step: Tensor  # int64: number of this step, from 1
     d: Tensor
     eps: Tensor  # 0 for Adam-atan2, which needs none
-    statistic: Tensor  # d²/sqrt(d0), the weight of this gradient in Prodigy's statistics
+    statistic: Tensor  # the weight of this gradient in Prodigy's statistics
+    recent: Tensor  # k^-¾, the weight of this step in SPEED's average
+    bound: Tensor  # k^¼, how large a normalised gradient may be (ADOPT without Schedule-Free)
     beta2: Tensor  # decay of the second moment
     square: Tensor  # (1 − β2) d², the weight of this g² in it
     beta1: Tensor  # decay of the first moment, without Schedule-Free
@@ -85,7 +92,8 @@ class Scalars(NamedTuple):
             name: torch.where(condition, getattr(self, name), 0)
             for name in ("square", "gradient", "unit", "dlr", "decay", "c")
         }
-        return self._replace(happens=self.happens & condition, **kept, **added)
+        gates = {"happens": self.happens & condition, "observes": self.observes & condition}
+        return self._replace(**gates, **kept, **added)
 
     def admit(self, values: Tensor) -> Tensor:
         """``values``, or zeros if the step is not to happen: keeps 0·inf out of what follows."""
@@ -102,54 +110,75 @@ class GroupStep:
     def __init__(self, group: dict[str, Any]) -> None:
         self.numbers = group
         self.options = Options.of(group)
+        self.alone = False  # whether each parameter is skipped for itself
         self.adapts = self.options.adapts(group["calls"])
         # Until a step has moved the weights, state may be older than the weights it belongs to.
         self.moved_before = group["calls"] > 0
-        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._observed: dict[int, tuple[Tensor, Tensor]] = {}
         self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}
 
-    def open(self, happens: Tensor, skips: Tensor) -> None:
-        """Fix this step's numbers, once it is known whether it happens.
+    def open(self, happens: Tensor) -> None:
+        """Fix this step's numbers.
 
         Args:
             happens: bool, 0-dim: False if this call is to change nothing.
-            skips: bool, 0-dim: whether that is because a gradient is not finite.
         """
         o, numbers = self.options, self.numbers
-        d, weight_sum = numbers["d"], numbers["weight_sum"]
+        d, step = numbers["d"], numbers["k"] + 1
         zero, one = torch.zeros_like(d), torch.ones_like(d)
-        self.happens = happens
-        dlr = numbers["shared_d"] * o.lr
+        beta1, beta2 = one * o.betas[0], one * o.betas[1]
+        dlr, unit = numbers["shared_d"] * o.lr, one
+        rate = one * o.lr
+        observes = torch.ones_like(happens)
+        if o.use_bias_correction:
+            rectification, beta2 = rectified(step, beta2)
+            dlr, rate = dlr * rectification, rate * rectification
+        if o.use_adopt:
+            # The first gradient starts the second moment, and does nothing else.
+            observes = step > 1
+            dlr, unit, rate, beta2 = (torch.where(observes, value, 0) for value in (dlr, unit, rate, beta2))
         weight = dlr.square()
-        new_sum = weight_sum + weight
-        c = torch.where(new_sum > 0, weight / new_sum, zero)
-        beta1, beta2 = o.betas
+        self._weight_sum = numbers["weight_sum"] + weight
+        c = torch.where(self._weight_sum > 0, weight / self._weight_sum, zero)
         if o.schedulefree_c > 0:
             c = (c * ((1 - beta1) * o.schedulefree_c)).clamp_(max=1)
         xy = 1 - beta1 * (1 - c)
+        self._effective_lr = rate * xy if o.use_schedulefree else rate
         self._exact = Scalars(
             happens=torch.ones_like(happens),
-            step=numbers["k"] + 1,
+            observes=observes,
+            step=step,
             d=d,
             eps=one * (o.eps or 0.0),
-            statistic=d.square() / math.sqrt(o.d0),
-            beta2=one * beta2,
+            statistic=d.sqrt() * o.d0 if o.use_speed is True else d.square() / math.sqrt(o.d0),
+            recent=step.to(d.dtype) ** -0.75,
+            bound=step.to(d.dtype) ** 0.25,
+            beta2=beta2,
             square=(1 - beta2) * d.square(),
-            beta1=one * beta1,
+            beta1=beta1,
             gradient=(1 - beta1) * d,
             unit=one,
             dlr=dlr,
-            decay=o.weight_decay * (dlr if o.weight_decay_by_lr else one),
+            decay=o.weight_decay * (dlr if o.weight_decay_by_lr else unit),
             c=c,
             xy=xy,
         ).only_if(happens)
         self._scalars.clear()
 
-        effective_lr = o.lr * (xy if o.use_schedulefree else one)
-        for name, value in (("weight_sum", new_sum), ("effective_lr", effective_lr)):
+    def commit(self, happens: Tensor, skips: Tensor, adapts: Tensor) -> None:
+        """Count the step that :meth:`open` fixed.
+
+        Args:
+            happens: bool, 0-dim: whether it moved anything.
+            skips: bool, 0-dim: whether it met a gradient that is not finite.
+            adapts: bool, 0-dim: whether :meth:`adapt` is to move ``d``.
+        """
+        numbers = self.numbers
+        for name, value in (("weight_sum", self._weight_sum), ("effective_lr", self._effective_lr)):
             numbers[name].copy_(torch.where(happens, value, numbers[name]))
         numbers["k"].add_(happens)
         numbers["skipped"].add_(skips)
+        self.learns = adapts
 
     def scalars(self, device: torch.device, dtype: torch.dtype) -> Scalars:
         """The numbers of this step on ``device``, floating ones in ``dtype``."""
@@ -160,51 +189,90 @@ class GroupStep:
             )
         return self._scalars[key]
 
-    def observe(self, product: Tensor, norm: Tensor) -> None:
-        """Take in one parameter's Prodigy statistics: ⟨g, p0 − z⟩ and ‖s‖₁, over its whole tensor."""
-        self._statistics.append((product, norm))
+    def observe(self, number: int, product: Tensor, norm: Tensor) -> None:
+        """Take in the evidence of parameter ``number``: its product and norm (see ``progress.py``)."""
+        self._observed[number] = product, norm
 
     def totals(self) -> Tensor:
         """The group's sums of this step: numerator (weighted) and denominator, as a tensor of two."""
         d: Tensor = self.numbers["d"]
-        if not self._statistics:
+        if not self._observed:
             return d.new_zeros(2)
-        flat = [value.to(d.device, d.dtype) for pair in self._statistics for value in pair]
+        # In the order of the parameters, in whichever they came: a sum has the bits of its order.
+        pairs = (self._observed[number] for number in sorted(self._observed))
+        flat = [value.to(d.device, d.dtype) for pair in pairs for value in pair]
         totals = torch.stack(flat).view(-1, 2).sum(dim=0)
         return torch.stack((totals[0] * self._exact.statistic, totals[1]))
 
-    def adapt(self, totals: Tensor, happens: Tensor) -> None:
-        """Move ``d`` by sums of the step (see :meth:`totals`), if it happens."""
+    def adapt(self, totals: Tensor, learns: Tensor) -> None:
+        """Move ``d`` by sums of the step (see :meth:`totals`), where ``learns`` (bool, 0-dim) says so."""
         numbers = self.numbers
-        d, d_hat, numerator = next_d(numbers["d"], numbers["d_numerator"], totals, self.options)
-        d_hat = torch.where(totals[1] > 0, d_hat, numbers["d_hat"])
-        for name, value in (("d", d), ("d_hat", d_hat), ("d_numerator", numerator), ("d_denom", totals[1])):
-            numbers[name].copy_(torch.where(happens, value, numbers[name]))
+        d, d_hat, numerator = next_d(
+            numbers["d"], numbers["d_numerator"], numbers["max_d_numerator"], totals, self.options
+        )
+        moved = {
+            "d": d,
+            "d_hat": torch.where(totals[1] > 0, d_hat, numbers["d_hat"]),
+            "d_numerator": numerator,
+            "max_d_numerator": torch.maximum(numerator, numbers["max_d_numerator"]),
+            "d_denom": totals[1],
+        }
+        for name, value in moved.items():
+            numbers[name].copy_(torch.where(learns, value, numbers[name]))
 
     def follow(self, leader: GroupStep) -> None:
         """Take over the step size of a group that adapts for both."""
-        for name in ("d", "d_hat", "d_numerator", "d_denom"):
+        for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
             self.numbers[name].copy_(leader.numbers[name])
 
 
-def next_d(d: Tensor, numerator: Tensor, totals: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+def rectified(step: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
+    """RAdam (arXiv 1908.03265, algorithm 2): how much of a step to make, and the β2 that corrects the bias.
+
+    Args:
+        step: Its number, from 1; 0-dim.
+        beta2: Decay of the second moment, above 0.6; 0-dim.
+
+    Returns:
+        The rectification, 0 as long as the average is too short to be trusted; and the decay with which
+        ``V ← β2' V + (1−β2') g²`` is the average without its bias to zero.
+    """
+    decayed = beta2**step
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * decayed / (1 - decayed)
+    variance = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    return torch.where(length > 4, variance.sqrt(), 0.0), 1 - (1 - beta2) / (1 - decayed)
+
+
+def next_d(
+    d: Tensor, numerator: Tensor, largest: Tensor, totals: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step of Prodigy's step size.
 
     Args:
-        d, numerator: ``d`` and N before the step; 0-dim.
-        totals: The step's sums over the group, ⟨g, p0 − z⟩·d²/sqrt(d0) and ‖s‖₁; shape (2,).
+        d, numerator, largest: ``d``, N and the largest N before the step; 0-dim.
+        totals: The step's sums over the group, numerator and denominator; shape (2,).
         options: Those of the group.
 
     Returns:
-        The next ``d``, the estimate ``N/‖s‖₁`` and the next N; 0-dim. Where ‖s‖₁ is zero, ``d`` stays.
+        The next ``d``, the estimate that it goes by and the next N; 0-dim. Where the denominator is zero,
+        nothing was observed, and ``d`` stays.
     """
+    before = numerator
     product, norm = totals.unbind()
     numerator = options.prodigy_beta * numerator
     # Until progress is made, what is negative would only hold d down.
     numerator = torch.where((d > options.d0) | (product > 0), numerator + product, numerator)
-    d_hat = numerator / norm
-    limited = torch.minimum(d_hat, _LIMIT * d) if options.d_limiter else d_hat
-    estimate = options.d_coef * limited
+    if options.use_speed == "relative":
+        grows = (numerator >= largest) & (numerator > 0) & (before > 0)
+        d_hat = torch.where(grows, d * (numerator / before).sqrt().clamp(max=_LIMIT), d)
+        estimate = torch.where(grows, options.d_coef**0.125 * d_hat, d)
+    else:
+        d_hat = numerator / norm
+        if options.use_speed:
+            estimate = torch.minimum(options.d_coef * d_hat, d**_SPEED_LIMIT)
+        else:
+            estimate = options.d_coef * (torch.minimum(d_hat, _LIMIT * d) if options.d_limiter else d_hat)
     if options.d_beta > 0:
         moved = options.d_beta * d + (1 - options.d_beta) * estimate.clamp(min=options.d0)
     else:
@@ -222,11 +290,11 @@ def close(groups: Sequence[GroupStep], totals: Tensor) -> None:
     pool = [index for index, group in enumerate(groups) if not group.options.split_groups]
     for group, sums in zip(groups, totals, strict=True):
         if group.adapts and group.options.split_groups:
-            group.adapt(sums, group.happens)
+            group.adapt(sums, group.learns)
     if pool and groups[pool[0]].adapts:
         leader = groups[pool[0]]
-        any_happens = torch.stack([groups[index].happens for index in pool]).any()
-        leader.adapt(torch.stack([totals[index] for index in pool]).sum(dim=0), any_happens)
+        learns = torch.stack([groups[index].learns for index in pool]).any()
+        leader.adapt(torch.stack([totals[index] for index in pool]).sum(dim=0), learns)
     for index in pool[1:]:
         groups[index].follow(groups[pool[0]])
 
@@ -247,25 +315,3 @@ def harmonic_mean(d: Tensor, weight_sum: Tensor) -> Tensor:
     """
     started = weight_sum > 0
     return started.sum() / torch.where(started, 1 / d, 0.0).sum()
-
-
-def advance_statistics(
-    grad: Tensor, p0: Tensor, z: Tensor, s: Tensor, beta3: float, scalars: Scalars
-) -> tuple[Tensor, Tensor]:
-    """Prodigy's sums of one parameter: moves ``s`` in place, returns ⟨g, p0 − z⟩ and ‖s‖₁.
-
-    ``s ← β3 s + d²/sqrt(d0)·g``. The sums are in float64 over products rounded once, so that they
-    hardly depend on how a tensor is cut into shards.
-
-    Args:
-        grad, p0, z, s: The sampled elements, shape (samples,); ``p0`` and ``s`` in the storage dtype.
-    """
-    g = grad.to(scalars.d.dtype)
-    product = (p0 - z.to(g.dtype)).mul_(g).sum(dtype=_wide(g))
-    moved = (s * beta3).add_(g * scalars.statistic)
-    s.copy_(torch.where(scalars.happens, moved, s))
-    return product, s.abs().sum(dtype=_wide(g))
-
-
-def _wide(like: Tensor) -> torch.dtype:
-    return torch.float32 if like.device.type == "mps" else torch.float64

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from prodigyplus.layout import Layout
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
@@ -16,6 +18,7 @@ from prodigyplus.options import Options
 from prodigyplus.rule import Part, saved_form
 from prodigyplus.stepsize import GroupStep
 from prodigyplus_dist.exchange import MeshExchange
+from prodigyplus_dist.fused import Buckets, check_whole
 from prodigyplus_dist.layout import layout_of, placements_of
 
 
@@ -38,7 +41,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     with ``reshard_after_forward=True``, or call ``model.reshard()`` when the weights have changed.
 
     A step makes two all-reduces along each mesh axis that cuts a parameter, one along each that copies one,
-    and one more where there are more updates than fit a bucket, for each further bucket.
+    and one more where there are more updates than fit a bucket, for each further bucket. ``use_cautious``
+    makes one more for each bucket.
 
     Args:
         params, options: As for :class:`prodigyplus.ProdigyPlusScheduleFree`.
@@ -47,6 +51,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
             price of two small all-reduces a step.
         bucket_bytes: How many bytes of updates may be alive at once.
     """
+
+    _buckets: Sequence[Buckets] = ()
 
     def __init__(
         self,
@@ -62,6 +68,19 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     def __getstate__(self) -> dict[str, Any]:
         # torch's leaves out what it does not know of; a copy must not go on alone.
         return {**super().__getstate__(), "_exchange": self._exchange}
+
+    def _attach(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
+        check_whole(model, parameters)
+        if not isinstance(model, DistributedDataParallel):
+            return super()._attach(model, parameters)
+        # Which parameters no rank has used, DDP knows at the end of a backward pass: then step() does all.
+        if not model.find_unused_parameters:
+            self._buckets = [*self._buckets, Buckets(model, self._weak_take())]
+        return []
+
+    def _finish_backward(self) -> None:
+        for buckets in self._buckets:
+            buckets.consume()
 
     def _takes_part(self, p: Tensor) -> bool:
         # Where this rank has no gradient others may have one: whether to take part is not its own to decide.
@@ -86,10 +105,9 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
                 "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
             )
 
-    def _part(self, p: Tensor, group: GroupStep, number: int) -> Part:
-        present = p.grad is not None
-        grad = p.grad if p.grad is not None else torch.zeros_like(p)
-        return self._make_part(p, grad, group, number, present)
+    def _part(self, p: Tensor, grad: Tensor | None, group: GroupStep, number: int) -> Part:
+        present = grad is not None
+        return self._make_part(p, torch.zeros_like(p) if grad is None else grad, group, number, present)
 
     def _local(self, tensor: Tensor) -> Tensor:
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

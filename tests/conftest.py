@@ -5,6 +5,9 @@ import torch
 
 HERE = Path(__file__).parent
 
+# As the ranks of tests/dist: tests run beside each other, and threads would only wait for each other.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items):
     # What starts processes stays together, so that one pool serves it and few processes run at a time.

@@ -5,8 +5,7 @@ import functools
 import pytest
 import torch
 
-from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.rule import PRODIGY_STATE
+from prodigyplus import ProdigyPlusScheduleFree, progress
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import MESHES, Placed, whole
 from tests.single.problems import Fed
@@ -40,7 +39,7 @@ def play(optimizer_class, problem, name):
     for number, p in enumerate(parameters):
         tensors[f"weight.{number}"] = whole(p)
         for key, value in optimizer.state[p].items():
-            if key not in PRODIGY_STATE:
+            if key not in progress.SAMPLED:
                 tensors[f"{key}.{number}"] = whole(value)
     return tensors, torch.tensor(d, dtype=torch.float64)
 

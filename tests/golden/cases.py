@@ -26,6 +26,10 @@ class Case:
     groups: tuple[tuple[int, dict[str, Any]], ...] = ((len(SHAPES), {}),)
     # A schedule: what lr is multiplied with at a step, from 0.
     schedule: Callable[[int], float] | None = None
+    # Of each tensor, every so-manieth element is kept.
+    every: int = 1
+    # A step after which the weights are kept too: before the run has turned chaotic, if it does.
+    early: int = 0
 
 
 _TWO = ((4, {}), (6, {}))
@@ -56,6 +60,76 @@ CASES = {
     "adam_weight_decay": Case({**_NO_SF, "weight_decay": 0.1}),
     "adam_weight_decay_not_by_lr": Case({**_NO_SF, "weight_decay": 1e-3, "weight_decay_by_lr": False}),
     "adam_atan2_groups": Case({**_NO_SF, "eps": None, "use_stableadamw": False, "split_groups": False}, _TWO),
+}
+
+_SPEED = {"use_speed": "relative"}  # 2.0.1's; it is True there
+_BIAS, _CAUTIOUS, _GRAMS = {"use_bias_correction": True}, {"use_cautious": True}, {"use_grams": True}
+_ADOPT, _ORTHOGRAD, _FOCUS = (
+    {"use_adopt": True},
+    {"use_orthograd": True},
+    {"use_focus": True, "factored": False},
+)
+_ATAN2 = {"eps": None, "use_stableadamw": False}
+_NOT_BY_LR = {"weight_decay": 1e-3, "weight_decay_by_lr": False}
+
+_ALONE = {
+    "speed": _SPEED,
+    "bias_correction": _BIAS,
+    "cautious": _CAUTIOUS,
+    "grams": _GRAMS,
+    "adopt": _ADOPT,
+    "orthograd": _ORTHOGRAD,
+    "focus": _FOCUS,
+}
+
+OPTION_CASES = {
+    **{name: Case(options, every=7, early=60) for name, options in _ALONE.items()},
+    **{f"adam_{name}": Case({**_NO_SF, **options}, every=7, early=60) for name, options in _ALONE.items()},
+}
+
+_PAIRS = {
+    "speed_groups": (_SPEED, {"split_groups_mean": True}),
+    "speed_d_coef": (_SPEED, {"d_coef": 2.0}),
+    "speed_prodigy_steps": (_SPEED, {"prodigy_steps": 40}),
+    "speed_bias_correction": (_SPEED, _BIAS),
+    "speed_adopt": (_SPEED, _ADOPT),
+    "speed_focus": (_SPEED, _FOCUS),
+    "bias_correction_cautious": (_BIAS, _CAUTIOUS),
+    "bias_correction_weight_decay": (_BIAS, {"weight_decay": 0.1}),
+    "bias_correction_adopt": (_BIAS, _ADOPT),
+    "adopt_atan2": (_ADOPT, _ATAN2),
+    "adopt_cautious": (_ADOPT, _CAUTIOUS),
+    "adopt_grams": (_ADOPT, _GRAMS),
+    "adopt_orthograd": (_ADOPT, _ORTHOGRAD),
+    "cautious_weight_decay": (_CAUTIOUS, {"weight_decay": 0.1}),
+    "cautious_weight_decay_not_by_lr": (_CAUTIOUS, _NOT_BY_LR),
+    "cautious_orthograd": (_CAUTIOUS, _ORTHOGRAD),
+    "cautious_atan2": (_CAUTIOUS, _ATAN2),
+    "cautious_focus": (_CAUTIOUS, _FOCUS),
+    "grams_weight_decay": (_GRAMS, {"weight_decay": 0.1}),
+    "grams_orthograd": (_GRAMS, _ORTHOGRAD),
+    "orthograd_weight_decay": (_ORTHOGRAD, {"weight_decay": 0.1}),
+    "orthograd_full": (_ORTHOGRAD, {"factored": False, "use_stableadamw": False}),
+    "adam_speed_grams": (_NO_SF, _SPEED, _GRAMS),
+    "adam_speed_bias_correction": (_NO_SF, _SPEED, _BIAS),
+    "adam_bias_correction_adopt": (_NO_SF, _BIAS, _ADOPT),
+    "adam_adopt_cautious": (_NO_SF, _ADOPT, _CAUTIOUS),
+    "adam_adopt_grams": (_NO_SF, _ADOPT, _GRAMS),
+    "adam_adopt_focus": (_NO_SF, _ADOPT, _FOCUS),
+    "adam_cautious_atan2": (_NO_SF, _CAUTIOUS, _ATAN2),
+    "adam_cautious_focus": (_NO_SF, _CAUTIOUS, _FOCUS),
+    "adam_cautious_orthograd": (_NO_SF, _CAUTIOUS, _ORTHOGRAD),
+    "adam_orthograd_weight_decay": (_NO_SF, _ORTHOGRAD, {"weight_decay": 0.1}),
+}
+
+PAIR_CASES = {
+    name: Case(
+        {key: value for options in pair for key, value in options.items()},
+        _TWO if "groups" in name else Case().groups,
+        every=7,
+        early=60,
+    )
+    for name, pair in _PAIRS.items()
 }
 
 # The same, rounded to bfloat16: single steps from a state that the oracle has reached.
@@ -98,12 +172,21 @@ ANCESTOR_CASES = {
 class Problem:
     """A noisy quadratic in each parameter: ``g = curvature·(w − target) + noise``.
 
-    Perturbed, its gradients are off by a last bit: what that does to a run is the noise floor below
-    which two runs cannot be told apart.
+    Perturbed, its gradients are off by a last bit, as if sums in them had been taken in another order; or its
+    weights too, as if the optimiser's own had. What that does to a run is the noise floor, below which two
+    runs cannot be told apart.
+
+    Args:
+        dtype: Of the parameters.
+        perturbed: The seed of the perturbation; None for none.
+        weights_too: Whether it is of the weights too.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, perturbed: bool = False) -> None:
-        self._perturbed = perturbed
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, perturbed: int | None = None, weights_too: bool = False
+    ) -> None:
+        self._perturbation = None if perturbed is None else torch.Generator().manual_seed(perturbed)
+        self._weights_too = weights_too
         self._random = torch.Generator().manual_seed(0)
         self.parameters = [torch.nn.Parameter(self._normal(shape).to(dtype)) for shape in SHAPES]
         self._targets = [self._normal(shape) for shape in SHAPES]
@@ -126,8 +209,10 @@ class Problem:
             noise = self._normal(p.shape)
             exact = torch.promote_types(p.dtype, torch.float32)
             grad = (curvature * (p.to(exact) - target) + 0.3 * noise).mul_(0.01)
-            if self._perturbed:  # by a rounding or so, as another order of summation would
-                grad.mul_(1 + 2**-23 * noise.sign())
+            if self._perturbation is not None:
+                for values in (grad, p) if self._weights_too else (grad,):
+                    signs = torch.randint(-1, 2, p.shape, generator=self._perturbation)
+                    values.mul_(1 + 2**-23 * signs)
             p.grad = grad.to(p.dtype)
 
 
@@ -135,6 +220,12 @@ def set_lr(optimizer: torch.optim.Optimizer, case: Case, step: int) -> None:
     if case.schedule is not None:
         for group in optimizer.param_groups:
             group["lr"] = case.schedule(step)
+
+
+def kept(case: Case, tensor: Tensor) -> np.ndarray:
+    """What is kept of a tensor at the end of a run."""
+    tensor = tensor.detach()
+    return (tensor if case.every == 1 else tensor.flatten()[:: case.every]).numpy()
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -6,50 +6,75 @@ import torch
 
 from prodigyplus import ProdigyPlusScheduleFree
 from tests.golden import GOLDEN
-from tests.golden.cases import ANCESTOR_CASES, BFLOAT16_CASES, CASES, STEPS, Problem, distance, set_lr
+from tests.golden.cases import (
+    ANCESTOR_CASES,
+    BFLOAT16_CASES,
+    CASES,
+    OPTION_CASES,
+    PAIR_CASES,
+    STEPS,
+    Problem,
+    distance,
+    kept,
+    set_lr,
+)
 
-# What the issue asks for. Where the oracle itself, with gradients off by a last bit, is further than
-# this from its own run, that floor is all that float32 allows.
+# Where the oracle itself, perturbed by a last bit, is further than half of this from its own run, that floor
+# is all that float32 allows: options that decide by signs turn chaotic at the step sizes of the end.
 BOUND = 1e-5
 
 
 def play(case, dtype=torch.float32):
     problem = Problem(dtype)
     optimizer = ProdigyPlusScheduleFree(problem.groups(case), **{"split_groups_mean": False, **case.options})
-    d = []
+    d, early = [], []
     for step in range(STEPS):
         set_lr(optimizer, case, step)
         problem.backward()
         optimizer.step()
         d.append([group["d"] for group in optimizer.metrics()])
-    return problem, optimizer, np.array(d)
+        if step + 1 == case.early:
+            early = [kept(case, p).copy() for p in problem.parameters]
+    return problem, optimizer, np.array(d), early
 
 
-@pytest.mark.parametrize("name", CASES)
+ALL_CASES = {**CASES, **OPTION_CASES, **PAIR_CASES}
+
+
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_oracle(name):
     golden = np.load(GOLDEN / f"{name}.npz")
-    problem, optimizer, d = play(CASES[name])
+    case = ALL_CASES[name]
+    problem, optimizer, d, early = play(case)
 
-    assert (d[-1] > 100 * d[0]).all()
-    assert np.abs(d / golden["d"] - 1).max() <= max(BOUND, golden["floor.d"])
+    assert (d[-1] > (3 if case.options.get("prodigy_steps") else 100) * d[0]).all()
+    assert np.abs(d / golden["d"] - 1).max() <= bound(golden["floor.d"])
+    for number, weight in enumerate(early):
+        assert distance(weight, golden[f"early.{number}"]) <= bound(golden["floor.early"]), number
     for number, p in enumerate(problem.parameters):
-        found = {"weight": p.detach()}
+        found = {"weight": p}
         if "z" in optimizer.state[p]:
             found["z"] = optimizer.state[p]["z"]
         for key, value in found.items():
-            off = distance(value.numpy(), golden[f"{key}.{number}"])
-            assert off <= max(BOUND, golden["floor.tensors"]), (key, number)
+            off = distance(kept(case, value), golden[f"{key}.{number}"])
+            assert off <= bound(golden["floor.tensors"]), (key, number)
+
+
+def bound(floor):
+    return max(BOUND, 2 * floor)
 
 
 def test_most_cases_are_held_to_the_bound():
-    floors = [np.load(GOLDEN / f"{name}.npz")["floor.d"] for name in CASES]
-    assert sum(floor <= BOUND for floor in floors) >= 20
+    golden = {name: np.load(GOLDEN / f"{name}.npz") for name in ALL_CASES}
+    assert sum(golden[name]["floor.d"] <= BOUND / 2 for name in CASES) >= 18
+    assert sum(golden[name]["floor.d"] <= BOUND / 2 for name in ALL_CASES) >= 55
+    assert sum(golden[name]["floor.early"] <= BOUND / 2 for name in ALL_CASES) >= 60
 
 
 @pytest.mark.parametrize("name", ANCESTOR_CASES)
 def test_ancestor(name):
     golden = np.load(GOLDEN / f"ancestor_{name}.npz")
-    problem, _, d = play(ANCESTOR_CASES[name][1], torch.float64)
+    problem, _, d, _ = play(ANCESTOR_CASES[name][1], torch.float64)
 
     assert (d[-1] > 100 * d[0]).all()
     # Both are in float64. With eps as usual, what cases.py says is left over is what is seen.

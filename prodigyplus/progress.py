@@ -1,0 +1,104 @@
+"""One parameter's evidence for the step size: how far it has come from its start, along the gradient.
+
+Prodigy (arXiv 2306.06101) weighs the sum of ⟨g, p0 − z⟩ over the steps against a norm of the sum of the
+gradients, on samples: every ``slice_p``-th element. ``use_speed`` changes what is taken of them:
+
+================  ==========================================  =============================================
+``use_speed``     of a step's product                         of a step's norm
+================  ==========================================  =============================================
+``False``         ⟨g, p0 − z⟩                                 ‖s‖₁, with ``s ← β3 s + w·g``
+``True``          its sign                                    ‖s‖₁, with ``s ← β3 s + w·sign(g)``
+``"relative"``    its average ``m ← (1−k^-¾) m + k^-¾ ⟨…⟩``,  ‖p0 − z‖₂, the largest so far; only to look at
+                  over the largest ‖p0 − z‖₁ so far and over
+                  ``(1 + ‖p0 − z‖₂)²``
+================  ==========================================  =============================================
+
+``w`` is the weight of the step (see :class:`prodigyplus.stepsize.Scalars`), which multiplies the product too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from prodigyplus.layout import Layout
+from prodigyplus.options import Options
+from prodigyplus.stepsize import Scalars
+
+SAMPLED = ("p0", "s")
+NUMBERS = ("exp_avg_product", "max_l1", "max_l2")
+
+# All that a parameter may keep for Prodigy: freed once the step size is frozen.
+STATE = SAMPLED + NUMBERS
+
+# Distances are not taken to be smaller.
+_SMALLEST_DISTANCE = 1e-8
+
+
+def new_state(weight: Tensor, layout: Layout, options: Options, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a parameter keeps for Prodigy, before its first step; samples in ``dtype``."""
+    p0 = layout.sample(weight.detach(), options.slice_p).to(dtype, copy=True)
+    if options.use_speed == "relative":
+        return {"p0": p0, **{key: weight.new_zeros((), dtype=_wide(weight)) for key in NUMBERS}}
+    return {"p0": p0, "s": torch.zeros_like(p0)}
+
+
+def local_sums(
+    grad: Tensor, base: Tensor, state: Mapping[str, Tensor], options: Options, n: Scalars
+) -> dict[str, Tensor]:
+    """The sums over the samples that are here, under the names :func:`observed` knows; moves ``s`` in place.
+
+    They are taken in float64 over products rounded once, so that they hardly depend on how a tensor is cut
+    into shards.
+
+    Args:
+        grad, base: The samples of the raw gradient and of z (of y without Schedule-Free); shape (samples,).
+        state: The parameter's.
+        options: Those of its group.
+        n: The numbers of the step.
+    """
+    g = grad.to(n.d.dtype)
+    distance = state["p0"] - base.to(g.dtype)
+    if options.use_speed == "relative":
+        distances = {"l1": distance.abs(), "l2_square": distance.square(), "product": distance.mul_(g)}
+        return {name: values.sum(dtype=_wide(g)) for name, values in distances.items()}
+    s = state["s"]
+    moved = (s * options.prodigy_beta).add_((g.sign() if options.use_speed else g) * n.statistic)
+    s.copy_(torch.where(n.observes, moved, s))
+    return {"product": distance.mul_(g).sum(dtype=_wide(g)), "norm": s.abs().sum(dtype=_wide(g))}
+
+
+def observed(
+    whole: Mapping[str, Tensor], state: Mapping[str, Tensor], options: Options, n: Scalars
+) -> tuple[Tensor, Tensor]:
+    """A parameter's product and norm (see the module) from its sums over the whole tensor; 0-dim tensors.
+
+    Zeros where the gradient does not count. Moves what the relative kind keeps in ``state``.
+    """
+    if options.use_speed == "relative":
+        product, norm = _relative(whole, state, n)
+    else:
+        product, norm = whole["product"], whole["norm"]
+    if options.use_speed is True:
+        product = product.sign()
+    return torch.where(n.observes, product, 0), torch.where(n.observes, norm, 0)
+
+
+def _relative(whole: Mapping[str, Tensor], state: Mapping[str, Tensor], n: Scalars) -> tuple[Tensor, Tensor]:
+    average, l1, l2 = (state[key] for key in NUMBERS)
+    new, recent = whole["product"].to(average.dtype), n.recent.to(average.dtype)
+    started = l1 > 0  # before, there is no average
+    moved = {
+        average: torch.lerp(torch.where(started, average, new), new, recent),
+        l1: whole["l1"].clamp(min=_SMALLEST_DISTANCE).maximum(l1),
+        l2: whole["l2_square"].sqrt().clamp(min=_SMALLEST_DISTANCE).maximum(l2),
+    }
+    for kept, value in moved.items():
+        kept.copy_(torch.where(n.observes, value, kept))
+    return average / (l1 * (1 + l2).square()), l2
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.device.type == "mps" else torch.float64

@@ -1,0 +1,122 @@
+"""One step of the optimiser: of all parameters at once, or inside backward, as their gradients come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus import driver, stepsize
+from prodigyplus.rule import Part
+from prodigyplus.stepsize import GroupStep
+
+
+class _Seen(NamedTuple):
+    """What is known of a gradient after the first round."""
+
+    group: GroupStep
+    square: Tensor  # the sum of its squares, not finite if one of its elements is not
+    present: Tensor | None  # how many pieces of it are there; None: all
+
+
+class Step:
+    """One step, from its first gradient to its end.
+
+    Plain, all parameters come at the end, and none moves if any gradient is not finite. Fused with the
+    backward pass, they may come before, and each moves, or is skipped, for itself.
+
+    Args:
+        groups: The optimiser's groups, their numbers as tensors (see :func:`prodigyplus.stepsize.lift`).
+        exchange: Completes sums over shards.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], exchange: driver.Exchange) -> None:
+        self.groups = [GroupStep(group) for group in groups]
+        # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
+        self.only_makes_state = all(group.options.lr_is_zero for group in self.groups)
+        self.taken: set[Tensor] = set()
+        self._fused = not self.only_makes_state and any(g.options.fused_back_pass for g in self.groups)
+        self._exchange = exchange
+        self._seen: list[_Seen] = []
+        self._waiting: list[Part] = []
+        self._waiting_bytes = 0
+        if self._fused:
+            for group in self.groups:
+                group.alone = True
+                group.open(torch.ones_like(group.numbers["d"], dtype=torch.bool))
+
+    def take(self, p: Tensor, part: Part) -> None:
+        """Move a parameter now, or with those that come after it, once they fill a bucket."""
+        self.taken.add(p)
+        self._waiting.append(part)
+        self._waiting_bytes += driver.size_of(part)
+        if self._waiting_bytes >= self._exchange.bucket_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Move the parameters that wait."""
+        parts, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        if parts:
+            driver.run(parts, self._exchange, lambda answers: self._see(parts, answers))
+
+    def close(self, parts: Sequence[Part]) -> None:
+        """Move the rest of the parameters, then the step sizes."""
+        if self._fused:
+            self._waiting += parts
+            self.flush()
+            self._commit()
+        else:
+            driver.run(parts, self._exchange, lambda answers: self._open(parts, answers))
+        totals = self._exchange.everywhere(torch.stack([group.totals() for group in self.groups]))
+        stepsize.close(self.groups, totals)
+        for group in self.groups:
+            group.numbers["calls"] += not group.options.lr_is_zero
+
+    def _see(self, parts: Sequence[Part], answers: Sequence[driver.Answer]) -> None:
+        self._seen += [
+            _Seen(part.group, answer["total"], answer.get("present"))
+            for part, answer in zip(parts, answers, strict=True)
+        ]
+
+    def _open(self, parts: Sequence[Part], answers: Sequence[driver.Answer]) -> None:
+        """Fix the numbers of all groups, once it is known of all gradients whether they are finite."""
+        self._see(parts, answers)
+        square, *present = self._everywhere([seen.present for seen in self._seen])
+        finite = square.isfinite()
+        counts = finite & (square > 0) if self.only_makes_state else finite
+        for group, here in zip(self.groups, present, strict=True):
+            group.open(counts & (here > 0))
+            group.commit(counts & (here > 0), skips=~finite & (here > 0), adapts=counts & (here > 0))
+
+    def _commit(self) -> None:
+        """Count the step of all groups, whose parameters have moved, or not, each for itself."""
+        finite = [seen.square.isfinite() for seen in self._seen]
+        moved = [
+            good if seen.present is None else good * seen.present
+            for good, seen in zip(finite, self._seen, strict=True)
+        ]
+        square, *counts = self._everywhere([seen.present for seen in self._seen], moved)
+        all_finite = square.isfinite()
+        present, any_moved = counts[: len(self.groups)], counts[len(self.groups) :]
+        for group, here, here_moved in zip(self.groups, present, any_moved, strict=True):
+            group.commit(here_moved > 0, skips=~all_finite & (here > 0), adapts=all_finite & (here > 0))
+
+    def _everywhere(self, *counts: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The sum of all squares, then for each of ``counts`` its sums by group; 0-dim tensors.
+
+        The first is not finite if any gradient is not; the others only count as zero or more.
+
+        Args:
+            counts: Of each parameter seen, a 0-dim tensor, or None for one.
+        """
+        d: Tensor = self.groups[0].numbers["d"]
+        zero, one = torch.zeros_like(d), torch.ones_like(d)
+        sums = [torch.stack([zero, *(seen.square.to(d.device, d.dtype) for seen in self._seen)]).sum()]
+        for values in counts:
+            by_group = {id(group): [zero] for group in self.groups}
+            for seen, count in zip(self._seen, values, strict=True):
+                by_group[id(seen.group)].append(one if count is None else count.to(d.device, d.dtype))
+            sums += [torch.stack(column).sum() for column in by_group.values()]
+        return self._exchange.everywhere(torch.stack(sums)).unbind()

@@ -1,0 +1,106 @@
+"""Changes to a direction that another option asks for: pure functions on tensors.
+
+========================  ================================================================
+``use_cautious``          Cautious Optimizers, arXiv 2411.16085, algorithm 1
+``use_grams``             Grams, arXiv 2412.17107, algorithm 1
+``use_orthograd``         OrthoGrad, arXiv 2501.04697, eq. 9
+``use_focus``             FOCUS, arXiv 2501.12243, algorithm 1
+========================  ================================================================
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# FOCUS: how strongly the weights' average attracts, against the gradient's sign.
+_ATTRACTION = 0.1
+
+# Cautious: at least this share of the elements is taken to agree, or the few that do would take huge steps.
+_SMALLEST_SHARE = 1e-3
+
+# OrthoGrad: what is left of a direction counts in full from this many roundings on.
+_ROUNDINGS = 128
+
+# OrthoGrad: weights of a smaller norm are zero to rounding.
+_SMALLEST_NORM = 1e-30
+
+# How many elements are widened to float64 at a time.
+_RUN = 1 << 20
+
+
+def drop_disagreeing(proposed: Tensor, gradient: Tensor) -> Tensor:
+    """Cautious, in place in ``proposed``: zero where it has not the gradient's sign.
+
+    Returns:
+        How many elements have; a floating tensor without dimensions.
+    """
+    agrees = proposed * gradient > 0
+    proposed.mul_(agrees)
+    return agrees.sum().to(torch.promote_types(proposed.dtype, torch.float32))
+
+
+def share(agreeing: Tensor, numel: int) -> Tensor:
+    """Cautious: the share of a tensor's elements that agree, which what is left of it is divided by."""
+    return (agreeing / numel).clamp_(min=_SMALLEST_SHARE)
+
+
+def grams(proposed: Tensor, gradient: Tensor) -> Tensor:
+    """Grams, in place in ``proposed``: its magnitudes, with the signs of the gradient."""
+    return proposed.abs_().mul_(gradient.sign())
+
+
+def focus(numerator: Tensor, average: Tensor, weight: Tensor) -> Tensor:
+    """FOCUS: ``sign(m) + γ·sign(w − average of w)``, in place in ``numerator``; γ is 0.1."""
+    return numerator.sign_().sub_((average - weight).sign_(), alpha=_ATTRACTION)
+
+
+class Dots(NamedTuple):
+    """⟨u, u⟩, ⟨w, u⟩ and ⟨w, w⟩ of a direction u and weights w; 0-dim tensors."""
+
+    uu: Tensor
+    wu: Tensor
+    ww: Tensor
+
+
+def dots(direction: Tensor, weight: Tensor) -> Dots:
+    """Of two local tensors of one shape, in float64 from the products on.
+
+    The differences of these sums say how much of the direction is orthogonal to the weights.
+    """
+    wide = torch.float32 if direction.device.type == "mps" else torch.float64
+    sums = direction.new_zeros(3, dtype=wide)
+    runs = (torch.split(tensor.reshape(-1), _RUN) for tensor in (direction, weight))
+    for u, w in zip(*runs, strict=True):
+        u, w = u.to(wide), w.to(wide)
+        sums += torch.stack((u.dot(u), w.dot(u), w.dot(w)))
+    return Dots(*sums.unbind())
+
+
+class Projection(NamedTuple):
+    """The direction ``(u − along·w)·scale``, and the sum of its squares; 0-dim tensors."""
+
+    along: Tensor
+    scale: Tensor
+    square: Tensor
+
+
+def projection(whole: Dots, dtype: torch.dtype) -> Projection:
+    """OrthoGrad: what of u is orthogonal to w, scaled to the norm of u.
+
+    In closed form: ``‖u − (⟨w,u⟩/⟨w,w⟩) w‖² = ⟨u,u⟩ − ⟨w,u⟩²/⟨w,w⟩``. Where that is no more than the rounding
+    of u's elements, or of these sums, u is parallel to w, and the step fades to nothing rather than be made
+    of rounding.
+
+    Args:
+        whole: The sums over the whole tensors.
+        dtype: That of u.
+    """
+    uu, wu, ww = whole
+    along = torch.where(ww > _SMALLEST_NORM**2, wu / ww, 0.0)
+    left = (uu - along * wu).clamp(min=0)
+    rounding = max((_ROUNDINGS * torch.finfo(dtype).eps) ** 2, _ROUNDINGS * torch.finfo(uu.dtype).eps)
+    square = uu / torch.maximum(left, rounding * uu).clamp(min=torch.finfo(uu.dtype).tiny)
+    return Projection(along.to(dtype), square.sqrt().to(dtype), (square * left).to(dtype))
