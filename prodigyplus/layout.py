@@ -62,6 +62,11 @@ class Layout:
         return tuple(range(len(self.shape)))
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every sum over the local tensor is complete, and nobody else has a copy."""
+        return not (self.cuts or self.copies)
+
+    @property
     def numel(self) -> int:
         """The number of elements of the global tensor, as a divisor: at least 1."""
         return max(1, math.prod(self.shape))

@@ -185,13 +185,16 @@ def _direction(
         m.div_(variants.share(whole["agreeing"], layout.numel))
     elif o.use_grams:
         m = variants.grams(m, g)
+        del g
+    else:
+        del g
     return m if early else _normalised(m, _denominator(state, n, m.dtype, o), base, n, o)
 
 
 def _denominator(state: dict[str, Tensor], n: Scalars, dtype: torch.dtype, o: Options) -> Tensor:
-    """What a gradient is normalised by, a new tensor: its deviation, or FOCUS's average of the weights."""
+    """What a gradient is normalised by, to be read: its deviation, or FOCUS's average of the weights."""
     if o.use_focus:
-        return state["exp_avg_weight"].to(dtype, copy=True)
+        return state["exp_avg_weight"].to(dtype, copy=o.use_adopt)  # which moves it before it is used
     return moments.deviation(state, n.d, n.eps, dtype)
 
 

@@ -48,24 +48,24 @@ class Step:
                 group.open(torch.ones_like(group.numbers["d"], dtype=torch.bool))
 
     def take(self, p: Tensor, part: Part) -> None:
-        """Move a parameter now, or with those that come after it, once they fill a bucket."""
+        """Move a parameter now; or, where its sums cross processes, with others, once they fill a bucket."""
         self.taken.add(p)
+        if part.layout.is_whole:
+            self._run([part])
+            return
         self._waiting.append(part)
         self._waiting_bytes += driver.size_of(part)
         if self._waiting_bytes >= self._exchange.bucket_bytes:
-            self.flush()
+            waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+            self._run(waiting)
 
-    def flush(self) -> None:
-        """Move the parameters that wait."""
-        parts, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        if parts:
-            driver.run(parts, self._exchange, lambda answers: self._see(parts, answers))
+    def _run(self, parts: Sequence[Part]) -> None:
+        driver.run(parts, self._exchange, lambda answers: self._see(parts, answers))
 
     def close(self, parts: Sequence[Part]) -> None:
         """Move the rest of the parameters, then the step sizes."""
         if self._fused:
-            self._waiting += parts
-            self.flush()
+            self._run([*self._waiting, *parts])
             self._commit()
         else:
             driver.run(parts, self._exchange, lambda answers: self._open(parts, answers))

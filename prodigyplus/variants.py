@@ -28,18 +28,18 @@ _ROUNDINGS = 128
 _SMALLEST_NORM = 1e-30
 
 # How many elements are widened to float64 at a time.
-_RUN = 1 << 20
+_RUN = 1 << 18
 
 
 def drop_disagreeing(proposed: Tensor, gradient: Tensor) -> Tensor:
-    """Cautious, in place in ``proposed``: zero where it has not the gradient's sign.
+    """Cautious, in place in ``proposed``: zero where it has not the gradient's sign. Overwrites ``gradient``.
 
     Returns:
         How many elements have; a floating tensor without dimensions.
     """
-    agrees = proposed * gradient > 0
+    agrees = gradient.mul_(proposed).gt_(0)
     proposed.mul_(agrees)
-    return agrees.sum().to(torch.promote_types(proposed.dtype, torch.float32))
+    return torch.count_nonzero(agrees).to(torch.promote_types(proposed.dtype, torch.float32))
 
 
 def share(agreeing: Tensor, numel: int) -> Tensor:
@@ -48,8 +48,8 @@ def share(agreeing: Tensor, numel: int) -> Tensor:
 
 
 def grams(proposed: Tensor, gradient: Tensor) -> Tensor:
-    """Grams, in place in ``proposed``: its magnitudes, with the signs of the gradient."""
-    return proposed.abs_().mul_(gradient.sign())
+    """Grams, in place in ``proposed``: its magnitudes, the signs of the gradient. Overwrites ``gradient``."""
+    return proposed.abs_().mul_(gradient.sign_())
 
 
 def focus(numerator: Tensor, average: Tensor, weight: Tensor) -> Tensor:

@@ -102,4 +102,3 @@ def whole(tensor: Tensor) -> Tensor:
 
 def pieces_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-

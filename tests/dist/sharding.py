@@ -2,10 +2,13 @@
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.models import Transformer
@@ -19,10 +22,15 @@ def ranks(name):
     return torch.Size(WRAPS[name].values()).numel()
 
 
-def wrap(name, dtype=torch.float32):
-    """A model, the model to call, and the number and count of this rank's slice of a global batch."""
+def wrap(name, dtype=torch.float32, prepare=None):
+    """A model, the model to call, and the number and count of this rank's slice of a global batch.
+
+    ``prepare`` changes the model before it is wrapped.
+    """
     torch.manual_seed(0)
     model = Transformer().to(dtype)
+    if prepare:
+        prepare(model)
     axes = WRAPS[name]
     if "ddp" in axes:
         return model, DistributedDataParallel(model), dist.get_rank(), dist.get_world_size()

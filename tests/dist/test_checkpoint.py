@@ -24,10 +24,10 @@ def weights_and_d(model, optimizer):
     return [whole(p) for p in model.parameters()], float(optimizer.metrics()[0]["d"])
 
 
-def save(name, folder, flatten):
+def save(name, folder, flatten, options):
     """Train, save, and train on: where the uninterrupted run is."""
     model, called, number, count = wrap(name)
-    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), **options)
     data = Walks()
     fit(called, optimizer, data, BEFORE, number, count)
     how = StateDictOptions(flatten_optimizer_state_dict=flatten)
@@ -37,9 +37,9 @@ def save(name, folder, flatten):
     return weights_and_d(model, optimizer)
 
 
-def load(name, folder, flatten, mode):
+def load(name, folder, flatten, options, mode):
     model, called, number, count = wrap(name)
-    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), **options)
     data = Walks()
     for _ in range(BEFORE):
         data.next()
@@ -55,13 +55,14 @@ def load(name, folder, flatten, mode):
     return weights_and_d(model, optimizer)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_speed": "relative", "use_adopt": True}], ids=str)
 @pytest.mark.parametrize("flatten", [False, True])
-def test_through_dcp(pool, tmp_path, flatten):
-    uninterrupted = pool.run(4, save, "fsdp4", str(tmp_path), flatten)
-    assert_same(pool.run(4, load, "fsdp4", str(tmp_path), flatten, "train"), uninterrupted)
+def test_through_dcp(pool, tmp_path, flatten, options):
+    uninterrupted = pool.run(4, save, "fsdp4", str(tmp_path), flatten, options)
+    assert_same(pool.run(4, load, "fsdp4", str(tmp_path), flatten, options, "train"), uninterrupted)
     weights, d = uninterrupted[0]
     for name, mode in (("fsdp2", "train"), ("hsdp", "eval"), ("fsdp_tp", "train")):
-        for found, found_d in pool.run(ranks(name), load, name, str(tmp_path), flatten, mode):
+        for found, found_d in pool.run(ranks(name), load, name, str(tmp_path), flatten, options, mode):
             assert found_d == pytest.approx(d, rel=1e-5)
             for ours, theirs in zip(found, weights, strict=True):
                 assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
@@ -71,12 +72,13 @@ def state_of(optimizer):
     """A state dict with whole tensors, as one process would save it."""
     saved = optimizer.state_dict()
     saved["state"] = {
-        number: {key: whole(value) for key, value in state.items()} for number, state in saved["state"].items()
+        number: {key: whole(value) for key, value in state.items()}
+        for number, state in saved["state"].items()
     }
     return saved
 
 
-def fed_on_mesh(name, saved, weights, draws, steps):
+def fed_on_mesh(name, saved, weights, draws, steps, options):
     """Go on, on a mesh, from what one process saved; returns what it saves and weighs then."""
     mesh = MESHES[name]
     problem = Fed(*mesh.shapes)
@@ -84,7 +86,7 @@ def fed_on_mesh(name, saved, weights, draws, steps):
     for p, value in zip(problem.parameters, weights, strict=True):
         p.data.copy_(value)
     placed = Placed(problem, mesh)
-    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
+    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters, **options)
     optimizer.load_state_dict(saved)
     for _ in range(steps):
         placed.backward()
@@ -92,27 +94,43 @@ def fed_on_mesh(name, saved, weights, draws, steps):
     return state_of(optimizer), [whole(p) for p in placed.parameters]
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "last_dim", "hsdp", "fsdp_tp_uneven", "empty", "mixed", "two_meshes"])
-def test_what_one_process_saved(pool, name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(
+            (name, {})
+            for name in ("fsdp2", "last_dim", "hsdp", "fsdp_tp_uneven", "empty", "mixed", "two_meshes")
+        ),
+        ("fsdp_tp_uneven", {"use_speed": "relative"}),
+        ("empty", {"use_speed": "relative", "use_schedulefree": False}),
+        ("uneven", {"use_focus": True, "factored": False}),
+    ],
+    ids=str,
+)
+def test_what_one_process_saved(pool, name, options):
     """Loaded and saved again it is the same; trained on, it is what one process would have become."""
     problem = Fed(*MESHES[name].shapes)
-    optimizer = ProdigyPlusScheduleFree(problem.parameters)
+    optimizer = ProdigyPlusScheduleFree(problem.parameters, **options)
     for _ in range(40):
         problem.backward()
         optimizer.step()
     saved, draws = optimizer.state_dict(), problem.random.get_state()
     weights = [p.detach().clone() for p in problem.parameters]
 
-    for found, found_weights in pool.run(MESHES[name].ranks, fed_on_mesh, name, saved, weights, draws, 0):
+    for found, found_weights in pool.run(
+        MESHES[name].ranks, fed_on_mesh, name, saved, weights, draws, 0, options
+    ):
         assert_same(found, saved)
         assert_same(found_weights, weights)
 
-    results = pool.run(MESHES[name].ranks, fed_on_mesh, name, saved, weights, draws, 20)
+    results = pool.run(MESHES[name].ranks, fed_on_mesh, name, saved, weights, draws, 20, options)
     for _ in range(20):
         problem.backward()
         optimizer.step()
     for found, found_weights in results:
-        assert found["param_groups"][0]["d"] == pytest.approx(optimizer.state_dict()["param_groups"][0]["d"], rel=1e-6)
+        assert found["param_groups"][0]["d"] == pytest.approx(
+            optimizer.state_dict()["param_groups"][0]["d"], rel=1e-6
+        )
         for ours, p in zip(found_weights, problem.parameters, strict=True):
             assert (ours - p.detach()).norm() <= 1e-6 * p.detach().norm()
 
@@ -153,7 +171,9 @@ def foreign():
         tensor,
     ):
         p = torch.nn.Parameter(p.clone())
-        optimizer = (ShardedProdigyPlusScheduleFree if isinstance(p, DTensor) else ProdigyPlusScheduleFree)([p])
+        optimizer = (ShardedProdigyPlusScheduleFree if isinstance(p, DTensor) else ProdigyPlusScheduleFree)(
+            [p]
+        )
         if results:
             optimizer.load_state_dict(results[0])
         else:

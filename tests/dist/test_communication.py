@@ -22,12 +22,12 @@ class NoWait(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def collectives_of_a_step(mesh_name, repeat, per_group, bucket_bytes):
+def collectives_of_a_step(mesh_name, repeat, per_group, bucket_bytes, **options):
     mesh = MESHES[mesh_name]
     placed = Placed(Fed(*mesh.shapes * repeat), mesh)
     parameters = placed.parameters
     groups = [{"params": parameters[i : i + per_group]} for i in range(0, len(parameters), per_group)]
-    optimizer = ShardedProdigyPlusScheduleFree(groups, bucket_bytes=bucket_bytes)
+    optimizer = ShardedProdigyPlusScheduleFree(groups, bucket_bytes=bucket_bytes, **options)
     placed.backward()
     optimizer.step()  # makes state, and finds out where samples are
     placed.backward()
@@ -42,6 +42,37 @@ def test_all_reduces_do_not_depend_on_parameters_or_groups(pool, mesh_name):
     for repeat, per_group in ((1, 100), (3, 100), (3, 2)):
         for counts in pool.run(ranks, collectives_of_a_step, mesh_name, repeat, per_group, 1 << 26):
             assert counts == {"c10d.allreduce_": EXPECTED[mesh_name]}, (repeat, per_group)
+
+
+# How many all-reduces an option adds along an axis that cuts a parameter.
+ADDED = {
+    "use_speed": 0,
+    "use_bias_correction": 0,
+    "use_cautious": 1,
+    "use_grams": 0,
+    "use_adopt": 0,
+    "use_orthograd": 0,
+    "use_focus": 0,
+}
+CUTTING = {"fsdp4": 1, "hsdp": 1, "fsdp_tp": 2, "uneven": 1}
+
+
+def collectives_with_options(mesh_name):
+    counts = {}
+    for name in ADDED:
+        for use_schedulefree in (True, False):
+            for value in (True, "relative") if name == "use_speed" else (True,):
+                options = {name: value, "use_schedulefree": use_schedulefree, "factored": name != "use_focus"}
+                counts[tuple(options.items())] = collectives_of_a_step(mesh_name, 1, 100, 1 << 26, **options)
+    return counts
+
+
+@pytest.mark.parametrize("mesh_name", CUTTING)
+def test_options_add_one_all_reduce_at_most(pool, mesh_name):
+    for counts in pool.run(MESHES[mesh_name].ranks, collectives_with_options, mesh_name):
+        for options, count in counts.items():
+            added = ADDED[options[0][0]] * CUTTING[mesh_name]
+            assert count == {"c10d.allreduce_": EXPECTED[mesh_name] + added}, options
 
 
 def test_one_more_for_each_further_bucket(pool):

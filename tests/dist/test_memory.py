@@ -66,16 +66,30 @@ def peak_on_two_ranks(options, bucket_bytes, dtype=torch.float32):
     return peak_of_a_step(optimizer, placed)
 
 
-OPTIONS = [{}, {"factored": False}, {"use_schedulefree": False}, {"weight_decay": 0.1}]
+# Options, and how many times the size of the parameter at work they need beyond the bucket.
+OPTIONS = [
+    ({}, 1),
+    ({"factored": False}, 1),
+    ({"use_schedulefree": False}, 1),
+    ({"weight_decay": 0.1}, 1),
+    ({"use_grams": True}, 1),
+    ({"use_focus": True, "factored": False}, 1),
+    ({"use_cautious": True}, 1),
+    ({"use_cautious": True, "use_schedulefree": False}, 1),
+    ({"use_adopt": True}, 1.25),  # a mask
+    ({"use_adopt": True, "use_schedulefree": False}, 1.25),
+    ({"use_adopt": True, "factored": False}, 2),  # the moment before, and the squares that move it
+    ({"use_orthograd": True}, 4),  # direction and weights in float64, of at most 2**18 elements
+]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_step_needs_a_bucket_and_one_parameter_more(pool, options):
+@pytest.mark.parametrize(("options", "more"), OPTIONS, ids=str)
+def test_a_step_needs_a_bucket_and_one_parameter_more(pool, options, more):
     """The updates of a bucket, one temporary of the parameter at work, and what is small."""
     small = 2 * 16 * (64 + 256) * 4 + 100_000
     for pieces in (1, 4):
         for most in pool.run(2, peak_on_two_ranks, options, pieces * PIECE):
-            assert most <= (pieces + 1) * PIECE + small
+            assert most <= (pieces + more) * PIECE + small
 
 
 def test_rounding_needs_some_more_of_one_parameter(pool):
@@ -84,8 +98,8 @@ def test_rounding_needs_some_more_of_one_parameter(pool):
         assert most <= (8 + 6) * PIECE + 150_000
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_one_process_needs_two_of_the_largest_parameter(options):
+@pytest.mark.parametrize(("options", "more"), OPTIONS, ids=str)
+def test_one_process_needs_two_of_the_largest_parameter(options, more):
     problem = Fed(*((512, 512),) * 8, (1024, 512))
     optimizer = ProdigyPlusScheduleFree(problem.parameters, **options)
-    assert peak_of_a_step(optimizer, problem) <= 2 * 1024 * 512 * 4 + 200_000
+    assert peak_of_a_step(optimizer, problem) <= (1 + more) * 1024 * 512 * 4 + 200_000

@@ -40,18 +40,29 @@ def play(optimizer, problem, rank=None):
     return [whole(p) for p in problem.parameters], d, metrics
 
 
-def on_mesh(name):
+def on_mesh(name, options):
     placed = Placed(Fed(*MESHES[name].shapes), MESHES[name])
-    return play(ShardedProdigyPlusScheduleFree(split(placed.parameters)), placed, dist.get_rank())
+    return play(ShardedProdigyPlusScheduleFree(split(placed.parameters), **options), placed, dist.get_rank())
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "uneven", "hsdp", "fsdp_tp", "two_meshes"])
-def test_missing_and_bad_gradients(pool, name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in ("fsdp2", "uneven", "hsdp", "fsdp_tp", "two_meshes")),
+        ("uneven", {"use_cautious": True, "use_adopt": True}),
+        ("uneven", {"use_cautious": True, "use_schedulefree": False}),
+        ("uneven", {"use_speed": "relative", "use_orthograd": True}),
+        ("uneven", {"use_focus": True, "factored": False, "use_speed": True}),
+        ("uneven", {"use_grams": True, "use_bias_correction": True, "betas": (0.9, 0.95)}),
+    ],
+    ids=str,
+)
+def test_missing_and_bad_gradients(pool, name, options):
     mesh = MESHES[name]
     problem = Fed(*mesh.shapes)
-    weights, d, metrics = play(ProdigyPlusScheduleFree(split(problem.parameters)), problem)
+    weights, d, metrics = play(ProdigyPlusScheduleFree(split(problem.parameters), **options), problem)
     assert metrics[0]["skipped_steps"] == 10
-    for found in pool.run(mesh.ranks, on_mesh, name, limit=60):
+    for found in pool.run(mesh.ranks, on_mesh, name, options, limit=60):
         assert torch.tensor(found[1]).allclose(torch.tensor(d), rtol=1e-6, atol=0)
         for ours, theirs in zip(found[2], metrics, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-6)

@@ -18,8 +18,15 @@ def local_bits(name, dtype):
     for _ in range(STEPS):
         placed.backward()
         optimizer.step()
-    state = [{key: pieces_of(value).clone() for key, value in optimizer.state[p].items()} for p in placed.parameters]
-    return [pieces_of(p.detach()).clone() for p in placed.parameters], state, optimizer.state_dict()["param_groups"]
+    state = [
+        {key: pieces_of(value).clone() for key, value in optimizer.state[p].items()}
+        for p in placed.parameters
+    ]
+    return (
+        [pieces_of(p.detach()).clone() for p in placed.parameters],
+        state,
+        optimizer.state_dict()["param_groups"],
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,7 +56,9 @@ def few_steps(name, sharded):
     for _ in range(3):
         problem.backward()
         optimizer.step()
-    return [whole(p) for p in problem.parameters], [whole(optimizer.state[p]["z"]) for p in problem.parameters]
+    return [whole(p) for p in problem.parameters], [
+        whole(optimizer.state[p]["z"]) for p in problem.parameters
+    ]
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "last_dim", "fsdp_tp", "fsdp_tp_uneven"])
@@ -60,5 +69,3 @@ def test_rounding_noise_belongs_to_a_place(pool, name):
         for ours, theirs in zip(found, expected, strict=True):
             different = sum(int((a != b).sum()) for a, b in zip(ours, theirs, strict=True))
             assert different <= 2e-3 * sum(a.numel() for a in theirs)
-
-

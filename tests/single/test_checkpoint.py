@@ -24,6 +24,12 @@ OPTIONS = [
     {"prodigy_steps": 5},
     {"eps": None, "use_stableadamw": False},
     {"beta4": None, "weight_decay": 0.1},
+    {"use_speed": True},
+    {"use_speed": "relative"},
+    {"use_bias_correction": True},
+    {"use_adopt": True, "use_cautious": True},
+    {"use_focus": True, "factored": False, "use_orthograd": True},
+    {"use_grams": True, "use_schedulefree": False},
 ]
 
 

@@ -15,6 +15,12 @@ OPTIONS = [
     {"prodigy_steps": 2},
     {"split_groups": False},
     {"beta4": 0.9},
+    {"use_speed": True},
+    {"use_speed": "relative", "use_bias_correction": True},
+    {"use_cautious": True, "use_adopt": True},
+    {"use_cautious": True, "use_schedulefree": False},
+    {"use_grams": True, "use_orthograd": True},
+    {"use_focus": True, "factored": False},
 ]
 
 

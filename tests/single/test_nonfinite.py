@@ -14,6 +14,15 @@ OPTIONS = [
     {"use_schedulefree": False, "weight_decay": 0.1},
     {"eps": None, "use_stableadamw": False},
     {"beta4": 0.9, "schedulefree_c": 20.0},
+    {"use_speed": True},
+    {"use_speed": "relative"},
+    {"use_bias_correction": True},
+    {"use_cautious": True, "weight_decay": 1e-3, "weight_decay_by_lr": False},
+    {"use_cautious": True, "use_schedulefree": False},
+    {"use_grams": True, "use_orthograd": True},
+    {"use_adopt": True},
+    {"use_adopt": True, "use_schedulefree": False, "factored": False},
+    {"use_focus": True, "factored": False},
 ]
 
 
@@ -41,14 +50,15 @@ def test_one_bad_element_skips_the_step(options, bad, dtype):
     assert int(optimizer.metrics()[0]["step"]) == 31
 
 
-def test_a_bad_first_step():
-    problem, optimizer = pair((40, 12), (9,))
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_bad_first_step(options):
+    problem, optimizer = pair((40, 12), (9,), **options)
     weights = [p.detach().clone() for p in problem.parameters]
     problem.backward()
     problem.parameters[1].grad[0] = float("nan")
     optimizer.step()
     assert_same([p.detach() for p in problem.parameters], weights)
-    clean, optimizer_clean = pair((40, 12), (9,))
+    clean, optimizer_clean = pair((40, 12), (9,), **options)
     clean.backward()  # the same draws
     run(optimizer, problem, 20)
     run(optimizer_clean, clean, 20)
