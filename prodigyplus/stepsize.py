@@ -156,7 +156,7 @@ class GroupStep:
             beta2=beta2,
             square=(1 - beta2) * d.square(),
             beta1=beta1,
-            gradient=(1 - beta1) * d,
+            gradient=(1 - beta1) * d * unit,
             unit=one,
             dlr=dlr,
             decay=o.weight_decay * (dlr if o.weight_decay_by_lr else unit),

@@ -169,6 +169,26 @@ ANCESTOR_CASES = {
 }
 
 
+# Schedule-Free's RAdam at a fixed learning rate: ours where Prodigy never moves d from d0.
+_RADAM = {
+    "use_bias_correction": True,
+    "prodigy_steps": 1,
+    "factored": False,
+    "use_stableadamw": False,
+}
+RADAM_CASES = {
+    name: tuple(
+        Case({"betas": betas, **decay, **options}, every=7)
+        for options in ({"lr": 1e-3}, {**_RADAM, "d0": 1e-3})
+    )
+    for name, betas, decay in (
+        ("default", (0.9, 0.99), {}),
+        ("betas", (0.95, 0.9), {}),
+        ("weight_decay", (0.9, 0.99), {"weight_decay": 0.1}),
+    )
+}
+
+
 class Problem:
     """A noisy quadratic in each parameter: ``g = curvature·(w − target) + noise``.
 

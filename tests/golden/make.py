@@ -2,7 +2,8 @@
 
     pip install --no-deps --target ORACLE prodigy-plus-schedule-free==2.0.1
     pip install --no-deps --target ANCESTOR prodigyopt==1.1.2
-    python tests/golden/make.py ORACLE ANCESTOR
+    pip install --no-deps --target SCHEDULEFREE schedulefree==1.4.1
+    python tests/golden/make.py ORACLE ANCESTOR SCHEDULEFREE
 
 The first, the oracle, has our import name, so it runs in a process without us. It is corrected in the places
 where we differ on purpose and the numbers would show it:
@@ -19,7 +20,8 @@ where we differ on purpose and the numbers would show it:
 Each run is played again, several times over, with gradients that are off by a last bit, and of options with
 weights that are too. How far that takes a run at most is kept as its noise floor.
 
-The second, the reference Prodigy, is played in float64, where no storage dtype comes between us.
+The others, the reference Prodigy and Schedule-Free's RAdam, are played in float64, where no storage dtype
+comes between us.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from cases import (
     CASES,
     OPTION_CASES,
     PAIR_CASES,
+    RADAM_CASES,
     STEPS,
     Case,
     Problem,
@@ -96,6 +99,11 @@ def ancestor(folder: str) -> type[torch.optim.Optimizer]:
     return importlib.import_module("prodigyopt").Prodigy
 
 
+def radam(folder: str) -> type[torch.optim.Optimizer]:
+    sys.path.insert(0, folder)
+    return importlib.import_module("schedulefree").RAdamScheduleFree
+
+
 def play(
     optimizer_class: type[torch.optim.Optimizer],
     case: Case,
@@ -107,12 +115,14 @@ def play(
     if "use_speed" in options:
         options["use_speed"] = options["use_speed"] == "relative"
     optimizer = optimizer_class(problem.groups(case), **options)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     result, d = {}, []
     for step in range(STEPS):
         set_lr(optimizer, case, step)
         problem.backward()
         optimizer.step()
-        d.append([group["d"] for group in optimizer.param_groups])
+        d.append([group.get("d", group["lr"]) for group in optimizer.param_groups])
         if step + 1 == case.early:
             for number, p in enumerate(problem.parameters):
                 result[f"early.{number}"] = kept(case, p).copy()
@@ -174,7 +184,7 @@ def single_steps(optimizer_class: type[torch.optim.Optimizer], case: Case) -> di
 
 
 def main() -> None:
-    oracle_folder, ancestor_folder = sys.argv[1:]
+    oracle_folder, ancestor_folder, schedulefree_folder = sys.argv[1:]
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints
         optimizer_class = oracle(oracle_folder)
         for name, case in {**CASES, **OPTION_CASES, **PAIR_CASES}.items():
@@ -186,6 +196,9 @@ def main() -> None:
         prodigy = ancestor(ancestor_folder)
         for name, (theirs, _) in ANCESTOR_CASES.items():
             np.savez_compressed(HERE / f"ancestor_{name}.npz", **play(prodigy, theirs, torch.float64))
+        for name, (theirs, _) in RADAM_CASES.items():
+            run = play(radam(schedulefree_folder), theirs, torch.float64)
+            np.savez_compressed(HERE / f"radam_{name}.npz", **run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SPEC's "One step with the defaults" again, straight from its formulas, in numpy and float64.
+"""SPEC's formulas again, straight from them, in numpy and float64.
 
 Slow, plain and independent: it shares no line with the package, and keeps x where the package keeps y.
 """
@@ -13,68 +13,168 @@ class Reference:
         self.o = {
             "lr": 1.0, "betas": (0.9, 0.99), "weight_decay": 0.0, "weight_decay_by_lr": True, "d0": 1e-6,
             "d_coef": 1.0, "eps": 1e-8, "beta4": 0.0, "d_limiter": True, "schedulefree_c": 0.0, "slice_p": 11,
-            "factored": True, "use_stableadamw": True,
+            "factored": True, "use_stableadamw": True, "use_schedulefree": True, "use_speed": False,
+            "use_bias_correction": False, "use_cautious": False, "use_grams": False, "use_adopt": False,
+            "use_orthograd": False, "use_focus": False,
         } | options  # fmt: skip
-        self.x = [np.array(w, dtype=np.float64) for w in weights]
+        self.x = [np.array(w, dtype=np.float64) for w in weights]  # without Schedule-Free, the weights
         self.z = [x.copy() for x in self.x]
-        self.p0 = [x.ravel()[:: self.o["slice_p"]].copy() for x in self.x]
+        self.p0 = [self.sample(x).copy() for x in self.x]
         self.s = [np.zeros_like(p0) for p0 in self.p0]
         self.moment = [{} for _ in self.x]
-        self.d, self.numerator, self.weight_sum = self.o["d0"], 0.0, 0.0
+        self.far = [{} for _ in self.x]
+        self.d, self.numerator, self.largest, self.weight_sum, self.k = self.o["d0"], 0.0, 0.0, 0.0, 0
+
+    def sample(self, values):
+        return values.ravel()[:: self.o["slice_p"]]
 
     def y(self, i):
         beta1 = self.o["betas"][0]
-        return (1 - beta1) * self.z[i] + beta1 * self.x[i]
+        return (1 - beta1) * self.z[i] + beta1 * self.x[i] if self.o["use_schedulefree"] else self.x[i]
+
+    def average(self, i, key, value, beta):
+        self.moment[i][key] = beta * self.moment[i].get(key, 0.0) + (1 - beta) * value
+
+    def advance_second(self, i, g, base, beta2):
+        """The second moment of d·g, or what FOCUS has in its place."""
+        if self.o["use_focus"]:
+            self.average(i, "W", self.d**2 * base, beta2)
+        elif self.is_factored(g):
+            _, rows, columns = self.order(g)
+            self.average(i, "R", self.d**2 * (g**2).mean(columns, keepdims=True), beta2)
+            self.average(i, "C", self.d**2 * (g**2).mean(rows, keepdims=True), beta2)
+        else:
+            self.average(i, "V", self.d**2 * g**2, beta2)
+
+    def is_factored(self, g):
+        return self.o["factored"] and g.ndim >= 2 and max(g.shape) >= 32
+
+    def order(self, g):
+        *rest, rows, columns = sorted(range(g.ndim), key=lambda dim: (g.shape[dim], dim))
+        return rest, rows, columns
 
     def denominator(self, i, g):
-        (_, beta2), d, moment = self.o["betas"], self.d, self.moment[i]
+        moment = {key: np.array(value) for key, value in self.moment[i].items()}
+        if self.o["use_focus"]:
+            return moment.get("W", np.zeros_like(g))
+        if self.is_factored(g):
+            if "R" not in moment:
+                return np.zeros_like(g)
+            return np.sqrt(moment["R"] / moment["R"].mean(self.order(g)[1], keepdims=True) * moment["C"])
+        return np.sqrt(moment.get("V", np.zeros_like(g)))
 
-        def average(key, value):
-            moment[key] = beta2 * moment.get(key, 0.0) + (1 - beta2) * d**2 * value
-            return moment[key]
+    def normalised(self, numerator, denominator, base):
+        if self.o["use_focus"]:
+            return np.sign(numerator) + 0.1 * np.sign(base - denominator)
+        if self.o["eps"] is None:
+            return 4 / math.pi * np.arctan2(numerator, denominator)
+        return numerator / (denominator + self.d * self.o["eps"])
 
-        if self.o["factored"] and g.ndim >= 2 and max(g.shape) >= 32:
-            order = sorted(range(g.ndim), key=lambda dim: (g.shape[dim], dim))
-            rows, columns = order[-2], order[-1]
-            r = average("R", (g**2).mean(columns, keepdims=True))
-            c = average("C", (g**2).mean(rows, keepdims=True))
-            return np.sqrt(r / r.mean(rows, keepdims=True) * c)
-        return np.sqrt(average("V", g**2))
+    def changed(self, move, g):
+        """Cautious and Grams."""
+        if self.o["use_cautious"]:
+            agrees = move * g > 0
+            return move * agrees / max(agrees.mean(), 1e-3)
+        return np.abs(move) * np.sign(g) if self.o["use_grams"] else move
+
+    def direction(self, i, g, base, beta2):
+        o, d = self.o, self.d
+        before = self.denominator(i, g)
+        self.advance_second(i, g, base, beta2)
+        denominator = before if o["use_adopt"] else self.denominator(i, g)
+        if o["use_schedulefree"]:
+            u = self.normalised(d * g, denominator, base)
+        else:
+            if o["use_adopt"]:
+                bound = self.k**0.25
+                g = np.clip(self.normalised(d * g, denominator, base), -bound, bound)
+            self.average(i, "M", d * g, o["betas"][0])
+            m = self.changed(self.moment[i]["M"], g)
+            u = m / d if o["use_adopt"] else self.normalised(m, denominator, base)
+        if o["use_orthograd"] and u.size > 1:
+            left = u - (base * u).sum() / (base**2).sum() * base
+            u = left * np.linalg.norm(u) / np.linalg.norm(left)
+        if o["use_stableadamw"] and o["eps"] is not None:
+            u = u / math.sqrt(max(1.0, math.sqrt((u**2).mean())))
+        return u
+
+    def evidence(self, i, g, base):
+        """The weighted product and the norm that the step size goes by."""
+        o, d = self.o, self.d
+        w = o["d0"] * math.sqrt(d) if o["use_speed"] is True else d**2 / math.sqrt(o["d0"])
+        g, distance = self.sample(g), self.p0[i] - self.sample(base)
+        product = float(g @ distance)
+        if o["use_speed"] == "relative":
+            far, recent = self.far[i], self.k**-0.75
+            far["product"] = (1 - recent) * far.get("product", product) + recent * product
+            far["l1"] = max(float(np.abs(distance).sum()), far.get("l1", 1e-8))
+            far["l2"] = max(float(np.linalg.norm(distance)), far.get("l2", 1e-8))
+            return w * far["product"] / far["l1"] / (1 + far["l2"]) ** 2, far["l2"]
+        if o["use_speed"]:
+            g, product = np.sign(g), float(np.sign(product))
+        self.s[i] = math.sqrt(o["betas"][1]) * self.s[i] + w * g
+        return w * product, float(np.abs(self.s[i]).sum())
 
     def step(self, gradients):
         o, d = self.o, self.d
         beta1, beta2 = o["betas"]
-        beta3 = math.sqrt(beta2)
-        dlr = d * o["lr"]
+        self.k += 1
+        gradients = [np.asarray(g, dtype=np.float64) for g in gradients]
+        base = self.z if o["use_schedulefree"] else self.x
+        if o["use_adopt"] and self.k == 1:
+            for i, g in enumerate(gradients):
+                self.advance_second(i, g, base[i], 0.0)
+            return
+        dlr, beta2_now = d * o["lr"], beta2
+        if o["use_bias_correction"]:
+            # RAdam, algorithm 2.
+            longest = 2 / (1 - beta2) - 1
+            length = longest - 2 * self.k * beta2**self.k / (1 - beta2**self.k)
+            r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+            dlr *= math.sqrt(r) if length > 4 else 0.0
+            beta2_now = 1 - (1 - beta2) / (1 - beta2**self.k)
         self.weight_sum += dlr**2
-        c = dlr**2 / self.weight_sum
+        c = dlr**2 / self.weight_sum if self.weight_sum else 0.0
         if o["schedulefree_c"] > 0:
             c = min(1.0, c * (1 - beta1) * o["schedulefree_c"])
-        w = d**2 / math.sqrt(o["d0"])
-        product, norm = 0.0, 0.0
+        evidence = []
         for i, g in enumerate(gradients):
-            g = np.asarray(g, dtype=np.float64)
-            denominator = self.denominator(i, g)
-            if o["eps"] is None:
-                u = 4 / math.pi * np.arctan2(d * g, denominator)
+            u = self.direction(i, g, base[i], beta2_now)
+            evidence.append(self.evidence(i, g, base[i]))
+            y = self.y(i)
+            decay = o["weight_decay"] * y * (dlr if o["weight_decay_by_lr"] else 1.0)
+            if not o["use_schedulefree"]:
+                self.x[i] = y - decay - dlr * u
+            elif o["use_cautious"] or o["use_grams"]:
+                apart = 0.0
+                if o["weight_decay_by_lr"]:
+                    u = u + o["weight_decay"] * y
+                else:
+                    apart = decay
+                xy = 1 - beta1 * (1 - c)
+                y = y - self.changed(c * (y - self.z[i]) + dlr * xy * u, u) - xy * apart
+                self.z[i] = self.z[i] - dlr * u - apart
+                self.x[i] = (y - (1 - beta1) * self.z[i]) / beta1
             else:
-                u = d * g / (denominator + d * o["eps"])
-            if o["use_stableadamw"] and o["eps"] is not None:
-                u = u / math.sqrt(max(1.0, math.sqrt((u**2).mean())))
-            sample = g.ravel()[:: o["slice_p"]]
-            product += w * float(sample @ (self.p0[i] - self.z[i].ravel()[:: o["slice_p"]]))
-            self.s[i] = beta3 * self.s[i] + w * sample
-            norm += float(np.abs(self.s[i]).sum())
-            decay = o["weight_decay"] * self.y(i)
-            step = dlr * (u + decay) if o["weight_decay_by_lr"] else dlr * u + decay
-            self.z[i] = self.z[i] - step
-            self.x[i] = (1 - c) * self.x[i] + c * self.z[i]
-        self.numerator *= beta3
+                self.z[i] = self.z[i] - dlr * u - decay
+                self.x[i] = (1 - c) * self.x[i] + c * self.z[i]
+        self.adapt(*map(sum, zip(*evidence, strict=True)))
+
+    def adapt(self, product, norm):
+        o, d, before = self.o, self.d, self.numerator
+        beta2 = o["betas"][1]
+        self.numerator *= math.sqrt(beta2)
         if d > o["d0"] or product > 0:
             self.numerator += product
-        estimate = self.numerator / norm
-        if o["d_limiter"]:
-            estimate = min(estimate, 2**0.25 * d)
-        estimate *= o["d_coef"]
+        self.largest = max(self.largest, self.numerator)
+        if o["use_speed"] == "relative":
+            grows = self.numerator >= self.largest and self.numerator > 0 and before > 0
+            growth = min(2**0.25, math.sqrt(self.numerator / before)) * o["d_coef"] ** 0.125 if grows else 1.0
+            estimate = d * growth
+        elif o["use_speed"]:
+            estimate = min(o["d_coef"] * self.numerator / norm, d**0.975)
+        else:
+            estimate = self.numerator / norm
+            estimate = o["d_coef"] * (min(estimate, 2**0.25 * d) if o["d_limiter"] else estimate)
         beta4 = beta2 if o["beta4"] is None else o["beta4"]
         self.d = beta4 * d + (1 - beta4) * max(estimate, o["d0"]) if beta4 else max(d, estimate)

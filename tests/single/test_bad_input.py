@@ -90,16 +90,48 @@ def test_sparse_gradients():
         optimizer.step()
 
 
-def test_exclusions_are_said_once():
+@pytest.mark.parametrize(
+    ("options", "named", "left"),
+    [
+        ({"eps": None}, ("eps=None", "use_stableadamw"), {"eps": None, "use_stableadamw": False}),
+        (
+            {"use_cautious": True, "use_grams": True},
+            ("use_cautious", "use_grams"),
+            {"use_cautious": True, "use_grams": False},
+        ),
+        ({"use_focus": True}, ("use_focus", "factored"), {"use_focus": True, "factored": False}),
+        (
+            {"use_focus": True, "factored": False, "eps": None, "use_stableadamw": False},
+            ("use_focus", "eps=None"),
+            {"use_focus": True, "use_stableadamw": False, "eps": 1e-8},
+        ),
+    ],
+)
+def test_exclusions_are_said_once(options, named, left):
     groups = [{"params": parameters()} for _ in range(3)]
-    with pytest.warns(UserWarning, match=r"eps=None.*use_stableadamw") as caught:
-        optimizer = ProdigyPlusScheduleFree(groups, eps=None)
+    with pytest.warns(UserWarning, match="excludes") as caught:
+        optimizer = ProdigyPlusScheduleFree(groups, **options)
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    assert not any(group["use_stableadamw"] for group in optimizer.param_groups)
+    assert all(name in str(caught[0].message) for name in named)
+    for group in optimizer.param_groups:
+        assert {name: group[name] for name in left} == left
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ProdigyPlusScheduleFree(parameters(), eps=None, use_stableadamw=False)
+        ProdigyPlusScheduleFree(parameters(), **{**options, **left})
+
+
+def test_exclusions_of_one_group_alone():
+    with pytest.warns(UserWarning, match="use_grams"):
+        optimizer = ProdigyPlusScheduleFree(
+            [{"params": parameters(), "use_cautious": True}, {"params": parameters()}], use_grams=True
+        )
+    assert [group["use_grams"] for group in optimizer.param_groups] == [False, True]
+
+
+def test_a_correction_that_would_never_end():
+    with pytest.raises(ValueError, match=r"betas=\(0\.9, 0\.5\).*use_bias_correction.*0\.6"):
+        ProdigyPlusScheduleFree(parameters(), betas=(0.9, 0.5), use_bias_correction=True)
 
 
 def state_after_a_step(*shapes, **options):

@@ -12,6 +12,7 @@ from tests.golden.cases import (
     CASES,
     OPTION_CASES,
     PAIR_CASES,
+    RADAM_CASES,
     STEPS,
     Problem,
     distance,
@@ -82,6 +83,19 @@ def test_ancestor(name):
     assert np.abs(d / golden["d"] - 1).max() <= bound
     for number, p in enumerate(problem.parameters):
         assert distance(p.detach().numpy(), golden[f"weight.{number}"]) <= bound, number
+
+
+@pytest.mark.parametrize("name", RADAM_CASES)
+def test_radam(name):
+    """use_bias_correction is Schedule-Free's RAdam, where Prodigy does not move the step size."""
+    golden = np.load(GOLDEN / f"radam_{name}.npz")
+    _, case = RADAM_CASES[name]
+    problem, optimizer, d, _ = play(case, torch.float64)
+
+    np.testing.assert_allclose(d, golden["d"], rtol=1e-12)
+    for number, p in enumerate(problem.parameters):
+        assert distance(kept(case, p), golden[f"weight.{number}"]) <= 1e-9, number
+        assert distance(kept(case, optimizer.state[p]["z"]), golden[f"z.{number}"]) <= 1e-9, number
 
 
 @pytest.mark.parametrize("at", [20, 60])
