@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import optimizers
 import torch
 import torch.distributed as dist
 from checkpoints import Run
@@ -27,7 +28,7 @@ from corpus import Batch, Corpus, even_windows, files_in, random_windows, read, 
 from files import replacing
 from gpt import GPT
 from meshes import MeshShape, device_mesh, parallelize, parse_mesh
-from optimizers import LEARNING_RATES, step_size
+from optimizers import step_size
 from options import Parser, natural, positive
 from ranks import Ranks, start
 from report import Curve, Panel, Report
@@ -44,7 +45,7 @@ CHECKPOINTS = "checkpoints"  # in --out
 
 MODEL = ("layers", "width", "heads", "context")
 # What a resumed run must share with the run that it goes on with, beside the text.
-SHARED = (*MODEL, "optimizer", "lr", "batch_size", "seed")
+SHARED = (*MODEL, *optimizers.SHARED, "batch_size", "seed")
 
 
 def main() -> None:
@@ -69,8 +70,7 @@ def parse() -> argparse.Namespace:
     add("--context", type=positive, default=128, help="bytes in a window; default: %(default)s")
     add("--batch-size", type=positive, default=16, help="windows, of all processes; default: %(default)s")
     add("--seed", type=natural, default=1, help="default: %(default)s")
-    add("--optimizer", choices=LEARNING_RATES, default="prodigyplus", help="default: %(default)s")
-    add("--lr", type=float, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
+    optimizers.add_arguments(parser)
     add("--steps", type=positive, help="stop after this many; default: 1000, and no end with --minutes")
     add("--minutes", type=float, help="stop after this much time")
     add("--log-every", type=positive, default=10, metavar="STEPS", help="default: %(default)s")
@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
     resume_help = "go on from a checkpoint; default: the newest in --out, or the beginning if there is none"
     add("--resume", type=Path, nargs="?", const=True, metavar="PATH", help=resume_help)
     args = parser.parse_args()
-    args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
+    optimizers.complete(args)
     args.steps = 1000 if args.steps is None and args.minutes is None else args.steps
     return args
 
@@ -99,7 +99,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     size = sum(p.numel() for p in model.parameters())
     if dist.is_initialized():
         parallelize(model, device_mesh(shape, ranks.device))
-    optimizer = build_optimizer(args.optimizer, model, args.lr)
+    with ranks.together():
+        optimizer = build_optimizer(args, model)
     with ranks.together():
         if not ranks.agree((text.summary, before.step)):
             raise ValueError(
@@ -183,13 +184,17 @@ def find_checkpoint(args: argparse.Namespace, settings: Mapping[str, Any]) -> tu
     return path, Run() if path is None else checkpoints.read_run(path, settings)
 
 
-def build_optimizer(name: str, model: nn.Module, lr: float) -> Optimizer:
-    """The optimiser of that name, for the whole model."""
-    if name == "adamw":
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> Optimizer:
+    """The optimiser of the command line, for the whole model."""
+    if args.optimizer == "adamw":
         # One by one: with tensor parallelism the weights are of several meshes, which foreach cannot mix.
-        return AdamW(model.parameters(), lr=lr, foreach=False)
+        return AdamW(model.parameters(), lr=args.lr, foreach=False)
     sharded = dist.is_initialized()
-    return (ShardedProdigyPlusScheduleFree if sharded else ProdigyPlusScheduleFree)(model.parameters(), lr=lr)
+    optimizer_class = ShardedProdigyPlusScheduleFree if sharded else ProdigyPlusScheduleFree
+    optimizer = optimizer_class(model.parameters(), lr=args.lr, **args.option)
+    if args.option.get("fused_back_pass"):
+        optimizer.fuse_backward(model)
+    return optimizer
 
 
 # ---------------------------------------------------------------------------------------- the steps

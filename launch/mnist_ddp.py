@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import mnist_data
+import optimizers
 import torch
 from files import replacing
-from optimizers import LEARNING_RATES, step_size
+from optimizers import step_size
 from options import Parser, positive
 from ranks import Ranks, start
 from report import Curve, Panel, Record, Report
@@ -35,7 +36,7 @@ TEST_BATCH = 1000
 REPORT_EVERY = 20  # steps
 
 # What a resumed run must share with the run that it goes on with.
-SHARED = ("optimizer", "lr", "batch_size", "seed", "limit")
+SHARED = (*optimizers.SHARED, "batch_size", "seed", "limit")
 
 
 def main() -> None:
@@ -53,15 +54,14 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=positive, default=3, help="default: %(default)s; the example trains for 14")
     add("--batch-size", type=positive, default=64, help="of all processes together; default: %(default)s")
     add("--seed", type=int, default=1, help="default: %(default)s")
-    add("--optimizer", choices=LEARNING_RATES, default="prodigyplus", help="default: %(default)s")
-    add("--lr", type=float, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
+    optimizers.add_arguments(parser)
     add("--data", type=Path, metavar="DIR", help="folder of MNIST's four IDX files, plain or .gz")
     add("--out", type=Path, default=Path("runs/mnist"), metavar="DIR", help="default: %(default)s")
     resume_help = "go on from a checkpoint; default: checkpoint.pt in --out"
     add("--resume", type=Path, nargs="?", const=True, metavar="PATH", help=resume_help)
     add("--limit", type=positive, metavar="N", help="use the first N images only, for a quick trial")
     args = parser.parse_args()
-    args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
+    optimizers.complete(args)
     args.resume = args.out / "checkpoint.pt" if args.resume is True else args.resume
     return args
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             mnist_data.fetch(mnist_data.cache_folder())
         torch.manual_seed(args.seed)
         net = network().to(ranks.device)
-        optimizer = build_optimizer(args.optimizer, net, args.lr)
+        optimizer = build_optimizer(args, net)
     with ranks.together():
         train, test = load_data(args.data or mnist_data.cache_folder(), args.limit, ranks.device)
         done, records = resume(args.resume, net, optimizer, settings) if args.resume else (0, [])
@@ -137,9 +137,14 @@ def network() -> nn.Sequential:
     )
 
 
-def build_optimizer(name: str, net: nn.Module, lr: float) -> Optimizer:
-    """The optimiser of that name, for the whole network."""
-    return (ProdigyPlusScheduleFree if name == "prodigyplus" else AdamW)(net.parameters(), lr=lr)
+def build_optimizer(args: argparse.Namespace, net: nn.Module) -> Optimizer:
+    """The optimiser of the command line, for the whole network."""
+    if args.option.get("fused_back_pass"):
+        raise ValueError(
+            "--option fused_back_pass: this script wraps its network anew every epoch; see gpt_fsdp2.py."
+        )
+    optimizer = ProdigyPlusScheduleFree if args.optimizer == "prodigyplus" else AdamW
+    return optimizer(net.parameters(), lr=args.lr, **args.option)
 
 
 def load_data(folder: Path, limit: int | None, device: torch.device) -> tuple[TensorDataset, TensorDataset]:

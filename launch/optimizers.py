@@ -1,12 +1,55 @@
-"""What the scripts know of the optimisers they offer."""
+"""The optimisers that the scripts offer, and what they know of them."""
 
 from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+from typing import Any
 
 from torch.optim import Optimizer
 
 from prodigyplus import ProdigyPlusScheduleFree
 
 LEARNING_RATES = {"prodigyplus": 1.0, "adamw": 1e-3}
+
+# What a checkpoint of another run must share with a run that goes on with it.
+SHARED = ("optimizer", "lr", "option")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which optimiser to take, and how."""
+    add = parser.add_argument
+    add("--optimizer", choices=LEARNING_RATES, default="prodigyplus", help="default: %(default)s")
+    add("--lr", type=float, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
+    option_help = "of prodigyplus, as use_cautious=True; may be repeated; see docs/options.md"
+    add("--option", type=option, action="append", default=[], metavar="NAME=VALUE", help=option_help)
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Put the learning rate that was not given into parsed arguments, and make the options a dict.
+
+    Raises:
+        ValueError: There are options, and the optimiser has none.
+    """
+    if args.option and args.optimizer != "prodigyplus":
+        raise ValueError(f"--option {args.option[0][0]}=…: only --optimizer prodigyplus has options.")
+    args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
+    args.option = dict(args.option)
+
+
+def option(text: str) -> tuple[str, Any]:
+    """An option and its value, from ``NAME=VALUE``."""
+    name, _, value = text.partition("=")
+    names = inspect.signature(ProdigyPlusScheduleFree).parameters.keys() - {"params", "lr"}
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(sorted(names))}")
+    try:
+        read = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        read = value
+    # A checkpoint, which this is compared with, has lists for tuples.
+    return name, list(read) if isinstance(read, tuple) else read
 
 
 def step_size(optimizer: Optimizer) -> dict[str, float]:

@@ -327,6 +327,20 @@ def test_run_goes_on_on_any_mesh(whole, tmp_path, processes, mesh):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("gpt")
+@pytest.mark.parametrize("whole", ["prodigyplus"], indirect=True)
+def test_options_of_the_optimizer(whole, tmp_path):
+    """Whole, fused with the backward pass, and gone on with: the same curve, another than by default."""
+    options = ["--option", "use_cautious=True", "--option", "betas=(0.9, 0.95)"]
+    trained(2, tmp_path / "plain", *options)
+    fused = [*options, "--option", "fused_back_pass=True"]
+    trained(2, tmp_path / "fused", *fused, "--steps", SAVED)
+    trained(2, tmp_path / "fused", *fused, "--resume")
+    assert_same(losses(tmp_path / "fused", "train"), losses(tmp_path / "plain", "train"))
+    assert not torch.equal(losses(whole[0], "train"), losses(tmp_path / "plain", "train"))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("gpt")
 def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
     out = tmp_path / "new" / "folder"
     options = ["--data", folder, "--pattern", "*.txt", "--minutes", 0.001, "--out", out]
@@ -368,6 +382,9 @@ def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
         (["--batch-size", "3"], "--batch-size 3 cannot be split evenly over the 2 processes"),
         (["--data", "nowhere"], "--data: nowhere is not a folder"),
         (["--steps", "0"], "argument --steps: 0 is less than 1"),
+        (["--option", "use_cautius=True"], "argument --option: 'use_cautius' is none of beta3, beta4, betas"),
+        (["--option", "d0=0"], "d0=0: allowed is a finite number greater than 0"),
+        (["--option", "d0=1e-5", "--optimizer", "adamw"], "only --optimizer prodigyplus has options"),
         (["--resume", "nowhere"], "there is no checkpoint nowhere"),
     ],
 )

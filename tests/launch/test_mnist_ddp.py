@@ -143,7 +143,7 @@ def test_error_is_told_once_and_ends_all_processes(mnist, tmp_path, options, mes
 
 def test_resume_refuses_another_setting(tmp_path):
     net = mnist_ddp.network()
-    optimizer = mnist_ddp.build_optimizer("adamw", net, 1e-3)
+    optimizer = torch.optim.AdamW(net.parameters())
     settings = {"optimizer": "adamw", "batch_size": 64}
     mnist_ddp.save(tmp_path, net, optimizer, 3, settings, [])
     path = tmp_path / "checkpoint.pt"
