@@ -62,7 +62,7 @@ def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Sequen
     answers = exchange.complete([(part.layout, next(rule)) for part, rule in zip(parts, rules, strict=True)])
     open_groups(answers)
     for bucket in _buckets(parts, exchange.bucket_bytes):
-        _advance(parts[bucket], rules[bucket], answers[bucket], exchange)
+        _advance([(parts[i], rules[i], answers[i]) for i in bucket], exchange)
 
 
 def size_of(part: Part) -> int:
@@ -70,26 +70,29 @@ def size_of(part: Part) -> int:
     return part.layout.most * compute_dtype(part.weight).itemsize
 
 
-def _buckets(parts: Sequence[Part], limit: int) -> Iterator[slice]:
-    """Cut ``parts`` into runs whose directions have ``limit`` bytes at most, or one part where that is more.
+def _buckets(parts: Sequence[Part], limit: int) -> Iterator[list[int]]:
+    """The numbers of ``parts`` in runs whose directions have ``limit`` bytes at most, or one part's.
 
-    By the largest piece that any rank has of each, so that all ranks cut alike.
+    By the largest piece that any rank has of each, so that all ranks cut alike. Parts that nobody has cut
+    have nothing to wait for, and go one by one.
     """
-    start, size = 0, 0
-    for stop, part in enumerate(parts):
-        more = size_of(part)
-        if stop > start and size + more > limit:
-            yield slice(start, stop)
-            start, size = stop, 0
-        size += more
-    yield slice(start, len(parts))
+    yield from ([number] for number, part in enumerate(parts) if not part.layout.cuts)
+    bucket: list[int] = []
+    size = 0
+    for number, part in enumerate(parts):
+        if not part.layout.cuts:
+            continue
+        if bucket and size + size_of(part) > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(number)
+        size += size_of(part)
+    if bucket:
+        yield bucket
 
 
-def _advance(
-    parts: Sequence[Part], rules: Sequence[Rule], answers: Sequence[Answer], exchange: Exchange
-) -> None:
+def _advance(running: list[tuple[Part, Rule, Answer]], exchange: Exchange) -> None:
     """Run rules to their ends, one round of questions and answers at a time."""
-    running = list(zip(parts, rules, answers, strict=True))
     while running:
         asking: list[tuple[Part, Rule]] = []
         asked: list[Asked] = []

@@ -18,7 +18,7 @@ from prodigyplus import averaging, checkpoint, driver, options, progress, sample
 from prodigyplus.checkpoint import name_of
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.options import Options
-from prodigyplus.rule import Part, new_state
+from prodigyplus.rule import Part, changed_option, new_state
 from prodigyplus.step import Step
 from prodigyplus.stepsize import GroupStep
 
@@ -370,10 +370,10 @@ class ProdigyPlusScheduleFree(Optimizer):
         if not state:
             for key, value in new_state(weight, grad, layout, group.options).items():
                 state[key] = value if key in progress.SAMPLED else self._placed(p, value, key, group.options)
-        if ("z" in state) != group.options.use_schedulefree:
+        if (changed := changed_option(state, layout, group.options)) is not None:
             raise RuntimeError(
-                f"use_schedulefree={group.options.use_schedulefree!r}, but the optimiser has made steps with "
-                f"{not group.options.use_schedulefree!r}: build another optimiser to change it."
+                f"{changed}={getattr(group.options, changed)!r}, but the state is of steps with another "
+                "value: build another optimiser to change it."
             )
         if not group.adapts:
             for key in progress.STATE:

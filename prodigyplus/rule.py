@@ -73,6 +73,18 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
     return state | progress.new_state(weight, layout, options, storage)
 
 
+def changed_option(state: Mapping[str, Tensor], layout: Layout, o: Options) -> str | None:
+    """The name of an option that is not the one that a parameter's state was made under, if there is one."""
+    same = {
+        "use_schedulefree": ("z" in state) == o.use_schedulefree,
+        "use_focus": ("exp_avg_weight" in state) == o.use_focus,
+    }
+    if "p0" in state:
+        same["use_speed"] = ("s" in state) == (o.use_speed != "relative")
+        same["slice_p"] = len(state["p0"]) == layout.sample_count(o.slice_p, state["p0"].device)
+    return next((name for name, is_same in same.items() if not is_same), None)
+
+
 def saved_form(key: str, shape: tuple[int, ...], every: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How an entry of the state is saved, for a parameter of this global shape.
 

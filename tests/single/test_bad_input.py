@@ -82,6 +82,41 @@ def test_parameters_of_other_dtypes(dtype):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"use_schedulefree": False}),
+        ({"use_schedulefree": False}, {"use_schedulefree": True}),
+        ({}, {"use_focus": True}),
+        ({"use_focus": True, "factored": False}, {"use_focus": False}),
+        ({}, {"use_speed": "relative"}),
+        ({"use_speed": "relative"}, {"use_speed": True}),
+        ({}, {"slice_p": 5}),
+    ],
+)
+def test_options_that_hold_from_the_first_step_on(before, after):
+    problem, optimizer = pair((40, 12), (9,), **before)
+    run(optimizer, problem, 3)
+    optimizer.param_groups[0].update(after)
+    weights = [p.detach().clone() for p in problem.parameters]
+    ((name, value),) = after.items()
+    with pytest.raises(RuntimeError, match=f"{name}={value!r}.*build another optimiser"):
+        run(optimizer, problem, 1)
+    assert_same([p.detach() for p in problem.parameters], weights)
+
+
+def test_options_that_may_change_between_steps():
+    problem, optimizer = pair((40, 12), (9,))
+    (group,) = optimizer.param_groups
+    for options in (
+        {"use_speed": True}, {"use_cautious": True}, {"use_cautious": False, "use_grams": True},
+        {"use_orthograd": True}, {"use_adopt": True}, {"use_bias_correction": True}, {"eps": None},
+    ):  # fmt: skip
+        group.update(options)
+        run(optimizer, problem, 3)
+    assert int(optimizer.metrics()[0]["step"]) == 21
+
+
 def test_sparse_gradients():
     table = nn.Embedding(5, 3, sparse=True)
     optimizer = ProdigyPlusScheduleFree(table.parameters())

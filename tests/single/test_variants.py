@@ -97,8 +97,9 @@ def test_orthograd_of_weights_that_start_at_zero():
     assert moves[True][1] < 0.2 * moves[False][1]
 
 
-def test_adopt_starts_with_a_step_that_moves_nothing():
-    problem, optimizer = pair((40, 12), (9,), use_adopt=True, weight_decay=0.1)
+@pytest.mark.parametrize("by_lr", [True, False])
+def test_adopt_starts_with_a_step_that_moves_nothing(by_lr):
+    problem, optimizer = pair((40, 12), (9,), use_adopt=True, weight_decay=1e-6, weight_decay_by_lr=by_lr)
     before = [p.detach().clone() for p in problem.parameters]
     run(optimizer, problem, 1)
     assert_same([p.detach() for p in problem.parameters], before)

@@ -1,0 +1,351 @@
+"""How much memory gradients take with `fused_back_pass` and without: one process, DDP and FSDP2.
+
+    python benchmarks/fused_memory.py [--out docs]
+
+Counts the bytes of tensors in training steps of a small transformer on the CPU, not the memory of processes.
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, UntypedStorage, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+
+LAYERS, WIDTH, HEADS, VOCABULARY = 12, 192, 4, 512
+TOKENS = 4  # few, so that activations take next to nothing
+WARM_UP = 3  # steps; DDP arranges its buckets anew after the first
+STEPS = 3  # of which the least counts, since gloo's threads may let go late of what they have sent
+SMALL, DEFAULT = 1 << 20, 64 << 20  # bucket_bytes
+LEAST = 512  # elements; what is smaller is counted as nothing, unless a gradient
+LIMIT = 120  # seconds for the processes of a setting
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A line of the table."""
+
+    name: str
+    wrap: Literal["none", "ddp", "fsdp2"] = "none"
+    fused: bool = False
+    bucket_bytes: int = SMALL
+    ddp: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        """How many processes it takes."""
+        return 1 if self.wrap == "none" else 2
+
+
+VIEW = {"gradient_as_bucket_view": True}
+SETTINGS = (
+    Setting("one process"),
+    Setting("one process, fused", fused=True),
+    Setting("DDP", "ddp"),
+    Setting("DDP, `gradient_as_bucket_view=True`", "ddp", ddp=VIEW),
+    Setting("the same, fused", "ddp", ddp=VIEW, fused=True),
+    Setting("FSDP2", "fsdp2"),
+    Setting("the same, fused", "fsdp2", fused=True),
+    Setting("FSDP2, `bucket_bytes` of 64 MiB", "fsdp2", bucket_bytes=DEFAULT),
+    Setting("the same, fused", "fsdp2", bucket_bytes=DEFAULT, fused=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes per parameter that a process holds."""
+
+    parameters: int
+    after_backward: float  # of gradients
+    gradients: float  # at most
+    everything: float  # at most, beyond the weights and the optimiser's state
+
+
+class Transformer(nn.Module):
+    """A decoder of tokens, without dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True)
+            for _ in range(LAYERS)
+        )
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The mean cross entropy of the tokens that follow."""
+        x = self.embedding(tokens[:, :-1])
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=True)
+        return cross_entropy(self.head(x).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the memory of what operations make, until it is freed; adds it up after each.
+
+    What has once been the memory of a ``.grad``, or of a bucket of DDP, is a gradient's as long as anybody
+    holds it. What an operation frees before it ends is not seen.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._parameters = list(parameters)
+        self._followed: dict[int, StorageWeakRef] = {}  # by address, which a weak reference keeps from reuse
+        self._gradients: set[int] = set()
+        for p in self._parameters:
+            p.register_post_accumulate_grad_hook(self._take_note)  # type: ignore[no-untyped-call]
+        self.restart()
+
+    def restart(self) -> None:
+        """Look for the most from here on."""
+        self.most_gradients, self.most = self.held()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(value, Tensor):
+                self.follow(value)
+        gradients, everything = self.held()
+        self.most_gradients = max(self.most_gradients, gradients)
+        self.most = max(self.most, everything)
+        return result
+
+    def follow(self, tensor: Tensor, *, gradient: bool = False) -> None:
+        """Count the memory of a tensor."""
+        storage = local(tensor).untyped_storage()
+        address: int = storage._cdata
+        if address not in self._followed and (tensor.numel() >= LEAST or gradient):
+            self._followed[address] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        if gradient:
+            self._gradients.add(address)
+
+    def held(self) -> tuple[int, int]:
+        """The bytes held now: by gradients, and by all that is followed."""
+        gradients = everything = 0
+        for address, reference in list(self._followed.items()):
+            # The size is asked for anew: FSDP2 empties what it gathers weights into, and fills it again.
+            storage: UntypedStorage | None = UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is None:
+                del self._followed[address]
+                self._gradients.discard(address)
+                continue
+            everything += storage.nbytes()
+            gradients += storage.nbytes() * (address in self._gradients)
+        return gradients, everything
+
+    def follow_gradients(self) -> None:
+        """Count the gradients that parameters have now."""
+        for p in self._parameters:
+            self._take_note(p)
+
+    def _take_note(self, p: Tensor) -> None:
+        if p.grad is not None:
+            self.follow(p.grad, gradient=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def measure(setting: Setting) -> Held:
+    """What this process holds in a step, after a few others."""
+    torch.manual_seed(0)
+    model: nn.Module = Transformer()
+    if setting.wrap == "fsdp2":
+        mesh = init_device_mesh("cpu", (setting.ranks,))
+        for module in (*(m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)), model):
+            fully_shard(module, mesh=mesh)
+    memory = Memory(model.parameters())
+    if setting.wrap == "ddp":
+        model = ddp(model, setting, memory)
+    optimizer: ProdigyPlusScheduleFree
+    if setting.wrap == "none":
+        optimizer = ProdigyPlusScheduleFree(model.parameters(), fused_back_pass=setting.fused)
+    else:
+        optimizer = ShardedProdigyPlusScheduleFree(
+            model.parameters(), fused_back_pass=setting.fused, bucket_bytes=setting.bucket_bytes
+        )
+    if setting.fused:
+        optimizer.fuse_backward(model)
+    tokens = torch.randint(VOCABULARY, (1, TOKENS + 1))
+
+    def step() -> tuple[int, int, int]:
+        memory.restart()
+        buckets, before = memory.held()  # of gradients, only DDP's buckets are left
+        model(tokens).backward()
+        memory.follow_gradients()  # DDP puts others in their place after the hooks
+        after_backward, _ = memory.held()
+        optimizer.step()
+        optimizer.zero_grad()
+        return after_backward, memory.most_gradients, memory.most - before + buckets
+
+    with memory:
+        for _ in range(WARM_UP):
+            step()
+        least = map(min, zip(*(step() for _ in range(STEPS)), strict=True))
+    count = sum(local(p).numel() for p in model.parameters())
+    return Held(count, *(nbytes / count for nbytes in least))
+
+
+def ddp(model: nn.Module, setting: Setting, memory: Memory) -> DistributedDataParallel:
+    """The model under DDP, whose buckets count as gradients."""
+    wrapped = DistributedDataParallel(model, **setting.ddp)
+    if not setting.fused:  # which has a hook of its own, and needs the buckets to be the gradients
+
+        def look(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+            memory.follow(bucket.buffer(), gradient=True)
+            return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+        wrapped.register_comm_hook(None, look)
+    return wrapped
+
+
+# ------------------------------------------------------------------------------------- processes
+
+
+def worker(setting: Setting, rank: int, folder: Path) -> None:
+    """A process of a setting: writes what it holds to a file of its own."""
+    torch.set_num_threads(1)
+    if setting.ranks > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder / 'store'}",
+            rank=rank,
+            world_size=setting.ranks,
+            timeout=datetime.timedelta(seconds=LIMIT),
+        )
+    held = measure(setting)
+    (folder / f"{rank}.json").write_text(json.dumps(asdict(held)))
+    if setting.ranks > 1:
+        dist.destroy_process_group()
+
+
+def run(setting: Setting) -> Held:
+    """What the process holds that holds most.
+
+    Raises:
+        SystemExit: A process failed, or took too long.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["prodigyplus_dist", "torch.distributed.fsdp"])  # torch, once for all
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes = [
+            context.Process(target=worker, args=(setting, rank, folder), daemon=True)
+            for rank in range(setting.ranks)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + LIMIT
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        if any(codes):
+            raise SystemExit(f"{setting.name}: the processes ended with {codes}.")
+        if None in codes:
+            raise SystemExit(f"{setting.name}: no answer within {LIMIT} seconds.")
+        every = [Held(**json.loads((folder / f"{rank}.json").read_text())) for rank in range(setting.ranks)]
+    return max(every, key=lambda held: held.gradients)
+
+
+# ---------------------------------------------------------------------------------------- report
+
+USE = """\
+```python
+optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True, bucket_bytes=1 << 20)
+optimizer.fuse_backward(model)  # once, when the model is wrapped
+
+for batch in batches:
+    loss_of(model, batch).backward()  # moves the weights
+    optimizer.step()  # ends the step, after every backward pass
+```
+"""
+
+EXPLAINED = f"""\
+What a training step holds, in bytes per float32 parameter that the process has: under FSDP2, here on
+two processes, half of the model's. A transformer of {LAYERS} layers, and batches of {TOKENS} tokens, so that
+activations take next to nothing. `bucket_bytes` is {SMALL >> 20} MiB, and in the last two lines the default.
+
+- Gradients: the memory of every `.grad`, for as long as anybody holds it, and DDP's buckets. What FSDP2 has
+  of a gradient before it is cut is not among them.
+- Everything: all that a step holds beyond the weights and the optimiser's state: gradients, activations,
+  updates, and the layers that FSDP2 has whole at the time, each a {LAYERS}th of this model.
+"""
+
+HEAD = """\
+| | parameters, 10⁶ | gradients, after backward | gradients, at most | everything, at most |
+|---|--:|--:|--:|--:|"""
+
+SAID = """
+On one process a gradient is gone as soon as its weight has moved: at most about the largest one is there.
+DDP keeps its buckets between steps, so that fusing saves nothing beyond `gradient_as_bucket_view=True`. Under
+FSDP2 gradients wait until their updates fill `bucket_bytes`, and those of a layer lie in one piece of memory,
+which goes with the last of them: set `bucket_bytes` well below the gradients of a rank, for two all-reduces a
+bucket."""
+
+
+def row(setting: Setting) -> str:
+    """A line of the table."""
+    held = run(setting)
+    columns = held.after_backward, held.gradients, held.everything
+    numbers = " | ".join(f"{number:.2f}" for number in columns)
+    return f"| {setting.name} | {held.parameters / 1e6:.2f} | {numbers} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for fused.md")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(arguments)
+    command = shlex.join(["python", "benchmarks/fused_memory.py", *arguments])
+    lines: list[str] = []
+
+    def tell(text: str) -> None:
+        lines.append(text)
+        print(text, flush=True)
+
+    tell(f"# The fused backward pass\n\n    {command}\n")
+    tell(USE)
+    tell(f"{EXPLAINED}\n{HEAD}")
+    for setting in SETTINGS:
+        tell(row(setting))
+    tell(SAID)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "fused.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

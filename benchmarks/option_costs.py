@@ -1,0 +1,520 @@
+"""What each option does, where its formula comes from, and what it costs: the table of docs/options.md.
+
+    python benchmarks/option_costs.py [--out docs]
+
+The costs are counted in steps of the optimiser itself, on one process and on two ranks of a process group
+that sends nothing (torch's fake one). An option of the signature that has no line here is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus import options as package
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+
+SIDE = 1024  # of the square matrix that bytes are counted on
+SMALL = 20  # a tensor of fewer elements than the matrix's by this factor is not counted
+LAYERS = 4  # of the model that all-reduces are counted on, with a matrix each
+
+# ---------------------------------------------------------------------------------------- texts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What is told of a setting of an option, and what it is measured with; the option comes first."""
+
+    given: Mapping[str, Any]
+    what: str
+    source: str = ""
+    dtype: torch.dtype = torch.float32
+    beside: tuple[tuple[str, Any], ...] = ()  # what is set as well, also where it is compared with
+
+
+def arxiv(number: str, place: str = "") -> str:
+    """A link to a paper, and where in it."""
+    return f"[{number}](https://arxiv.org/abs/{number}){place and ', ' + place}"
+
+
+PRODIGY = arxiv("2306.06101")
+PUBLISHED = "2.0.1"
+TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
+
+CHOICES: dict[str, Told] = {
+    "use_schedulefree=False": Told(
+        given={"use_schedulefree": False},
+        what="Adam's first moment in place of Schedule-Free's average. When you bring a schedule.",
+        source=f"on: {arxiv('2405.15682')}",
+    ),
+    "factored=False": Told(
+        given={"factored": False},
+        what="A second moment for every element. When factors train worse.",
+        source=f"on: {arxiv('1804.04235', 'eq. 4')}",
+    ),
+    "factored_fp32=False": Told(
+        given={"factored_fp32": False},
+        what="The factors in the gradient's dtype. For bfloat16, when the last bytes count.",
+        source=PUBLISHED,
+        dtype=torch.bfloat16,
+    ),
+    "stochastic_rounding=False": Told(
+        given={"stochastic_rounding": False},
+        what="Rounds to nearest: faster, but steps below a weight's last bit are lost. To compare with.",
+        source=PUBLISHED,
+        dtype=torch.bfloat16,
+    ),
+    "fused_back_pass=True": Told(
+        given={"fused_back_pass": True},
+        what="Moves weights within the backward pass. When gradients do not fit: [fused.md](fused.md).",
+        source=f"[tutorial]({TUTORIAL})",
+    ),
+    "use_stableadamw=False": Told(
+        given={"use_stableadamw": False},
+        what="No scaling down of large updates. When you clip gradients yourself, or d stays small.",
+        source=f"on: {arxiv('2304.13013')}",
+    ),
+    "eps=None": Told(
+        given={"eps": None, "use_stableadamw": False},
+        what="Adam-atan2: bounded updates without an epsilon. When gradients may be as small as `eps`.",
+        source=arxiv("2407.05872", "eq. 34"),
+    ),
+    "use_bias_correction=True": Told(
+        given={"use_bias_correction": True},
+        what="RAdam's warm-up. When the first steps do harm; d then starts to grow later.",
+        source=arxiv("1908.03265", "algorithm 2"),
+    ),
+    "use_adopt=True": Told(
+        given={"use_adopt": True},
+        what="Normalises a gradient by those before it, to converge with any β2. When Adam does not.",
+        source=arxiv("2411.02853"),
+    ),
+    "use_cautious=True": Told(
+        given={"use_cautious": True},
+        what="Drops what of a move disagrees with its gradient, scales up the rest. To try for speed.",
+        source=arxiv("2411.16085", "algorithm 1"),
+    ),
+    "use_grams=True": Told(
+        given={"use_grams": True},
+        what="A move's magnitudes with its gradient's signs. To try instead of Cautious.",
+        source=arxiv("2412.17107", "algorithm 1"),
+    ),
+    "use_orthograd=True": Told(
+        given={"use_orthograd": True},
+        what="Leaves out of an update what only scales the weights. Against overfitting.",
+        source=arxiv("2501.04697", "eq. 9"),
+    ),
+    "use_focus=True": Told(
+        given={"use_focus": True, "factored": False},
+        what="The gradient's sign, and a pull on the weights (see below). When gradients are noisy.",
+        source=arxiv("2501.12243", "algorithm 1"),
+    ),
+    "use_speed=True": Told(
+        given={"use_speed": True},
+        what="SPEED: d by the signs of the progress alone. When d does not grow.",
+        source="1.9.0",
+    ),
+    'use_speed="relative"': Told(
+        given={"use_speed": "relative"},
+        what="2.0.1's SPEED: d by the average progress. When d does not grow, or for several networks.",
+        source=PUBLISHED,
+    ),
+    "prodigy_steps=N": Told(
+        given={"prodigy_steps": 2},
+        what="Freezes d at the N-th step, and frees its state. When d never stops growing.",
+        source=f"{PUBLISHED}; {arxiv('2409.20325')}",
+    ),
+    "slice_p=1": Told(
+        given={"slice_p": 1},
+        what="Prodigy's statistics of every element, not of every 11th. For very small models.",
+        source="prodigyopt 1.1.2",
+    ),
+    "split_groups=False": Told(
+        given={"split_groups": False},
+        what="One d for all groups, as in Prodigy itself. When groups are parts of one network.",
+        source="prodigyopt 1.1.2",
+    ),
+    "split_groups_mean=False": Told(
+        given={"split_groups_mean": False},
+        what="Each group moves by its own d, not by their harmonic mean. For several networks.",
+        source=PUBLISHED,
+    ),
+}
+
+NUMBERS: dict[str, Told] = {
+    "lr": Told(given={"lr": 0.5}, what="Multiplies the step size. Leave it, or let a schedule move it."),
+    "betas": Told(
+        given={"betas": (0.95, 0.999)},
+        what="β1, weight of the average in the training weights, or first moment's decay; β2, the second's.",
+    ),
+    "beta3": Told(given={"beta3": 0.9}, what="Decay of Prodigy's statistics; None: sqrt(β2)."),
+    "beta4": Told(
+        given={"beta4": None},
+        what="0: d never shrinks. Above: d is a running average with this decay; None: with β2.",
+    ),
+    "d0": Told(given={"d0": 1e-5}, what="The first d. Raise it if d takes long to start to grow."),
+    "d_coef": Told(
+        given={"d_coef": 2.0}, what="Multiplies the estimate of d: 0.5 for smaller steps, 2 for larger."
+    ),
+    "d_limiter": Told(given={"d_limiter": False}, what="Lets d grow by at most 2^¼ a step."),
+    "weight_decay": Told(given={"weight_decay": 0.1}, what="Decoupled, taken at the training weights."),
+    "weight_decay_by_lr": Told(
+        given={"weight_decay_by_lr": False},
+        what="Multiplies the decay with the step size. If False, choose a far smaller decay.",
+        beside=(("weight_decay", 0.1),),
+    ),
+    "schedulefree_c": Told(
+        given={"schedulefree_c": 8.0},
+        what="Above 0: a step's weight in the average is multiplied with (1−β1) times this, and up to 1.",
+    ),
+}
+
+NOT_YET = "use_muon_pp"
+
+
+def check_texts() -> None:
+    """See to it that every option of the signature is told of.
+
+    Raises:
+        SystemExit: One is not, or is no option any more.
+    """
+    signature = set(inspect.signature(ProdigyPlusScheduleFree).parameters) - {"params"}
+    told = {next(iter(t.given)) for t in (*CHOICES.values(), *NUMBERS.values())} | {NOT_YET}
+    if signature != told:
+        raise SystemExit(f"CHOICES and NUMBERS differ from the signature in {sorted(signature ^ told)}.")
+    try:
+        ProdigyPlusScheduleFree([nn.Parameter(torch.zeros(1))], use_muon_pp=True)
+    except NotImplementedError:
+        return
+    raise SystemExit(f"{NOT_YET} works now: give it a line in CHOICES.")
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+# Operations that write over their first argument without reading it.
+_OVERWRITING = ("copy_", "zero_", "fill_")
+
+
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of the large tensors that operations read and write.
+
+    An operation reads each of its tensor arguments once and writes its results once; what it changes in place
+    it reads and writes. Views move nothing, and of an expanded tensor only its memory counts.
+
+    Args:
+        least: The number of elements from which on a tensor is large.
+    """
+
+    def __init__(self, least: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.moved = 0
+        self._least = least
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name, schema = func.overloadpacket.__name__, func._schema
+        fresh = [value.alias_info is None for value in schema.returns]
+        if any(value.alias_info and not value.alias_info.is_write for value in schema.returns):
+            return result  # a view
+        makes_only = name.startswith(("new_", "empty")) or name.endswith("_like")
+        for number, argument in enumerate(schema.arguments):
+            given = args[number] if number < len(args) else (kwargs or {}).get(argument.name)
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            overwritten = written and (argument.is_out or name in _OVERWRITING)
+            reads = not makes_only and not overwritten
+            self.moved += sum(map(self._size, tensors(given))) * (reads + written)
+        if not name.startswith(("empty", "new_empty")):
+            results = result if isinstance(result, tuple) else (result,)
+            made = [value for value, is_fresh in zip(results, fresh, strict=False) if is_fresh]
+            self.moved += sum(map(self._size, tensors(made)))
+        return result
+
+    def _size(self, tensor: Tensor) -> int:
+        dims = zip(tensor.shape, tensor.stride(), strict=True)
+        numel = math.prod(size for size, stride in dims if stride)
+        return numel * tensor.element_size() if numel >= self._least else 0
+
+
+def tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in an argument or a result of an operation."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an optimiser keeps, moves and sends, with some options or more of it than with others."""
+
+    state: float  # bytes per parameter
+    passes: float  # reads and writes of the whole parameter, in its dtype
+    reduces: int  # all-reduces of a step
+    further: float  # and how many more for each further bucket
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(
+            self.state - other.state,
+            self.passes - other.passes,
+            self.reduces - other.reduces,
+            self.further - other.further,
+        )
+
+
+# Dicts cannot be keys of a cache; their items can.
+Items = tuple[tuple[str, Any], ...]
+Make = Callable[[nn.Parameter], torch.optim.Optimizer]
+
+
+def cost(dtype: torch.dtype, **given: Any) -> Cost:
+    """The cost of some options."""
+    return _cost(tuple(given.items()), dtype)
+
+
+@functools.cache
+def _cost(items: Items, dtype: torch.dtype) -> Cost:
+    given = dict(items)
+    state, passes = state_and_passes(made_with(given), dtype)
+    reduces = all_reduces(given, 1 << 30)
+    further = (all_reduces(given, 1) - reduces) / (LAYERS - 1)
+    return Cost(state, passes, reduces, further)
+
+
+def state_and_passes(make: Make, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """The state after two steps, in bytes per parameter, and the passes of the third, on one process."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(SIDE, SIDE, dtype=dtype))
+    toward = torch.randn_like(weight)
+
+    def traffic(step: Callable[[], object] | None) -> int:
+        weight.grad = None
+        loss = (weight * toward).sum()
+        seen = Traffic(weight.numel() // SMALL)
+        with seen:
+            loss.backward()  # type: ignore[no-untyped-call]
+            if step:
+                step()
+        return seen.moved
+
+    backward = traffic(None)
+    optimizer = make(weight)
+    for _ in range(2):
+        traffic(optimizer.step)
+    state = sum(tensor.nbytes for tensor in optimizer.state[weight].values() if tensor.ndim)
+    return state / weight.numel(), (traffic(optimizer.step) - backward) / weight.nbytes
+
+
+def made_with(given: Mapping[str, Any]) -> Make:
+    """The optimiser with some options, of one parameter."""
+
+    def make(weight: nn.Parameter) -> torch.optim.Optimizer:
+        optimizer = ProdigyPlusScheduleFree([weight], **given)
+        if given.get("fused_back_pass"):
+            optimizer.fuse_backward(nn.ParameterList([weight]))
+        return optimizer
+
+    return make
+
+
+def all_reduces(given: Mapping[str, Any], bucket_bytes: int) -> int:
+    """How many all-reduces the third step makes on two ranks under FSDP2, which makes none itself."""
+    with two_ranks():
+        mesh = init_device_mesh("cpu", (2,))
+        model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(LAYERS)))
+        for module in (*model, model):
+            fully_shard(module, mesh=mesh)  # Shard(0)
+        groups = [{"params": list(layers.parameters())} for layers in (model[:2], model[2:])]
+        optimizer = ShardedProdigyPlusScheduleFree(groups, bucket_bytes=bucket_bytes, **given)
+        if given.get("fused_back_pass"):
+            optimizer.fuse_backward(model)
+        for _ in range(3):
+            loss = model(torch.ones(2, 8)).square().sum()
+            with CommDebugMode() as seen:  # type: ignore[no-untyped-call]
+                loss.backward()
+                optimizer.step()
+            optimizer.zero_grad()
+        counts: dict[object, int] = seen.get_comm_counts()
+        return sum(count for kind, count in counts.items() if "allreduce" in str(kind))
+
+
+@contextmanager
+def two_ranks() -> Iterator[None]:
+    """A process group in which this process is one rank, and the other is not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------- report
+
+INTRODUCTION = f"""\
+Every option of `ProdigyPlusScheduleFree`, what it is for, and what it costs beyond the defaults. "2.0.1" and
+"1.9.0" are versions of [prodigy-plus-schedule-free](https://pypi.org/project/prodigy-plus-schedule-free/).
+Where a cost has two values, the second is that without Schedule-Free, against the defaults without it.
+
+- State: bytes that the optimiser keeps per parameter, of a {SIDE:,} × {SIDE:,} matrix; in float32, unless the
+  option is one for bfloat16.
+- Passes: the bytes that a step, the third, reads and writes, in units of the matrix's own, which are 4 per
+  parameter, or 2 in bfloat16. Each operation counts for itself: it reads its tensors and writes its results
+  once, and what it changes in place it reads and writes. Tensors under a {SMALL}th of the matrix, such as
+  factors, do not count; Prodigy's samples do.
+- All-reduces: those of a step on two ranks under FSDP2, of two groups, and how many more for each bucket of
+  updates after the first ([scale.md](scale.md) has other layouts)."""
+
+NOTES = """\
+## Notes
+
+- Every option may be set per parameter group. Groups with `split_groups=False` share d under the options of
+  the first of them.
+- `use_schedulefree`, `use_focus`, `use_speed="relative"`, `factored`, `factored_fp32` and `slice_p` say what
+  state there is, and hold from a parameter's first step on. The others may change between two steps, but
+  `betas[0]` not in eval mode.
+- SPEED is better not combined with much weight decay: it leaves the size of the evidence out, so that the
+  steady pull of the decay may weigh as much as the gradients. 2.0.1's documentation warns of it for its kind.
+- FOCUS, as in 2.0.1: the average of the weights is weighted with d², so that while d grows it is one of the
+  last few steps; and it is not divided by the sum of d², so that where d is far below 1, as it mostly is, the
+  average is close to zero, and so the pull is towards zero.
+- `use_muon_pp` is not implemented yet, and raises `NotImplementedError`.
+
+## What excludes what
+
+The optimiser warns once, and goes on with what stands after the colon.
+"""
+
+DIFFERENT = """\
+## Where 2.0.1 does otherwise
+
+- ADOPT without Schedule-Free: 2.0.1 divides the gradient by the deviation of d times the gradient, so that
+  its step size never leaves d0. Here both are of d times the gradient.
+- Cautious without Schedule-Free: 2.0.1 computes its mask and does not apply it. Here it is applied.
+- OrthoGrad: here tensors of one element are left alone, and a step fades out where its direction is parallel
+  to the weights. 2.0.1 makes a full step there, out of rounding.
+- Factored second moments of tensors that are taller than wide: here the row factor is divided by its mean.
+  2.0.1 takes that mean over a dimension of size one.
+- `fused_back_pass`: here a call of `step()` ends each step. 2.0.1 counts parameters, and miscounts if one
+  is unused."""
+
+
+def compared(told: Told) -> list[Cost]:
+    """What a setting costs beyond the defaults, with Schedule-Free and without."""
+    if "use_schedulefree" in told.given:
+        return [cost(told.dtype, **told.given) - cost(told.dtype)]
+    bases: tuple[dict[str, Any], ...] = dict(told.beside), {**dict(told.beside), "use_schedulefree": False}
+    return [cost(told.dtype, **base, **told.given) - cost(told.dtype, **base) for base in bases]
+
+
+def both(texts: Iterable[str]) -> str:
+    """A cell of one text or two, where they differ."""
+    return " / ".join(dict.fromkeys(texts))
+
+
+def more(value: float, form: str) -> str:
+    """A difference with its sign, or 0."""
+    text = f"{value:{form}}"
+    return text.replace("-", "−") if float(text) else "0"
+
+
+def more_reduces(c: Cost) -> str:
+    """What a cell says of all-reduces."""
+    further = f", {more(c.further, '+.3g')} a bucket" if c.further else ""
+    return f"{more(c.reduces, '+d')}{further}"
+
+
+def default_row(name: str, dtype: torch.dtype) -> str:
+    """A line of the first table, of the defaults."""
+    costs = [cost(dtype), cost(dtype, use_schedulefree=False)]
+    return (
+        f"| {name} | | {PRODIGY}, {arxiv('2405.15682')} "
+        f"| {both(f'{c.state:.3g}' for c in costs)} | {both(f'{c.passes:.1f}' for c in costs)} "
+        f"| {both(f'{c.reduces}, {c.further:.3g} a bucket' for c in costs)} |"
+    )
+
+
+def choice_row(name: str, told: Told) -> str:
+    """A line of the first table."""
+    costs = compared(told)
+    bfloat16 = " (bfloat16)" if told.dtype == torch.bfloat16 else ""
+    return (
+        f"| `{name}`{bfloat16} | {told.what} | {told.source} "
+        f"| {both(more(c.state, '+.3g') for c in costs)} | {both(more(c.passes, '+.1f') for c in costs)} "
+        f"| {both(map(more_reduces, costs))} |"
+    )
+
+
+def number_row(name: str, told: Told) -> str:
+    """A line of the second table.
+
+    Raises:
+        SystemExit: The option costs something that the table has no column for.
+    """
+    costs = compared(told)
+    if any(c.state or c.reduces or c.further for c in costs):
+        raise SystemExit(f"{name} costs more than passes: move it from NUMBERS to CHOICES.")
+    default = inspect.signature(ProdigyPlusScheduleFree).parameters[name].default
+    return f"| `{name}={default!r}` | {told.what} | {both(more(c.passes, '+.1f') for c in costs)} |"
+
+
+def page(command: str) -> Iterator[str]:
+    """The whole page, line by line."""
+    yield f"# Options\n\n    {command}\n\n{INTRODUCTION}\n"
+    yield "| option | what it does, and when to use it | source | state | passes | all-reduces |"
+    yield "|---|---|---|--:|--:|--:|"
+    yield default_row("the defaults", torch.float32)
+    yield default_row("the defaults (bfloat16)", torch.bfloat16)
+    for name, told in CHOICES.items():
+        yield choice_row(name, told)
+    state, passes = state_and_passes(lambda weight: torch.optim.AdamW([weight], foreach=True))
+    yield f"\nFor comparison, torch's AdamW keeps {state:.3g} bytes and makes {passes:.1f} passes (foreach)."
+    yield "\nThe numbers, which cost neither state nor all-reduces:\n"
+    yield "| option and default | what it does | passes |\n|---|---|--:|"
+    for name, told in NUMBERS.items():
+        yield number_row(name, told)
+    yield f"\n{NOTES}"
+    for _, _, note in package._EXCLUSIONS:
+        yield f"- {note}."
+    yield f"\n{DIFFERENT}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for options.md")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    check_texts()
+    lines = []
+    for line in page(shlex.join(["python", "benchmarks/option_costs.py", *arguments])):
+        lines.append(line)
+        print(line, flush=True)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "options.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
