@@ -54,6 +54,9 @@ def test_pooled_groups_are_one_group():
     optimizer_two = ProdigyPlusScheduleFree([{"params": [p]} for p in two.parameters], split_groups=False)
     run(optimizer_two, two, 40)
     assert d(optimizer_two) == d(optimizer_one) * 2
+    first, second = optimizer_two.state_dict()["param_groups"]
+    for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
+        assert first[name] == second[name] != 0, name
     for ours, theirs in zip(one.parameters, two.parameters, strict=True):
         assert_same(ours.detach(), theirs.detach())
 
