@@ -14,7 +14,7 @@ from prodigyplus import ProdigyPlusScheduleFree, progress
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import pieces_of, whole
 from tests.dist.sharding import ranks, wrap
-from tests.models import Transformer, Walks, distance, loss_of
+from tests.models import SYMBOLS, Transformer, Walks, distance, loss_of
 from tests.single.problems import assert_same
 
 STEPS = 30
@@ -40,11 +40,22 @@ def result(model, optimizer):
     return [whole(p) for p in model.parameters()], saved, numbers
 
 
-def under_ddp(fused, find_unused, options, dtype=torch.float32):
+class Sometimes(Transformer):
+    """With a parameter that two calls of three use: the others leave it, and its average, alone."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.scale = nn.Parameter(torch.ones(SYMBOLS))
+        self.calls = 0
+
+    def forward(self, symbols):
+        self.calls += 1
+        return super().forward(symbols) * (self.scale if self.calls % 3 else 1)
+
+
+def under_ddp(fused, find_unused, options):
     torch.manual_seed(0)
-    model = Transformer(1).to(dtype)
-    if find_unused:
-        model.unused = nn.Parameter(torch.ones(3, dtype=dtype))
+    model = Sometimes() if find_unused else Transformer(1)
     wrapped = DistributedDataParallel(
         model, gradient_as_bucket_view=True, find_unused_parameters=find_unused, bucket_cap_mb=0.05
     )
