@@ -67,7 +67,8 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
                 f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: it is not of "
                 "this optimiser."
             )
-        group = {**defaults, **theirs}
+        # Where gradients are consumed is the run's, not the state's.
+        group = {**defaults, **theirs, "fused_back_pass": ours["fused_back_pass"]}
         group["betas"] = tuple(group["betas"])  # some savers make lists of tuples
         options.validate(group)
         groups.append(group)

@@ -20,9 +20,6 @@ class Exchange(Protocol):
     # How many bytes of directions may be alive at once, while their sums are completed.
     bucket_bytes: int
 
-    # Whether this process has a piece of every parameter of the optimiser.
-    has_all: bool
-
     def complete(self, asked: Sequence[Asked]) -> list[Answer]:
         """The sums over the whole tensors, in the order and under the names in which they were asked."""
         ...
@@ -36,7 +33,6 @@ class OneProcess:
     """The exchange of a process that holds whole tensors: every sum is complete."""
 
     bucket_bytes = 0
-    has_all = True
 
     def complete(self, asked: Sequence[Asked]) -> list[Answer]:
         return [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]

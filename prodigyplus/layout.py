@@ -98,21 +98,12 @@ class Layout:
         flat = tensor.reshape(-1)
         if self._is_one_run:
             return flat[-self._first % every :: every]
-        return flat.index_select(0, self._samples_on(tensor.device, every))
-
-    def sample_count(self, every: int, device: torch.device) -> int:
-        """How many elements :meth:`sample` gives of a tensor on ``device``."""
-        if self._is_one_run:
-            return len(range(-self._first % every, math.prod(self.local_shape), every))
-        return len(self._samples_on(device, every))
-
-    def _samples_on(self, device: torch.device, every: int) -> Tensor:
-        """Where in the flattened local tensor the samples are; int32."""
-        if (every, device) not in self._samples:
+        key = every, tensor.device
+        if key not in self._samples:
             # On the host: finding them on a device would wait for how many there are.
             chosen = (self.positions_exact().reshape(-1) % every == 0).nonzero()
-            self._samples[every, device] = chosen.view(-1).to(torch.int32).to(device)
-        return self._samples[every, device]
+            self._samples[key] = chosen.view(-1).to(torch.int32).to(tensor.device)
+        return flat.index_select(0, self._samples[key])
 
     def positions(self, device: torch.device) -> Tensor:
         """The index of each local element in the row-major flattened global tensor, modulo 2³².

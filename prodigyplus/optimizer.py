@@ -18,7 +18,7 @@ from prodigyplus import averaging, checkpoint, driver, options, progress, sample
 from prodigyplus.checkpoint import name_of
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.options import Options
-from prodigyplus.rule import Part, changed_option, new_state
+from prodigyplus.rule import Part, anchor, new_state
 from prodigyplus.step import Step
 from prodigyplus.stepsize import GroupStep
 
@@ -157,7 +157,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         super().__init__(params, {**defaults, **stepsize.first_numbers(1.0), "calls": 0, "train_mode": True})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters: ``{"params": …}`` and any options that differ; see the class."""
+        """Add a group of parameters: ``{"params": …}`` and any options that differ; see the class.
+
+        Where it is to be fused with the backward pass, call :meth:`fuse_backward` after it.
+        """
+        self._check_no_step_is_under_way()
         given = {**self.defaults, **param_group}
         options.validate(given)
         # Also where the group was another optimiser's.
@@ -210,7 +214,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 loss = closure()
 
         self._finish_backward()
-        step, self._under_way = self._under_way or self._begin(), None
+        step, self._under_way = self._under_way or self._begin(in_backward=False), None
         if self._evaluating and not step.only_makes_state:
             raise RuntimeError(f"step() {_EVALUATING}")
         fused = [group for group in self.param_groups if group["fused_back_pass"]]
@@ -220,7 +224,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "optimizer.fuse_backward(model) once, when the model is wrapped as it will be trained."
             )
         parts = self._parts(step)
-        if not self._evaluating and (parts or step.taken or not self._exchange.has_all):
+        if not self._evaluating:
             step.close(parts)
         for group in fused:
             for p in group["params"]:
@@ -231,11 +235,35 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _evaluating(self) -> bool:
         return any(group["use_schedulefree"] and not group["train_mode"] for group in self.param_groups)
 
-    def _begin(self) -> Step:
+    def _begin(self, *, in_backward: bool) -> Step:
         home = next((self._local(p).device for p, _ in self._parameters()), torch.device("cpu"))
         for group in self.param_groups:
             stepsize.lift(group, home)
-        return Step(self.param_groups, self._exchange)
+        step = Step(self.param_groups, self._exchange, in_backward=in_backward)
+        for index, group in enumerate(self.param_groups):
+            o = Options.of(group)
+            self._check_what_state_is_for(index, o)
+            if group["calls"] == 0:  # state, if there is any, may be older than the weights
+                for p in group["params"]:
+                    if p in self.state:
+                        state = {key: self._local(value) for key, value in self.state[p].items()}
+                        anchor(self._local(p), state, self._layout(p), o)
+        return step
+
+    def _check_what_state_is_for(self, index: int, o: Options) -> None:
+        known = self._made_for.setdefault(index, o.of_state)
+        for name, value in o.of_state.items():
+            if value != known[name]:
+                raise RuntimeError(
+                    f"{name}={self.param_groups[index][name]!r} in param_groups[{index}], whose state was "
+                    "made under another value: build another optimiser to change it."
+                )
+
+    @property
+    def _made_for(self) -> dict[int, dict[str, Any]]:
+        """Of each group, the options that say what its state is."""
+        made_for: dict[int, dict[str, Any]] = self.__dict__.setdefault("_made_for_by_group", {})
+        return made_for
 
     def fuse_backward(self, model: nn.Module) -> list[RemovableHandle]:
         """Let backward passes move the parameters of ``model``, those in groups with ``fused_back_pass``.
@@ -244,11 +272,13 @@ class ProdigyPlusScheduleFree(Optimizer):
         freed as soon as it is there, and :meth:`step` ends the step: it moves the step size, and whatever no
         backward pass has moved. The loop stays as it is, but every backward pass needs its :meth:`step`.
 
-        A gradient with an inf or NaN skips its parameter alone, since others have moved already; the step
-        size then keeps its value, and the step counts as skipped.
+        A gradient with an inf or NaN skips its parameter alone, since others have moved already, and so do
+        those of groups that are not fused; the step size then keeps its value, and the step counts as
+        skipped. What changes gradients after the backward pass, as clipping does, comes too late.
 
         Returns:
-            A handle for each hook that was attached, whose ``remove()`` takes it off again.
+            A handle for each parameter's hook, whose ``remove()`` takes it off again. Under DDP there are
+            none: its communication hook stays.
 
         Raises:
             ValueError: No parameter of the model is in such a group, or its gradients are summed over
@@ -271,11 +301,17 @@ class ProdigyPlusScheduleFree(Optimizer):
         return parameters
 
     def _attach(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
-        if hasattr(model, "register_comm_hook"):
+        # Looked up, not imported: where there are processes, somebody has.
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise ValueError(
-                f"fuse_backward: {type(model).__name__} sums gradients over processes after a hook has seen "
-                "them: use ShardedProdigyPlusScheduleFree, of the package beside this one, which waits."
+                f"fuse_backward: this is one of {distributed.get_world_size()} processes, whose gradients "
+                "may be summed after a hook has seen them: use ShardedProdigyPlusScheduleFree, of the "
+                "package beside this one, which waits for that."
             )
+        return self._hooked(parameters)
+
+    def _hooked(self, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
         take = self._weak_take()
 
         def consume(p: Tensor) -> None:
@@ -311,12 +347,12 @@ class ProdigyPlusScheduleFree(Optimizer):
         name = name_of(self.param_groups[place.group], place.group, place.place)
         if self._evaluating:
             raise RuntimeError(f"{name} has a gradient {_EVALUATING}")
-        step = self._under_way = self._under_way or self._begin()
+        step = self._under_way = self._under_way or self._begin(in_backward=True)
         if p in step.taken:
             raise RuntimeError(
                 f"{name} has a second gradient, but no step() came after the first: fused_back_pass=True "
                 "moves a parameter by the gradient of one backward pass, and cannot add up several. Call "
-                "optimizer.step() after each, or set fused_back_pass=False."
+                "optimizer.step() after each, also after one that failed, or set fused_back_pass=False."
             )
         self._check_gradient(p, name)
         step.take(p, self._part(p, grad, step.groups[place.group], place.number))
@@ -370,11 +406,6 @@ class ProdigyPlusScheduleFree(Optimizer):
         if not state:
             for key, value in new_state(weight, grad, layout, group.options).items():
                 state[key] = value if key in progress.SAMPLED else self._placed(p, value, key, group.options)
-        if (changed := changed_option(state, layout, group.options)) is not None:
-            raise RuntimeError(
-                f"{changed}={getattr(group.options, changed)!r}, but the state is of steps with another "
-                "value: build another optimiser to change it."
-            )
         if not group.adapts:
             for key in progress.STATE:
                 state.pop(key, None)
@@ -414,6 +445,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         """
         self._swap(train=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_no_step_is_under_way()  # which a copy would not have
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
     def _check_no_step_is_under_way(self) -> None:
         if self._under_way is not None:
             raise RuntimeError(
@@ -435,7 +471,8 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _with_z(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         for p in group["params"]:
-            if p in self.state and "z" in self.state[p]:
+            # Before the first step there may be state, but the weights are their own average.
+            if group["calls"] and p in self.state and "z" in self.state[p]:
                 yield p, self.state[p]["z"]
 
     @contextmanager
@@ -475,6 +512,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every parameter that does not hold x now, with its x, a new tensor."""
+        self._check_no_step_is_under_way()
         for group in self.param_groups:
             if group["use_schedulefree"] and group["train_mode"]:
                 for p, z in self._with_z(group):
@@ -493,7 +531,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         =================  =============================================================================
         ``d``              step size of the group
         ``d_hat``          Prodigy's last estimate of it, numerator / denominator, before the limiter
-        ``effective_lr``   lr·(1 − β1(1 − c)): what a step moves the model, in units of the step size
+        ``effective_lr``   lr·(1 − β1(1 − c)): what a step moves the model, in units of the step size; times
+                           RAdam's rectification with ``use_bias_correction``
         ``step_size``      the step size in use (see ``split_groups_mean``) × ``effective_lr``
         ``numerator``      Prodigy's decayed sum of ⟨g, p0 − z⟩, weighted with d²/sqrt(d0)
         ``denominator``    Prodigy's ‖s‖₁
@@ -583,6 +622,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             return {"state": {}, "param_groups": groups}
 
         def put_in(optimizer: Optimizer) -> None:
+            self._made_for.clear()
             for number, (p, _) in enumerate(self._parameters()):
                 if number in loaded:
                     self.state[p] = loaded[number]

@@ -53,8 +53,10 @@ class Options:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
-        """The options that a group of ``param_groups`` holds now."""
-        return cls(**{name: group[name] for name in NAMES})
+        """The options that a group of ``param_groups`` holds now, but for what another excludes."""
+        values = {name: group[name] for name in NAMES}
+        resolve_exclusions(values)
+        return cls(**values)
 
     @property
     def prodigy_beta(self) -> float:
@@ -72,6 +74,18 @@ class Options:
         if isinstance(self.lr, Tensor):
             return self.lr.device.type == "cpu" and not self.lr.any()
         return self.lr == 0
+
+    @property
+    def of_state(self) -> dict[str, Any]:
+        """Those that say what a parameter keeps, and so may not change once it does, by name."""
+        return {
+            "use_schedulefree": self.use_schedulefree,
+            "use_focus": self.use_focus,
+            "use_speed": self.use_speed == "relative",
+            "factored": self.factored,
+            "factored_fp32": self.factored_fp32,
+            "slice_p": self.slice_p,
+        }
 
     def adapts(self, calls: int) -> bool:
         """Whether Prodigy still adapts ``d`` in the step that follows ``calls`` earlier ones."""

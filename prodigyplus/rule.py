@@ -73,16 +73,15 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
     return state | progress.new_state(weight, layout, options, storage)
 
 
-def changed_option(state: Mapping[str, Tensor], layout: Layout, o: Options) -> str | None:
-    """The name of an option that is not the one that a parameter's state was made under, if there is one."""
-    same = {
-        "use_schedulefree": ("z" in state) == o.use_schedulefree,
-        "use_focus": ("exp_avg_weight" in state) == o.use_focus,
-    }
+def anchor(weight: Tensor, state: dict[str, Tensor], layout: Layout, options: Options) -> None:
+    """Start from the weights as they are at the first real step.
+
+    torch's checkpoint helpers create state by a step with ``lr=0``, after which weights may be loaded.
+    """
+    if "z" in state:
+        state["z"].copy_(weight)
     if "p0" in state:
-        same["use_speed"] = ("s" in state) == (o.use_speed != "relative")
-        same["slice_p"] = len(state["p0"]) == layout.sample_count(o.slice_p, state["p0"].device)
-    return next((name for name, is_same in same.items() if not is_same), None)
+        state["p0"].copy_(layout.sample(weight, options.slice_p))
 
 
 def saved_form(key: str, shape: tuple[int, ...], every: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -115,8 +114,6 @@ def update(part: Part) -> Rule:
     if part.present is False:
         n = n.only_if(squares["present"] > 0)
 
-    if not part.group.moved_before:
-        _anchor(weight, state, layout, o)
     base = state["z"] if o.use_schedulefree else weight
     sums: dict[str, Sum] = {}
 
@@ -267,17 +264,6 @@ def _descend(part: Part, u: Tensor, step: Tensor, n: Scalars) -> None:
     if part.group.options.weight_decay:
         y.mul_(1 - n.decay)
     _write(part, n, y=y.addcmul_(u, step, value=-1))
-
-
-def _anchor(weight: Tensor, state: dict[str, Tensor], layout: Layout, options: Options) -> None:
-    """Start from the weights as they are at the first real step.
-
-    torch's checkpoint helpers create state by a step with ``lr=0``, after which weights may be loaded.
-    """
-    if "z" in state:
-        state["z"].copy_(weight)
-    if "p0" in state:
-        state["p0"].copy_(layout.sample(weight, options.slice_p))
 
 
 def _widened(part: Part) -> tuple[Tensor, Tensor]:

@@ -30,12 +30,15 @@ class Step:
     Args:
         groups: The optimiser's groups, their numbers as tensors (see :func:`prodigyplus.stepsize.lift`).
         exchange: Completes sums over shards.
+        in_backward: Whether a gradient of a backward pass begins it.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], exchange: driver.Exchange) -> None:
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], exchange: driver.Exchange, *, in_backward: bool
+    ) -> None:
         self.groups = [GroupStep(group) for group in groups]
         # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
-        self.only_makes_state = all(group.options.lr_is_zero for group in self.groups)
+        self.only_makes_state = not in_backward and all(group.options.lr_is_zero for group in self.groups)
         self.taken: set[Tensor] = set()
         self._fused = not self.only_makes_state and any(g.options.fused_back_pass for g in self.groups)
         self._exchange = exchange

@@ -36,7 +36,7 @@ def first_numbers(d0: float) -> dict[str, float | int]:
     ``max_d_numerator``  the largest N so far
     ``d_denom``      ‖s‖₁ of the last step
     ``weight_sum``   Σ dlr², the Schedule-Free weights so far
-    ``effective_lr`` lr·(1 − β1(1 − c)) of the last step
+    ``effective_lr`` lr·(1 − β1(1 − c)) of the last step, times RAdam's rectification
     ``k``            steps that counted so far
     ``skipped``      steps skipped for an inf or NaN in a gradient
     ===============  =================================================================================
@@ -112,8 +112,6 @@ class GroupStep:
         self.options = Options.of(group)
         self.alone = False  # whether each parameter is skipped for itself
         self.adapts = self.options.adapts(group["calls"])
-        # Until a step has moved the weights, state may be older than the weights it belongs to.
-        self.moved_before = group["calls"] > 0
         self._observed: dict[int, tuple[Tensor, Tensor]] = {}
         self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}
 

@@ -28,7 +28,7 @@ _ROUNDINGS = 128
 _SMALLEST_NORM = 1e-30
 
 # How many elements are widened to float64 at a time.
-_RUN = 1 << 18
+_RUN = 1 << 20
 
 
 def drop_disagreeing(proposed: Tensor, gradient: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ class MeshExchange:
 
     def __init__(self, process_group: dist.ProcessGroup | None, bucket_bytes: int) -> None:
         self.bucket_bytes = bucket_bytes
-        self.has_all = process_group is None
         self._process_group = process_group
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeshExchange:

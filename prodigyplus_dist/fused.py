@@ -5,7 +5,7 @@ the average, since DDP sums gradients bucket by bucket: what sees it is DDP's co
 """
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,8 @@ def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
                 "beside them, so that nothing is won: pass it gradient_as_bucket_view=True."
             )
         return
-    managed = {p for module in model.modules() if isinstance(module, FSDPModule) for p in module.parameters()}
+    groups = _groups_of_fsdp(model)
+    managed = {p.sharded_param for group in groups for p in group.fsdp_params}
     for name, p in parameters.items():
         if isinstance(p, DTensor) and p not in managed:
             raise ValueError(
@@ -46,6 +47,19 @@ def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
                 "ranks, and nothing sums its gradient over them before a hook sees it: pass the model "
                 "wrapped with fully_shard or DistributedDataParallel, or set fused_back_pass=False."
             )
+    on_a_device = any(p.device.type != "cpu" for p in parameters.values())
+    if on_a_device and len({group._is_hsdp for group in groups}) > 1:
+        raise ValueError(
+            "fuse_backward: some modules are sharded, others sharded and replicated, and FSDP2 reduces their "
+            "gradients on streams that do not wait for each other: give all the same kind of mesh, or set "
+            "fused_back_pass=False."
+        )
+
+
+def _groups_of_fsdp(model: nn.Module) -> list[Any]:
+    """FSDP2's own groups of the parameters it manages, for which it has no public name."""
+    modules = (module for module in model.modules() if isinstance(module, FSDPModule))
+    return [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
 
 
 class Buckets:

@@ -66,15 +66,15 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         super().__init__(params, *args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's leaves out what it does not know of; a copy must not go on alone.
+        # torch leaves out what it does not know of; a copy must not go on alone.
         return {**super().__getstate__(), "_exchange": self._exchange}
 
     def _attach(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
         check_whole(model, parameters)
         if not isinstance(model, DistributedDataParallel):
-            return super()._attach(model, parameters)
+            return self._hooked(parameters)
         # Which parameters no rank has used, DDP knows at the end of a backward pass: then step() does all.
-        if not model.find_unused_parameters:
+        if not (model.find_unused_parameters or model.static_graph):
             self._buckets = [*self._buckets, Buckets(model, self._weak_take())]
         return []
 

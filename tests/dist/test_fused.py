@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -53,11 +54,13 @@ class Sometimes(Transformer):
         return super().forward(symbols) * (self.scale if self.calls % 3 else 1)
 
 
-def under_ddp(fused, find_unused, options):
+def under_ddp(fused, how, options):
     torch.manual_seed(0)
-    model = Sometimes() if find_unused else Transformer(1)
+    model = Sometimes() if how == "find_unused_parameters" else Transformer(1)
+    if how == "static_graph":
+        model.unused = nn.Parameter(torch.ones(3))
     wrapped = DistributedDataParallel(
-        model, gradient_as_bucket_view=True, find_unused_parameters=find_unused, bucket_cap_mb=0.05
+        model, gradient_as_bucket_view=True, bucket_cap_mb=0.05, **({how: True} if how else {})
     )
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=fused, **options)
     if fused:
@@ -67,12 +70,12 @@ def under_ddp(fused, find_unused, options):
     return result(model, optimizer)
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize("how", [None, "find_unused_parameters", "static_graph"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_ddp_has_the_bits_of_the_plain_step(pool, size, find_unused):
-    for options in ({}, {"use_cautious": True, "use_schedulefree": False}):
-        plain = pool.run(size, under_ddp, False, find_unused, options)
-        fused = pool.run(size, under_ddp, True, find_unused, options)
+def test_ddp_has_the_bits_of_the_plain_step(pool, size, how):
+    for options in ({"weight_decay": 0.1}, {"use_cautious": True, "use_schedulefree": False}):
+        plain = pool.run(size, under_ddp, False, how, options)
+        fused = pool.run(size, under_ddp, True, how, options)
         assert plain[0][2]["d"] > 1e-5
         assert_same(fused, plain)
         for other in fused[1:]:
@@ -105,13 +108,17 @@ def add_unused(model):
     model.unused = nn.Linear(8, 8)
 
 
-def under_fsdp(name, fused, options, unused=False):
+def under_fsdp(name, fused, options, unused=False, warm_up=False):
     model, called, number, count = wrap(name, prepare=add_unused if unused else None)
     optimizer = ShardedProdigyPlusScheduleFree(
         model.parameters(), fused_back_pass=fused, bucket_bytes=BUCKET, **options
     )
     if fused:
         optimizer.fuse_backward(model)
+    if warm_up:
+        optimizer.param_groups[0]["lr"] = 0.0
+        train(called, optimizer, number, count, 2)
+        optimizer.param_groups[0]["lr"] = 1.0
     train(called, optimizer, number, count)
     if fused:
         data = Walks().next().chunk(count)[number]
@@ -145,6 +152,12 @@ def test_fsdp_has_the_bits_of_the_plain_step(pool, name, options):
 def test_fsdp_with_parameters_that_nobody_uses(pool):
     plain = pool.run(2, under_fsdp, "fsdp2", False, {}, True)
     assert_same(pool.run(2, under_fsdp, "fsdp2", True, {}, True), plain)
+
+
+def test_fsdp_with_a_learning_rate_that_starts_at_zero(pool):
+    plain = pool.run(2, under_fsdp, "fsdp2", False, {}, False, True)
+    assert plain[0][2]["step"] == STEPS + 1 + 2
+    assert_same(pool.run(2, under_fsdp, "fsdp2", True, {}, False, True), plain)
 
 
 def offloaded(fused):
@@ -231,6 +244,17 @@ def refused(kind):
     called = model
     if kind == "one process under DDP":
         called, optimizer_class = DistributedDataParallel(model), ProdigyPlusScheduleFree
+    elif kind == "one process before DDP":
+        optimizer_class = ProdigyPlusScheduleFree
+    elif kind == "ignored by FSDP2":
+        weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Replicate()]))
+        model.head.weight = weight
+        fully_shard(model, mesh=mesh, ignored_params={weight})
+    elif kind == "streams":
+        model = called = model.to("meta")
+        copied = init_device_mesh("cpu", (1, 2), mesh_dim_names=("copy", "fsdp"))
+        fully_shard(model.head, mesh=copied)
+        fully_shard(model, mesh=mesh)
     elif kind == "DDP without views":
         called = DistributedDataParallel(model)
     elif kind == "tensor parallel":
@@ -248,7 +272,10 @@ def refused(kind):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("one process under DDP", ("DistributedDataParallel", "ShardedProdigyPlusScheduleFree")),
+        ("one process under DDP", ("2 processes", "ShardedProdigyPlusScheduleFree")),
+        ("one process before DDP", ("2 processes", "ShardedProdigyPlusScheduleFree")),
+        ("ignored by FSDP2", ("'head.weight'", "fully_shard")),
+        ("streams", ("kind of mesh",)),
         ("DDP without views", ("gradient_as_bucket_view=True",)),
         ("tensor parallel", ("'blocks.0.up.weight'", "fully_shard")),
         ("nothing wrapped", ("'embed.weight'", "2 ranks", "fully_shard", "DistributedDataParallel")),

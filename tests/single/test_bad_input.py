@@ -92,6 +92,8 @@ def test_parameters_of_other_dtypes(dtype):
         ({}, {"use_speed": "relative"}),
         ({"use_speed": "relative"}, {"use_speed": True}),
         ({}, {"slice_p": 5}),
+        ({}, {"factored": False}),
+        ({}, {"factored_fp32": False}),
     ],
 )
 def test_options_that_hold_from_the_first_step_on(before, after):
@@ -109,7 +111,7 @@ def test_options_that_may_change_between_steps():
     problem, optimizer = pair((40, 12), (9,))
     (group,) = optimizer.param_groups
     for options in (
-        {"use_speed": True}, {"use_cautious": True}, {"use_cautious": False, "use_grams": True},
+        {"use_speed": True}, {"use_cautious": True}, {"use_grams": True},
         {"use_orthograd": True}, {"use_adopt": True}, {"use_bias_correction": True}, {"eps": None},
     ):  # fmt: skip
         group.update(options)

@@ -200,6 +200,25 @@ def test_weights_loaded_after_state_was_made_are_where_the_run_starts():
     assert_same(snapshot(optimizer), snapshot(optimizer_expected))
 
 
+def test_state_that_is_older_than_the_weights():
+    """Made by a helper, before weights are loaded: these are evaluated, and late parameters start there."""
+    model, optimizer = model_and_optimizer()
+    get_optimizer_state_dict(model, optimizer)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(5.0)
+    optimizer.eval()
+    assert all((p == 5).all() for p in model.parameters())
+    optimizer.train()
+    for step in range(4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if step == 3 or p.ndim > 1 else None
+        optimizer.step()
+    late = model[0].bias
+    torch.testing.assert_close(late, optimizer.state[late]["z"], rtol=1e-4, atol=0)
+    assert (optimizer.state[late]["p0"] == 5).all()
+
+
 def test_warm_up_from_zero_is_a_step_like_any_other():
     problem, optimizer = pair((40, 12), lr=0.0)
     weights = problem.parameters[0].detach().clone()

@@ -62,6 +62,32 @@ def test_the_same_bits_as_the_plain_step(options, dtype):
     assert_same(states[1], states[0])
 
 
+def test_a_learning_rate_that_starts_at_zero():
+    states = []
+    for fused in (False, True):
+        model, optimizer = model_and_optimizer(fused=fused)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 5))
+        data = Walks(4)
+        for _ in range(20):
+            train(model, optimizer, data, 1)
+            schedule.step()
+        states.append(without(snapshot(optimizer), "fused_back_pass"))
+    assert states[0][1]["param_groups"][0]["k"] == 20
+    assert_same(states[1], states[0])
+
+
+def test_a_run_that_was_not_fused_goes_on_fused():
+    model, optimizer = model_and_optimizer(fused=False)
+    train(model, optimizer, Walks(4), 5)
+    fused_model, fused_optimizer = model_and_optimizer()
+    fused_model.load_state_dict(model.state_dict())
+    fused_optimizer.load_state_dict(optimizer.state_dict())
+    assert fused_optimizer.param_groups[0]["fused_back_pass"]
+    for its, called in ((optimizer, model), (fused_optimizer, fused_model)):
+        train(called, its, Walks(4), 5)
+    assert_same(*(without(snapshot(its), "fused_back_pass") for its in (fused_optimizer, optimizer)))
+
+
 def test_gradients_are_gone_after_backward_without_zero_grad():
     model, optimizer = model_and_optimizer()
     loss_of(model, Walks(4).next()).backward()
@@ -162,7 +188,17 @@ def test_eval_mode_is_refused():
         loss_of(model, data.next()).backward()
 
 
-@pytest.mark.parametrize("call", ["state_dict", "eval", "load_state_dict"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda optimizer, saved: optimizer.state_dict(),
+        lambda optimizer, saved: optimizer.eval(),
+        lambda optimizer, saved: optimizer.load_state_dict(saved),
+        lambda optimizer, saved: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
+        lambda optimizer, saved: copy.deepcopy(optimizer),
+        lambda optimizer, saved: optimizer.averaged_parameters().__enter__(),
+    ],
+)
 def test_between_backward_and_step_nothing_can_be_saved(call):
     model, optimizer = model_and_optimizer()
     data = Walks(4)
@@ -170,7 +206,7 @@ def test_between_backward_and_step_nothing_can_be_saved(call):
     saved = optimizer.state_dict()
     loss_of(model, data.next()).backward()
     with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) first"):
-        optimizer.load_state_dict(saved) if call == "load_state_dict" else getattr(optimizer, call)()
+        call(optimizer, saved)
     optimizer.train()  # is in train mode: free, as every time
     optimizer.step()
     optimizer.state_dict()
