@@ -310,7 +310,15 @@ On one process a gradient is gone as soon as its weight has moved: at most about
 DDP keeps its buckets between steps, so that fusing saves nothing beyond `gradient_as_bucket_view=True`. Under
 FSDP2 gradients wait until their updates fill `bucket_bytes`, and those of a layer lie in one piece of memory,
 which goes with the last of them: set `bucket_bytes` well below the gradients of a rank, for two all-reduces a
-bucket."""
+bucket.
+
+- A gradient is of one backward pass. To add up several, let FSDP2 or DDP hold them back until the last
+  (`set_requires_gradient_sync(False)`, `no_sync()`); a second gradient before `step()` is an error.
+- What reads or changes gradients after the backward pass (clipping, a GradScaler) comes too late.
+- Under DDP with `find_unused_parameters` or `static_graph`, which say at its end alone what was not used,
+  `step()` moves everything.
+- Tensor parallelism needs FSDP2 around it: else ranks may have gradients in another order, and wait for each
+  other. The call refuses it, and says so."""
 
 
 def row(setting: Setting) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 import weakref
@@ -301,13 +302,15 @@ class ProdigyPlusScheduleFree(Optimizer):
         return parameters
 
     def _attach(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
-        # Looked up, not imported: where there are processes, somebody has.
-        distributed = sys.modules.get("torch.distributed")
-        if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
+        # What sums gradients over processes after a hook has seen them; a launcher tells of it beforehand.
+        wrapped = any(hasattr(module, "register_comm_hook") for module in model.modules())
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if wrapped or processes != "1":
             raise ValueError(
-                f"fuse_backward: this is one of {distributed.get_world_size()} processes, whose gradients "
-                "may be summed after a hook has seen them: use ShardedProdigyPlusScheduleFree, of the "
-                "package beside this one, which waits for that."
+                "fuse_backward: gradients are summed over processes"
+                + (" (DistributedDataParallel)" if wrapped else f" (WORLD_SIZE={processes})")
+                + ", which a hook of a parameter does not see: use ShardedProdigyPlusScheduleFree, of the "
+                "package beside this one, which waits for it."
             )
         return self._hooked(parameters)
 

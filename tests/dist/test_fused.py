@@ -244,8 +244,8 @@ def refused(kind):
     called = model
     if kind == "one process under DDP":
         called, optimizer_class = DistributedDataParallel(model), ProdigyPlusScheduleFree
-    elif kind == "one process before DDP":
-        optimizer_class = ProdigyPlusScheduleFree
+    elif kind == "one process around DDP":
+        called, optimizer_class = nn.Sequential(DistributedDataParallel(model)), ProdigyPlusScheduleFree
     elif kind == "ignored by FSDP2":
         weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Replicate()]))
         model.head.weight = weight
@@ -272,8 +272,8 @@ def refused(kind):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("one process under DDP", ("2 processes", "ShardedProdigyPlusScheduleFree")),
-        ("one process before DDP", ("2 processes", "ShardedProdigyPlusScheduleFree")),
+        ("one process under DDP", ("DistributedDataParallel", "ShardedProdigyPlusScheduleFree")),
+        ("one process around DDP", ("DistributedDataParallel", "ShardedProdigyPlusScheduleFree")),
         ("ignored by FSDP2", ("'head.weight'", "fully_shard")),
         ("streams", ("kind of mesh",)),
         ("DDP without views", ("gradient_as_bucket_view=True",)),
@@ -286,13 +286,16 @@ def test_what_no_hook_could_get_right_is_refused(pool, kind, expected):
         assert all(part in text for part in expected), text
 
 
-def accumulated(kind):
+def wrapped_for(kind):
     if kind == "ddp":
         torch.manual_seed(0)
         model = Transformer(1)
-        called = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    else:
-        model, called, _, _ = wrap("fsdp2")
+        return model, DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return wrap("fsdp2")[:2]
+
+
+def accumulated(kind):
+    model, called = wrapped_for(kind)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True, bucket_bytes=0)
     optimizer.fuse_backward(called)
     data = Walks(4)
@@ -314,12 +317,7 @@ def test_accumulation_is_refused_on_every_rank(pool, kind):
 
 def summed(kind, fused):
     """Accumulation that no hook sees: FSDP2 and DDP hold gradients back until the last backward pass."""
-    if kind == "ddp":
-        torch.manual_seed(0)
-        model = Transformer(1)
-        called = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    else:
-        model, called, _, _ = wrap("fsdp2")
+    model, called = wrapped_for(kind)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=fused)
     if fused:
         optimizer.fuse_backward(called)

@@ -229,6 +229,13 @@ def test_a_model_of_somebody_else():
         ProdigyPlusScheduleFree(other.parameters()).fuse_backward(other)
 
 
+def test_one_of_several_processes(monkeypatch):
+    """Whatever will sum their gradients may be wrapped around the model later."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*ShardedProdigyPlusScheduleFree"):
+        model_and_optimizer()
+
+
 def test_handles_take_the_hooks_off():
     model = nn.Linear(3, 2)
     optimizer = ProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True)
