@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of numbers and sums that must not depend on rounding: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Sum(NamedTuple):
     """A sum that may be incomplete: ``local``, summed over the dimensions ``dims`` of this shard.
 

@@ -241,11 +241,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         for group in self.param_groups:
             stepsize.lift(group, home)
         step = Step(self.param_groups, self._exchange, in_backward=in_backward)
-        for index, group in enumerate(self.param_groups):
-            o = Options.of(group)
+        for index, its in enumerate(step.groups):
+            o = its.options
             self._check_what_state_is_for(index, o)
-            if group["calls"] == 0:  # state, if there is any, may be older than the weights
-                for p in group["params"]:
+            if its.numbers["calls"] == 0:  # state, if there is any, may be older than the weights
+                for p in its.numbers["params"]:
                     if p in self.state:
                         state = {key: self._local(value) for key, value in self.state[p].items()}
                         anchor(self._local(p), state, self._layout(p), o)

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prodigyplus.layout import Layout
+from prodigyplus.layout import Layout, wide_dtype
 from prodigyplus.options import Options
 from prodigyplus.stepsize import Scalars
 
@@ -41,7 +41,7 @@ def new_state(weight: Tensor, layout: Layout, options: Options, dtype: torch.dty
     """What a parameter keeps for Prodigy, before its first step; samples in ``dtype``."""
     p0 = layout.sample(weight.detach(), options.slice_p).to(dtype, copy=True)
     if options.use_speed == "relative":
-        return {"p0": p0, **{key: weight.new_zeros((), dtype=_wide(weight)) for key in NUMBERS}}
+        return {"p0": p0, **{key: weight.new_zeros((), dtype=wide_dtype(weight.device)) for key in NUMBERS}}
     return {"p0": p0, "s": torch.zeros_like(p0)}
 
 
@@ -63,11 +63,14 @@ def local_sums(
     distance = state["p0"] - base.to(g.dtype)
     if options.use_speed == "relative":
         distances = {"l1": distance.abs(), "l2_square": distance.square(), "product": distance.mul_(g)}
-        return {name: values.sum(dtype=_wide(g)) for name, values in distances.items()}
+        return {name: values.sum(dtype=wide_dtype(g.device)) for name, values in distances.items()}
     s = state["s"]
     moved = (s * options.prodigy_beta).add_((g.sign() if options.use_speed else g) * n.statistic)
     s.copy_(torch.where(n.observes, moved, s))
-    return {"product": distance.mul_(g).sum(dtype=_wide(g)), "norm": s.abs().sum(dtype=_wide(g))}
+    return {
+        "product": distance.mul_(g).sum(dtype=wide_dtype(g.device)),
+        "norm": s.abs().sum(dtype=wide_dtype(g.device)),
+    }
 
 
 def observed(
@@ -98,7 +101,3 @@ def _relative(whole: Mapping[str, Tensor], state: Mapping[str, Tensor], n: Scala
     for kept, value in moved.items():
         kept.copy_(torch.where(n.observes, value, kept))
     return average / (l1 * (1 + l2).square()), l2
-
-
-def _wide(like: Tensor) -> torch.dtype:
-    return torch.float32 if like.device.type == "mps" else torch.float64

@@ -187,16 +187,15 @@ def _direction(
     if o.use_adopt:
         g = g.clamp_(-n.bound, n.bound)
     m = moments.advance_first(state, g, n.beta1, n.gradient).div_(n.d)
+    agreeing = None
     if o.use_cautious:
         agreeing = variants.drop_disagreeing(m, g)
-        del g
-        whole = yield {"agreeing": Sum(agreeing, layout.dims)}
-        m.div_(variants.share(whole["agreeing"], layout.numel))
     elif o.use_grams:
         m = variants.grams(m, g)
-        del g
-    else:
-        del g
+    del g
+    if agreeing is not None:
+        whole = yield {"agreeing": Sum(agreeing, layout.dims)}
+        m.div_(variants.share(whole["agreeing"], layout.numel))
     return m if early else _normalised(m, _denominator(state, n, m.dtype, o), base, n, o)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prodigyplus.layout import wide_dtype
 from prodigyplus.options import Options
 
 # How far the limiter lets d grow in one step.
@@ -52,8 +53,8 @@ COUNTS = ("k", "skipped")
 
 def as_number(name: str, value: float | Tensor, device: torch.device = _CPU) -> Tensor:
     """A group's number as a 0-dim tensor on ``device``: int64, or float64 where the device has it."""
-    floating = torch.float32 if device.type == "mps" else torch.float64
-    return torch.as_tensor(value, dtype=torch.int64 if name in COUNTS else floating, device=device)
+    dtype = torch.int64 if name in COUNTS else wide_dtype(device)
+    return torch.as_tensor(value, dtype=dtype, device=device)
 
 
 def lift(group: dict[str, Any], device: torch.device) -> None:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prodigyplus.layout import wide_dtype
+
 # FOCUS: how strongly the weights' average attracts, against the gradient's sign.
 _ATTRACTION = 0.1
 
@@ -70,7 +72,7 @@ def dots(direction: Tensor, weight: Tensor) -> Dots:
 
     The differences of these sums say how much of the direction is orthogonal to the weights.
     """
-    wide = torch.float32 if direction.device.type == "mps" else torch.float64
+    wide = wide_dtype(direction.device)
     sums = direction.new_zeros(3, dtype=wide)
     runs = (torch.split(tensor.reshape(-1), _RUN) for tensor in (direction, weight))
     for u, w in zip(*runs, strict=True):
