@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, cast
 
 from torch import Tensor
 
+from prodigyplus import muon
 from prodigyplus.layout import Layout, Sum
-from prodigyplus.rule import Part, Rule, compute_dtype, update
+from prodigyplus.muon import Matrices
+from prodigyplus.rule import Part, Requests, Rule, compute_dtype, update
 
 Asked = tuple[Layout, dict[str, Sum]]
 Answer = dict[str, Tensor]
+Running = tuple[Part, Rule, Answer]
+
+# How many bytes of updates may be alive at once, unless it is said.
+BUCKET_BYTES = 64 << 20
 
 
 class Exchange(Protocol):
@@ -24,6 +30,16 @@ class Exchange(Protocol):
         """The sums over the whole tensors, in the order and under the names in which they were asked."""
         ...
 
+    def orthogonalize(
+        self, asked: Sequence[tuple[Layout, Matrices]]
+    ) -> Iterable[tuple[Sequence[int], Sequence[Tensor]]]:
+        """Begin to orthogonalise whole matrices.
+
+        Returns:
+            Numbers of ``asked`` and the pieces of them that are here, of all in turn, as they are done.
+        """
+        ...
+
     def everywhere(self, values: Tensor) -> Tensor:
         """Sums over all who hold other parameters of the same optimiser, of a few numbers."""
         ...
@@ -32,10 +48,16 @@ class Exchange(Protocol):
 class OneProcess:
     """The exchange of a process that holds whole tensors: every sum is complete."""
 
-    bucket_bytes = 0
+    bucket_bytes = BUCKET_BYTES
 
     def complete(self, asked: Sequence[Asked]) -> list[Answer]:
         return [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
+
+    def orthogonalize(
+        self, asked: Sequence[tuple[Layout, Matrices]]
+    ) -> Iterable[tuple[Sequence[int], Sequence[Tensor]]]:
+        wholes = [(layout.shape, matrices) for layout, matrices in asked]
+        return muon.in_one_process(wholes, self.bucket_bytes)
 
     def everywhere(self, values: Tensor) -> Tensor:
         return values
@@ -55,10 +77,42 @@ def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Sequen
             order of ``parts``: the numbers of the parts' groups must be fixed when it returns.
     """
     rules = [update(part) for part in parts]
-    answers = exchange.complete([(part.layout, next(rule)) for part, rule in zip(parts, rules, strict=True)])
+    answers = exchange.complete(
+        [(part.layout, _sums(next(rule))) for part, rule in zip(parts, rules, strict=True)]
+    )
     open_groups(answers)
-    for bucket in _buckets(parts, exchange.bucket_bytes):
-        _advance([(parts[i], rules[i], answers[i]) for i in bucket], exchange)
+    running = list(zip(parts, rules, answers, strict=True))
+    # Matrices are on their way to be orthogonalised while all other parameters move.
+    orthogonalized = _orthogonalize([one for one in running if one[0].is_matrix], exchange)
+    for bucket in _buckets([one for one in running if not one[0].is_matrix], exchange.bucket_bytes):
+        _advance(bucket, exchange)
+    for bucket in orthogonalized:
+        _advance(bucket, exchange)
+
+
+def _sums(asked: Requests) -> dict[str, Sum]:
+    return {name: request for name, request in asked.items() if isinstance(request, Sum)}
+
+
+def _orthogonalize(running: Sequence[Running], exchange: Exchange) -> Iterable[list[Running]]:
+    """Begin with all matrices; gives them in buckets, with their answers, as they are done."""
+    if not running:
+        return ()
+    # Equal shapes together, the largest first, so that ranks share them evenly.
+    running = sorted(running, key=lambda one: one[0].cost, reverse=True)
+    asked = [rule.send(answer) for _, rule, answer in running]
+    layouts = [part.layout for part, _, _ in running]
+    done = exchange.orthogonalize(
+        [(layout, cast("Matrices", its["matrices"])) for layout, its in zip(layouts, asked, strict=True)]
+    )
+    sums = exchange.complete([(layout, _sums(its)) for layout, its in zip(layouts, asked, strict=True)])
+    return (
+        [
+            (*running[number][:2], {**sums[number], "matrices": piece})
+            for number, piece in zip(numbers, pieces, strict=True)
+        ]
+        for numbers, pieces in done
+    )
 
 
 def size_of(part: Part) -> int:
@@ -66,35 +120,36 @@ def size_of(part: Part) -> int:
     return part.layout.most * compute_dtype(part.weight).itemsize
 
 
-def _buckets(parts: Sequence[Part], limit: int) -> Iterator[list[int]]:
-    """The numbers of ``parts`` in runs whose directions have ``limit`` bytes at most, or one part's.
+def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
+    """Runs of parameters whose directions have ``limit`` bytes at most, or one parameter's.
 
-    By the largest piece that any rank has of each, so that all ranks cut alike. Parts that nobody has cut
+    By the largest piece that any rank has of each, so that all ranks cut alike. Those that nobody has cut
     have nothing to wait for, and go one by one.
     """
-    yield from ([number] for number, part in enumerate(parts) if not part.layout.cuts)
-    bucket: list[int] = []
+    yield from ([one] for one in running if not one[0].layout.cuts)
+    bucket: list[Running] = []
     size = 0
-    for number, part in enumerate(parts):
+    for one in running:
+        part, *_ = one
         if not part.layout.cuts:
             continue
         if bucket and size + size_of(part) > limit:
             yield bucket
             bucket, size = [], 0
-        bucket.append(number)
+        bucket.append(one)
         size += size_of(part)
     if bucket:
         yield bucket
 
 
-def _advance(running: list[tuple[Part, Rule, Answer]], exchange: Exchange) -> None:
+def _advance(running: list[Running], exchange: Exchange) -> None:
     """Run rules to their ends, one round of questions and answers at a time."""
     while running:
         asking: list[tuple[Part, Rule]] = []
         asked: list[Asked] = []
         for part, rule, answer in running:
             try:
-                asked.append((part.layout, rule.send(answer)))
+                asked.append((part.layout, _sums(rule.send(answer))))
             except StopIteration:
                 continue
             asking.append((part, rule))

@@ -59,9 +59,9 @@ class ProdigyPlusScheduleFree(Optimizer):
     that meets an inf or NaN in any gradient changes nothing, and no step waits for the device.
 
     Every option may be set per parameter group. Those that say what state there is (``use_schedulefree``,
-    ``use_focus``, ``use_speed="relative"``, ``factored``, ``factored_fp32``, ``slice_p``) hold from a
-    parameter's first step on, ``betas[0]`` may not change in eval mode; the others may be changed between
-    steps.
+    ``use_focus``, ``use_muon_pp``, ``use_speed="relative"``, ``factored``, ``factored_fp32``, ``slice_p``)
+    hold from a parameter's first step on, ``betas[0]`` may not change in eval mode; the others may be changed
+    between steps.
 
     Args:
         params: Parameters, named parameters, or parameter groups, as for every torch optimiser:
@@ -90,7 +90,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         fused_back_pass: Move parameters within the backward pass, and free each gradient at once: see
             :meth:`fuse_backward`.
         use_stableadamw: Divide an update by the square root of its rms where that exceeds 1.
-        use_muon_pp: Not implemented yet.
+        use_muon_pp: Muon: move matrices by their whole gradient, orthogonalised, at Adam's scale. For groups
+            of hidden matrices, see :func:`prodigyplus.muon_groups`. Excludes ADOPT and OrthoGrad.
         use_cautious: Drop what of a move disagrees in sign with its gradient, and scale up the rest.
             Excludes Grams.
         use_grams: Take a move's magnitudes, and its gradient's signs.
@@ -107,10 +108,13 @@ class ProdigyPlusScheduleFree(Optimizer):
         use_schedulefree: False: Adam's first moment and decoupled weight decay instead; bring a
             schedule.
         slice_p: Prodigy's statistics are taken of every ``slice_p``-th element.
+        muon_fp32: Orthogonalise in float32 (float64 for float64 weights). False: in bfloat16.
+        muon_quintic: Orthogonalise by the first Muon's polynomial. False: by Polar Express's.
+        muon_batched: Parameters of three or more dimensions are batches of matrices, their last two, as
+            experts are. False: one matrix, their first dimension by all others, as convolutions are.
 
     Raises:
         ValueError: An option has a value it cannot have, or a parameter is of another dtype.
-        NotImplementedError: An option is set that is not implemented yet.
     """
 
     _exchange: driver.Exchange = driver.OneProcess()
@@ -151,6 +155,9 @@ class ProdigyPlusScheduleFree(Optimizer):
         schedulefree_c: float = 0.0,
         use_schedulefree: bool = True,
         slice_p: int = 11,
+        muon_fp32: bool = False,
+        muon_quintic: bool = False,
+        muon_batched: bool = False,
     ) -> None:
         given = locals()
         defaults = {name: given[name] for name in options.NAMES}
@@ -168,19 +175,27 @@ class ProdigyPlusScheduleFree(Optimizer):
         # Also where the group was another optimiser's.
         param_group |= {**stepsize.first_numbers(given["d0"]), "calls": 0, "train_mode": True}
         super().add_param_group(param_group)
-        self._check_parameters(len(self.param_groups) - 1)
         self._resolve(self.param_groups[-1])
+        self._check_parameters(len(self.param_groups) - 1)
 
     def _check_parameters(self, index: int) -> None:
         """Refuse the parameters of a group just added, and the group with them."""
-        for number, p in enumerate(self.param_groups[index]["params"]):
+        group = self.param_groups[index]
+        for number, p in enumerate(group["params"]):
+            wrong = None
             if p.dtype not in _DTYPES:
-                name = name_of(self.param_groups[index], index, number)
-                self.param_groups.pop(index)
-                raise ValueError(
-                    f"{name} is {p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Leave "
-                    "it out of params, or convert it."
+                wrong = (
+                    f"{p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Leave it out of "
+                    "params, or convert it."
                 )
+            elif group["use_muon_pp"] and p.ndim < 2:
+                wrong = (
+                    f"of shape {tuple(p.shape)}, no matrix, but its group has use_muon_pp=True: put it into a "
+                    "group without, as prodigyplus.muon_groups(model) does."
+                )
+            if wrong is not None:
+                self.param_groups.pop(index)
+                raise ValueError(f"{name_of(group, index, number)} is {wrong}")
 
     def _resolve(self, group: dict[str, Any]) -> None:
         for note in options.resolve_exclusions(group):

@@ -39,6 +39,9 @@ class Options:
     fused_back_pass: bool
     use_stableadamw: bool
     use_muon_pp: bool
+    muon_fp32: bool
+    muon_quintic: bool
+    muon_batched: bool
     use_cautious: bool
     use_grams: bool
     use_adopt: bool
@@ -81,6 +84,7 @@ class Options:
         return {
             "use_schedulefree": self.use_schedulefree,
             "use_focus": self.use_focus,
+            "use_muon_pp": self.use_muon_pp,
             "use_speed": self.use_speed == "relative",
             "factored": self.factored,
             "factored_fp32": self.factored_fp32,
@@ -93,9 +97,6 @@ class Options:
 
 
 NAMES = tuple(field.name for field in fields(Options))
-
-# Options of the signature that no step computes yet.
-_PLANNED = ("use_muon_pp",)
 
 # Up to this β2, RAdam's rectification never leaves zero: its average is never long enough.
 _SHORTEST_RECTIFIED = 0.6
@@ -162,7 +163,6 @@ def validate(group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an option has a value it cannot have, or a key of the group looks like a
             misspelt option. The message names the option, the value and what is allowed.
-        NotImplementedError: an option is set that does not work yet.
     """
     for name in NAMES:
         test, allowed = _ALLOWED.get(name, _SWITCH)
@@ -178,9 +178,6 @@ def validate(group: Mapping[str, Any]) -> None:
             f"betas={group['betas']!r}: with use_bias_correction=True, betas[1] must be greater than "
             f"{_SHORTEST_RECTIFIED}, or the correction holds every step at zero."
         )
-    for name in _PLANNED:
-        if group[name]:
-            raise NotImplementedError(f"{name}={group[name]!r} is not implemented yet; leave it at False.")
     for key in group.keys() - set(NAMES):
         # Groups may carry keys of their owner's ("name", "initial_lr"), but not a slip of the pen.
         if close := difflib.get_close_matches(key, NAMES, n=1, cutoff=0.85):
@@ -213,6 +210,16 @@ _EXCLUSIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], dict[str, Any], st
         lambda o: o["use_focus"] and o["use_muon_pp"],
         {"use_muon_pp": False},
         "use_focus=True excludes use_muon_pp=True: Muon is off",
+    ),
+    (
+        lambda o: o["use_muon_pp"] and o["use_adopt"],
+        {"use_adopt": False},
+        "use_muon_pp=True excludes use_adopt=True: ADOPT is off, there is no second moment",
+    ),
+    (
+        lambda o: o["use_muon_pp"] and o["use_orthograd"],
+        {"use_orthograd": False},
+        "use_muon_pp=True excludes use_orthograd=True: OrthoGrad is off",
     ),
 )
 

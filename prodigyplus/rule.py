@@ -14,12 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prodigyplus import averaging, directions, moments, progress, rounding, samples, variants
+from prodigyplus import averaging, directions, moments, muon, progress, rounding, samples, variants
 from prodigyplus.layout import Layout, Sum
+from prodigyplus.muon import Matrices
 from prodigyplus.options import Options
 from prodigyplus.stepsize import GroupStep, Scalars
 
-Rule = Generator[dict[str, Sum], dict[str, Tensor], None]
+Requests = Mapping[str, Sum | Matrices]
+Rule = Generator[Requests, dict[str, Tensor], None]
+Directed = Generator[Requests, dict[str, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+Changed = Generator[Requests, dict[str, Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -34,6 +38,17 @@ class Part:
     number: int  # of the parameter in the optimiser
     # Whether a gradient is here; None where nobody needs to ask, since every piece's is here if one's is.
     present: bool | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the direction is that of whole matrices, orthogonalised."""
+        return self.group.options.use_muon_pp
+
+    @property
+    def cost(self) -> tuple[int, int, int]:
+        """What it costs to orthogonalise a matrix of it, and its shape: by that they are ordered."""
+        _, rows, columns = muon.sizes(self.layout.shape, batched=self.group.options.muon_batched)
+        return muon.cost(rows, columns), rows, columns
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -52,6 +67,7 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
     ``exp_avg_sq_row``, ``_col``, ``_mean``   float32, see options    1 in the averaged dimensions
     ``exp_avg_sq`` (where not factored)       the gradient's          the weight's
     ``exp_avg_weight`` (FOCUS, instead)       the gradient's          the weight's
+    nothing (Muon, instead)
     ``p0``, ``s`` (until ``prodigy_steps``)   bfloat16; float64 for   (ceil(elements / ``slice_p``),)
                                               float64 gradients
     ``exp_avg_product``, ``max_l1``,          float64                 ()
@@ -61,9 +77,10 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
     dtype = torch.float32 if options.factored_fp32 else grad.dtype
     if grad.dtype == torch.float64:
         dtype = torch.float64
+    state: dict[str, Tensor] = {}
     if options.use_focus:
         state = {"exp_avg_weight": torch.zeros_like(grad)}
-    else:
+    elif not options.use_muon_pp:
         state = moments.new_state(grad, layout, factored=options.factored, dtype=dtype)
     if options.use_schedulefree:
         state["z"] = weight.detach().clone(memory_format=torch.preserve_format)
@@ -115,7 +132,7 @@ def update(part: Part) -> Rule:
         n = n.only_if(squares["present"] > 0)
 
     base = state["z"] if o.use_schedulefree else weight
-    sums: dict[str, Sum] = {}
+    sums: dict[str, Sum | Matrices] = {}
 
     # The raw gradient's evidence for the step size, before this step's move; once freed, there is none.
     adapts = part.group.adapts and "p0" in state
@@ -125,44 +142,70 @@ def update(part: Part) -> Rule:
         sums |= {name: Sum(value, layout.dims) for name, value in evidence.items()}
 
     # The direction, and what spans it.
-    u = yield from _direction(part, squares, base, n)
-    projects = o.use_orthograd and math.prod(layout.shape) > 1
-    if projects:
-        sums |= {name: Sum(value, layout.dims) for name, value in variants.dots(u, base)._asdict().items()}
-    elif o.use_stableadamw:
-        sums["uu"] = Sum(torch.linalg.vector_norm(u).square(), layout.dims)
-
-    whole = (yield sums) if sums else {}
-
+    direct = _orthogonal(part, sums, n) if part.is_matrix else _elementwise(part, squares, base, sums, n)
+    u, scale, whole = yield from direct
     if adapts:
         part.group.observe(part.number, *progress.observed(whole, state, o, n))
-    step, square = n.dlr, whole.get("uu")
-    if projects:
-        dots = variants.Dots(*(whole[name] for name in variants.Dots._fields))
-        along, scale, square = variants.projection(dots, dtype)
-        u.addcmul_(base.to(dtype), along, value=-1)
-        step = step * scale
-    if o.use_stableadamw:
-        assert square is not None
-        step = step * directions.stable_scale(square, layout.numel)
+    step = n.dlr * scale
 
     # The move.
     if not o.use_schedulefree:
         _descend(part, u, step, n)
     elif o.use_cautious or o.use_grams:
         u, agreeing = _propose(part, u, step, n)
-        if agreeing is not None:
-            whole = yield {"agreeing": Sum(agreeing, layout.dims)}
-            u.div_(variants.share(whole["agreeing"], layout.numel))
+        u = yield from _scaled_up(part, u, agreeing)
         _accept(part, u, n)
     else:
         _average(part, u, step, n)
 
 
-def _direction(
-    part: Part, squares: Mapping[str, Tensor], base: Tensor, n: Scalars
-) -> Generator[dict[str, Sum], dict[str, Tensor], Tensor]:
-    """The direction of the update, of about unit scale: a new tensor. Moves the moments."""
+def _elementwise(
+    part: Part, squares: Mapping[str, Tensor], base: Tensor, sums: dict[str, Sum | Matrices], n: Scalars
+) -> Directed:
+    """Adam's direction, or what an option has in its place; asks for ``sums`` too.
+
+    Returns:
+        The direction, a new tensor; a factor of it, 0-dim; and the answer to ``sums``.
+    """
+    layout, o = part.layout, part.group.options
+    u = yield from _normalise(part, squares, base, n)
+    projects = o.use_orthograd and math.prod(layout.shape) > 1
+    if projects:
+        dots = variants.dots(u, base)._asdict()
+        sums |= {name: Sum(value, layout.dims) for name, value in dots.items()}
+    elif o.use_stableadamw:
+        sums["uu"] = Sum(torch.linalg.vector_norm(u).square(), layout.dims)
+    whole = (yield sums) if sums else {}
+
+    scale, square = n.unit, whole.get("uu")
+    if projects:
+        whole_dots = variants.Dots(*(whole[name] for name in variants.Dots._fields))
+        along, scale, square = variants.projection(whole_dots, u.dtype)
+        u.addcmul_(base.to(u.dtype), along, value=-1)
+    if o.use_stableadamw:
+        assert square is not None
+        scale = scale * directions.stable_scale(square, layout.numel)
+    return u, scale, whole
+
+
+def _orthogonal(part: Part, sums: dict[str, Sum | Matrices], n: Scalars) -> Directed:
+    """Muon's direction; the rest as in :func:`_elementwise`. Moves the first moment."""
+    o, layout = part.group.options, part.layout
+    grad, dtype = part.grad, compute_dtype(part.weight)
+    if not o.use_schedulefree:
+        moments.advance_first(part.state, n.admit(grad.to(dtype)), n.beta1, n.gradient)
+        grad = part.state["exp_avg"]
+    kind = muon.Kind(dtype if o.muon_fp32 else torch.bfloat16, o.muon_quintic, o.use_stableadamw)
+    whole = yield sums | {"matrices": Matrices(grad, o.muon_batched, kind)}
+    _, rows, columns = muon.sizes(layout.shape, batched=o.muon_batched)
+    u = n.admit(whole["matrices"].to(dtype)).mul_(muon.unit_rms(rows, columns))
+    if not o.use_schedulefree:
+        u = yield from _scaled_up(part, *_agreeing(u, n.admit(part.grad.to(dtype)), o))
+    return u, n.unit, whole
+
+
+def _normalise(part: Part, squares: Mapping[str, Tensor], base: Tensor, n: Scalars) -> Changed:
+    """The gradient, normalised element by element, of about unit scale: a new tensor. Moves the moments."""
     state, layout, o = part.state, part.layout, part.group.options
     g = n.admit(part.grad.to(compute_dtype(part.weight)))
 
@@ -187,16 +230,29 @@ def _direction(
     if o.use_adopt:
         g = g.clamp_(-n.bound, n.bound)
     m = moments.advance_first(state, g, n.beta1, n.gradient).div_(n.d)
-    agreeing = None
-    if o.use_cautious:
-        agreeing = variants.drop_disagreeing(m, g)
-    elif o.use_grams:
-        m = variants.grams(m, g)
+    m, agreeing = _agreeing(m, g, o)
     del g
-    if agreeing is not None:
-        whole = yield {"agreeing": Sum(agreeing, layout.dims)}
-        m.div_(variants.share(whole["agreeing"], layout.numel))
+    m = yield from _scaled_up(part, m, agreeing)
     return m if early else _normalised(m, _denominator(state, n, m.dtype, o), base, n, o)
+
+
+def _agreeing(move: Tensor, grad: Tensor, o: Options) -> tuple[Tensor, Tensor | None]:
+    """Cautious and Grams: a move that agrees with a gradient in sign, in the memory of the move.
+
+    Returns:
+        The move; and for Cautious, to be divided by the share that they make, how many elements it has left.
+    """
+    if o.use_cautious:
+        return move, variants.drop_disagreeing(move, grad)
+    return (variants.grams(move, grad) if o.use_grams else move), None
+
+
+def _scaled_up(part: Part, move: Tensor, agreeing: Tensor | None) -> Changed:
+    """What :func:`_agreeing` gave, divided by the share; in place."""
+    if agreeing is None:
+        return move
+    whole = yield {"agreeing": Sum(agreeing, part.layout.dims)}
+    return move.div_(variants.share(whole["agreeing"], part.layout.numel))
 
 
 def _denominator(state: dict[str, Tensor], n: Scalars, dtype: torch.dtype, o: Options) -> Tensor:
@@ -228,11 +284,7 @@ def _average(part: Part, u: Tensor, step: Tensor, n: Scalars) -> None:
 
 
 def _propose(part: Part, u: Tensor, step: Tensor, n: Scalars) -> tuple[Tensor, Tensor | None]:
-    """The same with a second thought on y: moves z, and proposes what to take off y.
-
-    Returns:
-        The proposal; and for Cautious, to be divided by the share that they make, how many elements it has.
-    """
+    """The same with a second thought on y: moves z, and proposes what to take off y, as :func:`_agreeing`."""
     y, z = _widened(part)
     o = part.group.options
     if o.weight_decay and o.weight_decay_by_lr:
@@ -243,9 +295,7 @@ def _propose(part: Part, u: Tensor, step: Tensor, n: Scalars) -> tuple[Tensor, T
     if o.weight_decay and not o.weight_decay_by_lr:
         z.addcmul_(y, n.decay, value=-1)
     _write(part, n, z=z)
-    if o.use_grams:
-        return variants.grams(proposed, u), None
-    return proposed, variants.drop_disagreeing(proposed, u)
+    return _agreeing(proposed, u, o)
 
 
 def _accept(part: Part, proposed: Tensor, n: Scalars) -> None:

@@ -7,7 +7,7 @@ all-reduce gives every rank the same bits, so every rank computes the same numbe
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -15,6 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prodigyplus.driver import Answer, Asked
+from prodigyplus.layout import Layout
+from prodigyplus.muon import Matrices
+from prodigyplus_dist.layout import MeshLayout
+from prodigyplus_dist.orthogonalize import Orthogonalizer
 
 
 class MeshExchange:
@@ -23,11 +27,22 @@ class MeshExchange:
     Args:
         process_group: The ranks that hold other parameters of the same optimiser, or None.
         bucket_bytes: How many bytes of directions may be alive at once; each bucket is a collective more.
+        replicas: The ranks that hold copies of plain tensors, or None.
+        all_to_all: Whether matrices are sent with all-to-alls; see :class:`Orthogonalizer`.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None,
+        bucket_bytes: int,
+        replicas: dist.ProcessGroup | None = None,
+        *,
+        all_to_all: bool = True,
+    ) -> None:
         self.bucket_bytes = bucket_bytes
+        self.replicas = replicas
         self._process_group = process_group
+        self._orthogonalizer = Orthogonalizer(bucket_bytes, all_to_all=all_to_all)
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeshExchange:
         return self  # the copy of an optimiser talks to the same ranks
@@ -46,6 +61,13 @@ class MeshExchange:
             for (n, name), value in zip(places, completed, strict=True):
                 answers[n][name] = value
         return answers
+
+    def orthogonalize(
+        self, asked: Sequence[tuple[Layout, Matrices]]
+    ) -> Iterable[tuple[Sequence[int], Sequence[Tensor]]]:
+        return self._orthogonalizer.orthogonalize(
+            [(cast("MeshLayout", layout), matrices) for layout, matrices in asked]
+        )
 
     def everywhere(self, values: Tensor) -> Tensor:
         if self._process_group is None:

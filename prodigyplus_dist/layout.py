@@ -2,42 +2,99 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from prodigyplus.layout import Layout
 
+Indices = tuple[Sequence[int], ...]
+"""What a piece holds of a tensor: in each dimension, the global indices."""
 
-def layout_of(tensor: Tensor) -> Layout:
+
+@dataclass(frozen=True, slots=True)
+class MeshLayout(Layout):
+    """A :class:`Layout` that knows of the other ranks which hold the tensor, and what they hold.
+
+    Args:
+        ranks: Their global ranks: a row for each copy of the tensor, a column for each piece of it.
+        place: The row and the column of this rank.
+        pieces: Gives the indices of all pieces, in the order of the columns. A function, since on a large
+            mesh they are many.
+    """
+
+    ranks: tuple[tuple[int, ...], ...] = ((0,),)
+    place: tuple[int, int] = (0, 0)
+    pieces: Callable[[], Sequence[Indices]] = field(default=lambda: (), repr=False, compare=False)
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """The ranks that hold this rank's copy."""
+        return self.ranks[self.place[0]]
+
+    @property
+    def column(self) -> tuple[int, ...]:
+        """The ranks that hold the same piece as this one, one of each copy."""
+        return tuple(row[self.place[1]] for row in self.ranks)
+
+
+def layout_of(tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> MeshLayout:
     """The layout of a parameter: of a DTensor, from its placements; of another tensor, the whole.
 
     It names a mesh axis by the process group of the ranks along it.
+
+    Args:
+        tensor: The parameter.
+        replicas: The ranks that have copies of it, if it is no DTensor.
     """
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return Layout(shape)
+        whole = tuple(range(size) for size in shape)
+        if replicas is None:
+            return MeshLayout(shape, pieces=lambda: [whole])
+        ranks = tuple((rank,) for rank in dist.get_process_group_ranks(replicas))
+        place = dist.get_rank(replicas), 0
+        return MeshLayout(shape, copies=(replicas,), ranks=ranks, place=place, pieces=lambda: [whole])
     mesh, placements = tensor.device_mesh, tensor.placements
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a parameter on a mesh that this rank is not of"
+    axes = [(axis, cut_dim(placements[axis], len(shape))) for axis in range(mesh.ndim) if mesh.size(axis) > 1]
+    cutting = [(axis, dim) for axis, dim in axes if dim is not None]
+    copying = [axis for axis, dim in axes if dim is None]
+
+    def pieces() -> list[Indices]:
+        return _pieces(shape, [(dim, placements[axis], mesh.size(axis)) for axis, dim in cutting])
+
     indices: list[Sequence[int]] = [range(size) for size in shape]
     largest = list(shape)
-    cuts, copies = [], []
-    for axis, placement in enumerate(placements):
-        if mesh.size(axis) == 1:
-            continue
-        dim = cut_dim(placement, len(shape))
-        if dim is None:
-            copies.append(mesh.get_group(axis))
-        else:
-            indices[dim] = _piece(indices[dim], dim, placement, mesh.size(axis), coordinate[axis])
-            largest[dim] = -(-largest[dim] // mesh.size(axis))
-            cuts.append((mesh.get_group(axis), dim))
-    layout = Layout(shape, tuple(indices), tuple(cuts), tuple(copies), math.prod(largest))
+    for axis, dim in cutting:
+        indices[dim] = _cut(indices[dim], dim, placements[axis], mesh.size(axis))[coordinate[axis]]
+        largest[dim] = -(-largest[dim] // mesh.size(axis))
+    order = [*copying, *(axis for axis, _ in cutting)]
+    order += [axis for axis in range(mesh.ndim) if axis not in order]
+    sizes = [mesh.size(axis) for axis in order]
+    rows = math.prod(sizes[: len(copying)])
+    number = 0
+    for axis, size in zip(order, sizes, strict=True):
+        number = number * size + coordinate[axis]
+    columns = math.prod(sizes) // rows
+    layout = MeshLayout(
+        shape,
+        tuple(indices),
+        tuple((mesh.get_group(axis), dim) for axis, dim in cutting),
+        tuple(mesh.get_group(axis) for axis in copying),
+        math.prod(largest),
+        tuple(map(tuple, mesh.mesh.permute(order).reshape(rows, columns).tolist())),
+        divmod(number, columns),
+        pieces,
+    )
     assert layout.local_shape == tuple(tensor.to_local().shape)
     return layout
 
@@ -56,13 +113,41 @@ def placements_of(like: DTensor, whole: Sequence[int]) -> list[Placement]:
     ]
 
 
-def _piece(indices: Sequence[int], dim: int, placement: Placement, count: int, number: int) -> Sequence[int]:
-    """Of the indices along a dimension, those of piece ``number`` of ``count``, as the placement cuts."""
+def _pieces(shape: tuple[int, ...], cuts: Sequence[tuple[int, Placement, int]]) -> list[Indices]:
+    """The indices of all pieces of a tensor, the last cut's number the fastest to change.
+
+    Args:
+        shape: The tensor's.
+        cuts: The dimension that is cut, how, and into how many pieces, one cut after the other.
+    """
+    # By dimension, the indices along it by the numbers of the cuts that concern it.
+    along: list[dict[tuple[int, ...], Sequence[int]]] = [{(): range(size)} for size in shape]
+    for dim, placement, count in cuts:
+        along[dim] = {
+            (*numbers, number): piece
+            for numbers, indices in along[dim].items()
+            for number, piece in enumerate(_cut(indices, dim, placement, count))
+        }
+    return [
+        tuple(
+            pieces[tuple(number for number, (cut, *_) in zip(numbers, cuts, strict=True) if cut == dim)]
+            for dim, pieces in enumerate(along)
+        )
+        for numbers in itertools.product(*(range(count) for *_, count in cuts))
+    ]
+
+
+def _cut(indices: Sequence[int], dim: int, placement: Placement, count: int) -> list[Sequence[int]]:
+    """The indices along a dimension in ``count`` pieces, as the placement cuts."""
     # DTensor's own way to cut a tensor, strided placements included; there is no public name for it.
     along = torch.tensor(indices, dtype=torch.int64).view((1,) * dim + (-1,))
     pieces, _ = placement._split_tensor(along, count, with_padding=False, contiguous=False)  # type: ignore[attr-defined]
-    chosen: list[int] = pieces[number].flatten().tolist()
-    if not chosen:
+    return [range_if_one(piece.flatten().tolist()) for piece in pieces]
+
+
+def range_if_one(indices: Sequence[int]) -> Sequence[int]:
+    """Ascending indices, as a range if they follow on one another."""
+    if not indices:
         return range(0)
-    run = range(chosen[0], chosen[-1] + 1)
-    return run if len(run) == len(chosen) else tuple(chosen)
+    run = range(indices[0], indices[-1] + 1)
+    return run if len(run) == len(indices) else tuple(indices)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from prodigyplus import driver
 from prodigyplus.layout import Layout
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus.options import Options
@@ -50,6 +51,11 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
             as many groups, as the stages of a pipeline do. They share ``d`` and skip steps together, at the
             price of two small all-reduces a step.
         bucket_bytes: How many bytes of updates may be alive at once.
+        replicas: The ranks that hold copies of the parameters which are plain tensors, as those of
+            ``DistributedDataParallel`` do (its ``process_group``): they share Muon's work. Without it, each
+            does all of it.
+        all_to_all: Exchange Muon's matrices with all-to-alls. False: point to point, each owner gathering
+            and scattering its own, for clusters where all-to-alls are unreliable.
     """
 
     _buckets: Sequence[Buckets] = ()
@@ -59,10 +65,14 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         params: Iterable[Any],
         *args: Any,
         process_group: dist.ProcessGroup | None = None,
-        bucket_bytes: int = 64 << 20,
+        bucket_bytes: int = driver.BUCKET_BYTES,
+        replicas: dist.ProcessGroup | None = None,
+        all_to_all: bool = True,
         **options: Any,
     ) -> None:
-        self._exchange = MeshExchange(process_group, bucket_bytes)
+        self._exchange: MeshExchange = MeshExchange(
+            process_group, bucket_bytes, replicas, all_to_all=all_to_all
+        )
         super().__init__(params, *args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,7 +126,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         # Kept, since a layout may keep where its samples are. A parameter may change its placements.
         key = (p.shape, p.device_mesh, p.placements) if isinstance(p, DTensor) else p.shape
         if key not in self._layouts:
-            self._layouts[key] = layout_of(p)
+            self._layouts[key] = layout_of(p, self._exchange.replicas)
         return self._layouts[key]
 
     @property

@@ -29,7 +29,7 @@ BAD = {
     **{
         name: (None, 1, "yes")
         for name in NAMES
-        if name.startswith(("use_", "split", "factored", "fused"))
+        if name.startswith(("use_", "split", "factored", "fused", "muon"))
         or name in ("weight_decay_by_lr", "d_limiter", "stochastic_rounding")
         if name != "use_speed"
     },
@@ -55,10 +55,16 @@ def test_options_out_of_range(name, value):
         ProdigyPlusScheduleFree([{"params": parameters(), name: value}])
 
 
-@pytest.mark.parametrize("name", ["use_muon_pp"])
-def test_options_to_come(name):
-    with pytest.raises(NotImplementedError, match=name):
-        ProdigyPlusScheduleFree(parameters(), **{name: True})
+@pytest.mark.parametrize("shape", [(), (5,)])
+def test_what_is_no_matrix_cannot_take_muon(shape):
+    named = [("matrix", nn.Parameter(torch.zeros(3, 4))), ("other", nn.Parameter(torch.zeros(shape)))]
+    optimizer = ProdigyPlusScheduleFree([named[0][1]])
+    for given in ({"params": named}, {"params": [p for _, p in named]}):
+        with pytest.raises(
+            ValueError, match=r"(parameter 'other'|parameter 1 of param_groups\[1\]) is of shape"
+        ):
+            optimizer.add_param_group({**given, "use_muon_pp": True})
+        assert len(optimizer.param_groups) == 1
 
 
 def test_unknown_options():

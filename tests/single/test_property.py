@@ -99,6 +99,9 @@ OPTIONS = {
     "schedulefree_c": (0.0, 6.0),
     "use_schedulefree": (True, True, False),
     "slice_p": (11, 1, 2),
+    "muon_fp32": (False,),
+    "muon_quintic": (False,),
+    "muon_batched": (False,),
 }
 
 

@@ -1,0 +1,192 @@
+"""Muon: the gradient of a whole matrix, orthogonalised, in the place of Adam's direction.
+
+Newton–Schulz iterations drive all singular values of a matrix to 1 by odd polynomials::
+
+    X ← G / (1.02·‖G‖)
+    X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X        five times, each with its own a, b, c
+    u = sqrt(max(rows, columns)) · X
+
+A matrix of ``rows × columns`` with orthonormal rows, or columns, has an rms of 1/sqrt(max(rows, columns)), so
+u has about that of Adam's direction, 1, and a step size means the same to both.
+
+Pure functions on tensors; matrices come as batches of equal shapes, (count, rows, columns).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus import directions
+
+# arXiv 2505.16932, algorithm 1: five polynomials, each the best after those before it, for singular values
+# from 1e-3 of the norm on. In bfloat16 values may overshoot, so they are made for 1.02 times the norm.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+# The first Muon's (https://kellerjordan.github.io/posts/muon): one polynomial, steep at zero.
+QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
+
+_HEADROOM = 1.02
+
+
+class Kind(NamedTuple):
+    """How matrices are orthogonalised; those of one kind and shape may be so together."""
+
+    dtype: torch.dtype  # that they are computed in, and sent in
+    quintic: bool
+    stable: bool  # whether StableAdamW holds the rms of u to 1
+
+
+class Matrices(NamedTuple):
+    """A request for the matrices of a whole tensor, orthogonalised: the answer is this piece of them.
+
+    Args:
+        local: The local piece of the tensor, of any dtype; it is read when it is sent.
+        batched: Whether it is a batch of matrices, its last two dimensions. Otherwise it is one: the first
+            dimension, by all others.
+        kind: How.
+    """
+
+    local: Tensor
+    batched: bool
+    kind: Kind
+
+
+def sizes(shape: Sequence[int], *, batched: bool) -> tuple[int, int, int]:
+    """Of a tensor of two or more dimensions as a batch of matrices: their number, rows and columns."""
+    if batched:
+        return math.prod(shape[:-2]), shape[-2], shape[-1]
+    return 1, shape[0], math.prod(shape[1:])
+
+
+def cost(rows: int, columns: int) -> int:
+    """What it costs to orthogonalise a matrix: the multiplications of five iterations."""
+    short, long = sorted((rows, columns))
+    return 5 * short**2 * (2 * long + short)
+
+
+def unit_rms(rows: int, columns: int) -> float:
+    """What a matrix with orthonormal rows, or columns, is multiplied with to have an rms of 1."""
+    return math.sqrt(max(rows, columns))
+
+
+def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
+    """Matrices with the singular vectors of these, and singular values near 1; where there were none, 0.
+
+    Near 1 means, but for rounding, in [0.85, 1.15] for singular values from 1e-3 of the matrix's Frobenius
+    norm on (``quintic``: in [0.68, 1.21], from 2e-3 on); smaller ones come out proportionally smaller.
+
+    Args:
+        matrices: (count, rows, columns), of any floating dtype, in which it is computed; not changed.
+        quintic: Take the first Muon's polynomial in place of Polar Express's.
+
+    Returns:
+        New memory of the same shape and dtype.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
+    x = x / (norm * _HEADROOM).clamp_(min=torch.finfo(wide).tiny).to(x.dtype)
+    for a, b, c in QUINTIC if quintic else POLAR_EXPRESS:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def orthogonalized(matrices: Tensor, kind: Kind) -> Tensor:
+    """What ``unit_rms`` makes u of, with StableAdamW's scale; shapes and dtype as in ``newton_schulz``."""
+    x = newton_schulz(matrices, quintic=kind.quintic)
+    if kind.stable:
+        rows, columns = x.shape[-2:]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        square = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).square()
+        # In one rounding: a factor of its own dtype would have one too.
+        x = (x * directions.stable_scale(square * max(rows, columns), rows * columns)).to(x.dtype)
+    return x
+
+
+def orthogonalize(batches: Sequence[tuple[Tensor, Kind]], limit: int) -> list[Tensor]:
+    """All batches, those of one shape and kind together.
+
+    Args:
+        batches: Pairs of a batch (count, rows, columns), in the dtype of its kind, and its kind.
+        limit: How many bytes of matrices may be computed on at once; one matrix may have more.
+
+    Returns:
+        New memory for each, in the order of ``batches``.
+    """
+    alike: dict[tuple[torch.Size, Kind], list[int]] = {}
+    for number, (batch, kind) in enumerate(batches):
+        alike.setdefault((batch.shape[1:], kind), []).append(number)
+    results: list[Tensor] = [batch for batch, _ in batches]
+    for (shape, kind), numbers in alike.items():
+        if 0 in shape:
+            continue
+        together = torch.cat([batches[number][0] for number in numbers])
+        # On the host more at once win nothing, and in bfloat16 a product's last bit depends on how many they
+        # are: then it would depend on how matrices are shared among ranks.
+        several = together.device.type != "cpu"
+        at_once = max(1, several * limit // (shape.numel() * kind.dtype.itemsize))
+        done = torch.cat([orthogonalized(part, kind) for part in torch.split(together, at_once)])
+        counts = [len(batches[number][0]) for number in numbers]
+        for number, result in zip(numbers, torch.split(done, counts), strict=True):
+            results[number] = result
+    return results
+
+
+def in_one_process(
+    asked: Sequence[tuple[tuple[int, ...], Matrices]], limit: int
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Orthogonalise whole tensors.
+
+    Args:
+        asked: Pairs of a tensor's shape and its request.
+        limit: How many bytes of results may be alive at once; one tensor may have more.
+
+    Yields:
+        Numbers of ``asked``, and their results in the shapes of their tensors.
+    """
+    for wave in waves([bytes_of(shape, matrices) for shape, matrices in asked], limit):
+        batches = [
+            (its.local.reshape(sizes(its.local.shape, batched=its.batched)).to(its.kind.dtype), its.kind)
+            for _, its in (asked[number] for number in wave)
+        ]
+        results = orthogonalize(batches, limit)
+        yield wave, [result.reshape(asked[number][0]) for number, result in zip(wave, results, strict=True)]
+
+
+def bytes_of(shape: Sequence[int], matrices: Matrices) -> tuple[int, int]:
+    """How many bytes a whole tensor has when it is sent, and how many each of its matrices."""
+    count, rows, columns = sizes(shape, batched=matrices.batched)
+    matrix = rows * columns * matrices.kind.dtype.itemsize
+    return count * matrix, matrix
+
+
+def waves(sizes: Sequence[tuple[int, int]], limit: int) -> Iterator[list[int]]:
+    """What is worked on at once: numbers of ``sizes`` in runs, each of ``limit`` bytes or of one matrix.
+
+    Args:
+        sizes: Pairs of how many bytes something counts for, and how many its largest matrix has.
+        limit: See above.
+    """
+    wave: list[int] = []
+    total, room = 0, limit
+    for number, (size, matrix) in enumerate(sizes):
+        room = max(room, matrix)
+        if wave and total + size > room:
+            yield wave
+            wave, total, room = [], 0, max(limit, matrix)
+        wave.append(number)
+        total += size
+    if wave:
+        yield wave

@@ -1,0 +1,255 @@
+"""Orthogonalise whole matrices on a mesh, each once: its pieces go to one rank, the result's come back.
+
+A matrix is orthogonalised by its owner, one of the ranks that hold a piece of it. Within a copy of the
+tensors that takes two all-to-alls of uneven sizes. Where there are several copies, each owns a part of the
+matrices and shares the results with the others.
+
+===========  ====================================================================
+``send``     pieces to the owners, among the ranks of a copy
+``compute``  Newton–Schulz at the owners; then begins to send back
+``receive``  pieces of the results; then, a bucket at a time, those of other copies
+===========  ====================================================================
+
+Matrices go in waves: the pieces of one travel while the one before is computed, and its results while the
+next is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prodigyplus import muon
+from prodigyplus.muon import Kind, Matrices
+from prodigyplus_dist import transport
+from prodigyplus_dist.layout import MeshLayout
+from prodigyplus_dist.ownership import Block, Geometry, owned
+
+Asked = tuple[MeshLayout, Matrices]
+
+
+class Orthogonalizer:
+    """Orthogonalises matrices whose pieces are on several ranks.
+
+    Args:
+        bucket_bytes: How many bytes of matrices a rank sends, and computes on, at once; or one matrix.
+        all_to_all: Send with all-to-alls. False: point to point.
+    """
+
+    def __init__(self, bucket_bytes: int, *, all_to_all: bool) -> None:
+        self.bucket_bytes = bucket_bytes
+        self.all_to_all = all_to_all
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        self._geometries: dict[tuple[int, bool], Geometry] = {}
+        self._plans: dict[tuple[Geometry, ...], list[Block]] = {}
+
+    def orthogonalize(self, asked: Sequence[Asked]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """See :class:`prodigyplus.driver.Exchange`."""
+        sizes = []
+        for layout, matrices in asked:
+            self.group(layout.row)
+            self.group(layout.column)
+            _, matrix = muon.bytes_of(layout.shape, matrices)
+            # Each copy owns its share.
+            sizes.append((layout.most * matrices.kind.dtype.itemsize // len(layout.ranks), matrix))
+        waves = [
+            Wave(self, numbers, [asked[number] for number in numbers])
+            for numbers in muon.waves(sizes, self.bucket_bytes)
+        ]
+        waves[0].send()
+        return self._finish(waves)
+
+    def _finish(self, waves: Sequence[Wave]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        for number, wave in enumerate(waves):
+            if number + 1 < len(waves):
+                waves[number + 1].send()
+            wave.compute()
+            if number:
+                yield from waves[number - 1].receive()
+        yield from waves[-1].receive()
+
+    def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """A process group of these ranks, our own, so that megabytes hold up no numbers; None for one rank.
+
+        All ranks ask for theirs in the order of the parameters, which is the same for all.
+        """
+        key = tuple(sorted(ranks))
+        if key not in self._groups:
+            alone = len(key) == 1
+            self._groups[key] = None if alone else dist.new_group(list(key), use_local_synchronization=True)
+        return self._groups[key]
+
+    def plan(self, asked: Sequence[Asked]) -> tuple[tuple[Geometry, ...], list[Block]]:
+        """Where the pieces of the tensors are, and who owns their matrices."""
+        geometries = tuple(self._geometry(layout, matrices.batched) for layout, matrices in asked)
+        if geometries not in self._plans:
+            self._plans[geometries] = owned(geometries)
+        return geometries, self._plans[geometries]
+
+    def _geometry(self, layout: MeshLayout, batched: bool) -> Geometry:
+        key = id(layout), batched  # of a layout that the geometry keeps alive
+        if key not in self._geometries:
+            self._geometries[key] = Geometry(layout, batched=batched)
+        return self._geometries[key]
+
+
+class Team:
+    """The ranks that hold a copy of some tensors between them, and what they exchange, in one dtype.
+
+    Args:
+        layout: Of one of the tensors.
+        kind: Of its matrices.
+        group: The ranks.
+        all_to_all: See :class:`Orthogonalizer`.
+    """
+
+    def __init__(
+        self, layout: MeshLayout, kind: Kind, group: dist.ProcessGroup | None, *, all_to_all: bool
+    ) -> None:
+        self._column = layout.place[1]
+        # In the order of the group, which is that of the ranks.
+        self._columns = sorted(range(len(layout.row)), key=layout.row.__getitem__)
+        self._group = group
+        self._all_to_all = all_to_all
+        self._dtype = kind.dtype
+        self._blocks: list[tuple[Block, Geometry, Matrices]] = []
+        self._wait: Callable[[], list[list[Tensor]]]
+
+    def add(self, block: Block, geometry: Geometry, matrices: Matrices) -> None:
+        """Take in matrices that one of the ranks owns."""
+        self._blocks.append((block, geometry, matrices))
+
+    def _of(self, column: int) -> list[tuple[Block, Geometry, Matrices]]:
+        return [one for one in self._blocks if one[0].column == column]
+
+    def send(self) -> None:
+        """Begin to send pieces to owners."""
+        self._swap(
+            [
+                [its.within(block, matrices.local) for block, its, matrices in self._of(c)]
+                for c in self._columns
+            ],
+            [[its.piece_shape(block, c) for block, its, _ in self._of(self._column)] for c in self._columns],
+        )
+
+    def arrived(self) -> list[tuple[Tensor, Kind]]:
+        """The matrices that this rank owns, whole; shape (count, rows, columns)."""
+        pieces = self._wait()
+        wholes = []
+        for number, (block, its, matrices) in enumerate(self._of(self._column)):
+            whole = pieces[0][0].new_empty(block.size, its.rows, its.columns)
+            for column, of_column in zip(self._columns, pieces, strict=True):
+                its.put(whole, column, of_column[number])
+            wholes.append((whole, matrices.kind))
+        return wholes
+
+    def send_back(self, results: Sequence[Tensor]) -> None:
+        """Begin to send pieces of what became of these matrices to those who hold them."""
+        owned = list(zip(self._of(self._column), results, strict=True))
+        self._swap(
+            [[its.taken(block, result, c) for (block, its, _), result in owned] for c in self._columns],
+            [[its.piece_shape(block, self._column) for block, its, _ in self._of(c)] for c in self._columns],
+        )
+
+    def came_back(self) -> dict[Block, Tensor]:
+        """The pieces of the results that are of this rank."""
+        pieces = self._wait()
+        return {
+            block: piece
+            for column, of_column in zip(self._columns, pieces, strict=True)
+            for (block, *_), piece in zip(self._of(column), of_column, strict=True)
+        }
+
+    def _swap(self, outgoing: list[list[Tensor]], incoming: list[list[tuple[int, int, int]]]) -> None:
+        like = self._blocks[0][2].local.new_empty(0, dtype=self._dtype)
+        travels = any(block.travels for block, *_ in self._blocks)
+        self._wait = transport.swap(
+            outgoing,
+            incoming,
+            self._group if travels else None,
+            self._columns.index(self._column),
+            like=like,
+            all_to_all=self._all_to_all,
+        )
+
+
+class Wave:
+    """Tensors whose matrices are orthogonalised at once.
+
+    Args:
+        by: What orthogonalises them.
+        numbers: Those of the requests.
+        asked: The requests.
+    """
+
+    def __init__(self, by: Orthogonalizer, numbers: Sequence[int], asked: Sequence[Asked]) -> None:
+        self._by = by
+        self._numbers = numbers
+        self._asked = asked
+
+    def send(self) -> None:
+        """Begin to send the pieces of matrices to their owners."""
+        self._geometries, self._blocks = self._by.plan(self._asked)
+        teams: dict[tuple[tuple[int, ...], torch.dtype], Team] = {}
+        for block in self._blocks:
+            layout, matrices = self._asked[block.request]
+            if block.row == layout.place[0]:
+                key = layout.row, matrices.kind.dtype
+                if key not in teams:
+                    group = self._by.group(layout.row)
+                    teams[key] = Team(layout, matrices.kind, group, all_to_all=self._by.all_to_all)
+                teams[key].add(block, self._geometries[block.request], matrices)
+        self._teams = list(teams.values())
+        for team in self._teams:
+            team.send()
+
+    def compute(self) -> None:
+        """Orthogonalise the matrices that this rank owns; begin to send the pieces of the results back."""
+        arrived = [team.arrived() for team in self._teams]
+        results = iter(
+            muon.orthogonalize([one for of_team in arrived for one in of_team], self._by.bucket_bytes)
+        )
+        for team, wholes in zip(self._teams, arrived, strict=True):
+            team.send_back([next(results) for _ in wholes])
+
+    def receive(self) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """The pieces of the results that are here, by the numbers of the requests."""
+        pieces = {block: piece for team in self._teams for block, piece in team.came_back().items()}
+        self._teams.clear()
+        sizes = [(layout.most * matrices.kind.dtype.itemsize, 0) for layout, matrices in self._asked]
+        for requests in muon.waves(sizes, self._by.bucket_bytes):
+            blocks = [block for block in self._blocks if block.request in requests]
+            self._share(blocks, pieces)
+            results = []
+            for request in requests:
+                _, matrices = self._asked[request]
+                its = [pieces.pop(block) for block in blocks if block.request == request]
+                here = [piece for piece in its if piece.numel()]
+                whole = torch.cat(here) if here else matrices.local.new_empty(0, dtype=matrices.kind.dtype)
+                results.append(whole.view(matrices.local.shape))
+            yield [self._numbers[request] for request in requests], results
+
+    def _share(self, blocks: Sequence[Block], pieces: dict[Block, Tensor]) -> None:
+        """Give the pieces that this rank has to who holds the same in other copies, and take theirs."""
+        shared: dict[tuple[tuple[int, ...], int, torch.dtype], list[Block]] = {}
+        for block in blocks:
+            layout, matrices = self._asked[block.request]
+            if len(layout.ranks) > 1:
+                shared.setdefault((layout.column, block.row, matrices.kind.dtype), []).append(block)
+        under_way = []
+        for (ranks, row, dtype), its in shared.items():
+            group = self._by.group(ranks)
+            assert group is not None
+            wait = transport.share(
+                [pieces[block] for block in its if block in pieces],
+                [self._geometries[block.request].own_shape(block) for block in its],
+                ranks[row],
+                group,
+                like=self._asked[its[0].request][1].local.new_empty(0, dtype=dtype),
+            )
+            under_way.append((its, wait))
+        for its, wait in under_way:
+            pieces.update(zip(its, wait(), strict=True))

@@ -1,0 +1,106 @@
+"""Send tensors of any sizes among the ranks of a process group: to each its own, or one's to all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Shape = Sequence[int]
+
+
+def swap(
+    outgoing: Sequence[Sequence[Tensor]],
+    incoming: Sequence[Sequence[Shape]],
+    group: dist.ProcessGroup | None,
+    place: int,
+    *,
+    like: Tensor,
+    all_to_all: bool,
+) -> Callable[[], list[list[Tensor]]]:
+    """Begin to send to each rank of a group what is for it, and to receive what each has for this one.
+
+    Args:
+        outgoing: What goes to each, of any dtype. It is copied at once.
+        incoming: The shapes of what comes from each.
+        group: The ranks. None where each has something for itself only, and nothing is sent.
+        place: The number of this rank among them.
+        like: A tensor of the dtype and on the device to send in.
+        all_to_all: In one all-to-all. False: point to point.
+
+    Returns:
+        What waits for what came from each rank, and gives it.
+    """
+    counts = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+    sent = packed([tensor for tensors in outgoing for tensor in tensors], like)
+    sizes = [sum(map(math.prod, shapes)) for shapes in incoming]
+    received = sent if group is None else like.new_empty(sum(sizes))
+    to, of = torch.split(sent, counts), torch.split(received, sizes)
+    works: list[dist.Work] = []
+    if group is None:
+        assert counts == sizes
+    elif all_to_all:
+        works = [dist.all_to_all_single(received, sent, sizes, counts, group=group, async_op=True)]
+    else:
+        of[place].copy_(to[place])
+        operations = [
+            dist.P2POp(operation, buffer, group=group, group_peer=peer)
+            for operation, buffers in ((dist.isend, to), (dist.irecv, of))
+            for peer, buffer in enumerate(buffers)
+            if peer != place and buffer.numel()
+        ]
+        if operations:
+            works = dist.batch_isend_irecv(operations)
+
+    def wait() -> list[list[Tensor]]:
+        nonlocal sent, to
+        for work in works:
+            work.wait()
+        del sent, to  # kept until here, where they have been sent
+        return [unpacked(buffer, shapes) for buffer, shapes in zip(of, incoming, strict=True)]
+
+    return wait
+
+
+def share(
+    tensors: Sequence[Tensor], shapes: Sequence[Shape], source: int, group: dist.ProcessGroup, like: Tensor
+) -> Callable[[], list[Tensor]]:
+    """Begin to give all ranks of a group what one of them has.
+
+    Args:
+        tensors: It, on the rank that has it.
+        shapes: Its shapes.
+        source: The global rank that has it.
+        group: The ranks.
+        like: A tensor of the dtype and on the device to send in.
+
+    Returns:
+        What waits for it, and gives it.
+    """
+    buffer = packed(tensors, like) if tensors else like.new_empty(sum(map(math.prod, shapes)))
+    work = dist.broadcast(buffer, source, group=group, async_op=True)
+
+    def wait() -> list[Tensor]:
+        work.wait()
+        return unpacked(buffer, shapes)
+
+    return wait
+
+
+def packed(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """All elements in one dimension, in the dtype and on the device of ``like``."""
+    sizes = [tensor.numel() for tensor in tensors]
+    buffer = like.new_empty(sum(sizes))
+    for piece, tensor in zip(torch.split(buffer, sizes), tensors, strict=True):
+        piece.view(tensor.shape).copy_(tensor)
+    return buffer
+
+
+def unpacked(buffer: Tensor, shapes: Iterable[Shape]) -> list[Tensor]:
+    """Views of what was packed, in their shapes."""
+    shapes = list(shapes)
+    pieces = torch.split(buffer, [math.prod(shape) for shape in shapes])
+    return [piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True)]
