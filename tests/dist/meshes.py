@@ -69,6 +69,15 @@ MESHES = {
 }
 
 
+def for_muon(parameters, **options):
+    """Groups: matrices and convolutions, batches of matrices, and what is neither, which Muon refuses."""
+    of = {True: [], False: [], None: []}
+    for p in parameters:
+        of[None if p.ndim < 2 else p.ndim == 3].append(p)
+    kinds = {False: {"use_muon_pp": True}, True: {"use_muon_pp": True, "muon_batched": True}, None: {}}
+    return [{"params": of[kind], **kinds[kind], **options} for kind in kinds if of[kind]]
+
+
 class Placed:
     """A problem (see tests.single.problems.Fed) cut up on a mesh."""
 

@@ -12,12 +12,18 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
-from tests.dist.meshes import MESHES, Placed, pieces_of, whole
+from tests.dist.meshes import MESHES, Placed, for_muon, pieces_of, whole
 from tests.dist.sharding import ranks, wrap
 from tests.models import Walks, fit
 from tests.single.problems import Fed, assert_same
 
 BEFORE, AFTER = 30, 15
+
+
+def groups(parameters, use_muon_pp=False, **options):
+    """One, or those for Muon."""
+    parameters = list(parameters)
+    return for_muon(parameters, **options) if use_muon_pp else [{"params": parameters, **options}]
 
 
 def weights_and_d(model, optimizer):
@@ -27,7 +33,7 @@ def weights_and_d(model, optimizer):
 def save(name, folder, flatten, options):
     """Train, save, and train on: where the uninterrupted run is."""
     model, called, number, count = wrap(name)
-    optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), **options)
+    optimizer = ShardedProdigyPlusScheduleFree(groups(model.parameters(), **options))
     data = Walks()
     fit(called, optimizer, data, BEFORE, number, count)
     how = StateDictOptions(flatten_optimizer_state_dict=flatten)
@@ -39,7 +45,7 @@ def save(name, folder, flatten, options):
 
 def load(name, folder, flatten, options, mode):
     model, called, number, count = wrap(name)
-    optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), **options)
+    optimizer = ShardedProdigyPlusScheduleFree(groups(model.parameters(), **options))
     data = Walks()
     for _ in range(BEFORE):
         data.next()
@@ -86,7 +92,7 @@ def fed_on_mesh(name, saved, weights, draws, steps, options):
     for p, value in zip(problem.parameters, weights, strict=True):
         p.data.copy_(value)
     placed = Placed(problem, mesh)
-    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters, **options)
+    optimizer = ShardedProdigyPlusScheduleFree(groups(placed.parameters, **options))
     optimizer.load_state_dict(saved)
     for _ in range(steps):
         placed.backward()
@@ -104,13 +110,15 @@ def fed_on_mesh(name, saved, weights, draws, steps, options):
         ("fsdp_tp_uneven", {"use_speed": "relative"}),
         ("empty", {"use_speed": "relative", "use_schedulefree": False}),
         ("uneven", {"use_focus": True, "factored": False}),
+        ("two_meshes", {"use_muon_pp": True}),
+        ("empty", {"use_muon_pp": True, "use_schedulefree": False}),
     ],
     ids=str,
 )
 def test_what_one_process_saved(pool, name, options):
     """Loaded and saved again it is the same; trained on, it is what one process would have become."""
     problem = Fed(*MESHES[name].shapes)
-    optimizer = ProdigyPlusScheduleFree(problem.parameters, **options)
+    optimizer = ProdigyPlusScheduleFree(groups(problem.parameters, **options))
     for _ in range(40):
         problem.backward()
         optimizer.step()

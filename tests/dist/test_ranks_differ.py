@@ -6,14 +6,16 @@ import torch.distributed as dist
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
-from tests.dist.meshes import MESHES, Placed, pieces_of, whole
+from tests.dist.meshes import MESHES, Placed, for_muon, pieces_of, whole
 from tests.single.problems import Fed, assert_same
 
 STEPS = 42  # the last is one with a gradient missing
 
 
-def split(parameters):
-    return [{"params": parameters[:3]}, {"params": parameters[3:]}]
+def split(parameters, use_muon_pp=False, **options):
+    if use_muon_pp:
+        return for_muon(parameters, **options)
+    return [{"params": its, **options} for its in (parameters[:3], parameters[3:])]
 
 
 def disturb(step, parameters, rank):
@@ -42,7 +44,7 @@ def play(optimizer, problem, rank=None):
 
 def on_mesh(name, options):
     placed = Placed(Fed(*MESHES[name].shapes), MESHES[name])
-    return play(ShardedProdigyPlusScheduleFree(split(placed.parameters), **options), placed, dist.get_rank())
+    return play(ShardedProdigyPlusScheduleFree(split(placed.parameters, **options)), placed, dist.get_rank())
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,8 @@ def on_mesh(name, options):
         *((name, {}) for name in ("fsdp2", "uneven", "hsdp", "fsdp_tp", "two_meshes")),
         ("uneven", {"use_cautious": True, "use_adopt": True}),
         ("uneven", {"use_cautious": True, "use_schedulefree": False}),
+        *((name, {"use_muon_pp": True}) for name in ("uneven", "hsdp", "two_meshes")),
+        ("fsdp_tp", {"use_muon_pp": True, "use_schedulefree": False, "use_cautious": True}),
         ("uneven", {"use_speed": "relative", "use_orthograd": True}),
         ("uneven", {"use_focus": True, "factored": False, "use_speed": True}),
         ("uneven", {"use_grams": True, "use_bias_correction": True, "betas": (0.9, 0.95)}),
@@ -60,7 +64,7 @@ def on_mesh(name, options):
 def test_missing_and_bad_gradients(pool, name, options):
     mesh = MESHES[name]
     problem = Fed(*mesh.shapes)
-    weights, d, metrics = play(ProdigyPlusScheduleFree(split(problem.parameters), **options), problem)
+    weights, d, metrics = play(ProdigyPlusScheduleFree(split(problem.parameters, **options)), problem)
     assert metrics[0]["skipped_steps"] == 10
     for found in pool.run(mesh.ranks, on_mesh, name, options, limit=60):
         assert torch.tensor(found[1]).allclose(torch.tensor(d), rtol=1e-6, atol=0)
@@ -70,9 +74,9 @@ def test_missing_and_bad_gradients(pool, name, options):
             assert (one - other).norm() <= 1e-6 * other.norm()
 
 
-def missing_on_one(name, missing):
+def missing_on_one(name, missing, options):
     placed = Placed(Fed(*MESHES[name].shapes), MESHES[name])
-    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
+    optimizer = ShardedProdigyPlusScheduleFree(split(placed.parameters, **options))
     for _ in range(STEPS):
         placed.backward()
         for p in placed.parameters[:4]:
@@ -84,10 +88,11 @@ def missing_on_one(name, missing):
     return [whole(p) for p in placed.parameters], float(optimizer.metrics()[0]["d"])
 
 
+@pytest.mark.parametrize("options", [{}, {"use_muon_pp": True}], ids=str)
 @pytest.mark.parametrize("name", ["fsdp2", "uneven"])
-def test_a_gradient_missing_on_one_rank_is_zero_there(pool, name):
-    missing = pool.run(MESHES[name].ranks, missing_on_one, name, True, limit=60)
-    zeros = pool.run(MESHES[name].ranks, missing_on_one, name, False, limit=60)
+def test_a_gradient_missing_on_one_rank_is_zero_there(pool, name, options):
+    missing = pool.run(MESHES[name].ranks, missing_on_one, name, True, options, limit=60)
+    zeros = pool.run(MESHES[name].ranks, missing_on_one, name, False, options, limit=60)
     assert_same(missing, zeros)
 
 

@@ -1,21 +1,27 @@
-"""Ranks without processes: a thread each, whose all-reduce adds up in the order of the ranks."""
+"""Ranks without processes: a thread each, whose all-reduce adds up in the order of the ranks.
+
+What is sent is copied when it is sent, and is there when it has been waited for, not before.
+"""
 
 import functools
 import itertools
 import math
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from prodigyplus.layout import Layout
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from prodigyplus_dist.layout import MeshLayout, range_if_one
 
 # A rank that waits longer waits for ever.
 TIMEOUT_S = 20
@@ -30,6 +36,7 @@ class Placement:
 
     mesh: tuple[int, ...]
     cuts: tuple[tuple[int, str] | None, ...]
+    backwards: bool = False  # whether the pieces are counted against the order of the ranks
 
 
 def owners(size: int, count: int, way: str) -> list[int]:
@@ -56,20 +63,49 @@ def indices_of(layout: Layout, shape: Sequence[int], whole: Sequence[int] = ()) 
 
 
 class Ring:
-    """The ranks along one axis of a mesh."""
+    """Some ranks, and what is under way among them."""
 
-    def __init__(self, count: int) -> None:
-        self.barrier = threading.Barrier(count, timeout=TIMEOUT_S)
-        self._board: list[Tensor] = [torch.empty(0)] * count
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks = tuple(ranks)
+        self._sent: dict[Hashable, Tensor | tuple[Tensor, ...]] = {}
+        self._changed = threading.Condition()
+        self._counts: dict[Hashable, int] = defaultdict(int)
+        self._broken = False
 
-    def add_up(self, place: int, tensor: Tensor) -> None:
-        self._board[place] = tensor.clone()
-        self.barrier.wait()
-        assert len({(value.shape, value.dtype) for value in self._board}) == 1, (
-            "ranks that ask for other sums"
-        )
-        tensor.copy_(functools.reduce(torch.add, self._board))
-        self.barrier.wait()
+    def send(self, channel: tuple[Hashable, ...], value: Tensor | tuple[Tensor, ...]) -> None:
+        """Copies; a channel keeps the order."""
+        value = value.clone() if isinstance(value, Tensor) else tuple(one.clone() for one in value)
+        with self._changed:
+            self._sent[channel, self._next("sent", channel)] = value
+            self._changed.notify_all()
+
+    def receive(self, channel: tuple[Hashable, ...]) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+        """What waits for the next that comes through a channel."""
+        with self._changed:
+            key = channel, self._next("received", channel)
+
+        def wait() -> Tensor | tuple[Tensor, ...]:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._broken or key in self._sent, TIMEOUT_S):
+                    raise TimeoutError(f"{key} of ranks {self.ranks} never came")
+                if self._broken:
+                    raise threading.BrokenBarrierError
+                return self._sent.pop(key)
+
+        return wait
+
+    def abort(self) -> None:
+        with self._changed:
+            self._broken = True
+            self._changed.notify_all()
+
+    def left(self) -> list[Hashable]:
+        """What was sent, and never received."""
+        return list(self._sent)
+
+    def _next(self, what: str, channel: tuple[Hashable, ...]) -> int:
+        self._counts[what, channel] += 1
+        return self._counts[what, channel]
 
 
 class Seat(NamedTuple):
@@ -78,35 +114,121 @@ class Seat(NamedTuple):
     ring: Ring
     place: int
 
+    def exchange(self, name: str, value: Tensor | tuple[Tensor, ...]) -> Callable[[], list]:
+        """Send one value to all, and receive theirs, in the order of the places."""
+        places = range(len(self.ring.ranks))
+        for peer in places:
+            self.ring.send((name, self.place, peer), value)
+        waits = [self.ring.receive((name, peer, self.place)) for peer in places]
+        return lambda: [wait() for wait in waits]
+
+
+class Work(NamedTuple):
+    """What stands for :class:`torch.distributed.Work`."""
+
+    wait: Callable[[], object]
+
+
+class P2POp(NamedTuple):
+    op: Callable
+    tensor: Tensor
+    group: Seat
+    group_peer: int
+
+
+def all_reduce(tensor: Tensor, group: Seat) -> None:
+    values = group.exchange("all-reduce", tensor)()
+    assert len({(value.shape, value.dtype) for value in values}) == 1, "ranks that ask for other sums"
+    tensor.copy_(functools.reduce(torch.add, values))
+
+
+def all_to_all_single(
+    output: Tensor, given: Tensor, output_sizes: list[int], sizes: list[int], group: Seat, *, async_op: bool
+) -> Work:
+    assert async_op
+    assert output.ndim == given.ndim == 1
+    theirs = group.exchange("all-to-all", torch.split(given, sizes))
+
+    def wait() -> None:
+        for own, parts in zip(torch.split(output, output_sizes), theirs(), strict=True):
+            assert (own.shape, own.dtype) == (parts[group.place].shape, given.dtype), "other sizes"
+            own.copy_(parts[group.place])
+
+    return Work(wait)
+
+
+def broadcast(tensor: Tensor, source: int, group: Seat, *, async_op: bool) -> Work:
+    assert async_op
+    mine = group.ring.ranks[group.place] == source
+    theirs = group.exchange("broadcast", tensor if mine else tensor.new_empty(tensor.shape))
+
+    def wait() -> None:
+        values = theirs()
+        assert len({(value.shape, value.dtype) for value in values}) == 1, "other sizes"
+        tensor.copy_(values[group.ring.ranks.index(source)])
+
+    return Work(wait)
+
+
+def batch_isend_irecv(operations: Sequence[P2POp]) -> list[Work]:
+    assert operations
+
+    def begin(one: P2POp) -> Work:
+        ring, place = one.group
+        if one.op is dist.isend:
+            ring.send(("to one", place, one.group_peer), one.tensor)
+            return Work(lambda: None)
+        assert one.op is dist.irecv
+        arrived = ring.receive(("to one", one.group_peer, place))
+
+        def wait() -> None:
+            value = arrived()
+            assert (value.shape, value.dtype) == (one.tensor.shape, one.tensor.dtype), "other sizes"
+            one.tensor.copy_(value)
+
+        return Work(wait)
+
+    return [begin(one) for one in operations]
+
 
 class Ranks:
-    """Simulated ranks, as a context: within it ``torch.distributed.all_reduce`` is theirs."""
+    """Simulated ranks, as a context: within it the collectives of ``torch.distributed`` are theirs."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._rings: dict[tuple[int, ...], Ring] = {}
+        self._rings: dict[tuple[str, tuple[int, ...]], Ring] = {}
+        self._lock = threading.Lock()
+        self._here = threading.local()
         self._threads = ThreadPoolExecutor(count)
-        self._all_reduce = mock.patch(
-            "torch.distributed.all_reduce", lambda tensor, group: group.ring.add_up(group.place, tensor)
-        )
+        ours = {
+            "all_reduce": all_reduce,
+            "all_to_all_single": all_to_all_single,
+            "broadcast": broadcast,
+            "batch_isend_irecv": batch_isend_irecv,
+            "P2POp": P2POp,
+            "new_group": self._new_group,
+        }
+        self._patched = mock.patch.multiple("torch.distributed", **ours)
 
     def __enter__(self) -> "Ranks":
-        self._all_reduce.start()
+        self._patched.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown()
-        self._all_reduce.stop()
+        self._patched.stop()
 
     def each(self, work: Callable[[int], object]) -> list:
         """What ``work`` gives for each rank; where it fails on one, the others do not wait for it."""
 
         def guarded(rank: int) -> object:
+            self._here.rank = rank
             try:
                 return work(rank)
             except BaseException:
-                for ring in self._rings.values():
-                    ring.barrier.abort()
+                with self._lock:
+                    for ring in self._rings.values():
+                        ring.abort()
                 raise
 
         futures = [self._threads.submit(guarded, rank) for rank in range(self.count)]
@@ -115,9 +237,10 @@ class Ranks:
             failures, key=lambda failure: isinstance(failure, threading.BrokenBarrierError)
         ):
             raise failure
+        assert not [left for ring in self._rings.values() for left in ring.left()]
         return [future.result() for future in futures]
 
-    def layouts(self, shape: tuple[int, ...], placement: Placement) -> list[Layout]:
+    def layouts(self, shape: tuple[int, ...], placement: Placement) -> list[MeshLayout]:
         """Of a tensor, what each rank holds of it."""
         coordinates = list(itertools.product(*map(range, placement.mesh)))
         assert len(coordinates) == self.count
@@ -135,13 +258,28 @@ class Ranks:
                 dim, way = cut
                 along = indices[dim]
                 owned = owners(len(along), size, way)
-                indices[dim] = _range_if_one(
+                indices[dim] = range_if_one(
                     [index for index, owner in zip(along, owned, strict=True) if owner == coordinate[axis]]
                 )
                 cuts.append((seat, dim))
             found.append((tuple(indices), tuple(cuts), tuple(copies)))
         most = max(math.prod(map(len, indices)) for indices, _, _ in found)
-        return [Layout(shape, *rest, most) for rest in found]
+
+        def along(coordinate: tuple[int, ...], *, copying: bool) -> tuple[int, ...]:
+            return tuple(
+                at for at, cut in zip(coordinate, placement.cuts, strict=True) if (cut is None) == copying
+            )
+
+        # A row for each copy, a column for each piece.
+        places = [(along(its, copying=True), along(its, copying=False)) for its in coordinates]
+        rows = sorted({row for row, _ in places})
+        columns = sorted({column for _, column in places}, reverse=placement.backwards)
+        grid = tuple(tuple(places.index((row, column)) for column in columns) for row in rows)
+        pieces = [found[rank][0] for rank in grid[0]]
+        return [
+            MeshLayout(shape, *its, most, grid, (rows.index(row), columns.index(column)), lambda: pieces)
+            for its, (row, column) in zip(found, places, strict=True)
+        ]
 
     def _seat(self, coordinates: list[tuple[int, ...]], coordinate: tuple[int, ...], axis: int) -> Seat:
         ranks = tuple(
@@ -149,22 +287,24 @@ class Ranks:
             for rank, other in enumerate(coordinates)
             if other[:axis] + other[axis + 1 :] == coordinate[:axis] + coordinate[axis + 1 :]
         )
-        return Seat(self._rings.setdefault(ranks, Ring(len(ranks))), coordinate[axis])
+        return Seat(self._ring("mesh", ranks), coordinate[axis])
 
+    def _new_group(self, ranks: list[int], *, use_local_synchronization: bool) -> Seat:
+        assert use_local_synchronization
+        assert ranks == sorted(ranks)
+        return Seat(self._ring("own", tuple(ranks)), ranks.index(self._here.rank))
 
-def _range_if_one(indices: list[int]) -> Sequence[int]:
-    if not indices:
-        return range(0)
-    run = range(indices[0], indices[-1] + 1)
-    return run if len(run) == len(indices) else tuple(indices)
+    def _ring(self, kind: str, ranks: tuple[int, ...]) -> Ring:
+        with self._lock:
+            return self._rings.setdefault((kind, ranks), Ring(ranks))
 
 
 class OneRank(ShardedProdigyPlusScheduleFree):
     """The optimiser of one rank, whose parameters are plain tensors, each a piece of another."""
 
-    def __init__(self, groups: list[dict], layouts: dict[Tensor, Layout], bucket_bytes: int) -> None:
+    def __init__(self, groups: list[dict], layouts: dict[Tensor, MeshLayout], **options: object) -> None:
         self._given_layouts = layouts
-        super().__init__(groups, bucket_bytes=bucket_bytes)
+        super().__init__(groups, **options)
 
     def _layout(self, p: Tensor) -> Layout:
         return self._given_layouts[p]

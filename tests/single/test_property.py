@@ -64,6 +64,7 @@ class Case:
     groups: list[dict]  # where they are not the defaults
     steps: list[Step]
     bucket_bytes: int
+    all_to_all: bool
     seed: int
 
 
@@ -87,7 +88,7 @@ OPTIONS = {
     "factored_fp32": (True, False),
     "fused_back_pass": (False,),
     "use_stableadamw": (True, False),
-    "use_muon_pp": (False,),
+    "use_muon_pp": (False, False, True),
     "use_cautious": (False, False, True),
     "use_grams": (False, False, True),
     "use_adopt": (False, False, True),
@@ -99,9 +100,9 @@ OPTIONS = {
     "schedulefree_c": (0.0, 6.0),
     "use_schedulefree": (True, True, False),
     "slice_p": (11, 1, 2),
-    "muon_fp32": (False,),
-    "muon_quintic": (False,),
-    "muon_batched": (False,),
+    "muon_fp32": (False, True),
+    "muon_quintic": (False, True),
+    "muon_batched": (False, True),
 }
 
 
@@ -124,14 +125,15 @@ class Draw:
         if len(groups) == 2 and self.of((True, False)):
             groups[1] = dict(groups[0])
         dtype = self.of((torch.float64, torch.float32, torch.bfloat16, None, None))
-        parameters = [self.parameter(ranks, len(groups), dtype) for _ in range(self.of((1, 2, 3)))]
+        parameters = [self.parameter(ranks, groups, dtype) for _ in range(self.of((1, 2, 3)))]
         parameters.sort(key=lambda parameter: parameter.group)
         return Case(
             ranks,
             parameters,
             groups,
             [self.step(parameters) for _ in range(self.of((6, 7, 8)))],
-            bucket_bytes=self.of((1 << 20, 64)),
+            bucket_bytes=self.of((1 << 20, 64, 1000)),
+            all_to_all=self.of((True, True, False)),
             seed=self.of(range(256)),
         )
 
@@ -146,6 +148,9 @@ class Draw:
         shape = [
             self.of((5, 3, 2, 7, 4, 6, 1, 3, 5, 2, 1, 0)) for _ in range(self.of((2, 1, 3, 2, 0, 4, 1, 3)))
         ]
+        group = self.of(range(len(groups)))
+        if groups[group].get("use_muon_pp"):
+            shape += [self.of((4, 6, 3, 1)) for _ in range(2 - len(shape))]
         if shape and self.of((True, False)):
             shape[self.of(range(len(shape)))] = self.of((33, 40))  # large enough to be factored
         mesh = self.of(MESHES[ranks])
@@ -158,8 +163,8 @@ class Draw:
         return Parameter(
             tuple(shape),
             dtype or self.of((torch.float32, torch.bfloat16, torch.float64)),
-            Placement(mesh, tuple(cuts)),
-            self.of(range(groups)),
+            Placement(mesh, tuple(cuts), self.of((False, False, True))),
+            group,
         )
 
     def step(self, parameters):
@@ -176,7 +181,7 @@ class Draw:
 
 
 # Of cases drawn choice by choice, Hypothesis would make five of six by copying choices within another.
-CASES = st.binary(min_size=192, max_size=192).map(lambda entropy: Draw(entropy).case())
+CASES = st.binary(min_size=256, max_size=256).map(lambda entropy: Draw(entropy).case())
 
 
 class Both:
@@ -206,7 +211,12 @@ class Both:
             for indices in self.indices
         ]
         self.shards = [
-            OneRank(self._groups(pieces), dict(zip(pieces, layouts, strict=True)), case.bucket_bytes)
+            OneRank(
+                self._groups(pieces),
+                dict(zip(pieces, layouts, strict=True)),
+                bucket_bytes=case.bucket_bytes,
+                all_to_all=case.all_to_all,
+            )
             for pieces, layouts in zip(self.pieces, self.layouts, strict=True)
         ]
 

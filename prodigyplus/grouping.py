@@ -1,0 +1,254 @@
+"""Which parameters Muon trains: a model's parameter groups, by the usual rules, and a table of groups.
+
+Muon is for hidden matrices. Shapes alone do not tell them from the rest, so modules and names are asked too;
+what stays unclear is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+# What trains a parameter, and the options of its group.
+_GROUPS = {
+    "Muon": {"use_muon_pp": True},
+    "Muon, batched": {"use_muon_pp": True, "muon_batched": True},
+    "elementwise": {"use_muon_pp": False},
+}
+
+_CONVOLUTIONS = nn.modules.conv._ConvNd
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_BATCH_AND_INSTANCE_NORM = nn.modules.batchnorm._NormBase
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BATCH_AND_INSTANCE_NORM)
+
+# In any part of a name, as in embed_tokens and patch_embed.proj; the short ones as words, as in tok_emb.
+_EMBEDDING_NAME = re.compile(r"embed|(?<![^._])(emb|embd|wte|wpe)(?![^._])", re.IGNORECASE)
+# In the last part: bias_hh_l0, gate_up_proj_bias of experts, relative_position_bias_table.
+_BIAS_NAME = re.compile(r"bias[^.]*$")
+# Whole names. Deeper in a model, all but the first two are as often parts of a layer, as BERT's output.
+_HEAD_NAME = re.compile(
+    r"(.*\.)?(lm_heads?|to_logits)"
+    r"|heads?|(aux_)?classifier|score|logits|output|out_head|output_head|output_layer|output_projection"
+)
+
+
+@dataclass
+class _Candidate:
+    """A parameter, and what the rules ask of it; tied weights have several names and owners."""
+
+    p: Tensor
+    names: list[str] = field(default_factory=list)
+    owners: list[nn.Module] = field(default_factory=list)
+    is_head: bool = False
+    is_batched: bool = False
+    is_excluded: bool = False
+
+    def is_of(self, *kinds: type[nn.Module]) -> bool:
+        return any(isinstance(owner, kinds) for owner in self.owners)
+
+    def is_named(self, pattern: re.Pattern[str]) -> bool:
+        return any(pattern.search(name) for name in self.names)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the matrix that Muon would take it for has a single row or column, or nothing in it."""
+        shape: tuple[int, ...] = self.p.shape
+        if self.is_batched:
+            shape = shape[-2:]
+        elif self.is_of(_CONVOLUTIONS):
+            shape = self.p.shape[:1].numel(), self.p.shape[1:].numel()
+        return self.p.numel() == 0 or sum(size > 1 for size in shape) < 2
+
+
+# The first that holds decides.
+_RULES: tuple[tuple[str, Callable[[_Candidate], bool]], ...] = (
+    ("elementwise", lambda c: c.is_vector),
+    ("elementwise", lambda c: c.is_excluded),
+    ("elementwise", lambda c: c.is_named(_BIAS_NAME)),
+    ("elementwise", lambda c: c.is_of(*_NORMS)),
+    ("elementwise", lambda c: c.is_of(*_EMBEDDINGS)),
+    ("elementwise", lambda c: c.is_named(_EMBEDDING_NAME)),
+    ("elementwise", lambda c: c.is_head),
+    ("Muon, batched", lambda c: c.is_batched and c.p.ndim > 2),
+    ("Muon", lambda c: c.p.ndim == 2 and not c.is_batched),
+    ("Muon", lambda c: c.is_of(_CONVOLUTIONS)),
+)
+
+
+def muon_groups(
+    model: nn.Module, *, batched: Iterable[str] = (), exclude: Iterable[str] = ()
+) -> list[dict[str, Any]]:
+    """A model's parameters as groups for ``ProdigyPlusScheduleFree``: hidden matrices for Muon, others not.
+
+    >>> groups = muon_groups(model, batched=["*.experts.w?"], exclude=["*.router.*"])
+    >>> optimizer = ProdigyPlusScheduleFree(groups)
+
+    Muon trains the weights of two dimensions and those of convolutions, as matrices of the first dimension
+    by all others, but for
+
+    - embeddings: of ``nn.Embedding`` and ``nn.EmbeddingBag``, or with "embed", or the word emb, embd, wte or
+      wpe, in their name;
+    - the head: the last matrix of the module that ``model.get_output_embeddings()`` returns; or else of every
+      module called ``lm_head(s)`` or ``to_logits`` and, at the top of the model, ``head(s)``,
+      ``(aux_)classifier``, ``score``, ``logits``, ``output``, ``out_head``, ``output_head``, ``output_layer``
+      or ``output_projection``; or else of the model, in the order of registration. A list or dict of modules
+      that is called so is several heads;
+    - the parameters of torch's norms, and those with "bias" in the last part of their name;
+    - vectors, also those with further dimensions of size 1.
+
+    A weight that is tied is one parameter, and an embedding or a head if it is so anywhere. The model may be
+    wrapped, by DDP, ``fully_shard`` or ``torch.compile``. Print :func:`describe_groups` once for a new model.
+
+    Args:
+        model: Each of its parameters, frozen or not, is in one group, in the order of ``named_parameters()``.
+        batched: fnmatch patterns of names, with or without the prefix of what wraps the model: parameters of
+            three or more dimensions that are stacks of matrices, (…, rows, columns), as experts are.
+        exclude: Patterns of what Muon shall not train, whatever ``batched`` says: routers, and what has the
+            shape of a matrix but is not one, as Mamba's ``A_log``.
+
+    Returns:
+        Up to three groups, none of them empty: with ``use_muon_pp=True``; with ``muon_batched=True`` too;
+        with ``use_muon_pp=False``. Their "params" are lists of (name, parameter).
+
+    Raises:
+        ValueError: A pattern matches no parameter; ``batched`` matches a single matrix; or a parameter has
+            three or more dimensions, and nothing says of which it is a matrix.
+    """
+    candidates = _candidates(model)
+    for p in _heads(model):
+        candidates[p].is_head = True
+    for p in _matching(model, "batched", batched):
+        candidates[p].is_batched = True
+    for p in _matching(model, "exclude", exclude):
+        candidates[p].is_excluded = True
+    groups: dict[str, list[tuple[str, Tensor]]] = {trained: [] for trained in _GROUPS}
+    for name, p in model.named_parameters():
+        groups[_trained(name, candidates[p])].append((name, p))
+    return [{"params": params, **_GROUPS[trained]} for trained, params in groups.items() if params]
+
+
+def _trained(name: str, candidate: _Candidate) -> str:
+    for trained, holds in _RULES:
+        if holds(candidate):
+            return trained
+    what = f"parameter {name!r} of shape {tuple(candidate.p.shape)}"
+    if candidate.is_batched:
+        raise ValueError(
+            f"batched: {what} matches, but is no stack of matrices. Narrow the pattern, or exclude it."
+        )
+    raise ValueError(
+        f"{what} is not of a convolution, and may or may not be matrices. Declare it with batched=[{name!r}] "
+        f"if it is a stack of them over its last two dimensions, or else with exclude=[{name!r}]."
+    )
+
+
+def _places(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Every parameter with its name and its owner, in the order of registration; tied ones repeatedly."""
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for name, p in owner.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            yield name, owner, p
+
+
+def _wrapped(model: nn.Module) -> list[nn.Module]:
+    """The model and what it wraps, to where there is more than one module; the last has all parameters.
+
+    Names do not matter, so DDP, ``torch.compile`` and a training class of the user's are alike.
+    """
+    if next(model.parameters(recurse=False), None) is None:
+        children = [child for child in model.children() if next(child.parameters(), None) is not None]
+        if len(children) == 1:
+            return [model, *_wrapped(children[0])]
+    return [model]
+
+
+def _candidates(model: nn.Module) -> dict[Tensor, _Candidate]:
+    candidates: dict[Tensor, _Candidate] = {}
+    for name, owner, p in _places(_wrapped(model)[-1]):
+        candidate = candidates.setdefault(p, _Candidate(p))
+        candidate.names.append(name)
+        candidate.owners.append(owner)
+    return candidates
+
+
+def _heads(model: nn.Module) -> list[Tensor]:
+    *_, inner = path = _wrapped(model)
+    told = [getattr(module, "get_output_embeddings", lambda: None)() for module in path]
+    heads = [module for module in told if isinstance(module, nn.Module)] or [
+        module for name, module in inner.named_modules(remove_duplicate=False) if _HEAD_NAME.fullmatch(name)
+    ]
+    if not heads:
+        return _matrices(inner)[-1:]
+    each = [
+        list(head.children()) if isinstance(head, (nn.ModuleList, nn.ModuleDict)) else [head]
+        for head in heads
+    ]
+    return [p for modules in each for module in modules for p in _matrices(module)[-1:]]
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    """What could be a head; it may have a single row."""
+    return [
+        p
+        for name, owner, p in _places(module)
+        if (p.ndim == 2 or (isinstance(owner, _CONVOLUTIONS) and p.ndim > 2))
+        and not isinstance(owner, (*_EMBEDDINGS, *_NORMS))
+        and not _EMBEDDING_NAME.search(name)
+        and not _BIAS_NAME.search(name)
+    ]
+
+
+def _matching(model: nn.Module, argument: str, patterns: Iterable[str]) -> Iterator[Tensor]:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matching = [
+            p
+            for module in (model, _wrapped(model)[-1])
+            for name, _, p in _places(module)
+            if fnmatchcase(name, pattern)
+        ]
+        if not matching:
+            raise ValueError(f"{argument}={pattern!r} matches none of the names of model.named_parameters().")
+        yield from matching
+
+
+def describe_groups(groups: Iterable[Mapping[str, Any]]) -> str:
+    """A table of what trains which parameter, and how many parameters each kind has.
+
+    Args:
+        groups: What :func:`muon_groups` gave, or ``optimizer.param_groups``.
+
+    Returns:
+        A line for each parameter: its name, its shape, and "Muon", "Muon, batched" or "elementwise". Then a
+        line for each of these: how many tensors and parameters, and what share of all parameters.
+    """
+    rows = [("parameter", "shape", "trained by")]
+    sizes: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        muon = "Muon, batched" if group.get("muon_batched") else "Muon"
+        trained = muon if group.get("use_muon_pp") else "elementwise"
+        for number, entry in enumerate(group["params"]):
+            # An optimiser takes pairs apart.
+            names = group.get("param_names")
+            name = names[number] if names else f"parameter {number} of param_groups[{index}]"
+            name, p = entry if isinstance(entry, tuple) else (name, entry)
+            rows.append((name, str(tuple(p.shape)), trained))
+            sizes.setdefault(trained, []).append(p.numel())
+    everything = max(1, sum(map(sum, sizes.values())))
+    totals = [("trained by", "tensors", "parameters", "share")] + [
+        (trained, f"{len(its)}", f"{sum(its):,}", f"{sum(its) / everything:.1%}")
+        for trained in _GROUPS
+        if (its := sizes.get(trained))
+    ]
+    return "\n".join([*_aligned(rows, "<<<"), "", *_aligned(totals, "<>>>")])
+
+
+def _aligned(rows: Iterable[tuple[str, ...]], sides: str) -> list[str]:
+    columns = [
+        [f"{cell:{side}{max(map(len, column))}}" for cell in column]
+        for side, column in zip(sides, zip(*rows, strict=True), strict=True)
+    ]
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]

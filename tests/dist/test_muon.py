@@ -1,0 +1,332 @@
+"""Muon on meshes: the bits of one process, each matrix once, and no more bytes than must travel."""
+
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prodigyplus import ProdigyPlusScheduleFree, driver, muon
+from prodigyplus.options import Options
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree, exchange, transport
+from prodigyplus_dist.ownership import Geometry, owned
+from tests.dist.meshes import EMPTY, EVEN, MESHES, UNEVEN, Mesh, Placed, along, both_dims, for_muon, whole
+from tests.models import Transformer, Walks, fit
+from tests.single.problems import Fed, assert_same
+
+KINDS = [
+    muon.Kind(dtype, quintic, stable)
+    for dtype, quintic, stable in (
+        (torch.bfloat16, False, True),
+        (torch.float32, False, False),
+        (torch.bfloat16, True, False),
+    )
+]
+
+# The meshes of the exactness tests, and some whose pieces are no runs of rows.
+LAYOUTS = MESHES | {
+    "first_of_experts": Mesh((4,), tuple(shape for shape in EVEN + EMPTY if len(shape) > 1), along(0)),
+    "middle": Mesh((3,), EVEN + UNEVEN, lambda shape: along(1 if len(shape) > 1 else 0)(shape)),
+    "both_dims": Mesh((2, 2), UNEVEN + EMPTY, both_dims),
+}
+
+
+def requests(tensors):
+    """Each as a batch of matrices too, if it can be, in every kind."""
+    return [
+        (tensor, batched, kind)
+        for tensor in tensors
+        if tensor.ndim > 1
+        for batched in {False, tensor.ndim > 2}
+        for kind in KINDS
+    ]
+
+
+def orthogonalized(optimizer, tensors):
+    """What the exchange makes of all of them, whole, in their order."""
+    asked = requests(tensors)
+    matrices = [
+        (optimizer._layout(p), muon.Matrices(optimizer._local(p), batched, kind))
+        for p, batched, kind in asked
+    ]
+    results = {}
+    for numbers, pieces in optimizer._exchange.orthogonalize(matrices):
+        results.update(zip(numbers, pieces, strict=True))
+    assert sorted(results) == list(range(len(asked)))
+    o = Options.of(optimizer.param_groups[0])
+    found = []
+    for number, (p, _, kind) in enumerate(asked):
+        assert results[number].dtype == kind.dtype
+        found.append(whole(optimizer._placed(p, results[number], "z", o)))
+    return found
+
+
+def directions(name, given):
+    mesh = LAYOUTS[name]
+    placed = Placed(Fed(*mesh.shapes), mesh)
+    optimizer = ShardedProdigyPlusScheduleFree([nn.Parameter(torch.zeros(1))], **given)
+    return orthogonalized(optimizer, [p.detach() for p in placed.parameters])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_directions_have_the_bits_of_one_process(pool, name):
+    problem = Fed(*LAYOUTS[name].shapes)
+    optimizer = ProdigyPlusScheduleFree([nn.Parameter(torch.zeros(1))])
+    expected = orthogonalized(optimizer, [p.detach() for p in problem.parameters])
+    # A step under way at once, several, and one for every matrix.
+    for given in ({}, {"bucket_bytes": 4000}, {"bucket_bytes": 1, "all_to_all": False}):
+        for found in pool.run(LAYOUTS[name].ranks, directions, name, given):
+            assert_same(found, expected)
+
+
+def test_one_process_in_small_buckets():
+    problem = Fed(*EVEN, *UNEVEN)
+    optimizer = ProdigyPlusScheduleFree(problem.parameters)
+    tensors = [p.detach() for p in problem.parameters]
+    expected = orthogonalized(optimizer, tensors)
+    optimizer._exchange = driver.OneProcess()
+    for limit in (1, 4000):
+        optimizer._exchange.bucket_bytes = limit
+        assert_same(orthogonalized(optimizer, tensors), expected)
+
+
+# --------------------------------------------------------------------------------- what is sent
+
+# A transformer's matrices, as many as make the shares of two and four ranks even.
+BLOCKS = ((192, 64), (64, 64), (256, 64), (64, 256)) * 8
+ELEMENTS = sum(rows * columns for rows, columns in BLOCKS)
+
+SENT = {
+    "fsdp2": Mesh((2,), (*BLOCKS, (64,)), along(0)),
+    "fsdp4": Mesh((4,), (*BLOCKS, (64,)), along(0)),
+    "columns": Mesh((4,), (*BLOCKS, (64,)), along(-1)),
+    "hsdp": Mesh((2, 2), (*BLOCKS, (64,)), MESHES["hsdp"].placements),
+    "fsdp_tp": Mesh((2, 2), (*BLOCKS, (64,)), MESHES["fsdp_tp"].placements),
+}
+
+
+class Sent(TorchDispatchMode):
+    """Counts collectives by name, and the bytes that this rank sends to others in those of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if func.namespace == "c10d":
+            self.counts[name] += 1
+            assert name in ("allreduce_", "alltoall_base_", "broadcast_", "send", "recv_", "barrier"), name
+        if name == "alltoall_base_":
+            _, sent, group, _, splits, *_ = args
+            place = dist.get_group_rank(dist.ProcessGroup.unbox(group), dist.get_rank())
+            self.bytes[name] += (sum(splits) - splits[place]) * sent.itemsize
+        elif name == "broadcast_":
+            (buffer,), _, source, *_ = args
+            if source == dist.get_group_rank(dist.ProcessGroup.unbox(args[1]), dist.get_rank()):
+                self.bytes[name] += buffer.nbytes
+        elif name == "send":
+            self.bytes[name] += sum(tensor.nbytes for tensor in args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def watched_step(name, given):
+    """Collectives, bytes and matrices orthogonalised on this rank, in the second step."""
+    placed = Placed(Fed(*SENT[name].shapes), SENT[name])
+    optimizer = ShardedProdigyPlusScheduleFree(for_muon(placed.parameters), **given)
+    placed.backward()
+    optimizer.step()
+    placed.backward()
+    orthogonalized = []
+    compute = muon.newton_schulz
+
+    def counting(matrices, **options):
+        orthogonalized.extend([tuple(matrices.shape[1:])] * len(matrices))
+        return compute(matrices, **options)
+
+    with mock.patch.object(muon, "newton_schulz", counting), Sent() as sent:
+        optimizer.step()
+    return dict(sent.counts), dict(sent.bytes), orthogonalized
+
+
+@pytest.mark.parametrize("name", SENT)
+@pytest.mark.parametrize("all_to_all", [True, False])
+def test_bytes_collectives_and_matrices(pool, name, all_to_all):
+    mesh = SENT[name]
+    copies = mesh.size[0] if name == "hsdp" else 1
+    shards = mesh.ranks // copies
+    least = 2 * (2 * ELEMENTS / shards / copies) * (shards - 1) / shards
+    ranks = pool.run(mesh.ranks, watched_step, name, {"all_to_all": all_to_all})
+    for counts, sent, _ in ranks:
+        if all_to_all:
+            # The statistics, the matrices' evidence, the other's evidence and norm, along each axis that cuts
+            # them (of a vector, one); and copies agree.
+            assert counts.pop("allreduce_") == {"fsdp_tp": 5, "hsdp": 4}.get(name, 3)
+            assert counts.pop("alltoall_base_") == 2
+            assert counts.pop("broadcast_", 0) == (copies if copies > 1 else 0)
+            assert not counts
+        exchanged = sent["alltoall_base_" if all_to_all else "send"]
+        assert exchanged == pytest.approx(least, rel=0.05)
+        if copies > 1:
+            assert sent["broadcast_"] == pytest.approx(2 * ELEMENTS / mesh.ranks, rel=0.05)
+    total = sum(sent["alltoall_base_" if all_to_all else "send"] for _, sent, _ in ranks)
+    assert total == least * mesh.ranks
+    assert Counter(shape for *_, shapes in ranks for shape in shapes) == Counter(BLOCKS)
+
+
+def test_more_buckets_are_two_all_to_alls_each(pool):
+    """Of bfloat16 a rank of two has 12288, 4096 and twice 16384 bytes of a block, and a matrix has 32768."""
+    for counts, *_ in pool.run(2, watched_step, "fsdp2", {"bucket_bytes": 1}):
+        # Waves of 32768: 16 large ones in pairs, then 8 of 12288 in pairs, then 8 of 4096 (of 8192 whole).
+        assert counts["alltoall_base_"] == 2 * (8 + 4 + 4)
+
+
+def test_whole_matrices_stay_where_they_are(pool):
+    """Experts on a rank each."""
+    for counts in pool.run(4, counts_of_experts):
+        assert counts == {"c10d.allreduce_": 2}
+
+
+def counts_of_experts():
+    placed = Placed(Fed((8, 16, 24), (6, 5, 7), (3, 8, 8)), MESHES["fsdp4"])
+    optimizer = ShardedProdigyPlusScheduleFree(for_muon(placed.parameters))
+    placed.backward()
+    with CommDebugMode() as seen:
+        optimizer.step()
+    return {str(kind): count for kind, count in seen.get_comm_counts().items() if count}
+
+
+def test_owners_share_evenly_and_agree(pool):
+    first, *others = pool.run(4, loads_of_owners)
+    loads, blocks = first
+    assert len(blocks) == len(BLOCKS)
+    assert max(loads.values()) <= 1.05 * sum(loads.values()) / 4
+    for other in others:
+        assert other == first
+
+
+def loads_of_owners():
+    placed = Placed(Fed(*BLOCKS), SENT["fsdp4"])
+    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters, use_muon_pp=True)
+    geometries = [Geometry(optimizer._layout(p), batched=False) for p in placed.parameters]
+    loads = Counter()
+    blocks = owned(geometries)
+    for block in blocks:
+        its = geometries[block.request]
+        loads[block.column] += block.size * muon.cost(its.rows, its.columns)
+    return dict(loads), blocks
+
+
+# ------------------------------------------------------------------------------------- overlap
+
+
+def order_of_events():
+    """What happens in a step, in its order; elementwise parameters in two buckets."""
+    events = []
+    placed = Placed(Fed(*((64, 32), (32, 64)) * 2, (48,), (40,)), MESHES["fsdp2"])
+    groups = [{"params": placed.parameters[:4], "use_muon_pp": True}, {"params": placed.parameters[4:]}]
+    optimizer = ShardedProdigyPlusScheduleFree(groups, bucket_bytes=96)
+    placed.backward()
+    optimizer.step()
+    placed.backward()
+
+    def noted(name, function):
+        def call(*args, **kwargs):
+            events.append(name)
+            result = function(*args, **kwargs)
+            if name != "send":
+                return result
+
+            def wait():
+                events.append("wait")
+                return result()
+
+            return wait
+
+        return call
+
+    with (
+        mock.patch.object(transport, "swap", noted("send", transport.swap)),
+        mock.patch.object(exchange, "_all_reduce", noted("all-reduce", exchange._all_reduce)),
+        mock.patch.object(muon, "newton_schulz", noted("orthogonalise", muon.newton_schulz)),
+    ):
+        optimizer.step()
+    return events
+
+
+def test_all_else_goes_on_while_the_first_pieces_travel(pool):
+    first = ["all-reduce", "send", *["all-reduce"] * 3, "send"]
+    for events in pool.run(2, order_of_events):
+        # Statistics; the first pieces; evidence of matrices, two buckets of others; the next pieces.
+        assert events[: len(first)] == first
+        assert events[len(first)] == "wait"
+        assert set(events[len(first) :]) <= {"wait", "send", "orthogonalise"}
+
+
+# -------------------------------------------------------------------------------- whole models
+
+
+def hidden(model):
+    """Groups of a Transformer: the matrices of its blocks, and the rest."""
+    blocks = {p for p in model.blocks.parameters() if p.ndim == 2}
+    return [
+        {"params": [p for p in model.parameters() if p in blocks], "use_muon_pp": True},
+        {"params": [p for p in model.parameters() if p not in blocks]},
+    ]
+
+
+def under_ddp(shares, fused):
+    torch.manual_seed(0)
+    model = Transformer()
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=0.05)
+    replicas = {"replicas": wrapped.process_group} if shares else {}
+    optimizer = ShardedProdigyPlusScheduleFree(hidden(model), fused_back_pass=fused, **replicas)
+    if fused:
+        optimizer.fuse_backward(wrapped)
+    calls = []
+    compute = muon.newton_schulz
+    with mock.patch.object(muon, "newton_schulz", lambda m, **o: calls.append(len(m)) or compute(m, **o)):
+        d = fit(wrapped, optimizer, Walks(), 40, dist.get_rank(), dist.get_world_size())
+    return [p.detach().clone() for p in model.parameters()], d, sum(calls)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_replicas_of_ddp_share_the_work(pool, size):
+    alone = pool.run(size, under_ddp, False, False)
+    for fused in (False, True):
+        shared = pool.run(size, under_ddp, True, fused)
+        for one, other in zip(shared, alone, strict=True):
+            assert_same(one[:2], alone[0][:2])
+            assert other[2] == 8 * 40
+        assert sum(calls for *_, calls in shared) == 8 * 40
+        assert fused or max(calls for *_, calls in shared) <= 8 * 40 / 2
+
+
+def under_fsdp(fused):
+    torch.manual_seed(0)
+    model = Transformer()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = ShardedProdigyPlusScheduleFree(hidden(model), fused_back_pass=fused, bucket_bytes=20_000)
+    if fused:
+        optimizer.fuse_backward(model)
+    d = fit(model, optimizer, Walks(), 40, dist.get_rank(), dist.get_world_size())
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return [whole(p) for p in model.parameters()], d
+
+
+def test_fsdp_fused_has_the_bits_of_the_plain_step(pool):
+    plain, fused = (pool.run(2, under_fsdp, fused) for fused in (False, True))
+    assert plain[0][1][-1] > 10 * plain[0][1][0]
+    for found in (*plain, *fused):
+        assert_same(found, plain[0])

@@ -1,0 +1,671 @@
+"""Muon: its matrices against their singular vectors, its edges, and that nothing depends on company."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from prodigyplus import ProdigyPlusScheduleFree, muon, variants
+from prodigyplus.muon import Kind, Matrices, newton_schulz, orthogonalize
+from tests.single.problems import Fed, assert_same, pair, run, snapshot
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------ the polynomials
+
+
+def coefficients(quintic):
+    return muon.QUINTIC if quintic else muon.POLAR_EXPRESS
+
+
+def what_becomes_of(values, quintic):
+    """Singular values of a matrix of norm 1, after the iterations in exact arithmetic."""
+    values = values / 1.02
+    for a, b, c in coefficients(quintic):
+        values = a * values + b * values**3 + c * values**5
+    return values
+
+
+def best_quintic(low, high):
+    """The odd quintic nearest to 1 on [low, high], by Remez' exchange: it errs alike, in turn, at four points."""
+    inner, before = np.array([(3 * low + high) / 4, (low + 3 * high) / 4]), math.inf
+    while True:
+        at = np.array([low, *inner, high])
+        *found, error = np.linalg.solve(np.stack([at, at**3, at**5, [1, -1, 1, -1]], 1), np.ones(4))
+        if abs(error - before) < 1e-15:
+            return np.array(found)
+        a, b, c = found
+        before, root = error, math.sqrt(9 * b**2 - 20 * a * c)
+        inner = np.sqrt((np.array([-root, root]) - 3 * b) / (10 * c))
+
+
+def test_the_coefficients_are_polar_expresss():
+    """arXiv 2505.16932: each the best for the interval that those before it leave.
+
+    In the variant in wide use: from 1e-3 on; made for intervals no wider than 50, and centred again; all but
+    the last made for values 2 % larger.
+    """
+    low, high = 1e-3, 1.0
+    for number, (a, b, c) in enumerate(muon.POLAR_EXPRESS):
+        its = best_quintic(max(low, high / 50), high)
+        if low < high / 50:
+            its *= 2 / sum(its[0] * end + its[1] * end**3 + its[2] * end**5 for end in (low, high))
+        if number < 4:
+            its /= 1.02 ** np.array([1, 3, 5])
+        np.testing.assert_allclose((a, b, c), its, rtol=1e-13)
+        low = a * low + b * low**3 + c * low**5
+        high = 2 - low
+    assert low == pytest.approx(0.8588727, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("quintic", "first", "low", "high"),
+    # Of Polar Express all is within 1 ± 0.1412 from 1e-3 · 1.02 on, which is what it is made for.
+    [(False, 1.02e-3, 0.858872, 1.141128), (False, 1e-3, 0.846646, 1.141128), (True, 2e-3, 0.681831, 1.202369)],
+)  # fmt: skip
+def test_what_singular_values_become(quintic, first, low, high):
+    found = what_becomes_of(np.geomspace(first, 1, 1_000_001), quintic)
+    assert (found.min(), found.max()) == pytest.approx((low, high), abs=1e-6)
+    # Smaller ones: proportional, and at no more than the slope at zero.
+    small = np.geomspace(1e-12, 1e-4, 100)
+    slope = math.prod(a for a, *_ in coefficients(quintic)) / 1.02
+    np.testing.assert_allclose(what_becomes_of(small, quintic), slope * small, rtol=0.01)
+    assert (what_becomes_of(np.linspace(0, 1, 100_001), quintic) <= high + 1e-6).all()
+
+
+# ----------------------------------------------------------------- matrices against the polar factor
+
+SHORT = 16
+
+# Singular values, by their share of the largest.
+SPECTRA = {
+    "even": np.geomspace(1, 0.1, SHORT),
+    "steep": np.geomspace(1, 1e-6, SHORT),
+    "deficient": np.geomspace(1, 0.1, SHORT) * (np.arange(SHORT) < SHORT // 2),
+}
+
+# The largest that a singular value that is not 0 is off 1, and the distance from the polar factor relative to
+# its norm, both of exact arithmetic; and what rounding may add to that distance: ``rounding_of`` the dtype.
+#                          off     distance        float64  float32  bfloat16
+EXPECTED = {
+    ("even", False):      (0.1395, 0.0870, {F64: 2e-14, F32: 1e-5, BF16: 0.1}),
+    ("even", True):       (0.3181, 0.2016, {F64: 1e-14, F32: 4e-6, BF16: 0.05}),
+    ("steep", False):     (0.9991, 0.6436, {F64: 1e-13, F32: 4e-5, BF16: 0.8}),
+    ("steep", True):      (0.9996, 0.6906, {F64: 5e-14, F32: 2e-5, BF16: 0.5}),
+    ("deficient", False): (0.1306, 0.0935, {F64: 2e-13, F32: 8e-5, BF16: 1.2}),
+    ("deficient", True):  (0.3174, 0.1941, {F64: 7e-14, F32: 4e-5, BF16: 0.7}),
+}  # fmt: skip
+
+SHAPES = ((SHORT, 40), (40, SHORT), (SHORT, SHORT))
+
+
+class Factored:
+    """A matrix of known singular vectors and values."""
+
+    def __init__(self, shape, values, seed=0):
+        random = np.random.default_rng(seed)
+        self.left, self.right = (
+            np.linalg.qr(random.standard_normal((size, len(values))))[0] for size in shape
+        )
+        self.values = values / np.linalg.norm(values)
+        self.matrix = self.of(self.values)
+        self.polar = self.of(self.values > 0)
+
+    def of(self, values):
+        """The matrix of these singular vectors, and other values."""
+        return self.left * values @ self.right.T
+
+
+def rounding_of(matrix, quintic, dtype, random):
+    """The iterations, with every result off by at most half a last bit of the dtype, at random.
+
+    Sums err by as much, of what accumulates them, as a random walk of their length: float32 for bfloat16.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    accumulated = min(unit, torch.finfo(F32).eps / 2)
+
+    def rounded(values, unit=unit):
+        return values * (1 + unit * random.uniform(-1, 1, np.shape(values)))
+
+    def product(a, b):
+        walk = accumulated * math.sqrt(a.shape[1])
+        return a @ b + walk * (np.abs(a) @ np.abs(b)) * random.uniform(-1, 1, (a.shape[0], b.shape[1]))
+
+    x = rounded(rounded(matrix) / rounded(1.02 * np.linalg.norm(matrix)))
+    x = x.T if x.shape[0] > x.shape[1] else x
+    for a, b, c in coefficients(quintic):
+        gram = rounded(product(x, x.T))
+        x = rounded(a * x + product(rounded(b * gram + c * product(gram, gram)), x))
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+@pytest.mark.parametrize(("spectrum", "quintic"), EXPECTED, ids=str)
+def test_the_table_is_what_the_polynomials_and_the_dtypes_make(spectrum, quintic):
+    off, distance, rounding = EXPECTED[spectrum, quintic]
+    for shape in SHAPES:
+        its = Factored(shape, SPECTRA[spectrum])
+        exact = what_becomes_of(its.values, quintic)
+        norm = np.linalg.norm(its.polar)
+        assert np.abs(exact - 1)[its.values > 0].max() == pytest.approx(off, abs=1e-4)
+        assert np.linalg.norm(its.of(exact) - its.polar) / norm == pytest.approx(distance, abs=1e-4)
+        for dtype, bound in rounding.items():
+            random = np.random.default_rng(0)
+            rounded = [rounding_of(its.matrix, quintic, dtype, random) for _ in range(4)]
+            errors = [np.linalg.norm(one - its.of(exact)) / norm for one in rounded]
+            assert bound / 5 < np.mean(errors) < bound / 1.2, (shape, dtype, errors)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("spectrum", "quintic"), EXPECTED, ids=str)
+def test_newton_schulz_is_near_the_polar_factor(spectrum, quintic, shape, dtype):
+    off, distance, rounding = EXPECTED[spectrum, quintic]
+    for seed in range(3):
+        its = Factored(shape, SPECTRA[spectrum], seed)
+        given = torch.from_numpy(its.matrix * 7.0)[None].to(dtype)
+        before = given.clone()
+        found = newton_schulz(given, quintic=quintic)
+        assert torch.equal(given, before)
+        assert (found.shape, found.dtype) == (given.shape, dtype)
+        found = found[0].double().numpy()
+        norm = np.linalg.norm(its.polar)
+        bound = rounding[dtype] * norm
+        exact = its.of(what_becomes_of(its.values, quintic))
+        assert np.linalg.norm(found - exact) <= bound
+        assert np.linalg.norm(found - its.polar) <= distance * norm * (1 + 1e-3) + bound
+        some = int((its.values > 0).sum())
+        values = np.linalg.svd(found, compute_uv=False)
+        assert (np.abs(values[:some] - 1) <= off + 1e-4 + bound).all()
+        assert (values[some:] <= bound).all()
+
+
+def test_the_docstring_of_newton_schulz():
+    """In float32, of a matrix whose singular values go down to what it names, of the Frobenius norm."""
+    for quintic, smallest, low, high in ((False, 1.02e-3, 0.85, 1.15), (True, 2e-3, 0.68, 1.21)):
+        values = np.geomspace(smallest, 1, 60)
+        values[-1] = math.sqrt(1 - (values[:-1] ** 2).sum()) if (values[:-1] ** 2).sum() < 1 else 0.5
+        values /= np.linalg.norm(values) if (values**2).sum() > 1 else 1
+        values = values[values >= smallest]
+        its = Factored((60, 90), values)
+        found = newton_schulz(torch.from_numpy(its.matrix)[None].float(), quintic=quintic)[0]
+        kept = torch.linalg.svdvals(found.double())[: len(values)]
+        assert low <= kept.min()
+        assert kept.max() <= high
+
+
+# ------------------------------------------------------------------------------------- what is at the edge
+
+KINDS = [
+    Kind(dtype, quintic, stable) for dtype in (F32, BF16, F64) for quintic in (False, True) for stable in (True, False)
+]  # fmt: skip
+
+
+def drawn(*shape, seed=0, dtype=F64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def alone(matrix, kind, limit=1 << 20):
+    (result,) = orthogonalize([(matrix, kind)], limit)
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_zeros_stay_zeros(kind):
+    for shape in ((1, 4, 6), (2, 6, 4), (1, 1, 1)):
+        assert torch.equal(
+            alone(torch.zeros(shape, dtype=kind.dtype), kind), torch.zeros(shape, dtype=kind.dtype)
+        )
+    one_of_two = drawn(2, 4, 6, dtype=kind.dtype)
+    one_of_two[0] = 0
+    result = alone(one_of_two, kind)
+    assert not result[0].any()
+    assert torch.equal(result[1:], alone(one_of_two[1:], kind))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 4, 0), (0, 0, 0)])
+def test_nothing_stays_nothing(shape):
+    for kind in KINDS:
+        empty, other = orthogonalize(
+            [(torch.empty(shape, dtype=kind.dtype), kind), (drawn(1, 3, 4, dtype=kind.dtype), kind)], 1
+        )
+        assert (empty.shape, empty.dtype) == (shape, kind.dtype)
+        assert other.any()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 9), (1, 9, 1)])
+def test_vectors_keep_their_direction(shape, dtype):
+    """All of one is a single singular value, the norm."""
+    matrix = drawn(*shape, dtype=dtype)
+    for quintic in (False, True):
+        expected = what_becomes_of(np.ones(()), quintic) * matrix.double() / matrix.double().norm()
+        found = newton_schulz(matrix, quintic=quintic).double()
+        # The norm is rounded in some of the roundings, and what the polynomials' slopes near 1 make of it.
+        assert (found - expected).norm() <= 64 * torch.finfo(dtype).eps
+    assert newton_schulz(-matrix).equal(-newton_schulz(matrix))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_matrix_is_what_it_is_whatever_the_company(kind):
+    """To the bit, on the host: alone, beside others of its shape or not, first or last, in batches, in runs."""
+    matrices = [drawn(count, *shape, seed=number, dtype=kind.dtype) for number, (count, shape) in enumerate(
+        ((1, (5, 9)), (3, (5, 9)), (1, (9, 5)), (2, (33, 70)), (1, (5, 9)), (4, (33, 70)), (1, (1, 7)))
+    )]  # fmt: skip
+    expected = [
+        torch.cat([alone(matrix[i : i + 1], kind) for i in range(len(matrix))]) for matrix in matrices
+    ]
+    other_kind = Kind(F32 if kind.dtype == BF16 else BF16, not kind.quintic, not kind.stable)
+    for limit in (1, 1000, 1 << 30):
+        for order in (range(7), range(6, -1, -1)):
+            batches = [(matrices[i], kind) for i in order]
+            batches.insert(3, (drawn(2, 5, 9, seed=9, dtype=other_kind.dtype), other_kind))
+            results = orthogonalize(batches, limit)
+            del results[3]
+            for i, result in zip(order, results, strict=True):
+                assert torch.equal(result, expected[i])
+    assert torch.equal(alone(matrices[3].mT.contiguous().mT, kind), expected[3])  # in another memory order
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_what_is_computed_is_new(kind):
+    matrix = drawn(2, 3, 4, dtype=kind.dtype)
+    before = matrix.clone()
+    alone(matrix, kind).fill_(7)
+    assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+def test_the_size_of_a_gradient_does_not_matter(dtype):
+    """By powers of 2 to the bit, since nothing but the norm is divided by."""
+    for shape in ((1, 20, 30), (1, 30, 20)):
+        matrix = drawn(*shape, dtype=dtype)
+        expected = newton_schulz(matrix)
+        for power in (-50, -13, 13, 50):
+            assert torch.equal(newton_schulz(matrix * 2.0**power), expected)
+        for scale in (1e-15, 1e15):
+            found = newton_schulz((drawn(*shape) * scale).to(dtype))
+            off = (found - expected).double().norm() / expected.double().norm()
+            assert off <= EXPECTED["even", False][2][dtype]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_what_is_too_small_to_be_squared(dtype):
+    """The first moment of a parameter without gradients decays through all of these."""
+    for matrix in (drawn(1, 20, 30), drawn(1, 500, 600)):
+        for power in range(-149, -40):
+            found = newton_schulz((matrix * 2.0**power).to(dtype)).double()
+            assert found.isfinite().all(), power
+            assert torch.linalg.matrix_norm(found, 2) <= 1.25, power
+        assert newton_schulz(matrix.to(dtype) * 2.0**-40).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"muon_fp32": True}, {"muon_batched": True}], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_parameter_whose_gradients_end(dtype, options):
+    """Its first moment decays to nothing, and nothing but finite weights comes of it."""
+    problem, optimizer = pair(
+        (8, 12),
+        (3, 6, 5),
+        dtype=dtype,
+        use_muon_pp=True,
+        use_schedulefree=False,
+        betas=(0.5, 0.99),
+        **options,
+    )
+    run(optimizer, problem, 5)
+    for _ in range(160):
+        for p in problem.parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert all(p.isfinite().all() for p in problem.parameters)
+    assert int(optimizer.metrics()[0]["skipped_steps"]) == 0
+
+
+# -------------------------------------------------------------------------------------- how large a step is
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("shape", [(SHORT, 40), (40, SHORT), (SHORT, SHORT), (1, 9), (1, 1)])
+def test_the_rms_of_a_direction(shape, dtype):
+    """About 1 of the whole; with StableAdamW, at most 1, and what was less as it was."""
+    for spectrum, values in SPECTRA.items():
+        for quintic in (False, True):
+            its = Factored(shape, values[: min(shape)])
+            given = torch.from_numpy(its.matrix)[None].to(dtype)
+            plain, stable = (
+                alone(given, Kind(dtype, quintic, stable)).double() * muon.unit_rms(*shape) for stable in (False, True)
+            )  # fmt: skip
+            rms, stable_rms = (u.square().mean().sqrt().item() for u in (plain, stable))
+            exact = np.linalg.norm(what_becomes_of(its.values, quintic)) / math.sqrt(min(shape))
+            rounding = (
+                64 * torch.finfo(dtype).eps if spectrum == "even" else EXPECTED[spectrum, quintic][2][dtype]
+            )
+            assert rms == pytest.approx(exact, abs=rounding)
+            # What StableAdamW divides by: the square root of the rms.
+            assert stable_rms == pytest.approx(min(rms, math.sqrt(rms)), rel=torch.finfo(dtype).eps)
+
+
+# -------------------------------------------------------------------------------------------- what is asked
+
+
+def test_sizes():
+    assert muon.sizes((5, 7), batched=False) == muon.sizes((5, 7), batched=True) == (1, 5, 7)
+    assert muon.sizes((2, 5, 7, 3), batched=False) == (1, 2, 105)
+    assert muon.sizes((2, 5, 7, 3), batched=True) == (10, 7, 3)
+    assert muon.sizes((0, 5, 7), batched=True) == (0, 5, 7)
+
+
+def test_cost_is_that_of_the_products():
+    """Two short², one short: of 2·short²·long and 2·short³ operations, as pairs, five times."""
+    assert muon.cost(3, 8) == muon.cost(8, 3) == 5 * (3 * 3 * 8 + 3 * 3 * 3 + 3 * 3 * 8)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 10, 24, 25, 100, 10**9])
+def test_waves(limit):
+    """Each within the limit or its largest matrix, or of one alone; none could have taken in the next."""
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        matrices = [int(random.integers(0, 30)) for _ in range(random.integers(0, 9))]
+        sizes = [(matrix * int(random.integers(0, 4)), matrix) for matrix in matrices]
+        waves = list(muon.waves(sizes, limit))
+        assert [number for wave in waves for number in wave] == list(range(len(sizes)))
+        assert all(waves)
+        for wave in waves:
+            room = max(limit, *(sizes[number][1] for number in wave))
+            assert len(wave) == 1 or sum(sizes[number][0] for number in wave) <= room
+        for wave, after in zip(waves, waves[1:], strict=False):
+            room = max(limit, *(sizes[number][1] for number in (*wave, after[0])))
+            assert sum(sizes[number][0] for number in wave) + sizes[after[0]][0] > room
+
+
+def test_in_one_process_keeps_to_its_limit():
+    kind = Kind(BF16, quintic=False, stable=True)
+    tensors = [drawn(*shape, seed=number, dtype=F32) for number, shape in enumerate(
+        ((4, 6), (2, 4, 6), (8, 6), (2, 2, 3, 2), (4, 6), (0, 4), (3, 3))
+    )]  # fmt: skip
+    asked = [(tuple(t.shape), Matrices(t, number != 3, kind)) for number, t in enumerate(tensors)]
+    for limit in (1, 100, 200, 10**6):
+        seen = []
+        for numbers, results in muon.in_one_process(asked, limit):
+            assert len(numbers) == 1 or sum(r.numel() * 2 for r in results) <= max(limit, 8 * 6 * 2)
+            for number, result in zip(numbers, results, strict=True):
+                shape, its = asked[number]
+                expected = alone(
+                    tensors[number].reshape(muon.sizes(shape, batched=its.batched)).bfloat16(), kind
+                )
+                assert result.dtype == BF16
+                assert torch.equal(result, expected.reshape(shape))
+            seen += numbers
+        assert seen == list(range(len(asked)))
+
+
+def test_bytes_of():
+    its = Matrices(torch.empty(0), batched=True, kind=Kind(BF16, quintic=False, stable=False))
+    assert muon.bytes_of((3, 4, 5), its) == (120, 40)
+    assert muon.bytes_of((3, 4, 5), its._replace(batched=False)) == (120, 120)
+    assert muon.bytes_of((3, 4, 5), its._replace(kind=its.kind._replace(dtype=F64))) == (480, 160)
+
+
+# --------------------------------------------------------------------------------------- in the optimiser
+
+MUON = {"use_muon_pp": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_schedulefree": False}], ids=str)
+def test_the_first_step_is_along_the_polar_factor(options):
+    """At d0, of z or the weights; the gradient of a first moment has the same direction."""
+    problem, optimizer = pair((SHORT, 40), (40, SHORT), dtype=F64, **MUON, muon_fp32=True, d0=1e-2, **options)
+    before = [p.detach().clone() for p in problem.parameters]
+    run(optimizer, problem, 1)
+    for p, old in zip(problem.parameters, before, strict=True):
+        new = optimizer.state[p].get("z", p.detach())
+        u = (old - new) / 1e-2
+        left, values, right = torch.linalg.svd(p.grad, full_matrices=False)
+        values = torch.from_numpy(what_becomes_of((values / values.norm()).numpy(), quintic=False))
+        expected = left * values @ right * math.sqrt(40)
+        expected /= math.sqrt(max(1, expected.square().mean().sqrt()))
+        torch.testing.assert_close(u, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_schedulefree": False}, {"muon_fp32": True, "use_grams": True}], ids=str
+)
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+def test_a_batch_is_its_matrices(dtype, options):
+    """Of one scale: StableAdamW's too is of each matrix."""
+    problem, optimizer = pair(
+        (2, 3, 8, 5), dtype=dtype, **MUON, muon_batched=True, slice_p=1, stochastic_rounding=False, **options
+    )
+    batch = problem.parameters[0]
+    separate = [nn.Parameter(one.detach().clone()) for one in batch.flatten(0, 1)]
+    optimizer_separate = ProdigyPlusScheduleFree(
+        separate, **MUON, slice_p=1, stochastic_rounding=False, **options
+    )
+    for _ in range(20):
+        problem.backward()
+        for p, grad in zip(separate, batch.grad.flatten(0, 1), strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+        optimizer_separate.step()
+        # Prodigy's sums are taken in another order.
+        d = optimizer_separate.metrics()[0]["d"]
+        assert optimizer.metrics()[0]["d"] == pytest.approx(d.item(), rel=1e-5)
+        optimizer_separate.param_groups[0].update(
+            {
+                name: optimizer.param_groups[0][name].clone()
+                for name in ("d", "shared_d", "d_numerator", "d_denom")
+            }
+        )
+    assert d > 1e-6
+    assert_same(torch.stack(separate), batch.flatten(0, 1))
+
+
+def test_a_convolution_is_its_flattened_matrix():
+    runs = []
+    for shape in ((8, 3, 2, 2), (8, 12)):
+        problem = Fed((8, 12))
+        problem.parameters = [nn.Parameter(p.detach().view(shape)) for p in problem.parameters]
+        optimizer = ProdigyPlusScheduleFree(problem.parameters, **MUON)
+        for _ in range(20):
+            gradient = torch.randn((8, 12), generator=problem.random) + 0.5
+            problem.parameters[0].grad = gradient.view(shape)
+            optimizer.step()
+        runs.append([problem.parameters[0].detach().view(8, 12), optimizer.state[problem.parameters[0]]["s"]])
+    assert_same(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("options", [{}, {"use_schedulefree": False}, {"use_cautious": True}], ids=str)
+def test_channels_last_weights(options, dtype):
+    runs = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        problem = Fed((8, 3, 4, 2), (6, 5), dtype=dtype)
+        problem.parameters[0] = nn.Parameter(problem.parameters[0].detach().to(memory_format=memory_format))
+        optimizer = ProdigyPlusScheduleFree(problem.parameters, **MUON, **options)
+        for _ in range(15):
+            problem.backward()
+            problem.parameters[0].grad = problem.parameters[0].grad.to(memory_format=memory_format)
+            optimizer.step()
+        assert problem.parameters[0].is_contiguous(memory_format=memory_format)
+        runs.append(snapshot(optimizer))
+    assert_same(runs[1], runs[0])
+
+
+def test_what_is_kept():
+    """No second moments: z and Prodigy's, or the first moment; 2·4 bytes a weight, and 2·2 for every 11th."""
+    keys = {"p0", "s"}
+    for options, more in (({}, {"z"}), ({"use_schedulefree": False}, {"exp_avg"})):
+        problem, optimizer = pair((44, 30), (4, 11, 10), **MUON, **options)
+        run(optimizer, problem, 2)
+        for p in problem.parameters:
+            state = optimizer.state[p]
+            assert state.keys() == keys | more
+            assert sum(value.nbytes for value in state.values()) == 4 * p.numel() + 2 * 2 * p.numel() // 11
+    problem, optimizer = pair((44, 30), **MUON, prodigy_steps=2)
+    run(optimizer, problem, 3)
+    assert optimizer.state[problem.parameters[0]].keys() == {"z"}
+
+
+def test_the_first_moment_is_that_of_d_times_the_gradients():
+    problem, optimizer = pair((8, 12), dtype=F64, **MUON, use_schedulefree=False, betas=(0.8, 0.99))
+    (p,) = problem.parameters
+    expected = torch.zeros_like(p)
+    for _ in range(30):
+        d = float(optimizer.metrics()[0]["d"])
+        run(optimizer, problem, 1)
+        expected = 0.8 * expected + 0.2 * d * p.grad
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_it_holds_from_the_first_step_on(value):
+    problem, optimizer = pair((8, 12), use_muon_pp=not value)
+    optimizer.param_groups[0]["use_muon_pp"] = value  # may change before it
+    optimizer.param_groups[0]["use_muon_pp"] = not value
+    run(optimizer, problem, 1)
+    before = problem.parameters[0].detach().clone()
+    optimizer.param_groups[0]["use_muon_pp"] = value
+    with pytest.raises(RuntimeError, match=f"use_muon_pp={value}.*build another optimiser"):
+        run(optimizer, problem, 1)
+    assert_same(problem.parameters[0].detach(), before)
+
+
+def test_how_matrices_are_orthogonalised_may_change_between_steps():
+    problem, optimizer = pair((3, 8, 12), **MUON)
+    for options in (
+        {"muon_fp32": True},
+        {"muon_quintic": True},
+        {"muon_batched": True},
+        {"use_cautious": True},
+    ):
+        optimizer.param_groups[0].update(options)
+        run(optimizer, problem, 2)
+    assert int(optimizer.metrics()[0]["step"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "named", "left"),
+    [
+        ({"use_adopt": True}, "use_muon_pp=True excludes use_adopt=True", {"use_muon_pp": True, "use_adopt": False}),
+        (
+            {"use_orthograd": True},
+            "use_muon_pp=True excludes use_orthograd=True",
+            {"use_muon_pp": True, "use_orthograd": False},
+        ),
+        (
+            {"use_focus": True, "factored": False},
+            "use_focus=True excludes use_muon_pp=True",
+            {"use_focus": True, "use_muon_pp": False},
+        ),
+        (
+            {"use_focus": True, "factored": False, "use_adopt": True},
+            "use_focus=True excludes use_muon_pp=True",
+            {"use_muon_pp": False, "use_adopt": True},
+        ),
+    ],
+)  # fmt: skip
+def test_exclusions(options, named, left):
+    problem = Fed((8, 12))
+    with pytest.warns(UserWarning, match=named) as caught:
+        optimizer = ProdigyPlusScheduleFree(problem.parameters, **MUON, **options)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert {name: optimizer.param_groups[0][name] for name in left} == left
+    run(optimizer, problem, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = Fed((8, 12))
+        optimizer_other = ProdigyPlusScheduleFree(other.parameters, **{**MUON, **options, **left})
+    run(optimizer_other, other, 5)
+    assert_same(other.parameters, problem.parameters)
+
+
+def test_cautious_and_grams_without_schedulefree():
+    """Of the orthogonalised moment, by the gradient of this step."""
+    problem, optimizer = pair((8, 12), dtype=F64, **MUON, muon_fp32=True, use_schedulefree=False, d0=1e-2)
+    moves = {}
+    for option in (None, "use_cautious", "use_grams"):
+        problem, optimizer = pair(
+            (8, 12), dtype=F64, **MUON, muon_fp32=True, use_schedulefree=False, d0=1e-2, **({option: True} if option else {})
+        )  # fmt: skip
+        (p,) = problem.parameters
+        for sign in (1, -0.5):
+            before = p.detach().clone()
+            problem.random.manual_seed(3)
+            problem.backward()
+            p.grad[:, ::2] *= sign
+            optimizer.step()
+        moves[option] = before - p.detach()
+    move, grad = moves[None], p.grad
+    agrees = move * grad > 0
+    assert 0.1 < agrees.double().mean() < 0.9
+    torch.testing.assert_close(moves["use_cautious"], move * agrees / agrees.double().mean())
+    torch.testing.assert_close(moves["use_grams"], move.abs() * grad.sign())
+
+
+def test_both_kinds_of_groups_at_once():
+    """Each as if it were alone."""
+    options = [
+        {**MUON},
+        {},
+        {**MUON, "use_schedulefree": False, "muon_fp32": True},
+        {**MUON, "muon_quintic": True},
+    ]
+    problem = Fed(*((8, 12), (12, 8), (4, 4)) * len(options))
+    groups = [{"params": problem.parameters[3 * i : 3 * i + 3], **its} for i, its in enumerate(options)]
+    weights = [p.detach().clone() for p in problem.parameters]
+    optimizer = ProdigyPlusScheduleFree(groups, split_groups_mean=False)
+    gradients = []
+    for _ in range(15):
+        problem.backward()
+        gradients.append([p.grad.clone() for p in problem.parameters])
+        optimizer.step()
+    for i, its in enumerate(options):
+        own = slice(3 * i, 3 * i + 3)
+        apart = [nn.Parameter(w) for w in weights[own]]
+        optimizer_apart = ProdigyPlusScheduleFree(apart, **its)
+        for step in gradients:
+            for p, grad in zip(apart, step[own], strict=True):
+                p.grad = grad
+            optimizer_apart.step()
+        assert_same(apart, problem.parameters[own], str(its))
+
+
+def test_an_empty_matrix_and_one_without_a_gradient():
+    problem, optimizer = pair((0, 3), (3, 0), (8, 12), (4, 5), **MUON)
+    before = problem.parameters[3].detach().clone()
+    for _ in range(20):
+        problem.backward()
+        problem.parameters[3].grad = None
+        optimizer.step()
+    assert float(optimizer.metrics()[0]["d"]) > 1e-6
+    assert torch.equal(problem.parameters[3], before)
+
+
+def test_a_scale_of_gradients_changes_no_direction():
+    moves = []
+    for scale in (1.0, 2.0**-30):
+        problem, optimizer = pair((8, 12), **MUON, d0=1e-2)
+        (p,) = problem.parameters
+        before = p.detach().clone()
+        problem.backward()
+        p.grad *= scale
+        optimizer.step()
+        moves.append(p.detach() - before)
+    assert moves[0].any()
+    assert torch.equal(*moves)
+
+
+def test_agreement_is_with_the_gradient_itself(monkeypatch):
+    """Not with the first moment, which the direction was made of."""
+    seen = []
+    real = variants.drop_disagreeing
+    monkeypatch.setattr(variants, "drop_disagreeing", lambda u, g: seen.append(g.clone()) or real(u, g))
+    problem, optimizer = pair((8, 12), **MUON, use_schedulefree=False, use_cautious=True)
+    for _ in range(3):
+        run(optimizer, problem, 1)
+        assert torch.equal(seen.pop(), problem.parameters[0].grad)
