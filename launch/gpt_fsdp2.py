@@ -134,7 +134,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                     loss = evaluate(model, text.held_out, args, share, ranks)
                     report.log("held out", step=done, minutes=meter.minutes(), **in_bits(loss))
                     report.say(f"step {done}: held-out {in_bits(loss)['bits_per_byte']:.4f} bits/byte")
-                    report.draw(panels(args.optimizer), over="step")
+                    report.draw(panels(args), over="step")
             if last or (args.save_every and done % args.save_every == 0):
                 now = Run(done, settings, report.records)
                 with meter.paused(), ranks.together():
@@ -191,7 +191,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> Optimizer:
         return AdamW(model.parameters(), lr=args.lr, foreach=False)
     sharded = dist.is_initialized()
     optimizer_class = ShardedProdigyPlusScheduleFree if sharded else ProdigyPlusScheduleFree
-    optimizer = optimizer_class(model.parameters(), lr=args.lr, **args.option)
+    optimizer = optimizer_class(optimizers.parameters(args, model), lr=args.lr, **args.option)
     if args.option.get("fused_back_pass"):
         optimizer.fuse_backward(model)
     return optimizer
@@ -302,14 +302,13 @@ def in_bits(loss: float) -> dict[str, float]:
     return {"loss": loss, "bits_per_byte": loss / math.log(2)}
 
 
-def panels(optimizer: str) -> list[Panel]:
+def panels(args: argparse.Namespace) -> list[Panel]:
     """What to draw."""
     curves = (
         Curve("train", "bits_per_byte", "training"),
         Curve("held out", "bits_per_byte", "held out"),
     )
-    size = Panel("step size d", (Curve("train", "d", "d"),), "log")
-    return [Panel("bits per byte", curves), *([size] if optimizer == "prodigyplus" else [])]
+    return [Panel("bits per byte", curves), *optimizers.panels(args)]
 
 
 def save_average(

@@ -16,6 +16,7 @@ from typing import Any
 import mnist_data
 import optimizers
 import torch
+import torch.distributed as dist
 from files import replacing
 from optimizers import step_size
 from options import Parser, positive
@@ -28,6 +29,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 Batch = tuple[Tensor, ...]
 
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         share = correct / len(test)
         report.say(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{len(test)} ({share:.2%})")
         report.log("test", step=(epoch + 1) * len(loader), epoch=epoch + 1, loss=loss, accuracy=share)
-        report.draw(panels(args.optimizer))
+        report.draw(panels(args))
 
         if isinstance(optimizer, ProdigyPlusScheduleFree):
             optimizer.train()  # a checkpoint goes on from the weights of training
@@ -143,8 +145,13 @@ def build_optimizer(args: argparse.Namespace, net: nn.Module) -> Optimizer:
         raise ValueError(
             "--option fused_back_pass: this script wraps its network anew every epoch; see gpt_fsdp2.py."
         )
-    optimizer = ProdigyPlusScheduleFree if args.optimizer == "prodigyplus" else AdamW
-    return optimizer(net.parameters(), lr=args.lr, **args.option)
+    if args.optimizer == "adamw":
+        return AdamW(net.parameters(), lr=args.lr)
+    its = optimizers.parameters(args, net)
+    if args.muon and dist.is_initialized():
+        # The processes share the matrices among them.
+        return ShardedProdigyPlusScheduleFree(its, lr=args.lr, replicas=dist.group.WORLD, **args.option)
+    return ProdigyPlusScheduleFree(its, lr=args.lr, **args.option)
 
 
 def load_data(folder: Path, limit: int | None, device: torch.device) -> tuple[TensorDataset, TensorDataset]:
@@ -210,13 +217,12 @@ def evaluate(net: nn.Module, data: TensorDataset, ranks: Ranks) -> tuple[float, 
     return loss / len(data), int(correct)
 
 
-def panels(optimizer: str) -> list[Panel]:
+def panels(args: argparse.Namespace) -> list[Panel]:
     """What to draw."""
-    size = Panel("step size d", (Curve("train", "d", "d"),))
     return [
         Panel("loss", (Curve("train", "loss", "training"), Curve("test", "loss", "test")), "log"),
         Panel("test accuracy", (Curve("test", "accuracy", "test"),)),
-        *([size] if optimizer == "prodigyplus" else []),
+        *optimizers.panels(args),
     ]
 
 

@@ -7,14 +7,16 @@ import ast
 import inspect
 from typing import Any
 
+from report import Curve, Panel
+from torch import nn
 from torch.optim import Optimizer
 
-from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus import ProdigyPlusScheduleFree, muon_groups
 
 LEARNING_RATES = {"prodigyplus": 1.0, "adamw": 1e-3}
 
 # What a checkpoint of another run must share with a run that goes on with it.
-SHARED = ("optimizer", "lr", "option")
+SHARED = ("optimizer", "lr", "option", "muon")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", choices=LEARNING_RATES, default="prodigyplus", help="default: %(default)s")
     add("--lr", type=float, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
     option_help = "of prodigyplus, as use_cautious=True; may be repeated; see docs/options.md"
+    add("--muon", action="store_true", help="train hidden matrices by Muon; the rest as without")
     add("--option", type=option, action="append", default=[], metavar="NAME=VALUE", help=option_help)
 
 
@@ -32,6 +35,8 @@ def complete(args: argparse.Namespace) -> None:
     Raises:
         ValueError: There are options, and the optimiser has none.
     """
+    if args.muon and args.optimizer != "prodigyplus":
+        raise ValueError("--muon: only --optimizer prodigyplus has it.")
     if args.option and args.optimizer != "prodigyplus":
         raise ValueError(f"--option {args.option[0][0]}=…: only --optimizer prodigyplus has options.")
     args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
@@ -52,10 +57,24 @@ def option(text: str) -> tuple[str, Any]:
     return name, list(read) if isinstance(read, tuple) else read
 
 
+def parameters(args: argparse.Namespace, model: nn.Module) -> list[Any]:
+    """What to give to prodigyplus: all parameters, or those for Muon and the others apart."""
+    return muon_groups(model) if args.muon else list(model.parameters())
+
+
 def step_size(optimizer: Optimizer) -> dict[str, float]:
     """How far the optimiser goes now."""
     numbers = {"lr": float(optimizer.param_groups[0]["lr"])}
     if isinstance(optimizer, ProdigyPlusScheduleFree):
-        metrics = optimizer.metrics()[0]
-        numbers |= {name: metrics[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
+        first, *others = optimizer.metrics()
+        numbers |= {name: first[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
+        numbers |= {f"d_{number}": other["d"].item() for number, other in enumerate(others, 1)}
     return numbers
+
+
+def panels(args: argparse.Namespace) -> list[Panel]:
+    """What there is to draw of the optimiser."""
+    if args.optimizer != "prodigyplus":
+        return []
+    curves = [Curve("train", "d", "Muon"), Curve("train", "d_1", "elementwise")]
+    return [Panel("step size d", tuple(curves if args.muon else curves[:1]), "log")]

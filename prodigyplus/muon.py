@@ -115,33 +115,27 @@ def orthogonalized(matrices: Tensor, kind: Kind) -> Tensor:
     return x
 
 
-def orthogonalize(batches: Sequence[tuple[Tensor, Kind]], limit: int) -> list[Tensor]:
-    """All batches, those of one shape and kind together.
+def orthogonalize_(batches: Sequence[tuple[Tensor, Kind]], limit: int) -> None:
+    """Orthogonalise all batches, in place; those of one shape and kind together.
 
     Args:
         batches: Pairs of a batch (count, rows, columns), in the dtype of its kind, and its kind.
         limit: How many bytes of matrices may be computed on at once; one matrix may have more.
-
-    Returns:
-        New memory for each, in the order of ``batches``.
     """
-    alike: dict[tuple[torch.Size, Kind], list[int]] = {}
-    for number, (batch, kind) in enumerate(batches):
-        alike.setdefault((batch.shape[1:], kind), []).append(number)
-    results: list[Tensor] = [batch for batch, _ in batches]
-    for (shape, kind), numbers in alike.items():
-        if 0 in shape:
-            continue
-        together = torch.cat([batches[number][0] for number in numbers])
+    alike: dict[tuple[torch.Size, Kind], list[Tensor]] = {}
+    for batch, kind in batches:
+        if batch.numel():
+            alike.setdefault((batch.shape[1:], kind), []).extend(torch.split(batch, 1))
+    for (shape, kind), matrices in alike.items():
         # On the host more at once win nothing, and in bfloat16 a product's last bit depends on how many they
         # are: then it would depend on how matrices are shared among ranks.
-        several = together.device.type != "cpu"
+        several = matrices[0].device.type != "cpu"
         at_once = max(1, several * limit // (shape.numel() * kind.dtype.itemsize))
-        done = torch.cat([orthogonalized(part, kind) for part in torch.split(together, at_once)])
-        counts = [len(batches[number][0]) for number in numbers]
-        for number, result in zip(numbers, torch.split(done, counts), strict=True):
-            results[number] = result
-    return results
+        for first in range(0, len(matrices), at_once):
+            chosen = matrices[first : first + at_once]
+            together = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+            results = torch.split(orthogonalized(together, kind), 1)
+            torch._foreach_copy_(chosen, results)
 
 
 def in_one_process(
@@ -157,12 +151,13 @@ def in_one_process(
         Numbers of ``asked``, and their results in the shapes of their tensors.
     """
     for wave in waves([bytes_of(shape, matrices) for shape, matrices in asked], limit):
-        batches = [
-            (its.local.reshape(sizes(its.local.shape, batched=its.batched)).to(its.kind.dtype), its.kind)
-            for _, its in (asked[number] for number in wave)
-        ]
-        results = orthogonalize(batches, limit)
-        yield wave, [result.reshape(asked[number][0]) for number, result in zip(wave, results, strict=True)]
+        results, batches = [], []
+        for number in wave:
+            _, (local, batched, kind) = asked[number]
+            results.append(local.to(kind.dtype, memory_format=torch.contiguous_format, copy=True))
+            batches.append((results[-1].view(sizes(local.shape, batched=batched)), kind))
+        orthogonalize_(batches, limit)
+        yield wave, results
 
 
 def bytes_of(shape: Sequence[int], matrices: Matrices) -> tuple[int, int]:

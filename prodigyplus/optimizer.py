@@ -190,8 +190,8 @@ class ProdigyPlusScheduleFree(Optimizer):
                 )
             elif group["use_muon_pp"] and p.ndim < 2:
                 wrong = (
-                    f"of shape {tuple(p.shape)}, no matrix, but its group has use_muon_pp=True: put it into a "
-                    "group without, as prodigyplus.muon_groups(model) does."
+                    f"of shape {tuple(p.shape)}, no matrix, but its group has use_muon_pp=True: put it "
+                    "into a group without, as prodigyplus.muon_groups(model) does."
                 )
             if wrong is not None:
                 self.param_groups.pop(index)

@@ -16,6 +16,7 @@ next is.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -101,29 +102,31 @@ class Team:
 
     Args:
         layout: Of one of the tensors.
-        kind: Of its matrices.
         group: The ranks.
+        like: A tensor of the dtype, and on the device.
         all_to_all: See :class:`Orthogonalizer`.
     """
 
     def __init__(
-        self, layout: MeshLayout, kind: Kind, group: dist.ProcessGroup | None, *, all_to_all: bool
+        self, layout: MeshLayout, group: dist.ProcessGroup | None, like: Tensor, *, all_to_all: bool
     ) -> None:
         self._column = layout.place[1]
         # In the order of the group, which is that of the ranks.
         self._columns = sorted(range(len(layout.row)), key=layout.row.__getitem__)
         self._group = group
         self._all_to_all = all_to_all
-        self._dtype = kind.dtype
-        self._blocks: list[tuple[Block, Geometry, Matrices]] = []
+        self._like = like
+        self._travels = False
+        self._owned_by: dict[int, list[tuple[Block, Geometry, Matrices]]] = defaultdict(list)
         self._wait: Callable[[], list[list[Tensor]]]
 
     def add(self, block: Block, geometry: Geometry, matrices: Matrices) -> None:
         """Take in matrices that one of the ranks owns."""
-        self._blocks.append((block, geometry, matrices))
+        self._owned_by[block.column].append((block, geometry, matrices))
+        self._travels |= block.travels
 
-    def _of(self, column: int) -> list[tuple[Block, Geometry, Matrices]]:
-        return [one for one in self._blocks if one[0].column == column]
+    def _of(self, column: int) -> Sequence[tuple[Block, Geometry, Matrices]]:
+        return self._owned_by.get(column, ())
 
     def send(self) -> None:
         """Begin to send pieces to owners."""
@@ -137,12 +140,13 @@ class Team:
 
     def arrived(self) -> list[tuple[Tensor, Kind]]:
         """The matrices that this rank owns, whole; shape (count, rows, columns)."""
-        pieces = self._wait()
+        pieces = self._came()
         wholes = []
-        for number, (block, its, matrices) in enumerate(self._of(self._column)):
-            whole = pieces[0][0].new_empty(block.size, its.rows, its.columns)
-            for column, of_column in zip(self._columns, pieces, strict=True):
-                its.put(whole, column, of_column[number])
+        for (block, its, matrices), of_block in zip(
+            self._of(self._column), zip(*pieces, strict=True), strict=True
+        ):
+            whole = self._like.new_empty(block.size, its.rows, its.columns)
+            its.put(whole, zip(self._columns, of_block, strict=True))
             wholes.append((whole, matrices.kind))
         return wholes
 
@@ -156,22 +160,25 @@ class Team:
 
     def came_back(self) -> dict[Block, Tensor]:
         """The pieces of the results that are of this rank."""
-        pieces = self._wait()
+        pieces = self._came()
         return {
             block: piece
             for column, of_column in zip(self._columns, pieces, strict=True)
             for (block, *_), piece in zip(self._of(column), of_column, strict=True)
         }
 
+    def _came(self) -> list[list[Tensor]]:
+        pieces = self._wait()
+        del self._wait  # and what it keeps alive
+        return pieces
+
     def _swap(self, outgoing: list[list[Tensor]], incoming: list[list[tuple[int, int, int]]]) -> None:
-        like = self._blocks[0][2].local.new_empty(0, dtype=self._dtype)
-        travels = any(block.travels for block, *_ in self._blocks)
         self._wait = transport.swap(
             outgoing,
             incoming,
-            self._group if travels else None,
+            self._group if self._travels else None,
             self._columns.index(self._column),
-            like=like,
+            like=self._like,
             all_to_all=self._all_to_all,
         )
 
@@ -199,8 +206,9 @@ class Wave:
             if block.row == layout.place[0]:
                 key = layout.row, matrices.kind.dtype
                 if key not in teams:
+                    like = matrices.local.new_empty(0, dtype=matrices.kind.dtype)
                     group = self._by.group(layout.row)
-                    teams[key] = Team(layout, matrices.kind, group, all_to_all=self._by.all_to_all)
+                    teams[key] = Team(layout, group, like, all_to_all=self._by.all_to_all)
                 teams[key].add(block, self._geometries[block.request], matrices)
         self._teams = list(teams.values())
         for team in self._teams:
@@ -208,12 +216,10 @@ class Wave:
 
     def compute(self) -> None:
         """Orthogonalise the matrices that this rank owns; begin to send the pieces of the results back."""
-        arrived = [team.arrived() for team in self._teams]
-        results = iter(
-            muon.orthogonalize([one for of_team in arrived for one in of_team], self._by.bucket_bytes)
-        )
-        for team, wholes in zip(self._teams, arrived, strict=True):
-            team.send_back([next(results) for _ in wholes])
+        owned = [team.arrived() for team in self._teams]
+        muon.orthogonalize_([one for of_team in owned for one in of_team], self._by.bucket_bytes)
+        for team, its in zip(self._teams, owned, strict=True):
+            team.send_back([matrices for matrices, _ in its])
 
     def receive(self) -> Iterator[tuple[list[int], list[Tensor]]]:
         """The pieces of the results that are here, by the numbers of the requests."""
@@ -228,8 +234,8 @@ class Wave:
                 _, matrices = self._asked[request]
                 its = [pieces.pop(block) for block in blocks if block.request == request]
                 here = [piece for piece in its if piece.numel()]
-                whole = torch.cat(here) if here else matrices.local.new_empty(0, dtype=matrices.kind.dtype)
-                results.append(whole.view(matrices.local.shape))
+                result = here[0] if len(here) == 1 else matrices.local.new_empty(0, dtype=matrices.kind.dtype)
+                results.append((torch.cat(here) if len(here) > 1 else result).view(matrices.local.shape))
             yield [self._numbers[request] for request in requests], results
 
     def _share(self, blocks: Sequence[Block], pieces: dict[Block, Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -46,6 +46,7 @@ class Geometry:
         split = (len(layout.shape) - 2, len(layout.shape) - 1) if batched else (0, 1)
         # Of each piece the matrices, the rows and the columns that it has something of.
         self.pieces = [_as_matrices(indices, layout.shape, split) for indices in layout.pieces()]
+        self._indices: dict[tuple[int, torch.device], tuple[slice | Tensor, ...]] = {}
 
     def holders(self, matrix: int) -> tuple[int, ...]:
         """The pieces that have something of a matrix."""
@@ -81,18 +82,40 @@ class Geometry:
         """The shape of what this rank has of a block."""
         return self.piece_shape(block, self.layout.place[1])
 
-    def put(self, whole: Tensor, piece: int, values: Tensor) -> None:
-        """Put what a piece has of matrices into them; shape (count, rows, columns)."""
-        if values.numel():
-            _, rows, columns = self.pieces[piece]
-            whole[_where(rows, columns, whole.device)] = values
+    def put(self, whole: Tensor, pieces: Iterable[tuple[int, Tensor]]) -> None:
+        """Put together the whole matrices of a block, (count, rows, columns), from what the pieces have."""
+        here = [(self._where(number, whole.device), values) for number, values in pieces if values.numel()]
+        for where, values in here:
+            if not _is_view(where):
+                whole[where] = values
+        views = [(whole[where], values) for where, values in here if _is_view(where)]
+        if views:
+            torch._foreach_copy_([view for view, _ in views], [values for _, values in views])
 
     def taken(self, block: Block, whole: Tensor, piece: int) -> Tensor:
         """Of the whole matrices of a block what a piece has of them."""
         if not math.prod(self.piece_shape(block, piece)):
             return whole[:0, :0, :0]
-        _, rows, columns = self.pieces[piece]
-        return whole[_where(rows, columns, whole.device)]
+        return whole[self._where(piece, whole.device)]
+
+    def _where(self, piece: int, device: torch.device) -> tuple[slice | Tensor, ...]:
+        """An index of the rows and columns of a piece in a batch of matrices."""
+        key = piece, device
+        if key not in self._indices:
+            _, rows, columns = self.pieces[piece]
+            if isinstance(rows, range) and isinstance(columns, range):
+                along: tuple[slice | Tensor, ...] = tuple(
+                    slice(its.start, its.stop) for its in (rows, columns)
+                )
+            else:
+                its_rows, its_columns = (torch.tensor(its, dtype=torch.int64) for its in (rows, columns))
+                along = its_rows.view(-1, 1).to(device), its_columns.to(device)
+            self._indices[key] = slice(None), *along
+        return self._indices[key]
+
+
+def _is_view(where: tuple[slice | Tensor, ...]) -> bool:
+    return all(isinstance(index, slice) for index in where)
 
 
 def _as_matrices(indices: Indices, shape: Sequence[int], split: tuple[int, int]) -> Indices:
@@ -113,14 +136,6 @@ def _flattened(indices: Sequence[Sequence[int]], shape: Sequence[int]) -> Sequen
         else:
             flat = tuple(outer * size + inner for outer in flat for inner in its)
     return flat
-
-
-def _where(rows: Sequence[int], columns: Sequence[int], device: torch.device) -> tuple[slice | Tensor, ...]:
-    """An index of rows and columns of a batch of matrices; a view where both are ranges."""
-    if isinstance(rows, range) and isinstance(columns, range):
-        return slice(None), slice(rows.start, rows.stop), slice(columns.start, columns.stop)
-    along_rows, along_columns = (torch.tensor(its, dtype=torch.int64).to(device) for its in (rows, columns))
-    return slice(None), along_rows.view(-1, 1), along_columns
 
 
 def owned(geometries: Sequence[Geometry]) -> list[Block]:

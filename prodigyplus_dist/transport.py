@@ -92,10 +92,10 @@ def share(
 
 def packed(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     """All elements in one dimension, in the dtype and on the device of ``like``."""
-    sizes = [tensor.numel() for tensor in tensors]
-    buffer = like.new_empty(sum(sizes))
-    for piece, tensor in zip(torch.split(buffer, sizes), tensors, strict=True):
-        piece.view(tensor.shape).copy_(tensor)
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    buffer = like.new_empty(sum(tensor.numel() for tensor in tensors))
+    if tensors:
+        torch._foreach_copy_(unpacked(buffer, [tensor.shape for tensor in tensors]), tensors)
     return buffer
 
 

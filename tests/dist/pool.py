@@ -44,6 +44,7 @@ def _worker(connection, stacks):
                     world_size=size,
                     timeout=datetime.timedelta(seconds=limit),
                 )
+                dist.barrier()  # all are connected, before the first of them may be done and leave
                 outcome = True, function(*args)
             except Exception:
                 outcome = False, traceback.format_exc()

@@ -92,6 +92,17 @@ def test_a_step_needs_a_bucket_and_one_parameter_more(pool, options, more):
             assert most <= (pieces + more) * PIECE + small
 
 
+@pytest.mark.parametrize("options", [{}, {"use_schedulefree": False}], ids=str)
+def test_matrices_need_three_times_their_bfloat16(pool, options):
+    """Once to send, once as they come, once for those whole; where there are several waves, seven of them."""
+    matrix, small = 128 * 256 * 2, 2 * 16 * (64 + 256) * 4 + 100_000
+    computing = 5 * matrix  # of one matrix: it twice, and a square of its shorter side twice
+    for most in pool.run(2, peak_on_two_ranks, {"use_muon_pp": True, **options}, 16 * matrix):
+        assert most <= 3 * 16 * matrix / 2 + small
+    for most in pool.run(2, peak_on_two_ranks, {"use_muon_pp": True, **options}, matrix):
+        assert most <= 7 * matrix + computing + small
+
+
 def test_rounding_needs_some_more_of_one_parameter(pool):
     """Weights and z in float32 and noise, of the parameter at work; of the others in the bucket, updates."""
     for most in pool.run(2, peak_on_two_ranks, {}, 8 * PIECE, torch.bfloat16):
