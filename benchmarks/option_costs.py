@@ -60,6 +60,8 @@ PRODIGY = arxiv("2306.06101")
 PUBLISHED = "2.0.1"
 TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
 
+MUON = f"[blog](https://kellerjordan.github.io/posts/muon), {arxiv('2505.16932')}"
+
 CHOICES: dict[str, Told] = {
     "use_schedulefree=False": Told(
         given={"use_schedulefree": False},
@@ -122,6 +124,27 @@ CHOICES: dict[str, Told] = {
         given={"use_orthograd": True},
         what="Leaves out of an update what only scales the weights. Against overfitting.",
         source=arxiv("2501.04697", "eq. 9"),
+    ),
+    "use_muon_pp=True": Told(
+        given={"use_muon_pp": True},
+        what="Muon: matrices by their whole gradient, orthogonalised. For hidden ones: [muon.md](muon.md).",
+        source=MUON,
+    ),
+    "muon_fp32=True (with Muon)": Told(
+        given={"muon_fp32": True},
+        what="Orthogonalises in float32, and sends it. To compare with.",
+        beside=(("use_muon_pp", True),),
+    ),
+    "muon_quintic=True (with Muon)": Told(
+        given={"muon_quintic": True},
+        what="The first Muon's polynomial, not Polar Express's. To compare with.",
+        source=MUON,
+        beside=(("use_muon_pp", True),),
+    ),
+    "muon_batched=True (with Muon)": Told(
+        given={"muon_batched": True},
+        what="Tensors of three or more dimensions are batches of matrices. For experts.",
+        beside=(("use_muon_pp", True),),
     ),
     "use_focus=True": Told(
         given={"use_focus": True, "factored": False},
@@ -188,8 +211,6 @@ NUMBERS: dict[str, Told] = {
     ),
 }
 
-NOT_YET = "use_muon_pp"
-
 
 def check_texts() -> None:
     """See to it that every option of the signature is told of.
@@ -198,20 +219,15 @@ def check_texts() -> None:
         SystemExit: One is not, or is no option any more.
     """
     signature = set(inspect.signature(ProdigyPlusScheduleFree).parameters) - {"params"}
-    told = {next(iter(t.given)) for t in (*CHOICES.values(), *NUMBERS.values())} | {NOT_YET}
+    told = {next(iter(t.given)) for t in (*CHOICES.values(), *NUMBERS.values())}
     if signature != told:
         raise SystemExit(f"CHOICES and NUMBERS differ from the signature in {sorted(signature ^ told)}.")
-    try:
-        ProdigyPlusScheduleFree([nn.Parameter(torch.zeros(1))], use_muon_pp=True)
-    except NotImplementedError:
-        return
-    raise SystemExit(f"{NOT_YET} works now: give it a line in CHOICES.")
 
 
 # ------------------------------------------------------------------------------------- measuring
 
 # Operations that write over their first argument without reading it.
-_OVERWRITING = ("copy_", "zero_", "fill_")
+_OVERWRITING = ("copy_", "_foreach_copy_", "zero_", "fill_")
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -388,15 +404,16 @@ NOTES = """\
 
 - Every option may be set per parameter group. Groups with `split_groups=False` share d under the options of
   the first of them.
-- `use_schedulefree`, `use_focus`, `use_speed="relative"`, `factored`, `factored_fp32` and `slice_p` say what
-  state there is, and hold from a parameter's first step on. The others may change between two steps, but
-  `betas[0]` not in eval mode.
+- `use_schedulefree`, `use_focus`, `use_muon_pp`, `use_speed="relative"`, `factored`, `factored_fp32` and
+  `slice_p` say what state there is, and hold from a parameter's first step on. The others may change between
+  two steps, but `betas[0]` not in eval mode.
 - SPEED is better not combined with much weight decay: it leaves the size of the evidence out, so that the
   steady pull of the decay may weigh as much as the gradients. 2.0.1's documentation warns of it for its kind.
 - FOCUS, as in 2.0.1: the average of the weights is weighted with d², so that while d grows it is one of the
   last few steps; and it is not divided by the sum of d², so that where d is far below 1, as it mostly is, the
   average is close to zero, and so the pull is towards zero.
-- `use_muon_pp` is not implemented yet, and raises `NotImplementedError`.
+- Muon's passes are those of Newton–Schulz, most of them in bfloat16; what it takes is the multiplications
+  ([muon.md](muon.md)). On a mesh it sends matrices too, which are not among the all-reduces.
 
 ## What excludes what
 
@@ -411,8 +428,12 @@ DIFFERENT = """\
 - Cautious without Schedule-Free: 2.0.1 computes its mask and does not apply it. Here it is applied.
 - OrthoGrad: here tensors of one element are left alone, and a step fades out where its direction is parallel
   to the weights. 2.0.1 makes a full step there, out of rounding.
+- `d_coef` below 2^-¼ with `d_limiter`: 2.0.1 limits d's estimate before it multiplies, so that d never leaves
+  d0. Here, of a `d_coef` below 1, the product is limited.
 - Factored second moments of tensors that are taller than wide: here the row factor is divided by its mean.
   2.0.1 takes that mean over a dimension of size one.
+- Muon: 2.0.1 has none any more. 1.9.0 runs the first Muon's polynomial for six iterations and divides by a
+  running average of the rms; here a direction has an rms of 1, as Adam's has, and no memory.
 - `fused_back_pass`: here a call of `step()` ends each step. 2.0.1 counts parameters, and miscounts if one
   is unused."""
 

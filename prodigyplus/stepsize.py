@@ -271,7 +271,9 @@ def next_d(
         if options.use_speed:
             estimate = torch.minimum(options.d_coef * d_hat, d**_SPEED_LIMIT)
         else:
-            estimate = options.d_coef * (torch.minimum(d_hat, _LIMIT * d) if options.d_limiter else d_hat)
+            # Of a d_coef below 1 what it makes is limited: limited before, d would stay where it is.
+            limit = _LIMIT / min(1.0, options.d_coef) * d
+            estimate = options.d_coef * (torch.minimum(d_hat, limit) if options.d_limiter else d_hat)
     if options.d_beta > 0:
         moved = options.d_beta * d + (1 - options.d_beta) * estimate.clamp(min=options.d0)
     else:

@@ -160,8 +160,13 @@ def owned(geometries: Sequence[Geometry]) -> list[Block]:
     for work, holders, block in dealt:
         ranks = geometries[block.request].layout.ranks
         load = loads[frozenset(rank for row in ranks for rank in row)]
+        # Of equals, those of other copies first, then of other pieces: what they send is shared evenly too.
         row, column = min(
-            ((row, column) for row in range(len(ranks)) for column in holders),
+            (
+                (row, holders[(row + shift) % len(holders)])
+                for shift in range(len(holders))
+                for row in range(len(ranks))
+            ),
             key=lambda place: load[ranks[place[0]][place[1]]],
         )
         load[ranks[row][column]] += work

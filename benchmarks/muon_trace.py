@@ -1,0 +1,161 @@
+"""What a rank does while Muon's matrices travel: the events of one step on two gloo processes, drawn.
+
+python benchmarks/muon_trace.py --out docs
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
+
+from prodigyplus import driver, muon, muon_groups
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree, exchange
+
+RANKS = 2
+WARM_UP = 3
+WIDTH, BLOCKS, VOCABULARY = 512, 6, 16384
+BUCKET_BYTES = 4 << 20
+
+MATRICES = "matrices travel"
+ROWS = (MATRICES, "Newton–Schulz", "all-reduces", "elementwise parameters move", "matrices move")
+
+
+class Event(NamedTuple):
+    """Something that a rank did, in milliseconds from the start of the step."""
+
+    row: str
+    start: float
+    end: float
+
+
+class Trace:
+    """Notes when functions of the packages run, and how long what they send is under way."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, float, float]] = []
+
+    def timed(self, row: Callable[..., str | None], function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, noted under what ``row`` makes of its arguments, if anything."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            if (its := row(*args)) is not None:
+                self.events.append((its, start, time.perf_counter()))
+            return result
+
+        return call
+
+    def sent(self, function: Callable[..., dist.Work]) -> Callable[..., dist.Work]:
+        """An asynchronous collective, noted until it is done, whoever waits for it."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> dist.Work:
+            start = time.perf_counter()
+            work = function(*args, **kwargs)
+            work.get_future().add_done_callback(
+                lambda _: self.events.append((MATRICES, start, time.perf_counter()))
+            )
+            return work
+
+        return call
+
+
+def model() -> nn.Module:
+    """The weights of a transformer; nobody calls it."""
+    sizes = (1, 3), (1, 1), (1, 4), (4, 1)
+    linear = [nn.Linear(i * WIDTH, o * WIDTH, bias=False) for _ in range(BLOCKS) for i, o in sizes]
+    return nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), *linear, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 1))
+
+
+def step(rank: int, folder: str) -> None:
+    """Take some steps, and note the last."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    whole = model()
+    fully_shard(whole, mesh=init_device_mesh("cpu", (RANKS,)))
+    groups = muon_groups(whole)
+    optimizer = ShardedProdigyPlusScheduleFree(groups, bucket_bytes=BUCKET_BYTES)
+    for p in whole.parameters():
+        p.grad = torch.randn_like(p)
+    for _ in range(WARM_UP):
+        optimizer.step()
+    trace = Trace()
+
+    def moving(running: Any, *_: Any) -> str:
+        return ROWS[4] if running[0][0].is_matrix else ROWS[3]
+
+    with (
+        mock.patch.object(dist, "all_to_all_single", trace.sent(dist.all_to_all_single)),
+        mock.patch.object(muon, "newton_schulz", trace.timed(lambda *_: ROWS[1], muon.newton_schulz)),
+        mock.patch.object(exchange, "_all_reduce", trace.timed(lambda *_: ROWS[2], exchange._all_reduce)),
+        mock.patch.object(driver, "_advance", trace.timed(moving, driver._advance)),
+    ):
+        dist.barrier()
+        start = time.perf_counter()
+        optimizer.step()
+        end = time.perf_counter()
+    if rank == 0:
+        events = [Event(row, 1e3 * (a - start), 1e3 * (b - start)) for row, a, b in trace.events]
+        (Path(folder) / "events").write_text(json.dumps([events, 1e3 * (end - start)]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Run, print how much of the first exchange was used, and draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder for muon_trace.png")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(step, (folder,), nprocs=RANKS)  # type: ignore[no-untyped-call]
+        found, total = json.loads((Path(folder) / "events").read_text())
+    events = [Event(*event) for event in found]
+    by_row = {row: sorted(e for e in events if e.row == row) for row in ROWS}
+    first = by_row[MATRICES][0]
+    print("| what | how often | from, of the step | to |\n|---|--:|--:|--:|")
+    for row, its in by_row.items():
+        print(f"| {row} | {len(its)} | {its[0].start / total:.0%} | {max(e.end for e in its) / total:.0%} |")
+    inside = [e for e in by_row[ROWS[3]] if first.start <= e.start and e.end <= by_row[ROWS[1]][0].start]
+    print(
+        f"\n{len(inside)} of {len(by_row[ROWS[3]])} buckets of elementwise parameters moved after the first "
+        "pieces were sent and before the first matrix was orthogonalised."
+    )
+    if args.out is not None:
+        figure = Figure(figsize=(9, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for place, (row, its) in enumerate(by_row.items()):
+            spans = [(e.start, e.end - e.start) for e in its]
+            # What is sent overlaps: each in a lane of its own.
+            for number, span in enumerate(spans):
+                height = 0.8 / 3 if row == MATRICES else 0.8
+                lane = (number % 3 - 1) * height if row == MATRICES else 0.0
+                axes.barh(place + lane, span[1], left=span[0], height=0.9 * height, color=f"C{place}")
+        axes.set_yticks(range(len(ROWS)), ROWS)
+        axes.invert_yaxis()
+        axes.set(xlabel="milliseconds of a step, rank 0 of two", xlim=(0, total))
+        axes.grid(axis="x", alpha=0.3)
+        figure.savefig(args.out / "muon_trace.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
