@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus import directions
+from prodigyplus.layout import wide_dtype
 
 # arXiv 2505.16932, algorithm 1: five polynomials, each the best after those before it, for singular values
 # from 1e-3 of the norm on. In bfloat16 values may overshoot, so they are made for 1.02 times the norm.
@@ -36,6 +37,9 @@ POLAR_EXPRESS = (
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
 
 _HEADROOM = 1.02
+
+# A matrix with a smaller norm counts as zero: the norm in this dtype, or its inverse, could not be trusted.
+_LEAST = {torch.float64: 1e-30, torch.float32: 1e-16}
 
 
 class Kind(NamedTuple):
@@ -82,7 +86,7 @@ def unit_rms(rows: int, columns: int) -> float:
 def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
     """Matrices with the singular vectors of these, and singular values near 1; where there were none, 0.
 
-    Near 1 means, but for rounding, in [0.85, 1.15] for singular values from 1e-3 of the matrix's Frobenius
+    Near 1 means, but for rounding, in [0.84, 1.15] for singular values from 1e-3 of the matrix's Frobenius
     norm on (``quintic``: in [0.68, 1.21], from 2e-3 on); smaller ones come out proportionally smaller.
 
     Args:
@@ -93,14 +97,16 @@ def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
         New memory of the same shape and dtype.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
-    x = x / (norm * _HEADROOM).clamp_(min=torch.finfo(wide).tiny).to(x.dtype)
+    # Squares that underflow would make a norm too small, and then the iterations diverge.
+    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide_dtype(matrices.device))
+    scale = torch.where(norm > _LEAST[norm.dtype], 1 / (_HEADROOM * norm), 0)
+    x: Tensor = matrices * scale.to(matrices.dtype)
     for a, b, c in QUINTIC if quintic else POLAR_EXPRESS:
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        # Of the shorter side, from the left or from the right, which comes to the same.
+        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x
 
 
 def orthogonalized(matrices: Tensor, kind: Kind) -> Tensor:
@@ -110,8 +116,7 @@ def orthogonalized(matrices: Tensor, kind: Kind) -> Tensor:
         rows, columns = x.shape[-2:]
         wide = torch.promote_types(x.dtype, torch.float32)
         square = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).square()
-        # In one rounding: a factor of its own dtype would have one too.
-        x = (x * directions.stable_scale(square * max(rows, columns), rows * columns)).to(x.dtype)
+        x.mul_(directions.stable_scale(square * max(rows, columns), rows * columns).to(x.dtype))
     return x
 
 

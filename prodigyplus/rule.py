@@ -198,10 +198,10 @@ def _orthogonal(part: Part, sums: dict[str, Sum | Matrices], n: Scalars) -> Dire
     kind = muon.Kind(dtype if o.muon_fp32 else torch.bfloat16, o.muon_quintic, o.use_stableadamw)
     whole = yield sums | {"matrices": Matrices(grad, o.muon_batched, kind)}
     _, rows, columns = muon.sizes(layout.shape, batched=o.muon_batched)
-    u = n.admit(whole["matrices"].to(dtype)).mul_(muon.unit_rms(rows, columns))
+    u = n.admit(whole["matrices"]).to(dtype)
     if not o.use_schedulefree:
         u = yield from _scaled_up(part, *_agreeing(u, n.admit(part.grad.to(dtype)), o))
-    return u, n.unit, whole
+    return u, n.unit * muon.unit_rms(rows, columns), whole
 
 
 def _normalise(part: Part, squares: Mapping[str, Tensor], base: Tensor, n: Scalars) -> Changed:

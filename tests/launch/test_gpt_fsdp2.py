@@ -328,9 +328,11 @@ def test_run_goes_on_on_any_mesh(whole, tmp_path, processes, mesh):
 @pytest.mark.slow
 @pytest.mark.xdist_group("gpt")
 @pytest.mark.parametrize("whole", ["prodigyplus"], indirect=True)
-def test_options_of_the_optimizer(whole, tmp_path):
+@pytest.mark.parametrize(
+    "options", [["--option", "use_cautious=True", "--option", "betas=(0.9, 0.95)"], ["--muon"]], ids=str
+)
+def test_options_of_the_optimizer(whole, tmp_path, options):
     """Whole, fused with the backward pass, and gone on with: the same curve, another than by default."""
-    options = ["--option", "use_cautious=True", "--option", "betas=(0.9, 0.95)"]
     trained(2, tmp_path / "plain", *options)
     fused = [*options, "--option", "fused_back_pass=True"]
     trained(2, tmp_path / "fused", *fused, "--steps", SAVED)
@@ -385,6 +387,7 @@ def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
         (["--option", "use_cautius=True"], "argument --option: 'use_cautius' is none of beta3, beta4, betas"),
         (["--option", "d0=0"], "d0=0: allowed is a finite number greater than 0"),
         (["--option", "d0=1e-5", "--optimizer", "adamw"], "only --optimizer prodigyplus has options"),
+        (["--muon", "--optimizer", "adamw"], "--muon: only --optimizer prodigyplus has it"),
         (["--resume", "nowhere"], "there is no checkpoint nowhere"),
     ],
 )

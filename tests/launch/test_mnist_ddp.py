@@ -58,15 +58,15 @@ def assert_same(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["prodigyplus", "adamw"])
-def test_resumed_run_equals_an_uninterrupted_one(mnist, tmp_path, optimizer):
+@pytest.mark.parametrize("options", [[], ["--muon"], ["--optimizer", "adamw"]], ids=str)
+def test_resumed_run_equals_an_uninterrupted_one(mnist, tmp_path, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    trained("--epochs", 2, "--optimizer", optimizer, "--out", whole)
-    trained("--epochs", 1, "--optimizer", optimizer, "--out", parts)
+    trained("--epochs", 2, *options, "--out", whole)
+    trained("--epochs", 1, *options, "--out", parts)
     # What a run was killed over is not in its checkpoint, and goes.
     with (parts / "log.jsonl").open("a") as log:
         log.write('{"kind": "train", "step": 41}\n')
-    trained("--epochs", 2, "--optimizer", optimizer, "--out", parts, "--resume")
+    trained("--epochs", 2, *options, "--out", parts, "--resume")
 
     assert_same(load(whole / "model.pt"), load(parts / "model.pt"))
     one, other = load(whole / "checkpoint.pt"), load(parts / "checkpoint.pt")

@@ -56,6 +56,13 @@ def assert_same(found, expected, path=""):
         assert found == expected, path
 
 
+def shapes_for(options, shapes):
+    """What Muon moves are matrices: then with dimensions of 1 where there are fewer than two."""
+    if not options.get("use_muon_pp"):
+        return shapes
+    return [(*shape, *(1,) * (2 - len(shape))) for shape in shapes]
+
+
 def pair(*shapes, dtype=torch.float32, **options):
-    problem = Fed(*shapes, dtype=dtype)
+    problem = Fed(*shapes_for(options, shapes), dtype=dtype)
     return problem, ProdigyPlusScheduleFree(problem.parameters, **options)

@@ -7,6 +7,16 @@ import math
 
 import numpy as np
 
+# What Newton–Schulz makes of singular values: a s + b s³ + c s⁵, five times.
+QUINTIC = [(3.4445, -4.7750, 2.0315)] * 5
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
 
 class Reference:
     def __init__(self, weights, **options):
@@ -15,7 +25,8 @@ class Reference:
             "d_coef": 1.0, "eps": 1e-8, "beta4": 0.0, "d_limiter": True, "schedulefree_c": 0.0, "slice_p": 11,
             "factored": True, "use_stableadamw": True, "use_schedulefree": True, "use_speed": False,
             "use_bias_correction": False, "use_cautious": False, "use_grams": False, "use_adopt": False,
-            "use_orthograd": False, "use_focus": False,
+            "use_orthograd": False, "use_focus": False, "use_muon_pp": False, "muon_quintic": False,
+            "muon_batched": False,
         } | options  # fmt: skip
         self.x = [np.array(w, dtype=np.float64) for w in weights]  # without Schedule-Free, the weights
         self.z = [x.copy() for x in self.x]
@@ -77,8 +88,34 @@ class Reference:
             return move * agrees / max(agrees.mean(), 1e-3)
         return np.abs(move) * np.sign(g) if self.o["use_grams"] else move
 
+    def orthogonalised(self, g):
+        """Of a matrix, by its singular values; with the rms of Adam's direction."""
+        left, s, right = np.linalg.svd(g, full_matrices=False)
+        s = s / (np.linalg.norm(s) or 1) / 1.02
+        for a, b, c in QUINTIC if self.o["muon_quintic"] else POLAR_EXPRESS:
+            s = a * s + b * s**3 + c * s**5
+        u = left * s @ right * math.sqrt(max(g.shape))
+        return self.stable(u)
+
+    def stable(self, u):
+        """StableAdamW."""
+        if self.o["use_stableadamw"] and self.o["eps"] is not None:
+            u = u / math.sqrt(max(1.0, math.sqrt((u**2).mean())))
+        return u
+
+    def direction_of_matrices(self, i, g):
+        move = g
+        if not self.o["use_schedulefree"]:
+            self.average(i, "M", self.d * g, self.o["betas"][0])
+            move = self.moment[i]["M"]
+        shape = (-1, *g.shape[-2:]) if self.o["muon_batched"] else (1, len(g), -1)
+        u = np.stack([self.orthogonalised(matrix) for matrix in move.reshape(shape)]).reshape(g.shape)
+        return u if self.o["use_schedulefree"] else self.changed(u, g)
+
     def direction(self, i, g, base, beta2):
         o, d = self.o, self.d
+        if o["use_muon_pp"]:
+            return self.direction_of_matrices(i, g)
         before = self.denominator(i, g)
         self.advance_second(i, g, base, beta2)
         denominator = before if o["use_adopt"] else self.denominator(i, g)
@@ -94,9 +131,7 @@ class Reference:
         if o["use_orthograd"] and u.size > 1:
             left = u - (base * u).sum() / (base**2).sum() * base
             u = left * np.linalg.norm(u) / np.linalg.norm(left)
-        if o["use_stableadamw"] and o["eps"] is not None:
-            u = u / math.sqrt(max(1.0, math.sqrt((u**2).mean())))
-        return u
+        return self.stable(u)
 
     def evidence(self, i, g, base):
         """The weighted product and the norm that the step size goes by."""
@@ -175,6 +210,7 @@ class Reference:
             estimate = min(o["d_coef"] * self.numerator / norm, d**0.975)
         else:
             estimate = self.numerator / norm
-            estimate = o["d_coef"] * (min(estimate, 2**0.25 * d) if o["d_limiter"] else estimate)
+            most = max(1.0, o["d_coef"]) * 2**0.25 * d
+            estimate = min(o["d_coef"] * estimate, most) if o["d_limiter"] else o["d_coef"] * estimate
         beta4 = beta2 if o["beta4"] is None else o["beta4"]
         self.d = beta4 * d + (1 - beta4) * max(estimate, o["d0"]) if beta4 else max(d, estimate)

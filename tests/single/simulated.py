@@ -172,6 +172,8 @@ def broadcast(tensor: Tensor, source: int, group: Seat, *, async_op: bool) -> Wo
 
 def batch_isend_irecv(operations: Sequence[P2POp]) -> list[Work]:
     assert operations
+    assert all(one.tensor.numel() for one in operations), "nothing to send"
+    assert all(one.group_peer != one.group.place for one in operations), "to itself"
 
     def begin(one: P2POp) -> Work:
         ring, place = one.group
@@ -217,6 +219,20 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown()
         self._patched.stop()
+
+    @property
+    def groups(self) -> set[tuple[int, ...]]:
+        """The process groups that somebody has asked for."""
+        return {ranks for kind, ranks in self._rings if kind == "own"}
+
+    @property
+    def here(self) -> int:
+        """The rank that asks."""
+        return self._here.rank
+
+    def group(self, ranks: Sequence[int]) -> Seat:
+        """A process group, ascending."""
+        return Seat(self._ring("own", tuple(ranks)), ranks.index(self.here))
 
     def each(self, work: Callable[[int], object]) -> list:
         """What ``work`` gives for each rank; where it fails on one, the others do not wait for it."""
@@ -292,7 +308,7 @@ class Ranks:
     def _new_group(self, ranks: list[int], *, use_local_synchronization: bool) -> Seat:
         assert use_local_synchronization
         assert ranks == sorted(ranks)
-        return Seat(self._ring("own", tuple(ranks)), ranks.index(self._here.rank))
+        return self.group(ranks)
 
     def _ring(self, kind: str, ranks: tuple[int, ...]) -> Ring:
         with self._lock:

@@ -65,7 +65,9 @@ def test_what_is_no_matrix_cannot_take_muon(shape, named):
 
     optimizer = ProdigyPlusScheduleFree(group((3, 4)))
     name = re.escape(repr(str(shape)) if named else "1 of param_groups[1]")
-    with pytest.raises(ValueError, match=rf"parameter {name} is of shape {re.escape(str(shape))}.*muon_groups"):
+    with pytest.raises(
+        ValueError, match=rf"parameter {name} is of shape {re.escape(str(shape))}.*muon_groups"
+    ):
         optimizer.add_param_group({"params": [*group((5, 6)), *group(shape)], "use_muon_pp": True})
     assert len(optimizer.param_groups) == 1
 

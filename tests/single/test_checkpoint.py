@@ -30,6 +30,9 @@ OPTIONS = [
     {"use_adopt": True, "use_cautious": True},
     {"use_focus": True, "factored": False, "use_orthograd": True},
     {"use_grams": True, "use_schedulefree": False},
+    {"use_muon_pp": True},
+    {"use_muon_pp": True, "muon_fp32": True, "muon_quintic": True, "use_schedulefree": False},
+    {"use_muon_pp": True, "muon_batched": True, "prodigy_steps": 5},
 ]
 
 
@@ -121,6 +124,33 @@ def test_lists_where_tuples_were():
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
     run(optimizer, problem, 1)
+
+
+def test_options_that_came_since_it_was_saved():
+    problem, optimizer = pair((40, 12), (9,))
+    run(optimizer, problem, 5)
+    saved = optimizer.state_dict()
+    for name in [name for name in saved["param_groups"][0] if "muon" in name]:
+        del saved["param_groups"][0][name]
+    other = Fed((40, 12), (9,))
+    optimizer_other = ProdigyPlusScheduleFree(other.parameters)
+    optimizer_other.load_state_dict(saved)
+    assert_same(optimizer_other.state_dict(), optimizer.state_dict())
+    run(optimizer_other, other, 1)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_state_with_muon_and_one_without(before):
+    problem, optimizer = pair((40, 12), use_muon_pp=before)
+    run(optimizer, problem, 1)
+    saved = optimizer.state_dict()
+    other, optimizer_other = pair((40, 12), use_muon_pp=not before)
+    optimizer_other.load_state_dict(saved)  # and goes on as it was saved
+    assert optimizer_other.param_groups[0]["use_muon_pp"] is before
+    run(optimizer_other, other, 1)
+    saved["param_groups"][0]["use_muon_pp"] = not before
+    with pytest.raises(ValueError, match="with other options"):
+        optimizer_other.load_state_dict(saved)
 
 
 def test_hooks_see_the_whole_state():

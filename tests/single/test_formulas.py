@@ -8,6 +8,7 @@ from tests.single.problems import pair
 from tests.single.reference import Reference
 
 SHAPES = ((), (7,), (40, 12), (12, 40), (33, 33), (3, 35, 33), (2, 34, 3, 3), (5, 5))
+MATRICES = ((1, 1), (40, 12), (1, 40), (12, 40), (9, 9), (3, 7, 5), (2, 4, 3, 3), (2, 3, 6, 5))
 
 
 _FOCUS = {"use_focus": True, "factored": False}
@@ -34,6 +35,22 @@ VARIANTS = [
     {**_FOCUS, "use_orthograd": True, "use_speed": True},
 ]
 
+_MUON = {"use_muon_pp": True, "muon_fp32": True}
+
+MUON = [
+    _MUON,
+    {**_MUON, "muon_quintic": True},
+    {**_MUON, "muon_batched": True, "weight_decay": 0.1},
+    {**_MUON, "muon_batched": True, "muon_quintic": True, "use_cautious": True},
+    {**_MUON, "use_stableadamw": False, "weight_decay": 1e-4, "weight_decay_by_lr": False},
+    {**_MUON, "eps": None, "use_stableadamw": False, "betas": (0.8, 0.95)},
+    {**_MUON, "use_cautious": True, "weight_decay": 1e-4, "weight_decay_by_lr": False},
+    {**_MUON, "use_grams": True, "muon_batched": True},
+    {**_MUON, "use_speed": True},
+    {**_MUON, "use_speed": "relative", "muon_quintic": True},
+    {**_MUON, "use_bias_correction": True},
+]
+
 
 @pytest.mark.parametrize(
     "options",
@@ -46,16 +63,20 @@ VARIANTS = [
         {"beta4": 0.99},
         {"beta4": None, "d_limiter": False},
         {"d_limiter": False, "d_coef": 0.5},
+        {"d_coef": 0.5},
+        {"d_coef": 3.0},
         {"schedulefree_c": 30.0, "betas": (0.95, 0.999)},
         {"slice_p": 1, "lr": 0.3},
         {"slice_p": 4, "d0": 1e-4},
         *VARIANTS,
-        *({**options, "use_schedulefree": False} for options in VARIANTS),
+        *MUON,
+        *({**options, "use_schedulefree": False} for options in (*VARIANTS, *MUON)),
     ],
     ids=str,
 )
 def test_formulas(options):
-    problem, optimizer = pair(*SHAPES, dtype=torch.float64, **options)
+    shapes = MATRICES if options.get("use_muon_pp") else SHAPES
+    problem, optimizer = pair(*shapes, dtype=torch.float64, **options)
     reference = Reference([p.detach().numpy() for p in problem.parameters], **options)
     for step in range(120):
         problem.backward()

@@ -22,6 +22,8 @@ OPTIONS = [
     {"use_adopt": True, "use_bias_correction": True},
     {"use_speed": "relative"},
     {"use_orthograd": True},
+    {"use_muon_pp": True},
+    {"use_muon_pp": True, "muon_fp32": True, "use_schedulefree": False, "use_cautious": True},
 ]
 
 
@@ -29,7 +31,12 @@ def model_and_optimizer(dtype=torch.float32, fused=True, **options):
     torch.manual_seed(0)
     model = Transformer(1).to(dtype)
     model.unused = nn.Parameter(torch.ones(3, dtype=dtype))
-    optimizer = ProdigyPlusScheduleFree(model.named_parameters(), fused_back_pass=fused, **options)
+    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+    others = [(name, p) for name, p in model.named_parameters() if p.ndim <= 1]
+    groups = [{"params": matrices}, {"params": others, "use_muon_pp": False}]
+    optimizer = ProdigyPlusScheduleFree(
+        groups if options.get("use_muon_pp") else model.named_parameters(), fused_back_pass=fused, **options
+    )
     if fused:
         optimizer.fuse_backward(model)
     return model, optimizer

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prodigyplus import ProdigyPlusScheduleFree
-from tests.single.problems import pair, run
+from tests.single.problems import pair, run, shapes_for
 
 OPTIONS = [
     {},
@@ -21,6 +21,9 @@ OPTIONS = [
     {"use_cautious": True, "use_schedulefree": False},
     {"use_grams": True, "use_orthograd": True},
     {"use_focus": True, "factored": False},
+    {"use_muon_pp": True, "weight_decay": 0.1},
+    {"use_muon_pp": True, "use_cautious": True, "muon_fp32": True, "use_schedulefree": False},
+    {"use_muon_pp": True, "muon_batched": True, "muon_quintic": True, "use_speed": "relative"},
 ]
 
 
@@ -51,7 +54,7 @@ def forbidden(monkeypatch):
 def test_step(options, dtype, forbidden):
     problem, optimizer = pair((40, 12), (9,), (3, 3), dtype=dtype, **options)
     optimizer.add_param_group(
-        {"params": [torch.nn.Parameter(torch.ones(5, dtype=dtype))], "weight_decay": 0.1}
+        {"params": [torch.nn.Parameter(torch.ones(5, 1, dtype=dtype))], "weight_decay": 0.1}
     )
     problem.parameters += optimizer.param_groups[1]["params"]
     with NoWait():
@@ -77,7 +80,8 @@ def test_dispatch_check_can_fail():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_step_on_a_device_whose_values_nobody_knows(options):
     """Tensors without values: reading one, to whatever end, is an error."""
-    parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in ((40, 12), (9,), ())]
+    shapes = shapes_for(options, ((40, 12), (9,), ()))
+    parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     optimizer = ProdigyPlusScheduleFree(parameters, **options)
     for _ in range(3):
         for p in parameters:

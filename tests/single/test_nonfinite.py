@@ -23,6 +23,10 @@ OPTIONS = [
     {"use_adopt": True},
     {"use_adopt": True, "use_schedulefree": False, "factored": False},
     {"use_focus": True, "factored": False},
+    {"use_muon_pp": True},
+    {"use_muon_pp": True, "muon_batched": True, "use_cautious": True, "weight_decay": 0.1},
+    {"use_muon_pp": True, "muon_fp32": True, "muon_quintic": True, "use_schedulefree": False},
+    {"use_muon_pp": True, "use_cautious": True, "use_schedulefree": False, "use_speed": True},
 ]
 
 

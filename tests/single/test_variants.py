@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree, variants
-from tests.single.problems import Fed, assert_same, pair, run
+from tests.single.problems import Fed, assert_same, pair, run, shapes_for
 
 
 def almost_parallel(sine, dtype, size=4096):
@@ -209,9 +209,11 @@ def test_options_of_each_group():
         {"use_bias_correction": True, "betas": (0.9, 0.95)},
         {"use_orthograd": True, "eps": None, "use_stableadamw": False},
         {},
+        {"use_muon_pp": True},
+        {"use_muon_pp": True, "muon_quintic": True, "use_cautious": True},
+        {"use_muon_pp": True, "muon_fp32": True, "use_schedulefree": False},
     ]
-    shapes = ((40, 12), (9,))
-    together = Fed(*shapes * len(every))
+    together = Fed(*(shape for options in every for shape in shapes_for(options, ((40, 12), (9,)))))
     parameters = together.parameters
     groups = [{"params": parameters[2 * i : 2 * i + 2], **options} for i, options in enumerate(every)]
     optimizer = ProdigyPlusScheduleFree(groups, split_groups_mean=False)

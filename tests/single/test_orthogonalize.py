@@ -1,0 +1,491 @@
+"""Muon's matrices on simulated ranks: the bits of one process, who owns what, and what is sent."""
+
+import itertools
+import math
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+
+from prodigyplus import muon
+from prodigyplus.muon import Kind, Matrices
+from prodigyplus_dist import transport
+from prodigyplus_dist.exchange import MeshExchange
+from prodigyplus_dist.ownership import Geometry, owned
+from tests.single.simulated import Placement, Ranks, indices_of
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+SHAPES = (
+    (6, 10),
+    (10, 6),
+    (6, 4, 5),
+    (4, 3, 2, 6),
+    (2, 7, 3),
+    (1, 5),
+    (0, 6),
+    (5, 5),
+    (5, 5, 0),
+    (5, 5),
+    (13, 6, 4),
+)
+
+BIG = Kind(BF16, quintic=False, stable=True)
+
+WAYS = ("even", "uneven", "strided", "scattered", "last")
+
+# Meshes, and of each axis whether it cuts a tensor or copies it.
+MESHES = [((1,), (True,)), ((2,), (False,)), ((3,), (True,)), ((4,), (True,))]
+MESHES += [((2, 2), axes) for axes in itertools.product((True, False), repeat=2)]
+MESHES += [((2, 3), (False, True)), ((3, 2), (False, True)), ((2, 1, 2), (True, True, True))]
+
+
+def placements(mesh, axes, ways):
+    """One for each shape: tensors cut in all dimensions in turn, in all ways in turn."""
+    turn, of_way = itertools.count(), itertools.cycle(ways)
+    return [
+        Placement(
+            mesh,
+            tuple((next(turn) % len(shape), next(of_way)) if cuts else None for cuts in axes),
+            backwards=number % 3 == 2,
+        )
+        for number, shape in enumerate(SHAPES)
+    ]
+
+
+def requests(batched):
+    """Whole tensors, and how they are asked for: of two kinds, one more than half of the time."""
+    kinds = [Kind(BF16, quintic=False, stable=True), Kind(F32, quintic=True, stable=False)]
+    random = torch.Generator().manual_seed(0)
+    return [
+        Matrices(torch.randn(shape, generator=random), batched, kinds[number % 3 == 2])
+        for number, shape in enumerate(SHAPES)
+    ]
+
+
+class Sharded:
+    """Whole tensors, cut up for simulated ranks; and what each rank's exchange makes of its pieces."""
+
+    def __init__(self, ranks, placements, whole, limit, *, all_to_all=True):
+        self.ranks, self.whole = ranks, whole
+        by_tensor = [
+            ranks.layouts(tuple(its.local.shape), where) for its, where in zip(whole, placements, strict=True)
+        ]
+        self.layouts = list(zip(*by_tensor, strict=True))
+        self.exchanges = [MeshExchange(None, limit, all_to_all=all_to_all) for _ in self.layouts]
+        self.asked = [
+            [
+                (layout, its._replace(local=its.local[indices_of(layout, layout.shape)].clone()))
+                for layout, its in zip(layouts, whole, strict=True)
+            ]
+            for layouts in self.layouts
+        ]
+
+    def orthogonalize(self):
+        def of(rank):
+            found = []
+            for numbers, pieces in self.exchanges[rank].orthogonalize(self.asked[rank]):
+                most = [self.layouts[rank][n].most * self.whole[n].kind.dtype.itemsize for n in numbers]
+                assert len(numbers) == 1 or sum(most) <= self.exchanges[rank].bucket_bytes
+                found += [(number, piece.clone()) for number, piece in zip(numbers, pieces, strict=True)]
+            return found
+
+        return self.ranks.each(of)
+
+
+def expected(whole):
+    asked = [(tuple(its.local.shape), its) for its in whole]
+    return [result for _, results in muon.in_one_process(asked, 1) for result in results]
+
+
+def assert_the_bits_of_one_process(sharded, whole, results):
+    for _ in range(2):  # as in two steps
+        for layouts, found in zip(sharded.layouts, sharded.orthogonalize(), strict=True):
+            assert [number for number, _ in found] == list(range(len(whole)))
+            for number, piece in found:
+                layout = layouts[number]
+                assert piece.dtype == whole[number].kind.dtype
+                assert piece.shape == layout.local_shape
+                assert torch.equal(piece, results[number][indices_of(layout, layout.shape)]), number
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("all_to_all", [False, True])
+@pytest.mark.parametrize("ways", [("even",), WAYS], ids=["even", "all"])
+@pytest.mark.parametrize(("mesh", "axes"), MESHES, ids=str)
+def test_the_bits_of_one_process(mesh, axes, ways, all_to_all, batched):
+    whole = requests(batched)
+    before = [its.local.clone() for its in whole]
+    results = expected(whole)
+    with Ranks(math.prod(mesh)) as ranks:
+        for limit in (1, 300, 1 << 20):
+            sharded = Sharded(ranks, placements(mesh, axes, ways), whole, limit, all_to_all=all_to_all)
+            assert_the_bits_of_one_process(sharded, whole, results)
+    for its, old in zip(whole, before, strict=True):
+        assert torch.equal(its.local, old)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("ways", list(itertools.product(("even", "scattered"), repeat=2)), ids=str)
+def test_cut_twice(ways, batched):
+    """In any two dimensions, or twice in one; some pieces have a single index of a dimension."""
+    whole = [Matrices(torch.randn(2, 2, 4, 6), batched, BIG) for _ in range(16)]
+    where = [
+        Placement((2, 2), tuple(zip(dims, ways, strict=True)))
+        for dims in itertools.product(range(4), repeat=2)
+    ]
+    with Ranks(4) as ranks:
+        assert_the_bits_of_one_process(Sharded(ranks, where, whole, 1 << 20), whole, expected(whole))
+
+
+def test_a_batch_and_a_matrix_of_one_layout():
+    whole = [Matrices(torch.randn(4, 6, 8), batched, BIG) for batched in (False, True)]
+    with Ranks(2) as ranks:
+        sharded = Sharded(ranks, [Placement((2,), ((1, "even"),))] * 2, whole, 1 << 20)
+        for layouts, asked in zip(sharded.layouts, sharded.asked, strict=True):
+            asked[1] = layouts[0], asked[1][1]
+        assert_the_bits_of_one_process(sharded, whole, expected(whole))
+
+
+def test_ranks_whose_copies_are_others():
+    """Of one tensor the rows of a mesh have copies, of another its columns: teams of other ranks."""
+    whole = [Matrices(torch.randn(8, 6), batched=False, kind=BIG) for _ in range(9)]
+    cut, copied = (0, "even"), None
+    where = [Placement((2, 2), cuts) for cuts in ((cut, copied), (copied, cut), (cut, cut))] * 3
+    with Ranks(4) as ranks:
+        for limit in (1, 1 << 20):
+            assert_the_bits_of_one_process(Sharded(ranks, where, whole, limit), whole, expected(whole))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(("mesh", "axes"), MESHES, ids=str)
+def test_owners(mesh, axes, batched):
+    """All ranks know of the same; every matrix has one, who holds a piece of it; they share evenly."""
+    with Ranks(math.prod(mesh)) as ranks:
+        sharded = Sharded(ranks, placements(mesh, axes, WAYS), requests(batched), 1)
+    plans = [[Geometry(layout, batched=batched) for layout in layouts] for layouts in sharded.layouts]
+    blocks, *others = [owned(geometries) for geometries in plans]
+    assert all(other == blocks for other in others)
+    assert blocks == sorted(blocks)
+
+    geometries = plans[0]
+    seen = Counter((block.request, matrix) for block in blocks for matrix in range(block.first, block.end))
+    assert set(seen.values()) <= {1}
+    has_elements = [
+        number for number, geometry in enumerate(geometries) if geometry.rows * geometry.columns > 0
+    ]
+    assert set(seen) == {
+        (number, matrix) for number in has_elements for matrix in range(geometries[number].count)
+    }
+    for block in blocks:
+        geometry = geometries[block.request]
+        assert 0 <= block.row < len(geometry.layout.ranks)
+        for matrix in range(block.first, block.end):
+            holders = geometry.holders(matrix)
+            assert block.column in holders
+            assert block.travels == (len(holders) > 1)
+            assert holders == tuple(
+                number
+                for number, (matrices, rows, columns) in enumerate(geometry.pieces)
+                if matrix in matrices and len(rows) * len(columns)
+            )
+
+
+def loads(geometries):
+    found = Counter()
+    for block in owned(geometries):
+        geometry = geometries[block.request]
+        rank = geometry.layout.ranks[block.row][block.column]
+        found[rank] += block.size * muon.cost(geometry.rows, geometry.columns)
+    return found
+
+
+@pytest.mark.parametrize(("mesh", "axes"), [its for its in MESHES if math.prod(its[0]) > 1], ids=str)
+def test_owners_share_the_work(mesh, axes):
+    """Many of a few shapes: no rank has more than another by more than one of the smallest of them."""
+    shapes = ((8, 12), (12, 8), (8, 8), (16, 8)) * 12
+    where = Placement(mesh, tuple((0, "even") if cuts else None for cuts in axes))
+    with Ranks(math.prod(mesh)) as ranks:
+        layouts = [ranks.layouts(shape, where)[0] for shape in shapes]
+    found = loads([Geometry(layout, batched=False) for layout in layouts])
+    assert len(found) == math.prod(mesh)
+    assert max(found.values()) - min(found.values()) <= muon.cost(8, 8)
+
+
+@pytest.mark.parametrize(("mesh", "axes"), [its for its in MESHES if math.prod(its[0]) > 1], ids=str)
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_a_batch_is_shared_among_its_holders(mesh, axes, dim):
+    """In one block for each of them; those that have whole matrices of it keep these, but for the copies."""
+    count = 2 * math.prod(mesh)
+    where = Placement(mesh, tuple((dim, "even") if cuts else None for cuts in axes))
+    with Ranks(math.prod(mesh)) as ranks:
+        geometry = Geometry(ranks.layouts((count, 24, 24), where)[0], batched=True)
+    blocks = owned([geometry])
+    assert {(block.row, block.column) for block in blocks} == {
+        (row, column) for row, of_row in enumerate(geometry.layout.ranks) for column, _ in enumerate(of_row)
+    }
+    assert {block.size for block in blocks} == {2}
+    assert len(blocks) == math.prod(mesh)
+    assert any(block.travels for block in blocks) == (dim > 0 and any(axes))
+
+
+def test_work_is_counted_for_ranks_that_all_know_of_it():
+    """What is on other ranks, too, is known to these ranks alone: the loads of the others must not differ."""
+    with Ranks(4) as ranks:
+        four = ranks.layouts((8, 8), Placement((2, 2), (None, (0, "even"))))[0]
+    assert four.ranks == ((0, 1), (2, 3))
+    with Ranks(2) as ranks:
+        pair = ranks.layouts((8, 8), Placement((2,), ((0, "even"),)))[0]
+    assert pair.ranks == ((0, 1),)
+    alone = owned([Geometry(four, batched=False) for _ in range(3)])
+    beside = owned([Geometry(layout, batched=False) for layout in (four, pair, four, pair, pair, four)])
+    assert [block[3:] for block in alone] == [block[3:] for block in beside if block.request in (0, 2, 5)]
+
+
+def test_the_expensive_are_dealt_first():
+    where = Placement((2,), ((0, "even"),))
+    with Ranks(2) as ranks:
+        shapes = ((8, 8), (8, 8), (16, 16))
+        geometries = [Geometry(ranks.layouts(shape, where)[0], batched=False) for shape in shapes]
+    assert loads(geometries) == {0: muon.cost(16, 16), 1: 2 * muon.cost(8, 8)}
+
+
+def test_a_block_is_as_expensive_as_all_of_its_matrices():
+    """Two of three, then one of half as many again, then the third."""
+    with Ranks(2) as ranks:
+        batch = ranks.layouts((3, 8, 8), Placement((2,), ((1, "even"),)))[0]
+        other = ranks.layouts((1, 8, 14), Placement((2,), ((1, "even"),)))[0]
+    geometries = [Geometry(layout, batched=True) for layout in (batch, other)]
+    one, more = muon.cost(8, 8), muon.cost(8, 14)
+    assert one < more < 2 * one
+    assert sorted(loads(geometries).values()) == [2 * one, one + more]
+
+
+# ------------------------------------------------------------------------------------------- what is sent
+
+
+class Sent:
+    """What ranks begin, as a context: by rank, (name, bytes sent, bytes received) in turn."""
+
+    def __init__(self, ranks):
+        self.ranks = ranks
+        self.calls = [[] for _ in range(ranks.count)]
+
+    def __enter__(self):
+        swap, share = transport.swap, transport.share
+
+        def counted_swap(outgoing, incoming, group, place, *, like, all_to_all):
+            if group is not None:
+                others = [number for number in range(len(outgoing)) if number != place]
+                out = sum(tensor.numel() for number in others for tensor in outgoing[number])
+                into = sum(math.prod(shape) for number in others for shape in incoming[number])
+                self._of_here().append(("swap", out * like.dtype.itemsize, into * like.dtype.itemsize))
+            return swap(outgoing, incoming, group, place, like=like, all_to_all=all_to_all)
+
+        def counted_share(tensors, shapes, source, group, like):
+            size = sum(math.prod(shape) for shape in shapes) * like.dtype.itemsize
+            self._of_here().append(("share", size * bool(tensors), size * (not tensors)))
+            return share(tensors, shapes, source, group, like)
+
+        self._patched = mock.patch.multiple(transport, swap=counted_swap, share=counted_share)
+        self._patched.start()
+        return self
+
+    def __exit__(self, *_):
+        self._patched.stop()
+
+    def _of_here(self):
+        return self.calls[self.ranks.here]
+
+
+def sent(mesh, cuts, shapes, limit, *, batched=False, kinds=(BIG,)):
+    whole = [
+        Matrices(torch.randn(shape), batched, kinds[number % len(kinds)])
+        for number, shape in enumerate(shapes)
+    ]
+    with Ranks(math.prod(mesh)) as ranks:
+        sharded = Sharded(ranks, [Placement(mesh, cuts)] * len(shapes), whole, limit)
+        with Sent(ranks) as found:
+            sharded.orthogonalize()
+    return found.calls
+
+
+def test_a_piece_travels_to_its_owner_and_back():
+    """Of 4 matrices of 8·6 in bfloat16, each of 2 ranks has a half and owns 2: half of 2 goes, and comes."""
+    for calls in sent((2,), ((0, "even"),), ((8, 6),) * 4, 1 << 20):
+        assert calls == [("swap", 2 * 48, 2 * 48)] * 2
+
+
+def test_what_one_rank_holds_whole_does_not_travel():
+    for cuts in (((0, "even"),), ((0, "scattered"),)):
+        for calls in sent((3,), cuts, ((6, 4, 5),) * 2, 1 << 20, batched=True):
+            assert calls == []
+
+
+def test_copies_share_their_work():
+    """4 matrices of 2·48 bytes: each of two copies owns two, and gives them to the other."""
+    for rank, calls in enumerate(sent((2,), (None,), ((8, 6),) * 4, 1 << 20)):
+        # One call for each who has some, and in all the bytes of what it owns.
+        assert sorted(calls) == [("share", 0, 192), ("share", 192, 0)], rank
+
+
+def test_copies_of_pieces():
+    for calls in sent((2, 2), (None, (0, "even")), ((8, 6),) * 4, 1 << 20):
+        assert [name for name, *_ in calls] == ["swap", "swap", "share", "share"]
+        # Its row owns two, each rank of it one, of which the other has a half; of the other two, its halves.
+        assert sorted(calls)[2:] == [("swap", 48, 48)] * 2
+        assert sorted(calls)[:2] == [("share", 0, 96), ("share", 96, 0)]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_one_swap_for_each_dtype(batched):
+    kinds = (BIG, BIG._replace(quintic=True), BIG._replace(dtype=F32))
+    for calls in sent(
+        (2,), ((1, "even"),), ((4, 6), (6, 4), (4, 4, 4)) * 2, 1 << 20, batched=batched, kinds=kinds
+    ):
+        assert [name for name, *_ in calls] == ["swap"] * 4
+
+
+@pytest.mark.parametrize("limit", [1, 96, 200, 500])
+def test_no_more_is_sent_at_once_than_the_limit(limit):
+    """Or one matrix, of 96 bytes, of which each of 2 ranks has a half."""
+    for calls in sent((2,), ((0, "even"),), ((8, 6),) * 12, limit):
+        assert len(calls) == 2 * -(-12 // (max(limit, 96) // 48))
+        assert all(max(out, into) <= max(limit, 96) for _, out, into in calls)
+    for calls in sent((2,), (None,), ((8, 6),) * 12, limit):
+        assert all(max(out, into) <= max(limit, 96) for _, out, into in calls)
+
+
+def test_each_copy_owns_its_share_of_a_wave():
+    """Of 12 matrices of 96 bytes, two at a time, one for each copy."""
+    orthogonalize_, counts = muon.orthogonalize_, [[], []]
+    whole = [Matrices(torch.randn(8, 6), batched=False, kind=BIG) for _ in range(12)]
+    with Ranks(2) as ranks:
+
+        def counted(batches, limit):
+            counts[ranks.here].append(sum(len(batch) for batch, _ in batches))
+            orthogonalize_(batches, limit)
+
+        sharded = Sharded(ranks, [Placement((2,), (None,))] * 12, whole, 96)
+        with mock.patch.object(muon, "orthogonalize_", counted):
+            sharded.orthogonalize()
+    assert counts == [[1] * 6] * 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "cuts", "groups"),
+    [
+        ((1,), (None,), set()),
+        ((2,), (None,), {(0, 1)}),
+        ((2,), ((0, "even"),), {(0, 1)}),
+        ((2, 2), (None, (0, "even")), {(0, 1), (2, 3), (0, 2), (1, 3)}),
+        ((2, 2), ((1, "even"), (0, "even")), {(0, 1, 2, 3)}),
+    ],
+)
+def test_process_groups(mesh, cuts, groups):
+    """One of each ranks that exchange something, for as long as the optimiser lives."""
+    whole = [Matrices(torch.randn(8, 6), batched=False, kind=BIG) for _ in range(4)]
+    with Ranks(math.prod(mesh)) as ranks:
+        sharded = Sharded(ranks, [Placement(mesh, cuts)] * 4, whole, 1)
+        asked = []
+        with mock.patch(
+            "torch.distributed.new_group", lambda its, **_: asked.append(its) or ranks.group(its)
+        ):
+            sharded.orthogonalize()
+            with mock.patch("prodigyplus_dist.orthogonalize.owned") as planned:
+                sharded.orthogonalize()
+        assert not planned.called  # nor who owns what
+        assert ranks.groups == groups
+    assert len(asked) == sum(map(len, groups))
+
+
+def test_one_wave_travels_while_another_is_computed():
+    """Its pieces while the one before is, and its results while the next is."""
+    events = []
+    orthogonalize_, swap = muon.orthogonalize_, transport.swap
+    whole = [Matrices(torch.randn(8, 6), batched=False, kind=BIG) for _ in range(6)]
+    with Ranks(2) as ranks:
+
+        def note(event):
+            if ranks.here == 0:
+                events.append(event)
+
+        def computed(*args):
+            note("compute")
+            orthogonalize_(*args)
+
+        def swapped(*args, **options):
+            note("begin")
+            number = events.count("begin")
+            wait = swap(*args, **options)
+
+            def waited():
+                note(f"end {number}")
+                return wait()
+
+            return waited
+
+        sharded = Sharded(ranks, [Placement((2,), ((0, "even"),))] * 6, whole, 1)
+        with (
+            mock.patch.object(transport, "swap", swapped),
+            mock.patch.object(muon, "orthogonalize_", computed),
+        ):
+            sharded.orthogonalize()
+    # Of three waves of two, pieces to the owners are sent as 1, 2 and 4, results as 3, 5 and 6.
+    assert events == [
+        *("begin", "begin"),
+        *("end 1", "compute", "begin"),
+        *("begin", "end 2", "compute", "begin", "end 3"),
+        *("end 4", "compute", "begin", "end 5", "end 6"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- transport
+
+
+@pytest.mark.parametrize("all_to_all", [False, True])
+def test_a_swap_of_uneven_sizes(all_to_all):
+    """Some of nothing, in other dtypes than they are sent in, and not in one piece in memory."""
+
+    def given(sender, receiver):
+        sizes = [(2, 3), (0, 4), (1, 1), (3, 2)][: (sender + 2 * receiver) % 4]
+        return [torch.full(size, 10.0 * sender + receiver).mT for size in sizes]
+
+    with Ranks(3) as ranks:
+
+        def of(rank):
+            group = ranks.group((0, 1, 2))
+            outgoing = [given(rank, peer) for peer in range(3)]
+            incoming = [[tuple(tensor.shape) for tensor in given(peer, rank)] for peer in range(3)]
+            like = torch.empty(0, dtype=BF16)
+            wait = transport.swap(outgoing, incoming, group, rank, like=like, all_to_all=all_to_all)
+            for tensors in outgoing:
+                for tensor in tensors:
+                    tensor.fill_(-1)  # it is copied at once
+            for peer, tensors in enumerate(wait()):
+                assert [tuple(tensor.shape) for tensor in tensors] == incoming[peer]
+                for tensor, expected in zip(tensors, given(peer, rank), strict=True):
+                    assert tensor.dtype == BF16
+                    assert torch.equal(tensor.float(), expected)
+
+        ranks.each(of)
+
+
+def test_a_swap_with_oneself():
+    outgoing = [[torch.arange(6.0).view(2, 3).mT, torch.empty(0, 3)]]
+    wait = transport.swap(
+        outgoing, [[(3, 2), (0, 3)]], None, 0, like=torch.empty(0, dtype=BF16), all_to_all=True
+    )
+    ((found, empty),) = wait()
+    assert torch.equal(found.float(), outgoing[0][0])
+    assert (found.dtype, empty.shape) == (BF16, (0, 3))
+
+
+def test_what_is_packed():
+    tensors = [torch.arange(6.0).view(2, 3).mT, torch.empty(0, 4), torch.ones(1, 2)]
+    buffer = transport.packed(tensors, torch.empty(0, dtype=BF16))
+    assert (buffer.dtype, buffer.shape) == (BF16, (8,))
+    for found, tensor in zip(transport.unpacked(buffer, [t.shape for t in tensors]), tensors, strict=True):
+        assert torch.equal(found.float(), tensor)
+    assert transport.packed([], torch.empty(0, dtype=BF16)).shape == (0,)
