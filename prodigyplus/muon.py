@@ -84,10 +84,11 @@ def unit_rms(rows: int, columns: int) -> float:
 
 
 def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
-    """Matrices with the singular vectors of these, and singular values near 1; where there were none, 0.
+    """Matrices with the singular vectors of these, and singular values near 1.
 
-    Near 1 means, but for rounding, in [0.84, 1.15] for singular values from 1e-3 of the matrix's Frobenius
-    norm on (``quintic``: in [0.68, 1.21], from 2e-3 on); smaller ones come out proportionally smaller.
+    Near 1 means in [0.84, 1.15] for singular values from 1e-3 of the matrix's Frobenius norm on (``quintic``:
+    in [0.68, 1.21], from 2e-3 on). Smaller ones come out proportionally smaller, but not smaller than what
+    the rounding of the matrix makes of them: in bfloat16 those that are 0 may come near 1 too.
 
     Args:
         matrices: (count, rows, columns), of any floating dtype, in which it is computed; not changed.

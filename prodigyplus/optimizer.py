@@ -108,7 +108,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         use_schedulefree: False: Adam's first moment and decoupled weight decay instead; bring a
             schedule.
         slice_p: Prodigy's statistics are taken of every ``slice_p``-th element.
-        muon_fp32: Orthogonalise in float32 (float64 for float64 weights). False: in bfloat16.
+        muon_fp32: Orthogonalise in float32. False: in bfloat16. Those of float64 weights always in float64.
         muon_quintic: Orthogonalise by the first Muon's polynomial. False: by Polar Express's.
         muon_batched: Parameters of three or more dimensions are batches of matrices, their last two, as
             experts are. False: one matrix, their first dimension by all others, as convolutions are.
@@ -176,10 +176,14 @@ class ProdigyPlusScheduleFree(Optimizer):
         param_group |= {**stepsize.first_numbers(given["d0"]), "calls": 0, "train_mode": True}
         super().add_param_group(param_group)
         self._resolve(self.param_groups[-1])
-        self._check_parameters(len(self.param_groups) - 1)
+        try:
+            self._check_parameters(len(self.param_groups) - 1)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _check_parameters(self, index: int) -> None:
-        """Refuse the parameters of a group just added, and the group with them."""
+        """Refuse parameters of a group that cannot be trained as it says."""
         group = self.param_groups[index]
         for number, p in enumerate(group["params"]):
             wrong = None
@@ -188,13 +192,12 @@ class ProdigyPlusScheduleFree(Optimizer):
                     f"{p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Leave it out of "
                     "params, or convert it."
                 )
-            elif group["use_muon_pp"] and p.ndim < 2:
+            elif Options.of(group).use_muon_pp and p.ndim < 2:
                 wrong = (
                     f"of shape {tuple(p.shape)}, no matrix, but its group has use_muon_pp=True: put it "
                     "into a group without, as prodigyplus.muon_groups(model) does."
                 )
             if wrong is not None:
-                self.param_groups.pop(index)
                 raise ValueError(f"{name_of(group, index, number)} is {wrong}")
 
     def _resolve(self, group: dict[str, Any]) -> None:
@@ -267,6 +270,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         return step
 
     def _check_what_state_is_for(self, index: int, o: Options) -> None:
+        if index not in self._made_for:
+            self._check_parameters(index)  # Muon may have been switched on since
         known = self._made_for.setdefault(index, o.of_state)
         for name, value in o.of_state.items():
             if value != known[name]:

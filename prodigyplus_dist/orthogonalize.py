@@ -200,16 +200,18 @@ class Wave:
     def send(self) -> None:
         """Begin to send the pieces of matrices to their owners."""
         self._geometries, self._blocks = self._by.plan(self._asked)
+        # In the order of the requests, which is that of all ranks, whoever owns what of them.
         teams: dict[tuple[tuple[int, ...], torch.dtype], Team] = {}
+        for layout, matrices in self._asked:
+            key = layout.row, matrices.kind.dtype
+            if key not in teams:
+                like = matrices.local.new_empty(0, dtype=matrices.kind.dtype)
+                teams[key] = Team(layout, self._by.group(layout.row), like, all_to_all=self._by.all_to_all)
         for block in self._blocks:
             layout, matrices = self._asked[block.request]
             if block.row == layout.place[0]:
-                key = layout.row, matrices.kind.dtype
-                if key not in teams:
-                    like = matrices.local.new_empty(0, dtype=matrices.kind.dtype)
-                    group = self._by.group(layout.row)
-                    teams[key] = Team(layout, group, like, all_to_all=self._by.all_to_all)
-                teams[key].add(block, self._geometries[block.request], matrices)
+                team = teams[layout.row, matrices.kind.dtype]
+                team.add(block, self._geometries[block.request], matrices)
         self._teams = list(teams.values())
         for team in self._teams:
             team.send()

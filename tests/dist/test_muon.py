@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +35,8 @@ KINDS = [
 LAYOUTS = MESHES | {
     "first_of_experts": Mesh((4,), tuple(shape for shape in EVEN + EMPTY if len(shape) > 1), along(0)),
     "middle": Mesh((3,), EVEN + UNEVEN, lambda shape: along(1 if len(shape) > 1 else 0)(shape)),
+    "hsdp_empty": Mesh((2, 2), UNEVEN + EMPTY, MESHES["hsdp"].placements),
+    "copies": Mesh((2, 2), EVEN, lambda shape: [Replicate(), Replicate()]),
     "both_dims": Mesh((2, 2), UNEVEN + EMPTY, both_dims),
 }
 

@@ -322,6 +322,24 @@ def test_a_parameter_whose_gradients_end(dtype, options):
     assert int(optimizer.metrics()[0]["skipped_steps"]) == 0
 
 
+def test_what_is_finite_in_float64_moves_weights_of_float64():
+    problem, optimizer = pair((8, 12), dtype=F64, use_muon_pp=True)
+    for _ in range(3):
+        problem.backward()
+        problem.parameters[0].grad.mul_(1e50)
+        optimizer.step()
+    assert problem.parameters[0].isfinite().all()
+    assert int(optimizer.metrics()[0]["step"]) == 3
+
+
+def test_muon_switched_on_for_what_is_no_matrix():
+    problem, optimizer = pair((8, 12), (5,))
+    optimizer.param_groups[0]["use_muon_pp"] = True
+    problem.backward()
+    with pytest.raises(ValueError, match=r"parameter 1 of param_groups\[0\] is of shape \(5,\)"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 def test_matrices_of_one_batch_have_nothing_to_do_with_each_other(dtype):
     """As an accelerator computes them, at once."""
