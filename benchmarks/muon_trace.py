@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,8 +29,8 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree, exchange
 
 RANKS = 2
 WARM_UP = 3
-WIDTH, BLOCKS, VOCABULARY = 512, 6, 16384
-BUCKET_BYTES = 4 << 20
+WIDTH, BLOCKS, VOCABULARY = 512, 12, 16384
+BUCKET_BYTES = 16 << 20
 
 MATRICES = "matrices travel"
 ROWS = (MATRICES, "Newton–Schulz", "all-reduces", "elementwise parameters move", "matrices move")
@@ -141,20 +142,30 @@ def main() -> None:
         "pieces were sent and before the first matrix was orthogonalised."
     )
     if args.out is not None:
-        figure = Figure(figsize=(9, 2.8), layout="constrained")
-        axes = figure.subplots()
-        for place, (row, its) in enumerate(by_row.items()):
-            spans = [(e.start, e.end - e.start) for e in its]
-            # What is sent overlaps: each in a lane of its own.
-            for number, span in enumerate(spans):
-                height = 0.8 / 3 if row == MATRICES else 0.8
-                lane = (number % 3 - 1) * height if row == MATRICES else 0.0
-                axes.barh(place + lane, span[1], left=span[0], height=0.9 * height, color=f"C{place}")
-        axes.set_yticks(range(len(ROWS)), ROWS)
-        axes.invert_yaxis()
-        axes.set(xlabel="milliseconds of a step, rank 0 of two", xlim=(0, total))
-        axes.grid(axis="x", alpha=0.3)
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        for axes, until in zip(figure.subplots(2), (by_row[ROWS[1]][0].start * 1.2, total), strict=True):
+            draw(axes, by_row, until)
         figure.savefig(args.out / "muon_trace.png", dpi=120)
+
+
+def draw(axes: Axes, by_row: dict[str, list[Event]], until: float) -> None:
+    """What happened until a time, a row for each kind of event."""
+    for place, (row, its) in enumerate(by_row.items()):
+        for number, event in enumerate(its):
+            # What is sent overlaps: each in a lane of its own.
+            height = 0.8 / 3 if row == MATRICES else 0.8
+            lane = (number % 3 - 1) * height if row == MATRICES else 0.0
+            axes.barh(
+                place + lane,
+                event.end - event.start,
+                left=event.start,
+                height=0.9 * height,
+                color=f"C{place}",
+            )
+    axes.set_yticks(range(len(ROWS)), ROWS)
+    axes.invert_yaxis()
+    axes.set(xlabel="milliseconds of a step, rank 0 of two", xlim=(0, until))
+    axes.grid(axis="x", alpha=0.3)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _BATCH_AND_INSTANCE_NORM = nn.modules.batchnorm._NormBase
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BATCH_AND_INSTANCE_NORM)
 
-# In any part of a name, as in embed_tokens and patch_embed.proj; the short ones as words, as in tok_emb.
-_EMBEDDING_NAME = re.compile(r"embed|(?<![^._])(emb|embd|wte|wpe)(?![^._])", re.IGNORECASE)
+# In any part of a name, as in embed_tokens and patch_embed.proj; the others as words, as in tok_emb and pos.
+_EMBEDDING_NAME = re.compile(r"embed|(?<![^._])(emb|embd|wte|wpe|pos|conv_proj)(?![^._])", re.IGNORECASE)
 # In the last part: bias_hh_l0, gate_up_proj_bias of experts, relative_position_bias_table.
 _BIAS_NAME = re.compile(r"bias[^.]*$")
 # Whole names. Deeper in a model, all but the first two are as often parts of a layer, as BERT's output.
@@ -55,6 +55,12 @@ class _Candidate:
         return any(pattern.search(name) for name in self.names)
 
     @property
+    def is_depthwise(self) -> bool:
+        """Whether it is a filter for each channel: no matrix, though it has the shape of one."""
+        convolutions = [owner for owner in self.owners if isinstance(owner, _CONVOLUTIONS)]
+        return any(its.groups == its.in_channels > 1 for its in convolutions)
+
+    @property
     def is_vector(self) -> bool:
         """Whether the matrix that Muon would take it for has a single row or column, or nothing in it."""
         shape: tuple[int, ...] = self.p.shape
@@ -71,6 +77,7 @@ _RULES: tuple[tuple[str, Callable[[_Candidate], bool]], ...] = (
     ("elementwise", lambda c: c.is_excluded),
     ("elementwise", lambda c: c.is_named(_BIAS_NAME)),
     ("elementwise", lambda c: c.is_of(*_NORMS)),
+    ("elementwise", lambda c: c.is_depthwise),
     ("elementwise", lambda c: c.is_of(*_EMBEDDINGS)),
     ("elementwise", lambda c: c.is_named(_EMBEDDING_NAME)),
     ("elementwise", lambda c: c.is_head),
@@ -81,7 +88,12 @@ _RULES: tuple[tuple[str, Callable[[_Candidate], bool]], ...] = (
 
 
 def muon_groups(
-    model: nn.Module, *, batched: Iterable[str] = (), exclude: Iterable[str] = ()
+    model: nn.Module,
+    *,
+    batched: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    has_head: bool = True,
+    keep_empty: bool = False,
 ) -> list[dict[str, Any]]:
     """A model's parameters as groups for ``ProdigyPlusScheduleFree``: hidden matrices for Muon, others not.
 
@@ -91,13 +103,14 @@ def muon_groups(
     Muon trains the weights of two dimensions and those of convolutions, as matrices of the first dimension
     by all others, but for
 
-    - embeddings: of ``nn.Embedding`` and ``nn.EmbeddingBag``, or with "embed", or the word emb, embd, wte or
-      wpe, in their name;
+    - embeddings: of ``nn.Embedding`` and ``nn.EmbeddingBag``, or with "embed", or the word emb, embd, wte,
+      wpe, pos or conv_proj, in their name;
     - the head: the last matrix of the module that ``model.get_output_embeddings()`` returns; or else of every
       module called ``lm_head(s)`` or ``to_logits`` and, at the top of the model, ``head(s)``,
       ``(aux_)classifier``, ``score``, ``logits``, ``output``, ``out_head``, ``output_head``, ``output_layer``
       or ``output_projection``; or else of the model, in the order of registration. A list or dict of modules
       that is called so is several heads;
+    - depthwise convolutions; but other grouped ones are taken for one matrix, which may not be what you want;
     - the parameters of torch's norms, and those with "bias" in the last part of their name;
     - vectors, also those with further dimensions of size 1.
 
@@ -110,6 +123,8 @@ def muon_groups(
             three or more dimensions that are stacks of matrices, (…, rows, columns), as experts are.
         exclude: Patterns of what Muon shall not train, whatever ``batched`` says: routers, and what has the
             shape of a matrix but is not one, as Mamba's ``A_log``.
+        has_head: False for a model whose head is elsewhere, as in a stage of a pipeline: then none is sought.
+        keep_empty: Return three groups in any case, as stages of a pipeline must all have the same.
 
     Returns:
         Up to three groups, none of them empty: with ``use_muon_pp=True``; with ``muon_batched=True`` too;
@@ -120,7 +135,7 @@ def muon_groups(
             three or more dimensions, and nothing says of which it is a matrix.
     """
     candidates = _candidates(model)
-    for p in _heads(model):
+    for p in _heads(model) if has_head else ():
         candidates[p].is_head = True
     for p in _matching(model, "batched", batched):
         candidates[p].is_batched = True
@@ -129,7 +144,9 @@ def muon_groups(
     groups: dict[str, list[tuple[str, Tensor]]] = {trained: [] for trained in _GROUPS}
     for name, p in model.named_parameters():
         groups[_trained(name, candidates[p])].append((name, p))
-    return [{"params": params, **_GROUPS[trained]} for trained, params in groups.items() if params]
+    return [
+        {"params": params, **_GROUPS[trained]} for trained, params in groups.items() if params or keep_empty
+    ]
 
 
 def _trained(name: str, candidate: _Candidate) -> str:

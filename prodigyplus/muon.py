@@ -58,11 +58,13 @@ class Matrices(NamedTuple):
         batched: Whether it is a batch of matrices, its last two dimensions. Otherwise it is one: the first
             dimension, by all others.
         kind: How.
+        number: That of the parameter in the optimiser, by which those who share the work take turns.
     """
 
     local: Tensor
     batched: bool
     kind: Kind
+    number: int = 0
 
 
 def sizes(shape: Sequence[int], *, batched: bool) -> tuple[int, int, int]:
@@ -135,8 +137,8 @@ def orthogonalize_(batches: Sequence[tuple[Tensor, Kind]], limit: int) -> None:
     for (shape, kind), matrices in alike.items():
         # On the host more at once win nothing, and in bfloat16 a product's last bit depends on how many they
         # are: then it would depend on how matrices are shared among ranks.
-        several = matrices[0].device.type != "cpu"
-        at_once = max(1, several * limit // (shape.numel() * kind.dtype.itemsize))
+        on_host = matrices[0].device.type == "cpu"
+        at_once = 1 if on_host else max(1, limit // (shape.numel() * kind.dtype.itemsize))
         for first in range(0, len(matrices), at_once):
             chosen = matrices[first : first + at_once]
             together = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
@@ -159,7 +161,7 @@ def in_one_process(
     for wave in waves([bytes_of(shape, matrices) for shape, matrices in asked], limit):
         results, batches = [], []
         for number in wave:
-            _, (local, batched, kind) = asked[number]
+            _, (local, batched, kind, _) = asked[number]
             results.append(local.to(kind.dtype, memory_format=torch.contiguous_format, copy=True))
             batches.append((results[-1].view(sizes(local.shape, batched=batched)), kind))
         orthogonalize_(batches, limit)

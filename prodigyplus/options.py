@@ -187,7 +187,7 @@ def validate(group: Mapping[str, Any]) -> None:
 # What excludes what, in this order: (when, what is then set, what to say of it).
 _EXCLUSIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], dict[str, Any], str], ...] = (
     (
-        lambda o: o["eps"] is None and o["use_stableadamw"],
+        lambda o: o["eps"] is None and o["use_stableadamw"] and not o["use_muon_pp"],  # which has no eps
         {"use_stableadamw": False},
         "eps=None (Adam-atan2) excludes use_stableadamw=True: StableAdamW is off",
     ),

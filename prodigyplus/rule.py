@@ -198,7 +198,7 @@ def _orthogonal(part: Part, sums: dict[str, Sum | Matrices], n: Scalars) -> Dire
     # What is finite in float64 need not be in bfloat16.
     computed_in = dtype if o.muon_fp32 or dtype == torch.float64 else torch.bfloat16
     kind = muon.Kind(computed_in, o.muon_quintic, o.use_stableadamw)
-    whole = yield sums | {"matrices": Matrices(grad, o.muon_batched, kind)}
+    whole = yield sums | {"matrices": Matrices(grad, o.muon_batched, kind, part.number)}
     _, rows, columns = muon.sizes(layout.shape, batched=o.muon_batched)
     u = n.admit(whole["matrices"]).to(dtype)
     if not o.use_schedulefree:

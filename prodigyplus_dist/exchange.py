@@ -42,6 +42,7 @@ class MeshExchange:
         self.bucket_bytes = bucket_bytes
         self.replicas = replicas
         self._process_group = process_group
+        self._are_alike = False  # whether it is known that all have as many groups
         self._orthogonalizer = Orthogonalizer(bucket_bytes, all_to_all=all_to_all)
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeshExchange:
@@ -72,6 +73,15 @@ class MeshExchange:
     def everywhere(self, values: Tensor) -> Tensor:
         if self._process_group is None:
             return values
+        if not self._are_alike:
+            counts = torch.tensor([len(values), -len(values)], device=values.device)
+            dist.all_reduce(counts, dist.ReduceOp.MAX, group=self._process_group)
+            if int(counts.sum()):
+                raise ValueError(
+                    "the optimisers of process_group have different numbers of parameter groups: give all "
+                    "as many, of the same options; they may be empty."
+                )
+            self._are_alike = True
         return _all_reduce([values], self._process_group)[0]
 
 

@@ -45,15 +45,15 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     and one more where there are more updates than fit a bucket, for each further bucket. ``use_cautious``
     makes one more for each bucket.
 
-    Muon makes one more along each axis that cuts a matrix, and sends matrices, over process groups of its
-    own: two all-to-alls in bfloat16 for each bucket of them. Where there are copies, as in HSDP, each has a
-    part of the matrices, and broadcasts the results.
+    Muon makes one more along each axis that cuts a matrix, and sends matrices: two all-to-alls in bfloat16
+    for each bucket of them. Where there are copies, as in HSDP, each has a part of the matrices, and
+    broadcasts the results.
 
     Args:
         params, options: As for :class:`prodigyplus.ProdigyPlusScheduleFree`.
         process_group: A group of ranks each of which holds other parameters in an optimiser of its own with
-            as many groups, as the stages of a pipeline do. They share ``d`` and skip steps together, at the
-            price of two small all-reduces a step.
+            as many groups, as the stages of a pipeline do (for Muon, by ``muon_groups`` with ``keep_empty``).
+            They share ``d`` and skip steps together, at the price of two small all-reduces a step.
         bucket_bytes: How many bytes of updates may be alive at once; of matrices that are sent too, but at
             least one matrix, with up to seven times that in buffers (see docs/muon.md).
         replicas: The ranks that hold copies of the parameters which are plain tensors, as those of

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -45,14 +46,16 @@ class Orthogonalizer:
         self.all_to_all = all_to_all
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         self._geometries: dict[tuple[int, bool], Geometry] = {}
-        self._plans: dict[tuple[Geometry, ...], list[Block]] = {}
+        self._plans: dict[tuple[tuple[Geometry, ...], int], list[Block]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_groups": {}, "_geometries": {}, "_plans": {}}  # which are made anew
 
     def orthogonalize(self, asked: Sequence[Asked]) -> Iterator[tuple[list[int], list[Tensor]]]:
         """See :class:`prodigyplus.driver.Exchange`."""
         sizes = []
         for layout, matrices in asked:
-            self.group(layout.row)
-            self.group(layout.column)
+            self._join(layout, matrices.local.device)
             _, matrix = muon.bytes_of(layout.shape, matrices)
             # Each copy owns its share.
             sizes.append((layout.most * matrices.kind.dtype.itemsize // len(layout.ranks), matrix))
@@ -73,22 +76,28 @@ class Orthogonalizer:
         yield from waves[-1].receive()
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        """A process group of these ranks, our own, so that megabytes hold up no numbers; None for one rank.
+        """The process group of these ranks; None of one rank."""
+        return self._groups[tuple(sorted(ranks))]
+
+    def _join(self, layout: MeshLayout, device: torch.device) -> None:
+        """Find the process groups of the ranks that hold a copy of a tensor, and of those that hold a piece.
 
         All ranks ask for theirs in the order of the parameters, which is the same for all.
         """
-        key = tuple(sorted(ranks))
-        if key not in self._groups:
-            alone = len(key) == 1
-            self._groups[key] = None if alone else dist.new_group(list(key), use_local_synchronization=True)
-        return self._groups[key]
+        cutting = [cast("dist.ProcessGroup", axis) for axis, _ in layout.cuts]
+        copying = [cast("dist.ProcessGroup", axis) for axis in layout.copies]
+        for ranks, axes in ((layout.row, cutting), (layout.column, copying)):
+            key = tuple(sorted(ranks))
+            if key not in self._groups:
+                self._groups[key] = transport.group_across(axes, key, device)
 
     def plan(self, asked: Sequence[Asked]) -> tuple[tuple[Geometry, ...], list[Block]]:
         """Where the pieces of the tensors are, and who owns their matrices."""
         geometries = tuple(self._geometry(layout, matrices.batched) for layout, matrices in asked)
-        if geometries not in self._plans:
-            self._plans[geometries] = owned(geometries)
-        return geometries, self._plans[geometries]
+        key = geometries, asked[0][1].number
+        if key not in self._plans:
+            self._plans[key] = owned(*key)
+        return geometries, self._plans[key]
 
     def _geometry(self, layout: MeshLayout, batched: bool) -> Geometry:
         key = id(layout), batched  # of a layout that the geometry keeps alive

@@ -138,11 +138,15 @@ def _flattened(indices: Sequence[Sequence[int]], shape: Sequence[int]) -> Sequen
     return flat
 
 
-def owned(geometries: Sequence[Geometry]) -> list[Block]:
+def owned(geometries: Sequence[Geometry], turn: int = 0) -> list[Block]:
     """Deal all matrices to owners, the most expensive first, each to who has least to do so far.
 
     Only who holds a piece of a matrix may own it, so that no more travels than must. Matrices of one tensor
     with the same holders are dealt in as few blocks as share them evenly.
+
+    Args:
+        geometries: Of the tensors.
+        turn: With whom to begin, so that where few are dealt at a time it is not always the same.
     """
     dealt: list[tuple[int, tuple[int, ...], Block]] = []
     for request, geometry in enumerate(geometries):
@@ -163,7 +167,7 @@ def owned(geometries: Sequence[Geometry]) -> list[Block]:
         # Of equals, those of other copies first, then of other pieces: what they send is shared evenly too.
         row, column = min(
             (
-                (row, holders[(row + shift) % len(holders)])
+                ((row + turn) % len(ranks), holders[(row + shift + turn // len(ranks)) % len(holders)])
                 for shift in range(len(holders))
                 for row in range(len(ranks))
             ),

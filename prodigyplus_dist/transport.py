@@ -12,6 +12,38 @@ from torch import Tensor
 Shape = Sequence[int]
 
 
+def group_across(
+    axes: Sequence[dist.ProcessGroup], ranks: Sequence[int], device: torch.device
+) -> dist.ProcessGroup | None:
+    """The process group of the ranks along several mesh axes, a new one if there is none; None of one rank.
+
+    Those ranks call it together, and no others have to.
+
+    Args:
+        axes: The groups along each of the axes.
+        ranks: The global ranks along all of them, ascending.
+        device: That of what will be sent.
+    """
+    if len(ranks) <= 1:
+        return None
+    world = dist.group.WORLD
+    assert world is not None
+    for group in (*axes, world):
+        if dist.get_process_group_ranks(group) == list(ranks):
+            return group
+    # torch names the new group by the number of groups that a rank is in, by which the others look for it.
+    mine = len(dist.distributed_c10d._world.pg_names)
+    most = torch.tensor(mine, device=device)
+    for group in axes:
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    for _ in range(int(most) - mine):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    # What NCCL sends point to point needs a collective before it.
+    dist.all_reduce(most, group=made)
+    return made
+
+
 def swap(
     outgoing: Sequence[Sequence[Tensor]],
     incoming: Sequence[Sequence[Shape]],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -137,6 +138,19 @@ def stage(rank, shapes):
     group = dist.group.WORLD
     optimizer = ShardedProdigyPlusScheduleFree(split(mine), process_group=group)
     return spoilt_run(optimizer, problem), [p.detach() for p in mine]
+
+
+def unlike_stages():
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    groups = [{"params": [p]}, *[{"params": []}] * dist.get_rank()]
+    optimizer = ShardedProdigyPlusScheduleFree(groups, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="different numbers of parameter groups"):
+        optimizer.step()
+
+
+def test_stages_must_have_as_many_groups(pool):
+    pool.run(2, unlike_stages, limit=30)
 
 
 def split(parameters):

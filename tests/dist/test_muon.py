@@ -1,5 +1,6 @@
 """Muon on meshes: the bits of one process, each matrix once, and no more bytes than must travel."""
 
+import pickle
 from collections import Counter
 from unittest import mock
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -332,3 +333,59 @@ def test_fsdp_fused_has_the_bits_of_the_plain_step(pool):
     assert plain[0][1][-1] > 10 * plain[0][1][0]
     for found in (*plain, *fused):
         assert_same(found, plain[0])
+
+
+# ------------------------------------------------------------------------------ groups of processes
+
+
+def beside_other_groups():
+    """A mesh of four of five ranks, of which two are in another group too: a new group is needed."""
+    dist.new_group([0, 1])
+    mesh = DeviceMesh("cpu", [[0, 1], [2, 3]])
+    if dist.get_rank() == 4:
+        return None
+    problem = Fed((8, 12))
+    p = nn.Parameter(
+        distribute_tensor(problem.parameters[0].detach(), mesh, both_dims((8, 12)), src_data_rank=None)
+    )
+    before = len(dist.distributed_c10d._world.pg_names)
+    optimizers = [
+        ShardedProdigyPlusScheduleFree([p], use_muon_pp=True, all_to_all=which) for which in (True, False)
+    ]
+    for optimizer in optimizers:
+        p.grad = distribute_tensor(torch.ones(8, 12), mesh, both_dims((8, 12)), src_data_rank=None)
+        optimizer.step()
+    return len(dist.distributed_c10d._world.pg_names) - before
+
+
+def test_ranks_that_are_in_other_groups_too(pool):
+    """torch names a new group by how many a rank is in; who looks for another name would wait for ever."""
+    assert pool.run(5, beside_other_groups, limit=60) == [2, 2, 3, 3, None]
+
+
+def groups_made(name):
+    mesh = MESHES[name]
+    placed = Placed(Fed(*mesh.shapes), mesh)
+    optimizer = ShardedProdigyPlusScheduleFree(for_muon(placed.parameters))
+    before = len(dist.distributed_c10d._world.pg_names)
+    placed.backward()
+    optimizer.step()
+    pickle.loads(pickle.dumps(optimizer._exchange._orthogonalizer))
+    return len(dist.distributed_c10d._world.pg_names) - before
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp", "fsdp_tp", "two_meshes"])
+def test_groups_that_are_there_serve(pool, name):
+    assert pool.run(MESHES[name].ranks, groups_made, name) == [0] * MESHES[name].ranks
+
+
+def owners_by_turn():
+    placed = Placed(Fed((64, 32)), MESHES["hsdp"])
+    optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
+    geometry = Geometry(optimizer._layout(placed.parameters[0]), batched=False)
+    return [geometry.layout.ranks[b.row][b.column] for turn in range(4) for b in owned([geometry], turn)]
+
+
+def test_where_matrices_come_one_at_a_time_owners_take_turns(pool):
+    for owners in pool.run(4, owners_by_turn):
+        assert sorted(owners) == [0, 1, 2, 3]

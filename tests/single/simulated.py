@@ -3,6 +3,7 @@
 What is sent is copied when it is sent, and is there when it has been waited for, not before.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -208,17 +209,21 @@ class Ranks:
             "broadcast": broadcast,
             "batch_isend_irecv": batch_isend_irecv,
             "P2POp": P2POp,
-            "new_group": self._new_group,
         }
-        self._patched = mock.patch.multiple("torch.distributed", **ours)
+        self._patched = contextlib.ExitStack()
+        self._patches = (
+            mock.patch.multiple("torch.distributed", **ours),
+            mock.patch("prodigyplus_dist.transport.group_across", self._group_across),
+        )
 
     def __enter__(self) -> "Ranks":
-        self._patched.start()
+        for patch in self._patches:
+            self._patched.enter_context(patch)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown()
-        self._patched.stop()
+        self._patched.close()
 
     @property
     def groups(self) -> set[tuple[int, ...]]:
@@ -305,10 +310,10 @@ class Ranks:
         )
         return Seat(self._ring("mesh", ranks), coordinate[axis])
 
-    def _new_group(self, ranks: list[int], *, use_local_synchronization: bool) -> Seat:
-        assert use_local_synchronization
-        assert ranks == sorted(ranks)
-        return self.group(ranks)
+    def _group_across(self, axes: Sequence[Seat], ranks: Sequence[int], device: torch.device) -> Seat | None:
+        assert list(ranks) == sorted(ranks)
+        assert set(ranks) >= {rank for axis in axes for rank in axis.ring.ranks}
+        return self.group(ranks) if len(ranks) > 1 else None
 
     def _ring(self, kind: str, ranks: tuple[int, ...]) -> Ring:
         with self._lock:

@@ -245,8 +245,8 @@ def test_convolutions():
         nn.Conv2d(8, 4, 1),  # the last matrix
     )  # fmt: skip
     groups = split(model)
-    assert groups.muon == [f"{i}.weight" for i in range(5)]
-    assert [name for name in groups.elementwise if "weight" in name] == ["5.weight", "6.weight", "7.weight"]
+    assert groups.muon == [f"{i}.weight" for i in range(4)]
+    assert [name for name in groups.elementwise if "weight" in name] == [f"{i}.weight" for i in range(4, 8)]
 
 
 def test_a_convolution_of_ones_own():
@@ -611,3 +611,26 @@ def test_describe_other_groups():
     assert lines[-1].split() == ["elementwise", "2", "6,001", "100.0%"]
     assert "nan" not in describe_groups(muon_groups(model_of(a=torch.ones(0))))
     assert describe_groups([]).splitlines()[-1].startswith("trained by")
+
+
+def test_a_stage_of_a_pipeline():
+    """Without a head, none is sought; and all stages have the same groups."""
+    stage = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6))
+    muon, batched, others = muon_groups(stage, has_head=False, keep_empty=True)
+    assert [name for name, _ in muon["params"]] == ["0.weight", "1.weight"]
+    assert batched["params"] == []
+    assert [name for name, _ in others["params"]] == ["0.bias", "1.bias"]
+    assert [name for name, _ in muon_groups(stage)[0]["params"]] == ["0.weight"]
+
+
+def test_convolutions_with_a_filter_for_each_channel():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 8, 3, groups=4), nn.Linear(8, 2))
+    assert [name for name, _ in muon_groups(model)[0]["params"]] == ["1.weight"]
+
+
+def test_words_of_embeddings():
+    model = nn.ModuleDict(
+        {"conv_proj": nn.Conv2d(3, 8, 4), "position": nn.Linear(8, 8), "head": nn.Linear(8, 2)}
+    )
+    model.register_parameter("pos", nn.Parameter(torch.zeros(9, 8)))
+    assert [name for name, _ in muon_groups(model)[0]["params"]] == ["position.weight"]

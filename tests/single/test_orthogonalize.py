@@ -389,9 +389,13 @@ def test_process_groups(mesh, cuts, groups):
     with Ranks(math.prod(mesh)) as ranks:
         sharded = Sharded(ranks, [Placement(mesh, cuts)] * 4, whole, 1)
         asked = []
-        with mock.patch(
-            "torch.distributed.new_group", lambda its, **_: asked.append(its) or ranks.group(its)
-        ):
+
+        def noted(axes, its, device):
+            if len(its) > 1:
+                asked.append(its)
+                return ranks.group(its)
+
+        with mock.patch.object(transport, "group_across", noted):
             sharded.orthogonalize()
             with mock.patch("prodigyplus_dist.orthogonalize.owned") as planned:
                 sharded.orthogonalize()
