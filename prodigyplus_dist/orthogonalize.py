@@ -86,10 +86,11 @@ class Orthogonalizer:
         """
         cutting = [cast("dist.ProcessGroup", axis) for axis, _ in layout.cuts]
         copying = [cast("dist.ProcessGroup", axis) for axis in layout.copies]
+        callers = sum(map(len, layout.ranks))
         for ranks, axes in ((layout.row, cutting), (layout.column, copying)):
             key = tuple(sorted(ranks))
             if key not in self._groups:
-                self._groups[key] = transport.group_across(axes, key, device)
+                self._groups[key] = transport.group_across(axes, key, device, callers=callers)
 
     def plan(self, asked: Sequence[Asked]) -> tuple[tuple[Geometry, ...], list[Block]]:
         """Where the pieces of the tensors are, and who owns their matrices."""

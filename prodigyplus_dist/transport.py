@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -13,24 +14,40 @@ Shape = Sequence[int]
 
 
 def group_across(
-    axes: Sequence[dist.ProcessGroup], ranks: Sequence[int], device: torch.device
+    axes: Sequence[dist.ProcessGroup], ranks: Sequence[int], device: torch.device, *, callers: int
 ) -> dist.ProcessGroup | None:
-    """The process group of the ranks along several mesh axes, a new one if there is none; None of one rank.
+    """The process group of the ranks along several mesh axes; None of one rank.
 
-    Those ranks call it together, and no others have to.
+    Those ranks call it together.
 
     Args:
         axes: The groups along each of the axes.
         ranks: The global ranks along all of them, ascending.
         device: That of what will be sent.
+        callers: How many ranks call it, for groups of theirs. If all of the job do, it is a group of our own,
+            in which megabytes hold up no one else. Otherwise one that is there already, if there is one: to
+            make one, NCCL may need the others.
     """
     if len(ranks) <= 1:
         return None
     world = dist.group.WORLD
     assert world is not None
-    for group in (*axes, world):
+    for group in () if callers == world.size() else (*axes, world):
         if dist.get_process_group_ranks(group) == list(ranks):
             return group
+    made = _made.setdefault(world, {})
+    if tuple(ranks) not in made:
+        made[tuple(ranks)] = _new_group(axes, ranks, device)
+    return made[tuple(ranks)]
+
+
+# By the world they are of, with which they go: all optimisers of a job share them.
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
+
+
+def _new_group(
+    axes: Sequence[dist.ProcessGroup], ranks: Sequence[int], device: torch.device
+) -> dist.ProcessGroup:
     # torch names the new group by the number of groups that a rank is in, by which the others look for it.
     mine = len(dist.distributed_c10d._world.pg_names)
     most = torch.tensor(mine, device=device)

@@ -202,6 +202,7 @@ def counts_of_experts():
     placed = Placed(Fed((8, 16, 24), (6, 5, 7), (3, 8, 8)), MESHES["fsdp4"])
     optimizer = ShardedProdigyPlusScheduleFree(for_muon(placed.parameters))
     placed.backward()
+    optimizer.step()
     with CommDebugMode() as seen:
         optimizer.step()
     return {str(kind): count for kind, count in seen.get_comm_counts().items() if count}
@@ -360,23 +361,45 @@ def beside_other_groups():
 
 def test_ranks_that_are_in_other_groups_too(pool):
     """torch names a new group by how many a rank is in; who looks for another name would wait for ever."""
-    assert pool.run(5, beside_other_groups, limit=60) == [2, 2, 3, 3, None]
+    first, second, third, fourth, fifth = pool.run(5, beside_other_groups, limit=60)
+    assert (first, second, fifth) == (1, 1, None)
+    assert third == fourth == 2  # one more, of themselves alone
 
 
 def groups_made(name):
+    """How many groups a rank is in after the steps of two optimisers more than before."""
     mesh = MESHES[name]
     placed = Placed(Fed(*mesh.shapes), mesh)
-    optimizer = ShardedProdigyPlusScheduleFree(for_muon(placed.parameters))
     before = len(dist.distributed_c10d._world.pg_names)
-    placed.backward()
-    optimizer.step()
-    pickle.loads(pickle.dumps(optimizer._exchange._orthogonalizer))
+    for _ in range(2):
+        optimizer = ShardedProdigyPlusScheduleFree(for_muon(placed.parameters))
+        placed.backward()
+        optimizer.step()
+        pickle.loads(pickle.dumps(optimizer._exchange._orthogonalizer))
     return len(dist.distributed_c10d._world.pg_names) - before
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "hsdp", "fsdp_tp", "two_meshes"])
-def test_groups_that_are_there_serve(pool, name):
-    assert pool.run(MESHES[name].ranks, groups_made, name) == [0] * MESHES[name].ranks
+@pytest.mark.parametrize(("name", "count"), [("fsdp2", 1), ("hsdp", 2), ("fsdp_tp", 1), ("two_meshes", 1)])
+def test_matrices_travel_in_groups_of_their_own(pool, name, count):
+    assert pool.run(MESHES[name].ranks, groups_made, name) == [count] * MESHES[name].ranks
+
+
+def on_some_ranks():
+    """A mesh of two of three ranks, of which one is in another group."""
+    dist.new_group([1])
+    mesh = DeviceMesh("cpu", [0, 1])
+    if dist.get_rank() == 2:
+        return None
+    p = nn.Parameter(distribute_tensor(torch.ones(8, 12), mesh, along(0)((8, 12)), src_data_rank=None))
+    before = len(dist.distributed_c10d._world.pg_names)
+    optimizer = ShardedProdigyPlusScheduleFree([p], use_muon_pp=True)
+    p.grad = distribute_tensor(torch.ones(8, 12), mesh, along(0)((8, 12)), src_data_rank=None)
+    optimizer.step()
+    return len(dist.distributed_c10d._world.pg_names) - before
+
+
+def test_groups_that_are_there_serve_where_not_all_ranks_have_matrices(pool):
+    assert pool.run(3, on_some_ranks, limit=60) == [0, 0, None]
 
 
 def owners_by_turn():

@@ -310,7 +310,9 @@ class Ranks:
         )
         return Seat(self._ring("mesh", ranks), coordinate[axis])
 
-    def _group_across(self, axes: Sequence[Seat], ranks: Sequence[int], device: torch.device) -> Seat | None:
+    def _group_across(
+        self, axes: Sequence[Seat], ranks: Sequence[int], device: torch.device, *, callers: int
+    ) -> Seat | None:
         assert list(ranks) == sorted(ranks)
         assert set(ranks) >= {rank for axis in axes for rank in axis.ring.ranks}
         return self.group(ranks) if len(ranks) > 1 else None

@@ -390,7 +390,7 @@ def test_process_groups(mesh, cuts, groups):
         sharded = Sharded(ranks, [Placement(mesh, cuts)] * 4, whole, 1)
         asked = []
 
-        def noted(axes, its, device):
+        def noted(axes, its, device, callers):
             if len(its) > 1:
                 asked.append(its)
                 return ranks.group(its)
