@@ -237,14 +237,16 @@ class Wave:
         """The pieces of the results that are here, by the numbers of the requests."""
         pieces = {block: piece for team in self._teams for block, piece in team.came_back().items()}
         self._teams.clear()
+        by_request = defaultdict(list)
+        for block in self._blocks:
+            by_request[block.request].append(block)
         sizes = [(layout.most * matrices.kind.dtype.itemsize, 0) for layout, matrices in self._asked]
         for requests in muon.waves(sizes, self._by.bucket_bytes):
-            blocks = [block for block in self._blocks if block.request in requests]
-            self._share(blocks, pieces)
+            self._share([block for request in requests for block in by_request[request]], pieces)
             results = []
             for request in requests:
                 _, matrices = self._asked[request]
-                its = [pieces.pop(block) for block in blocks if block.request == request]
+                its = [pieces.pop(block) for block in by_request[request]]
                 here = [piece for piece in its if piece.numel()]
                 result = here[0] if len(here) == 1 else matrices.local.new_empty(0, dtype=matrices.kind.dtype)
                 results.append((torch.cat(here) if len(here) > 1 else result).view(matrices.local.shape))

@@ -332,6 +332,12 @@ def test_what_is_finite_in_float64_moves_weights_of_float64():
     assert int(optimizer.metrics()[0]["step"]) == 3
 
 
+def test_adam_atan2_is_none_of_muons_business():
+    """It has no denominator for an eps to be in; StableAdamW stays on, and nothing is said."""
+    _, optimizer = pair((8, 12), use_muon_pp=True, eps=None)
+    assert optimizer.param_groups[0]["use_stableadamw"]
+
+
 def test_muon_switched_on_for_what_is_no_matrix():
     problem, optimizer = pair((8, 12), (5,))
     optimizer.param_groups[0]["use_muon_pp"] = True
