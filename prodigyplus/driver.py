@@ -127,19 +127,9 @@ def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
     have nothing to wait for, and go one by one.
     """
     yield from ([one] for one in running if not one[0].layout.cuts)
-    bucket: list[Running] = []
-    size = 0
-    for one in running:
-        part, *_ = one
-        if not part.layout.cuts:
-            continue
-        if bucket and size + size_of(part) > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(one)
-        size += size_of(part)
-    if bucket:
-        yield bucket
+    cut = [one for one in running if one[0].layout.cuts]
+    for bucket in muon.waves([(size_of(part), 0) for part, *_ in cut], limit):
+        yield [cut[number] for number in bucket]
 
 
 def _advance(running: list[Running], exchange: Exchange) -> None:
