@@ -20,7 +20,7 @@ class GPT(nn.Module):
         ValueError: The width is not a multiple of twice the heads.
     """
 
-    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
+    def __init__(self, layers: int, width: int, heads: int, context: int, dropout: float = 0.0) -> None:
         if width % (2 * heads):
             raise ValueError(
                 f"--width {width} with --heads {heads}: rotary attention takes an even width per head, so "
@@ -28,7 +28,7 @@ class GPT(nn.Module):
             )
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, width)
-        self.blocks = nn.ModuleList(Block(width, heads, context) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, context, dropout) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self._initialize(layers, width)
@@ -56,17 +56,18 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """Attention, then the same for every position by itself."""
 
-    def __init__(self, width: int, heads: int, context: int) -> None:
+    def __init__(self, width: int, heads: int, context: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
         self.attention = Attention(width, heads, context)
         self.mlp_norm = nn.RMSNorm(width)
         self.mlp = SwiGLU(width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """One more turn of the residual stream."""
-        x = x + self.attention(self.attention_norm(x))
-        mlp: Tensor = self.mlp(self.mlp_norm(x))
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        mlp: Tensor = self.dropout(self.mlp(self.mlp_norm(x)))
         return x + mlp
 
 

@@ -13,7 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,19 +21,20 @@ from typing import Any
 
 import checkpoints
 import optimizers
+import seeds
 import torch
 import torch.distributed as dist
-from checkpoints import Run
+from checkpoints import Checkpoints, Run, job
 from corpus import Batch, Corpus, even_windows, files_in, random_windows, read, standard_library
-from files import replacing
+from export import save_model
 from gpt import GPT
+from interruption import STATUS, Interruption
 from meshes import MeshShape, device_mesh, parallelize, parse_mesh
-from optimizers import step_size
+from optimizers import averaged, step_size
 from options import Parser, natural, positive
-from ranks import Ranks, start
+from ranks import Ranks, start, wait_at_most
 from report import Curve, Panel, Report
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import AdamW, Optimizer
 
 from prodigyplus import ProdigyPlusScheduleFree
@@ -41,11 +42,9 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 EVALUATED = 512  # windows of the held-out text
 
-CHECKPOINTS = "checkpoints"  # in --out
-
 MODEL = ("layers", "width", "heads", "context")
 # What a resumed run must share with the run that it goes on with, beside the text.
-SHARED = (*MODEL, *optimizers.SHARED, "batch_size", "seed")
+SHARED = (*MODEL, *optimizers.SHARED, "batch_size", "seed", "dropout")
 
 
 def main() -> None:
@@ -69,16 +68,15 @@ def parse() -> argparse.Namespace:
     add("--heads", type=positive, default=4, help="default: %(default)s")
     add("--context", type=positive, default=128, help="bytes in a window; default: %(default)s")
     add("--batch-size", type=positive, default=16, help="windows, of all processes; default: %(default)s")
+    add("--dropout", type=float, default=0.0, metavar="P", help="default: %(default)s")
     add("--seed", type=natural, default=1, help="default: %(default)s")
     optimizers.add_arguments(parser)
     add("--steps", type=positive, help="stop after this many; default: 1000, and no end with --minutes")
     add("--minutes", type=float, help="stop after this much time")
     add("--log-every", type=positive, default=10, metavar="STEPS", help="default: %(default)s")
     add("--eval-every", type=positive, default=100, metavar="STEPS", help="default: %(default)s")
-    add("--save-every", type=positive, metavar="STEPS", help="checkpoints; default: only at the end")
     add("--out", type=Path, default=Path("runs/gpt"), metavar="DIR", help="default: %(default)s")
-    resume_help = "go on from a checkpoint; default: the newest in --out, or the beginning if there is none"
-    add("--resume", type=Path, nargs="?", const=True, metavar="PATH", help=resume_help)
+    checkpoints.add_arguments(parser, "at the end in any case")
     args = parser.parse_args()
     optimizers.complete(args)
     args.steps = 1000 if args.steps is None and args.minutes is None else args.steps
@@ -93,21 +91,24 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         check(args, shape)
         text = read_corpus(args).to(ranks.device)
         settings = {name: getattr(args, name) for name in SHARED} | {"data": text.summary}
-        saved, before = find_checkpoint(args, settings)
+        saved, before = checkpoints.find(args, settings)
         torch.manual_seed(args.seed)  # every process starts with the same weights
-        model = GPT(**{name: getattr(args, name) for name in MODEL}).to(ranks.device)
+        model = GPT(**shape_of(args), dropout=args.dropout).to(ranks.device)
     size = sum(p.numel() for p in model.parameters())
     if dist.is_initialized():
-        parallelize(model, device_mesh(shape, ranks.device))
+        mesh = device_mesh(shape, ranks.device)
+        wait_at_most(args.timeout, mesh.get_all_groups())
+        parallelize(model, mesh)
     with ranks.together():
         optimizer = build_optimizer(args, model)
+        written = Checkpoints(args, ranks)
     with ranks.together():
         if not ranks.agree((text.summary, before.step)):
             raise ValueError(
                 "the nodes find different text, or checkpoints: share --data and --out among them."
             )
         if saved is not None:
-            checkpoints.load(saved, model, optimizer)
+            checkpoints.load(saved, model, optimizer, ranks)
         told = vars(args) | {"mesh": shape, "data": text.summary, "parameters": size}
         about = {"torch": torch.__version__, "processes": ranks.size, "device": ranks.device, **told}
         report = Report(args.out, about, silent=ranks.rank != 0, records=before.records)
@@ -116,18 +117,20 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         report.say(f"Going on from {saved}")
     if args.steps is not None and before.step >= args.steps:
         report.say(f"It has been trained for {before.step} steps: ask for more with --steps.")
-        return
 
     share = Share(ranks.rank // shape.tp, shape.data_parallel)
     meter = Meter(report, ranks, args.batch_size * args.context, begun, args.minutes)
     steps = count(before.step) if args.steps is None else range(before.step, args.steps)
-    with report.bar(steps, "step") as bar:
+    last = stopped = False
+    with Interruption() as interruption, report.bar(steps, "step") as bar:
         for step in bar:
             windows = random_windows(text.training, args.context, args.batch_size, args.seed, step)
+            seeds.everything(args.seed, step, share.number)
             meter.add(take_step(model, optimizer, share.of(windows)))
             done = step + 1
-            last = done == args.steps
-            if done % args.log_every == 0 or last:
+            last, stopped = done == args.steps, interruption.heard()
+            saves = last or stopped or (args.save_every is not None and done % args.save_every == 0)
+            if done % args.log_every == 0 or saves:  # a checkpoint holds the log of all that was before it
                 last |= meter.log(done, step_size(optimizer), bar)
             if done % args.eval_every == 0 or last:
                 with meter.paused(), averaged(optimizer):
@@ -135,14 +138,19 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                     report.log("held out", step=done, minutes=meter.minutes(), **in_bits(loss))
                     report.say(f"step {done}: held-out {in_bits(loss)['bits_per_byte']:.4f} bits/byte")
                     report.draw(panels(args), over="step")
-            if last or (args.save_every and done % args.save_every == 0):
-                now = Run(done, settings, report.records)
+            if saves or last:
                 with meter.paused(), ranks.together():
-                    checkpoints.save(args.out / CHECKPOINTS, now, model, optimizer, ranks)
-            if last:
+                    written.begin(Run(done, settings, report.records, job()), model, optimizer)
+            if last or stopped:
                 break
-    with ranks.together():
-        save_average(args.out / "model.pt", args, model, optimizer, ranks)
+        with ranks.together():
+            written.finish()
+    if stopped and not last:
+        report.say(f"Ended by SIGTERM after {done} steps: --resume goes on from there.")
+        raise SystemExit(STATUS)
+    with ranks.together(), averaged(optimizer):
+        path = save_model(args.out, model, optimizer, ranks, shape_of(args))
+    report.say(f"The trained model is in {path}")
 
 
 def check(args: argparse.Namespace, shape: MeshShape) -> None:
@@ -162,26 +170,15 @@ def check(args: argparse.Namespace, shape: MeshShape) -> None:
         )
 
 
+def shape_of(args: argparse.Namespace) -> dict[str, int]:
+    """What it takes to build a GPT."""
+    return {name: getattr(args, name) for name in MODEL}
+
+
 def read_corpus(args: argparse.Namespace) -> Corpus:
     """The text that the options name."""
     paths = standard_library() if args.data is None else files_in(args.data, args.pattern)
     return read(paths, args.context)
-
-
-def find_checkpoint(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Path | None, Run]:
-    """The checkpoint to go on from, if any, and what was before it.
-
-    Raises:
-        OSError: The one that --resume names is not there.
-        ValueError: It is of another run; or there are some, but not --resume.
-    """
-    newest = checkpoints.newest(args.out / CHECKPOINTS)
-    if args.resume is None and newest is not None:
-        raise ValueError(
-            f"{newest} is of an earlier run: go on from it with --resume, or choose another --out."
-        )
-    path = newest if args.resume is True else args.resume
-    return path, Run() if path is None else checkpoints.read_run(path, settings)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> Optimizer:
@@ -228,15 +225,10 @@ def evaluate(model: nn.Module, text: Tensor, args: argparse.Namespace, share: Sh
     batches = -(-EVALUATED // args.batch_size)
     windows = even_windows(text, args.context, batches * args.batch_size)
     parts = zip(*(torch.split(part, args.batch_size) for part in windows), strict=True)
+    model.eval()
     losses = torch.stack([model(*share.of(batch)) for batch in parts])
+    model.train()
     return ranks.sum(losses.double().mean()).item() / ranks.size
-
-
-def averaged(optimizer: Optimizer) -> AbstractContextManager[None]:
-    """The model with the weights to evaluate; training goes on as if nothing had been."""
-    if isinstance(optimizer, ProdigyPlusScheduleFree):
-        return optimizer.averaged_parameters()
-    return nullcontext()
 
 
 # ---------------------------------------------------------------------------------------- the report
@@ -309,18 +301,6 @@ def panels(args: argparse.Namespace) -> list[Panel]:
         Curve("held out", "bits_per_byte", "held out"),
     )
     return [Panel("bits per byte", curves), *optimizers.panels(args)]
-
-
-def save_average(
-    path: Path, args: argparse.Namespace, model: nn.Module, optimizer: Optimizer, ranks: Ranks
-) -> None:
-    """Write the trained model by itself, whole."""
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    with averaged(optimizer):
-        weights = get_model_state_dict(model, options=whole)
-    if ranks.rank == 0:
-        with replacing(path) as draft:
-            torch.save({**{name: getattr(args, name) for name in MODEL}, "model": weights}, draft)
 
 
 if __name__ == "__main__":

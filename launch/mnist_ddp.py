@@ -8,20 +8,21 @@ The network and the batches are those of Schedule-Free's MNIST example; there is
 from __future__ import annotations
 
 import argparse
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import checkpoints
 import mnist_data
 import optimizers
+import seeds
 import torch
 import torch.distributed as dist
-from files import replacing
-from optimizers import step_size
-from options import Parser, positive
-from ranks import Ranks, start
-from report import Curve, Panel, Record, Report
+from checkpoints import Checkpoints, Run, job
+from export import save_model
+from interruption import STATUS, Interruption
+from optimizers import averaged, step_size
+from options import Parser, natural, positive
+from ranks import Ranks, start, wait_at_most
+from report import Curve, Panel, Report
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -55,16 +56,14 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--epochs", type=positive, default=3, help="default: %(default)s; the example trains for 14")
     add("--batch-size", type=positive, default=64, help="of all processes together; default: %(default)s")
-    add("--seed", type=int, default=1, help="default: %(default)s")
+    add("--seed", type=natural, default=1, help="default: %(default)s")
     optimizers.add_arguments(parser)
     add("--data", type=Path, metavar="DIR", help="folder of MNIST's four IDX files, plain or .gz")
     add("--out", type=Path, default=Path("runs/mnist"), metavar="DIR", help="default: %(default)s")
-    resume_help = "go on from a checkpoint; default: checkpoint.pt in --out"
-    add("--resume", type=Path, nargs="?", const=True, metavar="PATH", help=resume_help)
+    checkpoints.add_arguments(parser, "at the end of every epoch too")
     add("--limit", type=positive, metavar="N", help="use the first N images only, for a quick trial")
     args = parser.parse_args()
     optimizers.complete(args)
-    args.resume = args.out / "checkpoint.pt" if args.resume is True else args.resume
     return args
 
 
@@ -83,39 +82,50 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         net = network().to(ranks.device)
         optimizer = build_optimizer(args, net)
     with ranks.together():
+        if dist.is_initialized():
+            wait_at_most(args.timeout)
         train, test = load_data(args.data or mnist_data.cache_folder(), args.limit, ranks.device)
-        done, records = resume(args.resume, net, optimizer, settings) if args.resume else (0, [])
+        saved, before = checkpoints.find(args, settings)
+        written = Checkpoints(args, ranks)
+    with ranks.together():
+        if not ranks.agree(before.step):
+            raise ValueError("the nodes find different checkpoints: share --out among them.")
+        if saved is not None:
+            checkpoints.load(saved, net, optimizer, ranks)
         about = {"torch": torch.__version__, "processes": ranks.size, "device": ranks.device, **vars(args)}
-        report = Report(args.out, about, silent=ranks.rank != 0, records=records)
-    if done >= args.epochs:
-        report.say(f"{args.resume} has been trained for {done} epochs: ask for more with --epochs.")
+        report = Report(args.out, about, silent=ranks.rank != 0, records=before.records)
+    if saved is not None:
+        report.say(f"Going on from {saved}")
 
-    sampler: DistributedSampler[int] = DistributedSampler(train, ranks.size, ranks.rank, seed=args.seed)
-    batches = BatchSampler(sampler, args.batch_size // ranks.size, drop_last=False)
-    # A batch is one indexing of the tensors: nothing is left for workers to do.
-    loader: DataLoader[Batch] = DataLoader(train, sampler=batches, batch_size=None)
-
-    for epoch in range(done, args.epochs):
-        sampler.set_epoch(epoch)
-        # Dropout differs between processes. Seeded every epoch, it needs no state in the checkpoint.
-        torch.manual_seed(args.seed + epoch * ranks.size + ranks.rank)
-        if isinstance(optimizer, ProdigyPlusScheduleFree):
-            optimizer.train()
-        train_epoch(net, optimizer, loader, report, ranks, epoch, f"epoch {epoch + 1}/{args.epochs}")
-
-        if isinstance(optimizer, ProdigyPlusScheduleFree):
-            optimizer.eval()
-            report.say(f"Prodigy LR: {optimizer.metrics()[0]['d'].item():.6f}")
-        loss, correct = evaluate(net, test, ranks)
-        share = correct / len(test)
-        report.say(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{len(test)} ({share:.2%})")
-        report.log("test", step=(epoch + 1) * len(loader), epoch=epoch + 1, loss=loss, accuracy=share)
-        report.draw(panels(args))
-
-        if isinstance(optimizer, ProdigyPlusScheduleFree):
-            optimizer.train()  # a checkpoint goes on from the weights of training
-        if ranks.rank == 0:
-            save(args.out, net, optimizer, epoch + 1, settings, report.records)
+    training = Training(args, ranks, report, net, optimizer, train)
+    step, end = before.step, args.epochs * training.in_epoch
+    if step >= end:
+        report.say(f"It has been trained for {args.epochs} epochs: ask for more with --epochs.")
+    stopped = False
+    with Interruption() as interruption:
+        while step < end and not stopped:
+            step, stopped = training.leg(step, interruption)
+            if step % training.in_epoch == 0:
+                with averaged(optimizer):
+                    loss, correct = evaluate(net, test, ranks)
+                share = correct / len(test)
+                if isinstance(optimizer, ProdigyPlusScheduleFree):
+                    report.say(f"Prodigy LR: {optimizer.metrics()[0]['d'].item():.6f}")
+                report.say(
+                    f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{len(test)} ({share:.2%})"
+                )
+                report.log("test", step=step, epoch=step // training.in_epoch, loss=loss, accuracy=share)
+                report.draw(panels(args))
+            with ranks.together():
+                written.begin(Run(step, settings, report.records, job()), net, optimizer)
+        with ranks.together():
+            written.finish()
+    if stopped and step < end:
+        report.say(f"Ended by SIGTERM after {step} steps: --resume goes on from there.")
+        raise SystemExit(STATUS)
+    with ranks.together(), averaged(optimizer):
+        path = save_model(args.out, net, optimizer, ranks, {})
+    report.say(f"The trained model is in {path}")
 
 
 # --------------------------------------------------------------------------------- network and data
@@ -166,40 +176,83 @@ def prepare(images: Tensor, labels: Tensor) -> Batch:
     return images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD), labels.long()
 
 
-# ------------------------------------------------------------------------------------- one epoch
+# ---------------------------------------------------------------------------------------- the steps
 
 
-def train_epoch(
-    net: nn.Module,
-    optimizer: Optimizer,
-    loader: DataLoader[Batch],
-    report: Report,
-    ranks: Ranks,
-    epoch: int,
-    title: str,
-) -> None:
-    """Take the steps of one epoch."""
-    # Made every epoch: past its first step it groups the gradients anew, and with more than two processes
-    # the grouping shows in the last bits of their sums. So a resumed run rounds as one that never stopped.
-    model = net if ranks.size == 1 else DistributedDataParallel(net)
-    model.train()
-    losses: list[Tensor] = []
-    with report.bar(loader, title) as bar:
-        for number, batch in enumerate(bar, 1):
-            images, labels = prepare(*batch)
-            optimizer.zero_grad()
-            loss = nll_loss(model(images), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(loss.detach())
-            if number % REPORT_EVERY == 0 or number == len(loader):
-                mean = ranks.sum(torch.stack(losses).mean()).item() / ranks.size
-                losses.clear()
-                numbers = step_size(optimizer)
-                at = {"step": epoch * len(loader) + number, "epoch": epoch + number / len(loader)}
-                report.log("train", **at, loss=mean, **numbers)
-                lr = numbers.get("d", numbers["lr"])
-                bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.6f}", refresh=False)
+class Training:
+    """Takes the steps, in legs: each ends with its epoch, or where a checkpoint is to be written.
+
+    Args:
+        args: The options of the command line.
+        ranks: The processes, each of which sees its share of every batch.
+        report: Where losses go.
+        net: The network, the same in all processes.
+        optimizer: Its optimiser.
+        data: The training set.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        ranks: Ranks,
+        report: Report,
+        net: nn.Module,
+        optimizer: Optimizer,
+        data: TensorDataset,
+    ) -> None:
+        self._args = args
+        self._ranks = ranks
+        self._report = report
+        self._net = net
+        self._optimizer = optimizer
+        self._data = data
+        self._sampler: DistributedSampler[int] = DistributedSampler(
+            data, ranks.size, ranks.rank, seed=args.seed
+        )
+        self._batches = BatchSampler(self._sampler, args.batch_size // ranks.size, drop_last=False)
+        self.in_epoch = len(self._batches)
+
+    def leg(self, step: int, interruption: Interruption) -> tuple[int, bool]:
+        """Take steps from that of this number; returns the number of the next, and whether to end the run."""
+        epoch, first = divmod(step, self.in_epoch)
+        every = self._args.save_every or self.in_epoch
+        self._sampler.set_epoch(epoch)
+        batches = list(self._batches)[first : (first // every + 1) * every]
+        # A batch is one indexing of the tensors: nothing is left for workers to do.
+        loader: DataLoader[Batch] = DataLoader(self._data, sampler=batches, batch_size=None)
+        # Made for every leg: past its first step it groups the gradients anew, and with more than two
+        # processes the grouping shows in the last bits of their sums. So a resumed run rounds as one that
+        # never stopped.
+        model = self._net if self._ranks.size == 1 else DistributedDataParallel(self._net)
+        model.train()
+        losses: list[Tensor] = []
+        last, stopped = step + len(batches), False
+        with self._report.bar(loader, f"epoch {epoch + 1}/{self._args.epochs}") as bar:
+            for batch in bar:
+                seeds.everything(self._args.seed, step, self._ranks.rank)  # dropout differs between processes
+                losses.append(take_step(model, self._optimizer, batch))
+                step += 1
+                stopped = interruption.heard()
+                if step % self.in_epoch % REPORT_EVERY == 0 or step == last or stopped:
+                    mean = self._ranks.sum(torch.stack(losses).mean()).item() / self._ranks.size
+                    losses.clear()
+                    numbers = step_size(self._optimizer)
+                    self._report.log("train", step=step, epoch=step / self.in_epoch, loss=mean, **numbers)
+                    lr = numbers.get("d", numbers["lr"])
+                    bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.6f}", refresh=False)
+                if stopped:
+                    break
+        return step, stopped
+
+
+def take_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
+    """Learn from a batch; returns its loss."""
+    images, labels = prepare(*batch)
+    optimizer.zero_grad()
+    loss = nll_loss(model(images), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -224,53 +277,6 @@ def panels(args: argparse.Namespace) -> list[Panel]:
         Panel("test accuracy", (Curve("test", "accuracy", "test"),)),
         *optimizers.panels(args),
     ]
-
-
-# ------------------------------------------------------------------------------------- checkpoints
-
-
-def save(
-    folder: Path,
-    net: nn.Module,
-    optimizer: Optimizer,
-    epoch: int,
-    settings: Mapping[str, Any],
-    records: list[Record],
-) -> None:
-    """Write what a run needs to go on, and the trained network by itself."""
-    checkpoint = {
-        "epoch": epoch,
-        "settings": dict(settings),
-        "model": net.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "records": records,
-    }
-    trained = net.state_dict()
-    if isinstance(optimizer, ProdigyPlusScheduleFree):
-        trained = optimizer.averaged_state_dict(net)
-    for name, content in {"checkpoint.pt": checkpoint, "model.pt": trained}.items():
-        with replacing(folder / name) as path:
-            torch.save(content, path)
-
-
-def resume(
-    path: Path, net: nn.Module, optimizer: Optimizer, settings: Mapping[str, Any]
-) -> tuple[int, list[Record]]:
-    """Take over a checkpoint; returns the epochs it was trained for, and its records."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume: there is no checkpoint {path}; leave --resume out to start anew.")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = saved["settings"]
-        for name, ours in settings.items():
-            if theirs[name] != ours:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"--resume: {path} was trained with {option} {theirs[name]}, not {ours}.")
-        net.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        return saved["epoch"], saved["records"]
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"--resume: {path} is not a checkpoint of this script.") from error
 
 
 if __name__ == "__main__":

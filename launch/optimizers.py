@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from report import Curve, Panel
@@ -70,6 +71,13 @@ def step_size(optimizer: Optimizer) -> dict[str, float]:
         numbers |= {name: first[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
         numbers |= {f"d_{number}": other["d"].item() for number, other in enumerate(others, 1)}
     return numbers
+
+
+def averaged(optimizer: Optimizer) -> AbstractContextManager[None]:
+    """The model with the weights to evaluate; training goes on as if nothing had been."""
+    if isinstance(optimizer, ProdigyPlusScheduleFree):
+        return optimizer.averaged_parameters()
+    return nullcontext()
 
 
 def panels(args: argparse.Namespace) -> list[Panel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from datetime import timedelta
 from typing import NoReturn
 
 
@@ -26,6 +27,11 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """A number from 0."""
     return _from(0, text)
+
+
+def seconds(text: str) -> timedelta:
+    """A time of at least a second."""
+    return timedelta(seconds=positive(text))
 
 
 def _from(least: int, text: str) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,9 @@ import torch.distributed as dist
 # destroyed. A worker of gloo that outlives main() can then abort the process as Python shuts down.
 import torch.distributed.nn
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +100,48 @@ def start() -> Iterator[Ranks]:
     if launched:
         # gloo beside NCCL carries the error messages, which are not on the GPU.
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, device_id=ranks.device if on_gpu else None)
+        dist.init_process_group(
+            backend,
+            store=_store(),
+            rank=ranks.rank,
+            world_size=ranks.size,
+            device_id=ranks.device if on_gpu else None,
+        )
     try:
         yield ranks
     finally:
         if launched:
             _let_go_of_groups()
             dist.destroy_process_group()
+
+
+def _store() -> Store:
+    """Where the processes tell each other how they can be reached."""
+    store: Store
+    store, _, _ = next(rendezvous("env://"))
+    given = os.environ.get
+    if given("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    # torchrun keeps it when it starts the processes again, and with it the addresses of those that are gone:
+    # https://github.com/pytorch/pytorch/issues/135712. How often it has started them, nodes may count apart.
+    if given("GROUP_WORLD_SIZE", "1") != "1" and given("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        warnings.warn(
+            "--max-restarts on several nodes: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment, or no restart will succeed.",
+            stacklevel=2,
+        )
+    return PrefixStore(given("TORCHELASTIC_RESTART_COUNT", "0"), store)
+
+
+def wait_at_most(timeout: timedelta, groups: Iterable[dist.ProcessGroup] = ()) -> None:
+    """Let messages fail where a process is silent for so long; torch would wait for half an hour.
+
+    Args:
+        timeout: How long.
+        groups: Whose messages, beside those among all processes.
+    """
+    for group in {dist.group.WORLD, *groups}:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _let_go_of_groups() -> None:

@@ -55,7 +55,9 @@ def _new_group(
         dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
     for _ in range(int(most) - mine):
         dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    # As patient as those it is made of; torch's default is half an hour.
+    timeout = axes[0]._get_backend(device).options._timeout
+    made: dist.ProcessGroup = dist.new_group(list(ranks), timeout, use_local_synchronization=True)
     # What NCCL sends point to point needs a collective before it.
     dist.all_reduce(most, group=made)
     return made

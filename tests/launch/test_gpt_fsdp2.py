@@ -1,48 +1,25 @@
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
-import checkpoints
 import corpus
 import gpt_fsdp2
 import pytest
 import torch
-from checkpoints import Run
 from gpt import GPT, rotary_angles, rotate
 from gpt_fsdp2 import Share
 from meshes import MeshShape, parse_mesh
 from ranks import Ranks
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from prodigyplus import ProdigyPlusScheduleFree
+from tests.launch import running
+from tests.launch.running import assert_same, assert_same_contents, lines, newest, weights
 
-ROOT = Path(__file__).parents[2]
 TINY = ["--layers", 2, "--width", 32, "--heads", 4, "--context", 32, "--batch-size", 8, "--log-every", 1]
 STEPS, SAVED = 20, 10
 ALONE = Ranks(0, 1, 0, 1)
 
 
 def launch(processes, *options):
-    """Run the script; without processes, without a launcher. A run that hangs fails."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [
-        sys.executable,
-        *(torchrun if processes else ()),
-        "launch/gpt_fsdp2.py",
-        *map(str, options),
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return running.launch("gpt_fsdp2.py", processes, *options)
 
 
 def trained(processes, out, *options):
@@ -52,19 +29,8 @@ def trained(processes, out, *options):
     return done
 
 
-def lines(folder, kind):
-    """The records of a kind, but for what the clock says."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    timed = {"minutes", "tokens_per_second"}
-    return [{k: v for k, v in r.items() if k not in timed} for r in records if r["kind"] == kind]
-
-
 def losses(folder, kind):
     return torch.tensor([line["loss"] for line in lines(folder, kind)])
-
-
-def assert_same(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------- the mesh
@@ -202,62 +168,6 @@ def test_width_must_suit_the_heads():
         GPT(1, 36, 4, 16)
 
 
-# ----------------------------------------------------------------------------------------- checkpoints
-
-
-def test_checkpoint_of_one_process(tmp_path):
-    def fresh():
-        model = GPT(1, 16, 2, 8)
-        optimizer = ProdigyPlusScheduleFree(model.parameters())
-        return model, optimizer
-
-    def learn(model, optimizer, steps):
-        text = torch.arange(256, dtype=torch.uint8)
-        for step in steps:
-            gpt_fsdp2.take_step(model, optimizer, corpus.random_windows(text, 8, 4, 0, step))
-
-    model, optimizer = fresh()
-    learn(model, optimizer, range(5))
-    run = Run(5, {"seed": 1}, [{"kind": "train", "loss": 0.1}])
-    (tmp_path / ".00000005").mkdir()  # left by a killed run
-    (tmp_path / ".00000005" / "rest").touch()
-    for _ in range(2):
-        checkpoints.save(tmp_path, run, model, optimizer, ALONE)
-    assert [path.name for path in tmp_path.iterdir()] == ["00000005"]
-    learn(model, optimizer, range(5, 9))
-
-    path = checkpoints.newest(tmp_path)
-    assert checkpoints.read_run(path, {"seed": 1}) == run
-    other, others = fresh()
-    checkpoints.load(path, other, others)
-    learn(other, others, range(5, 9))
-    assert_same(other.state_dict(), model.state_dict())
-    one, two = optimizer.state_dict(), others.state_dict()
-    assert_same(one.pop("state"), two.pop("state"))
-    assert one == two
-
-
-def test_newest_checkpoint_is_whole(tmp_path):
-    assert checkpoints.newest(tmp_path) is None
-    for name in ("00000200", "00000090", ".00001000", "00003000"):
-        (tmp_path / name).mkdir()
-    for name in ("00000200", "00000090", ".00001000"):
-        (tmp_path / name / "run.json").touch()
-    assert checkpoints.newest(tmp_path) == tmp_path / "00000200"
-
-
-def test_resume_refuses_another_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^--resume: there is no checkpoint"):
-        checkpoints.read_run(tmp_path / "none", {})
-    with pytest.raises(ValueError, match="is not a checkpoint of this script"):
-        checkpoints.read_run(tmp_path, {})
-    (tmp_path / "run.json").write_text('{"step": 1, "settings": {"batch_size": 8}, "records": []}')
-    with pytest.raises(ValueError, match=r"was trained with --batch-size 8, not 16\.$"):
-        checkpoints.read_run(tmp_path, {"batch_size": 16})
-    with pytest.raises(ValueError, match="is not a checkpoint of this script"):
-        checkpoints.read_run(tmp_path, {"seed": 1})
-
-
 # ------------------------------------------------------------------------------------ the whole script
 
 
@@ -276,19 +186,12 @@ def test_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
     saved = out / "checkpoints" / f"{SAVED:08}"
     # More evaluations, too, leave no trace in the weights.
     trained(2, tmp_path, "--optimizer", optimizer, "--eval-every", 3, "--resume", saved)
-    assert_same(*(torch.load(folder / "model.pt") for folder in (out, tmp_path)))
+    assert_same(weights(out), weights(tmp_path))
     assert lines(out, "train") == lines(tmp_path, "train")
     tested = lines(tmp_path, "held out")
     assert [line["step"] for line in tested] == [10, 12, 15, 18, 20]
     assert lines(out, "held out") == [tested[0], tested[-1]]
-    contents = []
-    for folder in (out, tmp_path):
-        dcp_to_torch_save(folder / "checkpoints" / f"{STEPS:08}", tmp_path / "whole.pt")
-        contents.append(torch.load(tmp_path / "whole.pt"))
-    one, other = contents
-    assert_same(one.pop("model"), other.pop("model"))
-    assert_same(one["optimizer"].pop("state"), other["optimizer"].pop("state"))
-    assert one == other
+    assert_same_contents(newest(out), newest(tmp_path), tmp_path)
 
 
 def assert_close(one, other):
@@ -348,7 +251,7 @@ def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
     options = ["--data", folder, "--pattern", "*.txt", "--minutes", 0.001, "--out", out]
     done = launch(2, *TINY, *options)
     assert done.returncode == 0, done.stderr
-    start, held_out = done.stdout.splitlines()
+    start, held_out, end = done.stdout.splitlines()
     assert start.endswith("processes, fsdp=2; " + corpus.read(corpus.files_in(folder, "*.txt"), 32).summary)
     (run,), train, (test,) = (lines(out, kind) for kind in ("run", "train", "held out"))
     assert held_out == f"step {test['step']}: held-out {test['bits_per_byte']:.4f} bits/byte"
@@ -356,14 +259,13 @@ def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
     assert {"step", "loss", "bits_per_byte", "lr", "d", "d_hat", "effective_lr"} < train[-1].keys()
     assert (out / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == [
-        *("checkpoints", "log.jsonl", "model.pt", "progress.png"),
+        *("checkpoints", "log.jsonl", "model.json", "model.safetensors", "progress.png"),
     ]
+    assert end == f"The trained model is in {out / 'model.safetensors'}"
 
-    # model.pt is the average: it has the loss that was told.
-    saved = torch.load(out / "model.pt")
-    weights = saved.pop("model")
-    model = GPT(**saved)
-    model.load_state_dict(weights)
+    # It is the average: it has the loss that was told.
+    model = GPT(**json.loads((out / "model.json").read_text()))
+    model.load_state_dict(weights(out))
     text = corpus.read(corpus.files_in(folder, "*.txt"), 32).held_out
     args = gpt_fsdp2.argparse.Namespace(batch_size=8, context=32)
     loss = gpt_fsdp2.evaluate(model, text, args, Share(0, 1), ALONE)

@@ -1,9 +1,3 @@
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import mnist_data
 import mnist_ddp
 import pytest
@@ -11,10 +5,8 @@ import torch
 from ranks import Ranks
 from torch.utils.data import TensorDataset
 
-from prodigyplus import ProdigyPlusScheduleFree
-
-ROOT = Path(__file__).parents[2]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+from tests.launch import running
+from tests.launch.running import assert_same, assert_same_contents, contents, lines, newest, weights
 
 
 @pytest.fixture(scope="module")
@@ -26,35 +18,13 @@ def mnist():
 
 
 def launch(*options, processes=2):
-    """Run the script; a run that hangs fails."""
-    command = [
-        sys.executable,
-        *(TORCHRUN if processes == 2 else ()),
-        "launch/mnist_ddp.py",
-        *map(str, options),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False
-    )
+    return running.launch("mnist_ddp.py", processes, *options)
 
 
 def trained(*options, **kwargs):
     done = launch("--limit", 640, "--batch-size", 16, *options, **kwargs)
     assert done.returncode == 0, done.stderr
     return done
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_same(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -68,11 +38,8 @@ def test_resumed_run_equals_an_uninterrupted_one(mnist, tmp_path, options):
         log.write('{"kind": "train", "step": 41}\n')
     trained("--epochs", 2, *options, "--out", parts, "--resume")
 
-    assert_same(load(whole / "model.pt"), load(parts / "model.pt"))
-    one, other = load(whole / "checkpoint.pt"), load(parts / "checkpoint.pt")
-    assert_same(one.pop("model"), other.pop("model"))
-    assert_same(one["optimizer"].pop("state"), other["optimizer"].pop("state"))
-    assert one == other
+    assert_same(weights(whole), weights(parts))
+    assert_same_contents(newest(whole), newest(parts), tmp_path)
     assert lines(whole)[1:] == lines(parts)[1:]
     assert len([line for line in lines(whole) if line["kind"] == "test"]) == 2
 
@@ -81,7 +48,7 @@ def test_resumed_run_equals_an_uninterrupted_one(mnist, tmp_path, options):
 def test_run_tells_what_it_does(mnist, tmp_path):
     out = tmp_path / "new" / "folder"
     done = trained("--epochs", 1, "--out", out)
-    learning_rate, result = done.stdout.splitlines()
+    learning_rate, result, end = done.stdout.splitlines()
     run, *train, test = lines(out)
     d, correct = train[-1]["d"], round(test["accuracy"] * 640)
     share = f"{correct}/640 ({correct / 640:.2%})"
@@ -92,19 +59,19 @@ def test_run_tells_what_it_does(mnist, tmp_path):
     assert {"step", "epoch", "loss", "lr", "d", "d_hat", "effective_lr", "step_size"} < train[-1].keys()
     assert (out / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == [
-        *("checkpoint.pt", "log.jsonl", "model.pt", "progress.png"),
+        *("checkpoints", "log.jsonl", "model.json", "model.safetensors", "progress.png"),
     ]
+    assert end == f"The trained model is in {out / 'model.safetensors'}"
 
-    # model.pt is the average; the checkpoint is in the mode of training.
-    checkpoint, average = load(out / "checkpoint.pt"), load(out / "model.pt")
+    # It is the average; the checkpoint has the weights of training.
+    saved, _ = contents(newest(out), tmp_path)
     net = mnist_ddp.network()
-    optimizer = ProdigyPlusScheduleFree(net.parameters())
-    net.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    optimizer.train()
-    assert_same(net.state_dict(), checkpoint["model"])
-    optimizer.eval()
-    assert_same(net.state_dict(), average)
+    net.load_state_dict(saved["model"])
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.lerp_(saved["state"][name]["z"], 1 - 1 / 0.9)
+    torch.testing.assert_close(net.state_dict(), weights(out), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(saved["model"]["0.weight"], weights(out)["0.weight"])
 
 
 @pytest.mark.slow
@@ -118,8 +85,8 @@ def test_one_process_needs_no_launcher(mnist, tmp_path):
     ("options", "message"),
     [
         (["--batch-size", "65"], "--batch-size 65 cannot be split evenly over 2 processes"),
-        (["--resume"], "there is no checkpoint OUT/checkpoint.pt"),
-        (["--resume", "README"], "README is not a checkpoint of this script"),
+        (["--resume", "README"], "there is no checkpoint README"),
+        (["--resume", "DATA"], "DATA is no checkpoint of this script"),
         (["--data", "DATA"], "DATA has no file train-labels-idx1-ubyte"),
     ],
 )
@@ -139,17 +106,6 @@ def test_error_is_told_once_and_ends_all_processes(mnist, tmp_path, options, mes
     assert place(message) in done.stderr
     assert done.stdout == ""
     assert not out.exists()
-
-
-def test_resume_refuses_another_setting(tmp_path):
-    net = mnist_ddp.network()
-    optimizer = torch.optim.AdamW(net.parameters())
-    settings = {"optimizer": "adamw", "batch_size": 64}
-    mnist_ddp.save(tmp_path, net, optimizer, 3, settings, [])
-    path = tmp_path / "checkpoint.pt"
-    assert mnist_ddp.resume(path, net, optimizer, settings) == (3, [])
-    with pytest.raises(ValueError, match=r"was trained with --batch-size 64, not 32\.$"):
-        mnist_ddp.resume(path, net, optimizer, {**settings, "batch_size": 32})
 
 
 @pytest.mark.parametrize("size", [2, 3, 50])

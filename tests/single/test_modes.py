@@ -1,5 +1,7 @@
 """train() and eval(), and the averaged weights without either."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -119,3 +121,41 @@ def test_averaged_state_dict(mode):
 
     optimizer.eval()
     assert_same(dict(saved), dict(model.state_dict()))
+
+
+def test_within_averaged_parameters_the_model_is_not_to_be_trained_or_gone_on_from():
+    """It would train from the average, or be saved with a state that goes with other weights."""
+    problem, optimizer = pair((40, 40))
+    run(optimizer, problem, 30)
+    x = optimizer.averaged_state_dict(nn.ParameterList(problem.parameters))["0"]
+    before, saved = snapshot(optimizer), optimizer.state_dict()
+    problem.backward()
+    with optimizer.averaged_parameters():
+        for call in (
+            *(optimizer.step, optimizer.train, optimizer.eval, optimizer.state_dict),
+            *(lambda: optimizer.load_state_dict(saved), lambda: copy.deepcopy(optimizer)),
+        ):
+            with pytest.raises(RuntimeError, match="leave the with-block first"):
+                call()
+        # What asks for the average gets it, not the average of the average.
+        with optimizer.averaged_parameters():
+            assert_same(problem.parameters[0].detach(), x)
+        assert_same(problem.parameters[0].detach(), x)
+        assert_same(optimizer.averaged_state_dict(nn.ParameterList(problem.parameters))["0"].detach(), x)
+    assert_same(snapshot(optimizer), before)
+    run(optimizer, problem, 1)
+
+
+def test_which_weights_the_model_holds():
+    _, optimizer = pair((4, 4))
+    assert not optimizer.holds_average
+    optimizer.eval()
+    assert optimizer.holds_average
+    optimizer.train()
+    with optimizer.averaged_parameters():
+        assert optimizer.holds_average
+        with optimizer.averaged_parameters():
+            pass
+        assert optimizer.holds_average
+    assert not optimizer.holds_average
+    assert pair((4, 4), use_schedulefree=False)[1].holds_average

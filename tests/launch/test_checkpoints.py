@@ -1,0 +1,334 @@
+"""Checkpoints of the launch scripts, in one process: what is kept, what is refused, what may be unpickled."""
+
+import argparse
+import io
+import json
+import os
+import pickle
+import shutil
+import threading
+from datetime import timedelta
+
+import checkpoints
+import corpus
+import gpt_fsdp2
+import pytest
+import storage
+import torch
+from checkpoints import Checkpoints, Run
+from gpt import GPT
+from ranks import Ranks
+
+from prodigyplus import ProdigyPlusScheduleFree
+from tests.launch.running import assert_same
+
+ALONE = Ranks(0, 1, 0, 1)
+TEXT = torch.arange(256, dtype=torch.uint8)
+
+
+def options(out, resume=None, keep=3):
+    return argparse.Namespace(out=out, resume=resume, keep=keep, timeout=timedelta(seconds=10))
+
+
+def fresh(width=16):
+    torch.manual_seed(0)
+    model = GPT(1, width, 2, 8)
+    return model, ProdigyPlusScheduleFree(model.parameters())
+
+
+def learn(model, optimizer, steps):
+    for step in steps:
+        gpt_fsdp2.take_step(model, optimizer, corpus.random_windows(TEXT, 8, 4, 0, step))
+
+
+def assert_same_state(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    assert_same(one.pop("state"), other.pop("state"))
+    assert one == other
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with a checkpoint of five steps, and what was saved."""
+    out = tmp_path_factory.mktemp("written")
+    model, optimizer = fresh()
+    learn(model, optimizer, range(5))
+    saved = Checkpoints(options(out), ALONE)
+    saved.begin(Run(5, {"seed": 1}, [{"kind": "train", "loss": 0.1}], "job"), model, optimizer)
+    saved.finish()
+    return out, model, optimizer
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    """A checkpoint to spoil."""
+    shutil.copytree(written[0], tmp_path / "out")
+    return tmp_path / "out" / "checkpoints" / "00000005"
+
+
+def test_checkpoint_of_one_process(written):
+    out, model, optimizer = written
+    path, run = checkpoints.find(options(out, resume=True), {"seed": 1})
+    assert run == Run(5, {"seed": 1}, [{"kind": "train", "loss": 0.1}], "job")
+    other, others = fresh()
+    checkpoints.load(path, other, others, ALONE)
+    assert_same(other.state_dict(), model.state_dict())
+    assert_same_state(others, optimizer)
+    for one in ((model, optimizer), (other, others)):
+        learn(*one, range(5, 9))
+    assert_same(other.state_dict(), model.state_dict())
+    assert_same_state(others, optimizer)
+
+
+def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
+    begin, function = threading.Event(), storage.Writer.write_data
+
+    def delayed(*args):
+        assert begin.wait(30)
+        return function(*args)
+
+    monkeypatch.setattr(storage.Writer, "write_data", delayed)
+    model, optimizer = fresh()
+    learn(model, optimizer, range(5))
+    expected, expected_optimizer = fresh()
+    learn(expected, expected_optimizer, range(5))
+    saved = Checkpoints(options(tmp_path), ALONE)
+    saved.begin(Run(5), model, optimizer)
+    learn(model, optimizer, range(5, 9))
+    assert checkpoints.newest(tmp_path / "checkpoints") is None
+    begin.set()
+    saved.finish()
+    other, others = fresh()
+    checkpoints.load(tmp_path / "checkpoints" / "00000005", other, others, ALONE)
+    assert_same(other.state_dict(), expected.state_dict())
+    assert_same_state(others, expected_optimizer)
+
+
+def test_the_last_few_are_kept(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / ".00000007").mkdir(parents=True)  # left by a killed run
+    (folder / ".00000007" / "rest").touch()
+    (folder / "notes").touch()  # of the user's
+    model, optimizer = fresh()
+    saved = Checkpoints(options(tmp_path, keep=2), ALONE)
+    for step in (1, 2, 3, 3, 20):
+        saved.begin(Run(step), model, optimizer)
+    saved.finish()
+    assert sorted(path.name for path in folder.iterdir()) == ["00000003", "00000020", "notes"]
+
+
+def test_a_save_that_fails_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
+    model, optimizer = fresh()
+    saved = Checkpoints(options(tmp_path), ALONE)
+    saved.begin(Run(1), model, optimizer)
+    saved.finish()
+
+    def full(*_args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(storage, "_write", full)
+    saved.begin(Run(2), model, optimizer)
+    with pytest.raises(
+        OSError, match=r"cannot be written to .*checkpoints: OSError: No space left on device$"
+    ):
+        saved.begin(Run(3), model, optimizer)
+    path = checkpoints.newest(tmp_path / "checkpoints")
+    assert path.name == "00000001"
+    storage.check(path)
+
+
+# ------------------------------------------------------------------------------------------ which one
+
+
+def empty(path, step=0, job=None):
+    """What is taken for a checkpoint until it is loaded."""
+    path.mkdir(parents=True)
+    (path / "run.json").write_text(
+        json.dumps({"step": step, "settings": {"batch_size": 8}, "records": [], "job": job})
+    )
+    sum_ = storage.sum_of(path / "run.json")
+    (path / "SHA256SUMS").write_text(f"{sum_}  run.json\n")
+
+
+def test_newest_checkpoint_is_whole(tmp_path):
+    assert checkpoints.newest(tmp_path) is None
+    for name in ("00000200", "00000090", ".00001000"):
+        empty(tmp_path / name)
+    (tmp_path / "00003000").mkdir()
+    assert checkpoints.newest(tmp_path) == tmp_path / "00000200"
+
+
+def test_resume_refuses_another_run(tmp_path):
+    path = tmp_path / "00000001"
+    with pytest.raises(FileNotFoundError, match=r"^--resume: there is no checkpoint"):
+        checkpoints.find(options(tmp_path, path), {})
+    path.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"SHA256SUMS is missing: .* is no checkpoint of this script"):
+        checkpoints.find(options(tmp_path, path), {})
+    path.rmdir()
+    empty(path, 1)
+    with pytest.raises(ValueError, match=r"was trained with --batch-size 8, not 16\.$"):
+        checkpoints.find(options(tmp_path, path), {"batch_size": 16})
+    with pytest.raises(ValueError, match="is not a checkpoint of this script"):
+        checkpoints.find(options(tmp_path, path), {"seed": 1})
+
+
+def test_which_to_go_on_from(tmp_path):
+    assert checkpoints.find(options(tmp_path, True), {}) == (None, Run())
+    for step in (10, 20):
+        empty(tmp_path / "checkpoints" / f"{step:08}", step)
+    empty(tmp_path / "elsewhere", 30)
+    path, run = checkpoints.find(options(tmp_path, True), {})
+    assert (path.name, run.step) == ("00000020", 20)
+    with pytest.raises(ValueError, match="is of an earlier run: go on from it with --resume"):
+        checkpoints.find(options(tmp_path), {})
+    # The next --resume would take that of step 20.
+    for other in ("checkpoints/00000010", "elsewhere"):
+        with pytest.raises(ValueError, match=r"is not .*00000020, which would be the one to go on from"):
+            checkpoints.find(options(tmp_path, tmp_path / other), {})
+    assert checkpoints.find(options(tmp_path / "new", tmp_path / "elsewhere"), {})[1].step == 30
+
+
+def test_what_the_same_job_has_written_is_gone_on_from(tmp_path, monkeypatch):
+    """Whatever --resume says, since torchrun starts processes again by the same command."""
+    empty(tmp_path / "checkpoints" / "00000010", 10, job="job 1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
+    for resume in (None, True, tmp_path / "elsewhere"):
+        assert checkpoints.find(options(tmp_path, resume), {})[1].step == 10
+    for name in ("job 2", "none"):  # torchrun calls a job so that was given no name
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        with pytest.raises(ValueError, match="is of an earlier run"):
+            checkpoints.find(options(tmp_path), {})
+
+
+# -------------------------------------------------------------------------------------------- damage
+
+
+FILES = ("__0_0.distcp", ".metadata", "run.json")
+
+
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def assert_refused(path, *told):
+    """The error tells of the file, and neither the model nor the optimiser have changed."""
+    model, optimizer = fresh()
+    learn(model, optimizer, range(3))
+    expected, expected_optimizer = fresh()
+    learn(expected, expected_optimizer, range(3))
+
+    def go_on():
+        checkpoints.find(options(path.parents[1], True), {"seed": 1})
+        checkpoints.load(path, model, optimizer, ALONE)
+
+    with pytest.raises((OSError, ValueError, SystemExit)) as caught:
+        go_on()
+    assert_same(model.state_dict(), expected.state_dict())
+    assert_same_state(optimizer, expected_optimizer)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "one bit", "missing"])
+def test_damage_is_told(copied, capsys, name, damage):
+    path = copied / name
+    for bit in (5, 10_000_019) if damage == "one bit" else (0,):
+        content = path.read_bytes()
+        if damage == "one bit":
+            flip(path, bit)
+        elif damage == "missing":
+            path.unlink()
+        else:
+            os.truncate(path, len(content) // 2 if damage == "truncated" else 0)
+        error = assert_refused(copied)
+        told = str(error) + capsys.readouterr().err
+        assert str(path if damage != "missing" or name != "run.json" else copied.parent) in told
+        assert ("damaged" if damage != "missing" else "missing") in told or name == "run.json"
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "garbage", "missing"])
+def test_damaged_sums_are_told(copied, capsys, damage):
+    path = copied / "SHA256SUMS"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": content[:-20], "emptied": b"", "garbage": b"\xff" * 200}[damage])
+    error = assert_refused(copied)
+    assert str(path) in str(error) + capsys.readouterr().err
+
+
+def test_checkpoint_of_another_model(copied):
+    model, optimizer = fresh(width=24)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(OSError, match=r"00000005 cannot be read: .*[Ss]ize mismatch|shape"):
+        checkpoints.load(copied, model, optimizer, ALONE)
+    assert_same(model.state_dict(), before)
+    assert int(optimizer.metrics()[0]["step"]) == 0
+
+
+def test_checkpoint_of_another_optimizer(copied):
+    torch.manual_seed(0)
+    model = GPT(1, 16, 2, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(OSError, match=r"00000005 cannot be read: .*Missing key in checkpoint.*step"):
+        checkpoints.load(copied, model, optimizer, ALONE)
+    assert_same(model.state_dict(), before)
+
+
+# ------------------------------------------------------------------------------------------- pickles
+
+
+class Evil:
+    """Would make a file of any name."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self._path),)
+
+
+def sign(path, name):
+    """As an attacker would."""
+    lines = (path / "SHA256SUMS").read_text().splitlines()
+    lines = [line for line in lines if not line.endswith(f"  {name}")]
+    (path / "SHA256SUMS").write_text("\n".join([*lines, f"{storage.sum_of(path / name)}  {name}"]) + "\n")
+
+
+def test_evil_metadata_is_refused(copied, tmp_path):
+    with (copied / ".metadata").open("rb") as file:
+        metadata = storage.MetadataUnpickler(file).load()
+    metadata.planner_data = Evil(tmp_path / "made")
+    (copied / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign(copied, ".metadata")
+    error = assert_refused(copied)
+    assert "it asks for posix.mkdir, which describes no tensor" in str(error)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("builtins", "eval"), ("torch", "load"), ("torch.distributed.checkpoint.metadata", "os.system")],
+)
+def test_only_what_describes_tensors_is_unpickled(module, name):
+    pickled = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
+    with pytest.raises(pickle.UnpicklingError, match=f"it asks for {module}.{name}"):
+        storage.MetadataUnpickler(io.BytesIO(pickled + b"\x93.")).load()
+
+
+def test_evil_numbers_are_refused(tmp_path):
+    model, optimizer = fresh()
+    saved = Checkpoints(options(tmp_path), ALONE)
+    learn(model, optimizer, range(1))
+    optimizer.param_groups[0]["d_coef"] = Evil(tmp_path / "made")
+    saved.begin(Run(1, {"seed": 1}), model, optimizer)
+    saved.finish()
+    error = assert_refused(tmp_path / "checkpoints" / "00000001")
+    assert "Weights only load failed" in str(error)
+    assert not (tmp_path / "made").exists()

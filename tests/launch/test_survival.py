@@ -1,0 +1,119 @@
+"""Processes that die, saves that are cut short, and SIGTERM: the run ends where it would have ended."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import storage
+
+from tests.launch import running
+from tests.launch.running import ROOT, assert_same, assert_same_contents, environment, lines, newest
+
+STEPS, SAVED = 30, 5
+TINY = ["--layers", "1", "--width", "32", "--context", "32", "--batch-size", "8", "--dropout", "0.1"]
+RUN = [*TINY, "--data", "prodigyplus", "--log-every", str(SAVED), "--eval-every", str(STEPS)]
+PERIODIC = ["--steps", str(STEPS), "--save-every", str(SAVED)]
+
+
+def at_random(seed):
+    """Any process, in the midst of any step but the first."""
+    draw = random.Random(seed)
+    return draw.randrange(4), f"step:{draw.randint(2, STEPS - 1)}:{draw.uniform(0, 0.03):.4f}"
+
+
+DEATHS = {f"seed {seed}": at_random(seed) for seed in range(10)}
+# In the second save; rank 0 puts together what all have written.
+IN_SAVE = {
+    "before": (3, "save:2:before"),
+    "half": (2, "save:2:half"),
+    "written": (0, "save:2:written"),
+    "named": (0, "save:4:named"),  # it is the second of two files, twice
+    "renamed": (0, "save:2:renamed"),
+}
+TOLD = {"told": (1, f"told:{2 * SAVED + 2}:0")}  # SIGTERM, to one of four
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All runs, one after the other: the folder they are in."""
+    out = tmp_path_factory.mktemp("runs")
+    cases = {"undisturbed": None, **DEATHS, **IN_SAVE, **TOLD}
+    options = [*RUN, *PERIODIC, "--mesh", "replicate=2,fsdp=2", "--timeout", "30"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.launch.dying", json.dumps(cases), str(out), *options],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-10_000:]
+    (out / "output").write_text(done.stdout)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize("name", [*DEATHS, *IN_SAVE, *TOLD])
+def test_run_ends_as_if_nobody_had_died(runs, tmp_path, name):
+    assert f"{name}: began 2 times" in (runs / "output").read_text()
+    assert_same(running.weights(runs / name), running.weights(runs / "undisturbed"))
+    assert lines(runs / name, "train", "held out")[-1] == lines(runs / "undisturbed", "train", "held out")[-1]
+    left = sorted(path.name for path in (runs / name / "checkpoints").iterdir())
+    assert left == [f"{step:08}" for step in (20, 25, 30)]
+    for path in (runs / name / "checkpoints").iterdir():
+        storage.check(path)
+    if name not in TOLD:  # which has a line of its own where it ended
+        assert_same_contents(newest(runs / name), newest(runs / "undisturbed"), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_run_itself_is_what_one_launch_makes(runs, tmp_path):
+    """And so are those of the other tests, which the launcher starts in another way."""
+    done = running.launch(
+        "gpt_fsdp2.py", 4, *RUN, *PERIODIC, "--mesh", "replicate=2,fsdp=2", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_contents(newest(tmp_path / "out"), newest(runs / "undisturbed"), tmp_path)
+
+
+def started(script, out, *options):
+    """A run of two processes that has begun to log."""
+    log = out.with_suffix(".log").open("w")
+    process = subprocess.Popen(
+        running.command(script, 2, *options, "--out", out),
+        cwd=ROOT,
+        env=environment(),
+        stdout=log,
+        stderr=log,
+    )
+    end = time.monotonic() + 60
+    while not ((out / "log.jsonl").exists() and lines(out, "train")):
+        assert process.poll() is None, out.with_suffix(".log").read_text()
+        assert time.monotonic() < end, out.with_suffix(".log").read_text()
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits(tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    process = started("gpt_fsdp2.py", out, *RUN, "--steps", 100_000)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    told = out.with_suffix(".log").read_text()
+    saved = newest(out)
+    assert f"Ended by SIGTERM after {int(saved.name)} steps" in told
+    assert not (out / "model.safetensors").exists()
+    steps = int(saved.name) + 7
+    # It has a line of its own where it ended, so what follows is compared.
+    for folder, resume in ((out, ["--resume"]), (whole, [])):
+        done = running.launch("gpt_fsdp2.py", 2, *RUN, "--steps", steps, *resume, "--out", folder)
+        assert done.returncode == 0, done.stderr
+    assert_same(running.weights(out), running.weights(whole))
