@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +22,7 @@ from prodigyplus.stepsize import GroupStep
 from prodigyplus_dist.exchange import MeshExchange
 from prodigyplus_dist.fused import Buckets, check_whole
 from prodigyplus_dist.layout import layout_of, placements_of
+from prodigyplus_dist.replicas import check_replicas
 
 
 class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
@@ -83,6 +85,29 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     def __getstate__(self) -> dict[str, Any]:
         # torch leaves out what it does not know of; a copy must not go on alone.
         return {**super().__getstate__(), "_exchange": self._exchange}
+
+    def averaged_state_dict(self, model: nn.Module, *, full: bool = False) -> dict[str, Any]:
+        """As that of one process, in shards; or whole, to be saved as the model of one process.
+
+        Every rank calls it together.
+
+        Args:
+            model: The model whose parameters the optimiser was given, wrapped in what it may be.
+            full: Gather every tensor, on the CPU of rank 0, under the names that they have in the model that
+                is not wrapped. Other ranks get an empty dict.
+        """
+        if not full:
+            return super().averaged_state_dict(model)
+        with self.averaged_parameters():
+            whole = get_model_state_dict(
+                model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )
+            # What is not cut is still the model's own, which will be other weights again.
+            return {name: v.clone() if isinstance(v, Tensor) else v for name, v in whole.items()}
+
+    def check_replicas(self, replicas: dist.ProcessGroup | None = None) -> None:
+        """Check that all ranks agree where they have to; see :func:`prodigyplus_dist.check_replicas`."""
+        check_replicas(self, replicas)
 
     def _attach(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
         check_whole(model, parameters)
