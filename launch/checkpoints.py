@@ -30,6 +30,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus_dist import check_replicas
+
 FOLDER = "checkpoints"  # in --out
 RUN = "run.json"
 
@@ -156,8 +159,12 @@ class Checkpoints:
 
         Raises:
             OSError: The one before could not be written.
+            RuntimeError: Processes differ where they hold copies: started again, they go on from a checkpoint
+                that was written before.
         """
         self.finish()
+        if isinstance(optimizer, ProdigyPlusScheduleFree):
+            check_replicas(optimizer)
         path = self._folder / f"{run.step:08}"
         text = json.dumps(asdict(run), default=str)
         self._pending = self._thread.submit(

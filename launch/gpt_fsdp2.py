@@ -52,6 +52,7 @@ def main() -> None:
     with start() as ranks:
         with ranks.together():
             args = parse()
+        wait_at_most(args.timeout)
         run(args, ranks)
 
 

@@ -47,6 +47,7 @@ def main() -> None:
     with start() as ranks:
         with ranks.together():
             args = parse()
+        wait_at_most(args.timeout)
         run(args, ranks)
 
 
@@ -82,8 +83,6 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         net = network().to(ranks.device)
         optimizer = build_optimizer(args, net)
     with ranks.together():
-        if dist.is_initialized():
-            wait_at_most(args.timeout)
         train, test = load_data(args.data or mnist_data.cache_folder(), args.limit, ranks.device)
         saved, before = checkpoints.find(args, settings)
         written = Checkpoints(args, ranks)

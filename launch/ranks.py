@@ -127,7 +127,7 @@ def _store() -> Store:
     if given("GROUP_WORLD_SIZE", "1") != "1" and given("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         warnings.warn(
             "--max-restarts on several nodes: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
-            "environment, or no restart will succeed.",
+            "environment, or a restart may not succeed.",
             stacklevel=2,
         )
     return PrefixStore(given("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -140,7 +140,8 @@ def wait_at_most(timeout: timedelta, groups: Iterable[dist.ProcessGroup] = ()) -
         timeout: How long.
         groups: Whose messages, beside those among all processes.
     """
-    for group in {dist.group.WORLD, *groups}:
+    world = [dist.group.WORLD] if dist.is_initialized() else []
+    for group in [*world, *groups]:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
