@@ -5,7 +5,7 @@
 CASES is a JSON object: of every run its name, and ``[RANK, MOMENT]``, or null where nobody dies. MOMENT is
 ``step:K:SECONDS``, so long after step K has begun; ``told:K:SECONDS``, the same by SIGTERM; or
 ``save:K:PLACE``, a place in the K-th save that the process has a part in. The options, and ``OUT/NAME`` for
-each run, go to gpt_fsdp2.py.
+each run, go to gpt_fsdp2.py, which is to be found in PYTHONPATH.
 
 The launcher is torchrun's own, and so is all that follows a death. But the processes are forked from one that
 has imported everything, which takes most of the time otherwise.
@@ -22,11 +22,9 @@ from pathlib import Path
 
 PROCESSES = 4
 KINDS = {"step": signal.SIGKILL, "told": signal.SIGTERM}
-LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 def worker(name, rank, moment, options):
-    sys.path.insert(0, str(LAUNCH))
     import gpt_fsdp2
 
     starts = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1
@@ -88,7 +86,6 @@ def main():
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     cases, out, options = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    sys.path.insert(0, str(LAUNCH))
     multiprocessing.set_forkserver_preload(["gpt_fsdp2"])
     for name, case in cases.items():
         rank, moment = case or (None, None)

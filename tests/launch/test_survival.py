@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import mnist_data
 import pytest
 import storage
 
@@ -83,37 +84,51 @@ def test_the_run_itself_is_what_one_launch_makes(runs, tmp_path):
     assert_same_contents(newest(tmp_path / "out"), newest(runs / "undisturbed"), tmp_path)
 
 
-def started(script, out, *options):
-    """A run of two processes that has begun to log."""
-    log = out.with_suffix(".log").open("w")
-    process = subprocess.Popen(
-        running.command(script, 2, *options, "--out", out),
-        cwd=ROOT,
-        env=environment(),
-        stdout=log,
-        stderr=log,
-    )
-    end = time.monotonic() + 60
+def interrupted(script, out, *options):
+    """A run of two processes that SIGTERM ends soon after it has begun to log; returns the steps it took."""
+    told = out.with_suffix(".log")
+    with told.open("w") as log:
+        process = subprocess.Popen(
+            running.command(script, 2, *options, "--out", out),
+            cwd=ROOT,
+            env=environment(),
+            stdout=log,
+            stderr=log,
+        )
+    end = time.monotonic() + 90
     while not ((out / "log.jsonl").exists() and lines(out, "train")):
-        assert process.poll() is None, out.with_suffix(".log").read_text()
-        assert time.monotonic() < end, out.with_suffix(".log").read_text()
+        assert process.poll() is None, told.read_text()
+        assert time.monotonic() < end, told.read_text()
         time.sleep(0.01)
-    return process
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    steps = int(newest(out).name)
+    assert f"Ended by SIGTERM after {steps} steps" in told.read_text()
+    assert not (out / "model.safetensors").exists()
+    return steps
+
+
+def assert_goes_on(script, out, whole, *options):
+    """To the weights of a run that was never ended; of the log there is a line more where it was."""
+    for folder, resume in ((out, ["--resume"]), (whole, [])):
+        done = running.launch(script, 2, *options, *resume, "--out", folder)
+        assert done.returncode == 0, done.stderr
+    assert_same(running.weights(out), running.weights(whole))
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits(tmp_path):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    process = started("gpt_fsdp2.py", out, *RUN, "--steps", 100_000)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
-    told = out.with_suffix(".log").read_text()
-    saved = newest(out)
-    assert f"Ended by SIGTERM after {int(saved.name)} steps" in told
-    assert not (out / "model.safetensors").exists()
-    steps = int(saved.name) + 7
-    # It has a line of its own where it ended, so what follows is compared.
-    for folder, resume in ((out, ["--resume"]), (whole, [])):
-        done = running.launch("gpt_fsdp2.py", 2, *RUN, "--steps", steps, *resume, "--out", folder)
-        assert done.returncode == 0, done.stderr
-    assert_same(running.weights(out), running.weights(whole))
+    steps = interrupted("gpt_fsdp2.py", out, *RUN, "--steps", 100_000)
+    assert_goes_on("gpt_fsdp2.py", out, whole, *RUN, "--steps", steps + 7)
+
+
+@pytest.mark.slow
+def test_sigterm_within_an_epoch(tmp_path):
+    try:
+        mnist_data.fetch(mnist_data.cache_folder())
+    except OSError as error:
+        pytest.skip(str(error))
+    out, whole, small = tmp_path / "out", tmp_path / "whole", ["--limit", 1280, "--batch-size", 16]
+    steps = interrupted("mnist_ddp.py", out, *small, "--epochs", 1000)
+    assert_goes_on("mnist_ddp.py", out, whole, *small, "--epochs", steps // 80 + 1)
