@@ -2,5 +2,6 @@
 
 from prodigyplus.grouping import describe_groups, muon_groups
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
+from prodigyplus.published import ImportReport, import_published
 
-__all__ = ["ProdigyPlusScheduleFree", "describe_groups", "muon_groups"]
+__all__ = ["ImportReport", "ProdigyPlusScheduleFree", "describe_groups", "import_published", "muon_groups"]

@@ -200,17 +200,22 @@ class Problem:
         dtype: Of the parameters.
         perturbed: The seed of the perturbation; None for none.
         weights_too: Whether it is of the weights too.
+        shapes: Of the parameters.
     """
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, perturbed: int | None = None, weights_too: bool = False
+        self,
+        dtype: torch.dtype = torch.float32,
+        perturbed: int | None = None,
+        weights_too: bool = False,
+        shapes: Sequence[tuple[int, ...]] = SHAPES,
     ) -> None:
         self._perturbation = None if perturbed is None else torch.Generator().manual_seed(perturbed)
         self._weights_too = weights_too
         self._random = torch.Generator().manual_seed(0)
-        self.parameters = [torch.nn.Parameter(self._normal(shape).to(dtype)) for shape in SHAPES]
-        self._targets = [self._normal(shape) for shape in SHAPES]
-        self._curvatures = [self._normal(shape).exp() for shape in SHAPES]
+        self.parameters = [torch.nn.Parameter(self._normal(shape).to(dtype)) for shape in shapes]
+        self._targets = [self._normal(shape) for shape in shapes]
+        self._curvatures = [self._normal(shape).exp() for shape in shapes]
 
     def _normal(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(shape, generator=self._random)
@@ -234,6 +239,14 @@ class Problem:
                     signs = torch.randint(-1, 2, p.shape, generator=self._perturbation)
                     values.mul_(1 + 2**-23 * signs)
             p.grad = grad.to(p.dtype)
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """What the gradients, but for their noise, are those of; in units of a hundredth."""
+        return sum(
+            float((curvature * (p.to(target.dtype) - target).square()).sum()) / 2
+            for p, target, curvature in zip(self.parameters, self._targets, self._curvatures, strict=True)
+        )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, case: Case, step: int) -> None:

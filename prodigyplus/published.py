@@ -1,0 +1,493 @@
+"""State of the published package, prodigy-plus-schedule-free 1.9 and 2.0, made state of ours.
+
+Both keep what we keep. Not all of it by the same name, in the same form or in the same unit:
+
+===============================================  =======  ==================================================
+theirs                                           version  ours
+===============================================  =======  ==================================================
+``k``, the number of the next step               both     ``k`` and ``calls``, steps made
+``exp_avg_sq`` of FOCUS                          both     ``exp_avg_weight``
+``p0``, ``s``: samples; a 0-dim zero for all     both     rows (see :mod:`prodigyplus.samples`)
+``use_speed=True``                               2.0      ``use_speed="relative"``
+``exp_avg_x0_dot``, ``max_x0_minus_l1_norm``,    2.0      ``exp_avg_product``, ``max_l1``, ``max_l2``
+``max_x0_minus_l2_norm``: Python numbers
+``exp_avg_sq``, a list if factored: of g         1.9      of d·g: times d²; factors by name
+``s``, ``d_numerator``, ``d_denom``: weighted    1.9      weighted with d²/sqrt(d0), but for SPEED
+with sqrt(d)
+===============================================  =======  ==================================================
+
+``exp_avg_sq_mean`` and ``shared_d`` follow from the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus import checkpoint, moments, options, progress, samples, stepsize
+from prodigyplus.checkpoint import Group, name_of
+from prodigyplus.layout import Layout, wide_dtype
+from prodigyplus.optimizer import ProdigyPlusScheduleFree
+from prodigyplus.options import Options
+from prodigyplus.rule import compute_dtype, new_state
+
+Unit = Literal["group", "parameter"]
+
+
+class Outcome(Enum):
+    """What becomes of something in a state dict of the published package."""
+
+    EXACT = "carried over exactly"
+    CONVERTED = "carried over, converted"
+    CHANGES = "goes on by another rule"
+    ANEW = "starts anew"
+    OWN = "not taken from it, stays as it is here"
+    DROPPED = "not needed here, dropped"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A line of a report: what fared alike, and how.
+
+    Args:
+        outcome: How it fared.
+        names: Theirs; of what is not in the state dict, ours.
+        unit, count: In how many groups or parameters.
+        note: How, or why; may be empty.
+    """
+
+    outcome: Outcome
+    names: tuple[str, ...]
+    unit: Unit
+    count: int
+    note: str
+
+    def __str__(self) -> str:
+        plural = "s" if self.count > 1 else ""
+        note = f": {self.note}" if self.note else ""
+        return f"{', '.join(self.names)} ({self.count} {self.unit}{plural}){note}"
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What :func:`import_published` made of a state dict; to be printed.
+
+    Args:
+        version: Of the package that saved it, "1.9" or "2.0".
+        train_mode: Whether it was saved in train mode, and so which weights the model has to hold.
+        items: What became of what is in it: a line for what fared alike, not for each tensor.
+    """
+
+    version: str
+    train_mode: bool
+    items: tuple[Item, ...]
+
+    def of(self, *outcomes: Outcome) -> list[Item]:
+        """The items with these outcomes."""
+        return [item for item in self.items if item.outcome in outcomes]
+
+    def __str__(self) -> str:
+        mode = "train" if self.train_mode else "eval"
+        lines = [f"prodigy-plus-schedule-free {self.version}, saved in {mode} mode"]
+        for outcome in Outcome:
+            if items := self.of(outcome):
+                lines.append(f"{outcome.value}:")
+                for item in items:
+                    lines += textwrap.wrap(str(item), 100, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join(lines)
+
+
+class _Tally(Counter[tuple[Outcome, tuple[str, ...], Unit, str]]):
+    """What fared how, and in how many groups or parameters."""
+
+    def add(self, outcome: Outcome, *names: str, unit: Unit = "parameter", note: str = "") -> None:
+        if names:
+            self[outcome, names, unit, note] += 1
+
+    def add_scaled(self, scale: float, *names: str, unit: Unit = "parameter", note: str) -> None:
+        """Add what was multiplied with ``scale``; ``note`` says why."""
+        if scale == 1:
+            self.add(Outcome.EXACT, *names, unit=unit)
+        else:
+            self.add(Outcome.CONVERTED, *names, unit=unit, note=note)
+
+
+class _Scales(NamedTuple):
+    """What makes their units ours."""
+
+    moment: float = 1.0  # of second moments
+    statistic: float = 1.0  # of Prodigy's statistics
+
+
+@dataclass(frozen=True, slots=True)
+class _Package:
+    """What is to be known of a version of the package.
+
+    Args:
+        version: Its first two numbers.
+        options: Those that a group of its state dict has.
+        does: Options that it has not, and the values that say what it does.
+        speed: What ``use_speed=True`` is here.
+        numbers: What a group has beside options, and we need.
+        scales: What makes the units of a group, by its index, ours.
+        changes: What goes on otherwise here: (when, by the options of the group; what; how).
+    """
+
+    version: str
+    options: tuple[str, ...]
+    does: Mapping[str, Any]
+    speed: bool | str
+    numbers: tuple[str, ...]
+    scales: Callable[[Sequence[Group], int], _Scales]
+    changes: tuple[tuple[Callable[[Group], bool], str, str], ...]
+
+
+# The options in a group of both versions, and of the later one alone.
+_OPTIONS = ("lr", "betas", "beta3", "eps", "weight_decay", "weight_decay_by_lr", "d0", "d_coef",
+            "prodigy_steps", "use_bias_correction", "use_speed", "use_stableadamw", "use_cautious",
+            "use_grams", "use_adopt", "use_orthograd", "use_focus", "factored", "factored_fp32",
+            "stochastic_rounding")  # fmt: skip
+_SINCE_2_0 = ("split_groups", "split_groups_mean", "use_schedulefree", "schedulefree_c", "d_limiter")
+
+# What a group of either version has that follows from the rest, or is needed within a step alone.
+_BOOKKEEPING = ("optimiser_version", "d_prev", "shared_d", "prev_d_numerator", "running_d_numerator",
+                "running_d_denom", "running_weight_sum")  # fmt: skip
+
+_SLICE_P = 11
+
+_WEIGHTED = "weighted with d²/sqrt(d0), not sqrt(d)"
+
+_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+
+# What a parameter has that follows from the rest, or that has no part in our algorithm.
+_DROPPED = ("exp_avg_sq_metadata", "muon", "rms_sq")
+
+# SPEED's numbers in the order of ours.
+_SPEED = ("exp_avg_x0_dot", "max_x0_minus_l1_norm", "max_x0_minus_l2_norm")
+
+
+def _scales_of_1_9(groups: Sequence[Group], index: int) -> _Scales:
+    group = groups[index]
+    # d_prev is the d of the last step; but groups that share the first one's d never move theirs, and none
+    # does once d is frozen.
+    leader = groups[0] if _is_pooled(groups) else group
+    frozen = 0 < group["prodigy_steps"] < group["k"]
+    last_d = leader["d"] if frozen else leader["d_prev"]
+    return _Scales(last_d**2, 1.0 if group["use_speed"] else group["d"] ** 1.5 / math.sqrt(group["d0"]))
+
+
+def _is_pooled(groups: Sequence[Group]) -> bool:
+    """Whether the groups of a state dict of 1.9 share one d: then the first alone has running sums."""
+    return any("running_d_numerator" not in group for group in groups)
+
+
+_1_9 = _Package(
+    version="1.9",
+    options=(*_OPTIONS, "use_muon_pp"),
+    # Not among them: d_limiter=False. Its d grows by another rule, and ours may want the limiter.
+    does={"slice_p": _SLICE_P, "beta4": 0.0, "use_schedulefree": True, "schedulefree_c": 0.0},
+    speed=True,
+    numbers=("d", "d_prev", "d_numerator", "d_denom", "weight_sum", "k", "train_mode"),
+    scales=_scales_of_1_9,
+    changes=(
+        (lambda o: True, "d", "goes by progress at z, not y, and by the ratio N/‖s‖₁, not its arctangent"),
+        (
+            lambda o: not o["split_groups"] or 0 < (o["prodigy_steps"] or 0) <= o["calls"],
+            "d_prev",
+            "does not shorten the memory of the second moment, where it was left behind",
+        ),
+        (lambda o: o["use_stableadamw"], "use_stableadamw", "divides by the root of the rms, not the rms"),
+        (lambda o: o["eps"] is None, "eps=None", "steps are 4/π as long, as Adam-atan2 has it"),
+        (lambda o: o["use_focus"], "use_focus", "averages z weighted with d², not y"),
+        (lambda o: o["use_orthograd"], "use_orthograd", "projects the direction, not the gradient"),
+        (lambda o: o["use_muon_pp"], "use_muon_pp", "has other polynomials, and no memory of the rms"),
+    ),
+)
+
+_2_0 = _Package(
+    version="2.0",
+    options=(*_OPTIONS, *_SINCE_2_0),
+    does={"slice_p": _SLICE_P, "beta4": 0.0, "use_muon_pp": False},
+    speed="relative",
+    numbers=("d", "d_numerator", "max_d_numerator", "d_denom", "effective_lr", "k", "train_mode"),
+    scales=lambda groups, index: _Scales(),
+    changes=(
+        (
+            lambda o: o["use_cautious"] and not o["use_schedulefree"],
+            "use_cautious",
+            "applies its mask, and does not only compute it",
+        ),
+        (
+            lambda o: o["use_adopt"] and not o["use_schedulefree"],
+            "use_adopt",
+            "normalises d·g, not g, by the deviation of d·g",
+        ),
+        (
+            lambda o: o["d_limiter"] and o["d_coef"] < 1 and not o["use_speed"],
+            "d_limiter",
+            "limits d_coef·d_hat, not d_hat",
+        ),
+    ),
+)
+
+
+def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str, Any]) -> ImportReport:
+    """Go on from a state dict of the published package, prodigy-plus-schedule-free 1.9 or 2.0.
+
+    >>> saved = torch.load("checkpoint.pt", weights_only=True)
+    >>> model.load_state_dict(saved["model"])
+    >>> print(import_published(optimizer, saved["optimizer"]))
+
+    The model's weights are not in it: load those that were saved with it. It knows which they are, those to
+    train at or their average, and the optimiser is then in the same mode. The options come with it, as with
+    ``load_state_dict``; those that the package does not have are set to what it does.
+
+    Args:
+        optimizer: The one to go on with, of the same parameters in the same groups and order. That of
+            sharded parameters takes its pieces.
+        state_dict: What ``state_dict()`` of the package's optimiser gave. It is not changed, nor shared.
+
+    Returns:
+        What became of what is in it. Where the run will go on otherwise than it would have with the package,
+        there is a warning too.
+
+    Raises:
+        ValueError: It is of another package, or of other groups, parameters or options than can be here. The
+            optimiser is then as it was before.
+    """
+    package = _package_of(state_dict)
+    saved, saved_states = state_dict["param_groups"], state_dict["state"]
+    tally = _Tally()
+    said = [_group(package, saved, index, saved_states, tally) for index in range(len(saved))]
+    groups = checkpoint.checked_groups(
+        {"state": {}, "param_groups": said}, optimizer.param_groups, optimizer.defaults
+    )
+    states = {}
+    for index, (group, ours) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        group.update({name: ours[name] for name in options.NAMES if name not in said[index]})
+        for applies, what, how in package.changes:
+            if applies(group):
+                tally.add(Outcome.CHANGES, what, unit="group", note=how)
+        o, scales = Options.of(group), package.scales(saved, index)
+        for place, (key, p) in enumerate(zip(group["params"], ours["params"], strict=True)):
+            name = name_of(ours, index, place)
+            if o.use_muon_pp and p.ndim < 2:
+                raise ValueError(
+                    f"{name} has shape {tuple(p.shape)}, but use_muon_pp=True, which here is for matrices. "
+                    f'To go on without: state_dict["param_groups"][{index}]["use_muon_pp"] = False.'
+                )
+            if saved_states.get(key):
+                states[key] = _state(saved_states[key], p, o, scales, name, tally)
+            else:
+                tally.add(Outcome.EXACT, "no state", note="no gradient yet")
+    _share(groups, saved, tally)
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    items = tuple(
+        Item(outcome, names, unit, count, note) for (outcome, names, unit, note), count in tally.items()
+    )
+    report = ImportReport(package.version, all(group["train_mode"] for group in groups), items)
+    if notable := report.of(Outcome.CHANGES, Outcome.ANEW):
+        warnings.warn(
+            f"the run goes on otherwise than with prodigy-plus-schedule-free {package.version}:\n  "
+            + "\n  ".join(map(str, notable)),
+            stacklevel=2,
+        )
+    return report
+
+
+def _package_of(state_dict: Mapping[str, Any]) -> _Package:
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"the state dict has no {key!r}: pass what state_dict() gave.")
+    groups = state_dict["param_groups"]
+    # 2.0.0 and 2.0.1 both call themselves (2, 0, 0); before, there was no such key.
+    versions = {tuple(group.get("optimiser_version", (1, 9)))[:2] for group in groups}
+    if versions not in ({(1, 9)}, {(2, 0)}):
+        raise ValueError(
+            f"the state dict has optimiser_version {sorted(versions)}: states of prodigy-plus-schedule-free "
+            "1.9 and 2.0 can be imported."
+        )
+    package = _1_9 if versions == {(1, 9)} else _2_0
+    for index, group in enumerate(groups):
+        # 2.0.0 has no schedulefree_c.
+        if missing := {*package.options, *package.numbers} - {"schedulefree_c"} - group.keys():
+            raise ValueError(
+                f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: it is not of "
+                "prodigy-plus-schedule-free 1.9 or 2.0. State of ours is for load_state_dict()."
+            )
+    return package
+
+
+def _group(
+    package: _Package, saved: Sequence[Group], index: int, states: Mapping[Any, Any], tally: _Tally
+) -> dict[str, Any]:
+    """A group of ours, but for the options that theirs does not tell of."""
+    theirs = saved[index]
+    told = {**{name: theirs.get(name, 0.0) for name in package.options}, **package.does}
+    tally.add(Outcome.EXACT, "options", unit="group")
+    does = (f"{name}={value}" for name, value in package.does.items())
+    tally.add(Outcome.CONVERTED, *does, unit="group", note="no options there, but what it does")
+    if theirs["use_speed"]:
+        told["use_speed"] = package.speed
+        if package.speed is not True:
+            tally.add(Outcome.CONVERTED, "use_speed", unit="group", note=f"{package.speed!r} here")
+    if "split_groups" not in told and len(saved) > 1:
+        told["split_groups"] = not _is_pooled(saved)
+        tally.add(Outcome.CONVERTED, "split_groups", unit="group", note="told by which sums there are")
+    tally.add(Outcome.OWN, *(name for name in options.NAMES if name not in told), unit="group")
+
+    numbers = _numbers(theirs, index, package.scales(saved, index).statistic, tally)
+    steps, has_moved = numbers["k"], any(map(states.get, theirs["params"]))
+    if not has_moved:
+        numbers["k"] = 0  # there all groups count, here those with gradients
+    if has_moved and not told["use_schedulefree"]:
+        numbers["weight_sum"] = numbers["d"] ** 2  # not kept there; here only whether it is above 0 matters
+    kept = theirs.keys() - {*options.NAMES, *_BOOKKEEPING, *numbers, "params", "train_mode"}
+    tally.add(Outcome.EXACT, *sorted(kept), unit="group", note="not the package's, but the group's own")
+    bookkeeping = [name for name in _BOOKKEEPING if any(name in group for group in saved)]
+    tally.add(Outcome.DROPPED, *bookkeeping, unit="group")
+    return {
+        **{name: theirs[name] for name in ("params", "train_mode", *kept)},
+        **told,
+        **numbers,
+        "calls": steps,
+    }
+
+
+def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict[str, float | int]:
+    """A group's numbers (see :func:`prodigyplus.stepsize.first_numbers`)."""
+
+    def read(name: str, default: float = 0.0) -> float:
+        value = float(theirs.get(name, default))
+        if not math.isfinite(value):
+            raise ValueError(
+                f"param_groups[{index}] of the state dict has {name}={value}: its run had diverged. Import "
+                "a state from before."
+            )
+        return value
+
+    d, numerator, norm = read("d"), read("d_numerator") * statistic, read("d_denom") * statistic
+    exact = [name for name in ("d", "max_d_numerator", "weight_sum", "effective_lr") if name in theirs]
+    tally.add(Outcome.EXACT, *exact, unit="group")
+    tally.add_scaled(statistic, "d_numerator", "d_denom", unit="group", note=_WEIGHTED)
+    tally.add(Outcome.CONVERTED, "k", unit="group", note="the number of steps made, not of the next")
+    return stepsize.first_numbers(d) | {
+        "d_hat": numerator / norm if norm > 0 and not theirs["use_speed"] else d,
+        "d_numerator": numerator,
+        "max_d_numerator": read("max_d_numerator", max(0.0, numerator)),
+        "d_denom": norm,
+        "weight_sum": read("weight_sum"),
+        "effective_lr": read("effective_lr"),
+        "k": int(theirs["k"]) - 1,
+    }
+
+
+def _share(groups: Sequence[dict[str, Any]], saved: Sequence[Group], tally: _Tally) -> None:
+    """Set the step sizes in use, as :func:`prodigyplus.stepsize.close` does."""
+    sharing = [group for group in groups if group["split_groups"] and group["split_groups_mean"]]
+    if len(sharing) > 1:
+        columns = ([group[name] for group in sharing] for name in ("d", "weight_sum"))
+        mean = stepsize.harmonic_mean(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+        for group in sharing:
+            group["shared_d"] = float(mean) if group["weight_sum"] > 0 else group["d"]
+    for group, theirs in zip(groups, saved, strict=True):
+        # 1.9 does not save it, and in 2.0 it may be None.
+        if theirs.get("shared_d") and not math.isclose(theirs["shared_d"], group["shared_d"], rel_tol=1e-6):
+            note = "the mean of the groups that have moved, not of all"
+            tally.add(Outcome.CHANGES, "shared_d", unit="group", note=note)
+
+
+def _state(
+    saved: Mapping[str, Any], p: Tensor, o: Options, scales: _Scales, name: str, tally: _Tally
+) -> dict[str, Tensor]:
+    """A parameter's state in the form that it is saved in, from theirs. It may share tensors with it."""
+    translated = {*_MOMENTS, *_DROPPED, *progress.SAMPLED, *_SPEED}
+    state = {key: value for key, value in saved.items() if key not in translated}
+    base = state.get("z", state.get("exp_avg"))
+    if base is None or base.shape != p.shape:
+        found = "no z nor exp_avg" if base is None else f"state of shape {tuple(base.shape)}"
+        raise ValueError(
+            f"{name} has shape {tuple(p.shape)}, but the state dict has {found} for it: build the optimiser "
+            "with the parameters that it was saved with, in their order."
+        )
+    tally.add(Outcome.EXACT, *state)
+    tally.add(Outcome.DROPPED, *(key for key in _DROPPED if key in saved))
+    state |= _second_moment(saved, base, o, scales.moment, tally)
+    if "p0" in saved:
+        state |= _evidence(saved, p, o, scales.statistic, name, tally)
+    return state
+
+
+def _second_moment(
+    saved: Mapping[str, Any], base: Tensor, o: Options, scale: float, tally: _Tally
+) -> dict[str, Tensor]:
+    layout = Layout(tuple(base.shape))
+    if saved.get("muon") and not o.use_muon_pp:
+        tally.add(Outcome.ANEW, "second moment", note="Muon had none")
+        fresh = new_state(base, base, layout, o)
+        return {key: value for key, value in fresh.items() if key.startswith("exp_avg_sq")}
+    found = {key: saved[key] for key in _MOMENTS if key in saved}
+    if isinstance(found.get("exp_avg_sq"), (list, tuple)):  # the factors, and which dimensions they are of
+        found["exp_avg_sq_row"], found["exp_avg_sq_col"], *_ = found.pop("exp_avg_sq")
+    tally.add_scaled(scale, *found, note="times d², as that of d·g")
+    found = {key: _scaled(value, scale) for key, value in found.items()}
+    if o.use_focus and "exp_avg_sq" in found:
+        return {"exp_avg_weight": found["exp_avg_sq"]}
+    dims = moments.factored_dims(layout.shape)
+    if "exp_avg_sq_row" in found and dims is not None:
+        row, column = dims
+        tally.add(Outcome.CONVERTED, "exp_avg_sq_mean", note="the mean of exp_avg_sq_row")
+        factor = found["exp_avg_sq_row"]
+        total = factor.to(compute_dtype(factor)).sum(row, keepdim=True)
+        found["exp_avg_sq_mean"] = total / layout.size(row)
+        if row > column:
+            tally.add(Outcome.CHANGES, "exp_avg_sq_row", note="of a tall tensor, is divided by its true mean")
+    return found
+
+
+def _evidence(
+    saved: Mapping[str, Any], p: Tensor, o: Options, scale: float, name: str, tally: _Tally
+) -> dict[str, Tensor]:
+    """What a parameter keeps for Prodigy, as long as the step size adapts."""
+    layout, count = Layout(tuple(p.shape)), -(-math.prod(p.shape) // _SLICE_P)
+
+    def rows(key: str) -> Tensor:
+        value = saved.get(key)
+        if isinstance(value, Tensor) and value.ndim == 0:  # weights that were all zero
+            value = value.expand(count)
+        if value is None or value.shape != (count,):
+            found = f"no {key!r}" if value is None else f"{key!r} of shape {tuple(value.shape)}"
+            raise ValueError(
+                f"{name} has shape {layout.shape}, but the state dict has {found} for it: the package keeps "
+                f"every {_SLICE_P}th element, here of shape {(count,)}."
+            )
+        return samples.spread(value, layout, _SLICE_P)
+
+    if saved["p0"].ndim == 0:
+        tally.add(Outcome.CONVERTED, "p0", note="one zero stood for all")
+    else:
+        tally.add(Outcome.EXACT, "p0")
+    if o.use_speed == "relative":
+        tally.add(Outcome.EXACT, *(key for key in _SPEED if key in saved))
+        dtype = wide_dtype(p.device)
+        numbers = {
+            ours: torch.tensor(saved.get(theirs, 0.0), dtype=dtype)
+            for ours, theirs in zip(progress.NUMBERS, _SPEED, strict=True)
+        }
+        return {"p0": rows("p0"), **numbers}
+    tally.add_scaled(scale, "s", note=_WEIGHTED)
+    return {"p0": rows("p0"), "s": _scaled(rows("s"), scale)}
+
+
+def _scaled(value: Tensor, scale: float) -> Tensor:
+    return value if scale == 1 else (value.to(compute_dtype(value)) * scale).to(value.dtype)
