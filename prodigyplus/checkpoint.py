@@ -63,9 +63,14 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
                 "saved with."
             )
         if missing := {"d0", *stepsize.NUMBERS} - theirs.keys():
+            why = (
+                "it is not of this optimiser."
+                if theirs["params"]
+                else "torch's set_optimizer_state_dict loses what a group without parameters has, unless it "
+                "is the last. Put it last, leave it out, or save and load optimizer.state_dict()."
+            )
             raise ValueError(
-                f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: it is not of "
-                "this optimiser."
+                f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: {why}"
             )
         # Where gradients are consumed is the run's, not the state's.
         group = {**defaults, **theirs, "fused_back_pass": ours["fused_back_pass"]}
@@ -91,8 +96,15 @@ def checked_states(
     states = {}
     number = 0
     for index, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
+        have_state = [bool(saved.get(key)) for key in theirs["params"]]
+        if theirs["k"] and not any(have_state) and any(p.requires_grad for p in ours["params"]):
+            raise ValueError(
+                f"param_groups[{index}] of the state dict has made {theirs['k']} steps, but none of its "
+                "parameters has state. torch's set_optimizer_state_dict loses it where parameters have "
+                "gradients: call optimizer.zero_grad() before."
+            )
         for place, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
-            if saved.get(key):
+            if have_state[place]:
                 _check_state(saved[key], p, Options.of(theirs), name_of(ours, index, place))
                 states[number] = dict(saved[key])
             number += 1

@@ -19,7 +19,7 @@ from prodigyplus import averaging, checkpoint, driver, options, progress, sample
 from prodigyplus.checkpoint import name_of
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.options import Options
-from prodigyplus.rule import Part, anchor, new_state
+from prodigyplus.rule import Part, anchor, freed_state, new_state
 from prodigyplus.step import Step
 from prodigyplus.stepsize import GroupStep
 
@@ -121,6 +121,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     _warned: frozenset[str] = frozenset()
     _under_way: Step | None = None  # a step that a backward pass has begun
     _fuses = False  # whether fuse_backward() has been called
+    _lends_average = False  # whether averaged_parameters() has put the average into the model
 
     def __init__(
         self,
@@ -255,6 +256,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         return any(group["use_schedulefree"] and not group["train_mode"] for group in self.param_groups)
 
     def _begin(self, *, in_backward: bool) -> Step:
+        self._check_average_is_not_lent()
         home = next((self._local(p).device for p, _ in self._parameters()), torch.device("cpu"))
         for group in self.param_groups:
             stepsize.lift(group, home)
@@ -427,13 +429,19 @@ class ProdigyPlusScheduleFree(Optimizer):
     ) -> Part:
         weight, grad, layout, state = self._local(p), self._local(grad), self._layout(p), self.state[p]
         if not state:
-            for key, value in new_state(weight, grad, layout, group.options).items():
-                state[key] = value if key in progress.SAMPLED else self._placed(p, value, key, group.options)
+            state.update(self._kept(p, new_state(weight, grad, layout, group.options), group.options))
         if not group.adapts:
             for key in progress.STATE:
                 state.pop(key, None)
         local_state = {key: self._local(value) for key, value in state.items()}
         return Part(weight, grad, local_state, layout, group, number, present)
+
+    def _kept(self, p: Tensor, local: Mapping[str, Tensor], o: Options) -> dict[str, Tensor]:
+        """Entries of the state as they are kept, from their local pieces: samples stay as they are."""
+        return {
+            key: value if key in progress.SAMPLED else self._placed(p, value, key, o)
+            for key, value in local.items()
+        }
 
     # What a subclass whose parameters are pieces of tensors has to say about them.
 
@@ -470,6 +478,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_no_step_is_under_way()  # which a copy would not have
+        self._check_average_is_not_lent()
         state: dict[str, Any] = super().__getstate__()
         return state
 
@@ -480,8 +489,25 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "step yet: call optimizer.step() first."
             )
 
+    @property
+    def holds_average(self) -> bool:
+        """Whether the model holds the weights to evaluate and to save.
+
+        It does in eval mode, within :meth:`averaged_parameters`, and always without Schedule-Free.
+        """
+        training = any(group["use_schedulefree"] and group["train_mode"] for group in self.param_groups)
+        return self._lends_average or not training
+
+    def _check_average_is_not_lent(self) -> None:
+        if self._lends_average:
+            raise RuntimeError(
+                "within averaged_parameters() the model holds the averaged weights, to be evaluated or saved "
+                "by itself; the optimiser goes with those of training: leave the with-block first."
+            )
+
     @torch.no_grad()
     def _swap(self, *, train: bool) -> None:
+        self._check_average_is_not_lent()
         if any(group["use_schedulefree"] and group["train_mode"] != train for group in self.param_groups):
             self._check_no_step_is_under_way()
         convert = averaging.y_from_x if train else averaging.x_from_y
@@ -508,14 +534,19 @@ class ProdigyPlusScheduleFree(Optimizer):
         >>> with optimizer.averaged_parameters():
         ...     evaluate(model)
         """
+        if self._lends_average:
+            yield
+            return
         before: list[tuple[Tensor, Tensor]] = []
         try:
             with torch.no_grad():
                 for p, x in self._averages():
                     before.append((p, p.detach().clone()))
                     p.copy_(x)
+            self._lends_average = True
             yield
         finally:
+            self._lends_average = False
             with torch.no_grad():
                 for p, y in before:
                     p.copy_(y)
@@ -537,7 +568,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """Every parameter that does not hold x now, with its x, a new tensor."""
         self._check_no_step_is_under_way()
         for group in self.param_groups:
-            if group["use_schedulefree"] and group["train_mode"]:
+            if group["use_schedulefree"] and group["train_mode"] and not self._lends_average:
                 for p, z in self._with_z(group):
                     x = torch.empty_like(p, requires_grad=False)
                     averaging.x_from_y(self._local(p), self._local(z), group["betas"][0], out=self._local(x))
@@ -589,9 +620,10 @@ class ProdigyPlusScheduleFree(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimiser; a group's numbers are plain Python numbers in it.
 
-        The model's weights are not in it: save them too, and load them before going on.
+        The model's weights are not in it: save them too, in the same mode, and load them before going on.
         """
         self._check_no_step_is_under_way()
+        self._check_average_is_not_lent()
         saved = super().state_dict()
         checkpoint.make_plain(saved["param_groups"])
         saved["state"] = self._saved_states()
@@ -599,22 +631,29 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _saved_states(self) -> dict[int, dict[str, Tensor]]:
         """The states of all parameters by their numbers, Prodigy's samples as rows."""
-        kept = [
-            (number, p, Options.of(group))
-            for number, (p, group) in enumerate(self._parameters())
-            if p in self.state
-        ]
+        kept = []
+        for number, (p, group) in enumerate(self._parameters()):
+            if p in self.state:
+                o, state = Options.of(group), self.state[p]
+                if state and not o.adapts(group["calls"]):
+                    state = {**state, **self._kept(p, freed_state(self._local(p), self._layout(p), o), o)}
+                kept.append((number, p, o, state))
         asked: list[driver.Asked] = []
-        for _, p, o in kept:
-            layout, state = self._layout(p), self.state[p]
+        for _, p, o, state in kept:
+            layout = self._layout(p)
             last = layout.dims[-1:]
             rows = {
                 key: samples.spread(state[key], layout, o.slice_p) for key in progress.SAMPLED if key in state
             }
             asked.append((layout, {key: Sum(value, last) for key, value in rows.items()}))
+        # Where torch copies a state to write it while training goes on, it takes a DTensor without dimensions
+        # as it is, and fails at a view; rows that others have completed are views into one buffer.
         return {
-            number: {**self.state[p], **{key: self._placed(p, value, key, o) for key, value in rows.items()}}
-            for (number, p, o), rows in zip(kept, self._exchange.complete(asked), strict=True)
+            number: {
+                **{key: value if value.ndim else value.clone() for key, value in state.items()},
+                **{key: self._placed(p, value.clone(), key, o) for key, value in rows.items()},
+            }
+            for (number, p, o, state), rows in zip(kept, self._exchange.complete(asked), strict=True)
         }
 
     def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -632,16 +671,17 @@ class ProdigyPlusScheduleFree(Optimizer):
                 is then as it was before.
         """
         self._check_no_step_is_under_way()
+        self._check_average_is_not_lent()
         # torch's loader casts all state to the parameter's dtype. So it does not get to see it.
         loaded: dict[int, dict[str, Tensor]] = {}
 
         def take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             groups = checkpoint.checked_groups(state_dict, self.param_groups, self.defaults)
             states = checkpoint.checked_states(state_dict["state"], groups, self.param_groups)
-            o = [Options.of(group) for group in groups for _ in group["params"]]
+            group_of = [group for group in groups for _ in group["params"]]
             for number, (p, _) in enumerate(self._parameters()):
                 if number in states:
-                    loaded[number] = self._loaded_state(p, states[number], o[number])
+                    loaded[number] = self._loaded_state(p, states[number], group_of[number])
             return {"state": {}, "param_groups": groups}
 
         def put_in(optimizer: Optimizer) -> None:
@@ -660,8 +700,13 @@ class ProdigyPlusScheduleFree(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _loaded_state(self, p: Tensor, saved: Mapping[str, Tensor], o: Options) -> dict[str, Tensor]:
-        pieces = {key: self._piece(p, value, key, o) for key, value in saved.items()}
+    def _loaded_state(
+        self, p: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        o = Options.of(group)
+        adapts = o.adapts(group["calls"])
+        needed = {key: value for key, value in saved.items() if adapts or key not in progress.STATE}
+        pieces = {key: self._piece(p, value, key, o) for key, value in needed.items()}
         return {
             key: samples.collect(piece, self._layout(p), o.slice_p)
             if key in progress.SAMPLED

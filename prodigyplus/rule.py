@@ -86,8 +86,20 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
         state["z"] = weight.detach().clone(memory_format=torch.preserve_format)
     else:
         state["exp_avg"] = torch.zeros_like(grad)
-    storage = torch.float64 if grad.dtype == torch.float64 else torch.bfloat16
-    return state | progress.new_state(weight, layout, options, storage)
+    return state | _prodigy_state(weight, layout, options)
+
+
+def _prodigy_state(weight: Tensor, layout: Layout, options: Options) -> dict[str, Tensor]:
+    storage = torch.float64 if weight.dtype == torch.float64 else torch.bfloat16
+    return progress.new_state(weight, layout, options, storage)
+
+
+def freed_state(weight: Tensor, layout: Layout, options: Options) -> dict[str, Tensor]:
+    """What is saved in the place of what Prodigy has freed: zeros.
+
+    torch's checkpoint helpers fill the state of a new optimiser, and fail at what of it is not in the file.
+    """
+    return {key: torch.zeros_like(value) for key, value in _prodigy_state(weight, layout, options).items()}
 
 
 def anchor(weight: Tensor, state: dict[str, Tensor], layout: Layout, options: Options) -> None:

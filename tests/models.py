@@ -39,17 +39,54 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
-class Walks:
-    """Batches of walks, the same on every rank; each symbol has three successors."""
+class Layer(nn.Module):
+    """What tensor parallelism cuts in a block, with a norm."""
 
-    def __init__(self, batch: int = 16):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(20)
+        self.up = nn.Linear(20, 30)
+        self.down = nn.Linear(30, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Tiny(nn.Module):
+    """A network for short runs: of sizes that few numbers of ranks divide, and partly frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(SYMBOLS, 20)
+        self.lens = nn.Linear(20, 20).requires_grad_(False)
+        self.blocks = nn.ModuleList([Layer()])
+        self.blocks[0].norm.bias.requires_grad_(False)
+        self.head = nn.Linear(20, SYMBOLS)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        x = self.embed(symbols)
+        x = x + self.lens(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Walks:
+    """Batches of walks, the same on every rank; each symbol has three successors.
+
+    With a ``seed``, other walks on the same graph.
+    """
+
+    def __init__(self, batch: int = 16, length: int = LENGTH, seed: int | None = None):
         self._random = torch.Generator().manual_seed(1)
         self._successors = torch.randint(SYMBOLS, (SYMBOLS, 3), generator=self._random)
-        self._batch = batch
+        self._batch, self._length = batch, length
+        if seed is not None:
+            self._random.manual_seed(seed)
 
     def next(self) -> Tensor:
         walk = [torch.randint(SYMBOLS, (self._batch,), generator=self._random)]
-        for _ in range(LENGTH):
+        for _ in range(self._length):
             choice = torch.randint(3, (self._batch,), generator=self._random)
             walk.append(self._successors[walk[-1], choice])
         return torch.stack(walk, dim=1)

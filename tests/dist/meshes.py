@@ -104,9 +104,9 @@ class Placed:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The global tensor of a DTensor; another tensor as it is."""
+    """The global tensor of a DTensor; another tensor as it is. A copy."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def pieces_of(tensor: Tensor) -> Tensor:

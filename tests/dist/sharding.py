@@ -1,4 +1,4 @@
-"""The small transformer on meshes, as a user would wrap it."""
+"""Models on meshes, as a user would wrap them."""
 
 import torch
 import torch.distributed as dist
@@ -17,21 +17,33 @@ from tests.models import Transformer
 WRAPS = {"ddp2": {"ddp": 2}, "fsdp2": {"fsdp": 2}, "fsdp4": {"fsdp": 4}, "hsdp": {"copy": 2, "fsdp": 2},
          "tp": {"tp": 2}, "fsdp_tp": {"fsdp": 2, "tp": 2}}  # fmt: skip
 
+# Also one process, and other numbers of ranks.
+LAYOUTS = {**WRAPS, "one": {}, "ddp3": {"ddp": 3}, "ddp4": {"ddp": 4}, "ddp9": {"ddp": 9},
+           "fsdp1": {"fsdp": 1}, "fsdp3": {"fsdp": 3}, "fsdp9": {"fsdp": 9}, "hsdp9": {"copy": 3, "fsdp": 3},
+           "fsdp_tp9": {"fsdp": 3, "tp": 3}}  # fmt: skip
+
 
 def ranks(name):
-    return torch.Size(WRAPS[name].values()).numel()
+    return torch.Size(LAYOUTS[name].values()).numel()
 
 
 def wrap(name, dtype=torch.float32, prepare=None):
-    """A model, the model to call, and the number and count of this rank's slice of a global batch.
-
-    ``prepare`` changes the model before it is wrapped.
-    """
+    """The small transformer, placed (see :func:`place`); ``prepare`` changes it before it is wrapped."""
     torch.manual_seed(0)
     model = Transformer().to(dtype)
     if prepare:
         prepare(model)
-    axes = WRAPS[name]
+    return place(name, model)
+
+
+def place(name, model, units=True):
+    """A model, the model to call, and the number and count of this rank's slice of a global batch.
+
+    With ``units`` FSDP gathers each block for itself; else the whole model at once.
+    """
+    axes = LAYOUTS[name]
+    if not axes:
+        return model, model, 0, 1
     if "ddp" in axes:
         return model, DistributedDataParallel(model), dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
@@ -41,7 +53,7 @@ def wrap(name, dtype=torch.float32, prepare=None):
             parallelize_module(block, mesh["tp"], plan)
     if "fsdp" in axes:
         data_mesh = mesh["copy", "fsdp"] if "copy" in axes else mesh["fsdp"]
-        for block in model.blocks:
+        for block in model.blocks if units else ():
             fully_shard(block, mesh=data_mesh)
         fully_shard(model, mesh=data_mesh)
         number = data_mesh.get_rank() if data_mesh.ndim == 1 else dist.get_rank()

@@ -5,83 +5,22 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import MESHES, Placed, for_muon, pieces_of, whole
+from tests.dist.resuming import whole_state
 from tests.dist.sharding import ranks, wrap
-from tests.models import Walks, fit
+from tests.models import Transformer, Walks, fit
 from tests.single.problems import Fed, assert_same
-
-BEFORE, AFTER = 30, 15
 
 
 def groups(parameters, use_muon_pp=False, **options):
     """One, or those for Muon."""
     parameters = list(parameters)
     return for_muon(parameters, **options) if use_muon_pp else [{"params": parameters, **options}]
-
-
-def weights_and_d(model, optimizer):
-    return [whole(p) for p in model.parameters()], float(optimizer.metrics()[0]["d"])
-
-
-def save(name, folder, flatten, options):
-    """Train, save, and train on: where the uninterrupted run is."""
-    model, called, number, count = wrap(name)
-    optimizer = ShardedProdigyPlusScheduleFree(groups(model.parameters(), **options))
-    data = Walks()
-    fit(called, optimizer, data, BEFORE, number, count)
-    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
-    saved = get_state_dict(model, optimizer, options=how)
-    dcp.save({"model": saved[0], "optimizer": saved[1]}, checkpoint_id=folder)
-    fit(called, optimizer, data, AFTER, number, count)
-    return weights_and_d(model, optimizer)
-
-
-def load(name, folder, flatten, options, mode):
-    model, called, number, count = wrap(name)
-    optimizer = ShardedProdigyPlusScheduleFree(groups(model.parameters(), **options))
-    data = Walks()
-    for _ in range(BEFORE):
-        data.next()
-    getattr(optimizer, mode)()
-    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
-    template = get_state_dict(model, optimizer, options=how)
-    saved = {"model": template[0], "optimizer": template[1]}
-    dcp.load(saved, checkpoint_id=folder)
-    set_state_dict(
-        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=how
-    )
-    fit(called, optimizer, data, AFTER, number, count)
-    return weights_and_d(model, optimizer)
-
-
-@pytest.mark.parametrize("options", [{}, {"use_speed": "relative", "use_adopt": True}], ids=str)
-@pytest.mark.parametrize("flatten", [False, True])
-def test_through_dcp(pool, tmp_path, flatten, options):
-    uninterrupted = pool.run(4, save, "fsdp4", str(tmp_path), flatten, options)
-    assert_same(pool.run(4, load, "fsdp4", str(tmp_path), flatten, options, "train"), uninterrupted)
-    weights, d = uninterrupted[0]
-    for name, mode in (("fsdp2", "train"), ("hsdp", "eval"), ("fsdp_tp", "train")):
-        for found, found_d in pool.run(ranks(name), load, name, str(tmp_path), flatten, options, mode):
-            assert found_d == pytest.approx(d, rel=1e-5)
-            for ours, theirs in zip(found, weights, strict=True):
-                assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
-
-
-def state_of(optimizer):
-    """A state dict with whole tensors, as one process would save it."""
-    saved = optimizer.state_dict()
-    saved["state"] = {
-        number: {key: whole(value) for key, value in state.items()}
-        for number, state in saved["state"].items()
-    }
-    return saved
 
 
 def fed_on_mesh(name, saved, weights, draws, steps, options):
@@ -97,7 +36,7 @@ def fed_on_mesh(name, saved, weights, draws, steps, options):
     for _ in range(steps):
         placed.backward()
         optimizer.step()
-    return state_of(optimizer), [whole(p) for p in placed.parameters]
+    return whole_state(optimizer), [whole(p) for p in placed.parameters]
 
 
 @pytest.mark.parametrize(
@@ -198,23 +137,31 @@ def test_from_one_mesh_to_another(pool):
             assert_same(other, first)
 
 
-def averages():
+def averages(name):
     """Averaged weights from every interface, of a model on a mesh."""
-    model, called, number, count = wrap("fsdp2")
+    model, called, number, count = wrap(name)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
     fit(called, optimizer, Walks(), 20, number, count)
+    with torch.no_grad():
+        called(Walks().next()[:, :-1])  # after which FSDP2 leaves the root's weights gathered
     before = [whole(p) for p in model.parameters()]
     saved = {name: whole(value) for name, value in optimizer.averaged_state_dict(model).items()}
+    full = optimizer.averaged_state_dict(called, full=True)
     with optimizer.averaged_parameters():
         inside = {name: whole(value) for name, value in model.state_dict().items()}
     after = [whole(p) for p in model.parameters()]
     optimizer.eval()
     evaluated = {name: whole(value) for name, value in model.state_dict().items()}
-    return before, after, saved, inside, evaluated
+    return before, after, saved, full, inside, evaluated
 
 
-def test_averaged_weights(pool):
-    before, after, saved, inside, evaluated = pool.run(2, averages)[0]
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2", "hsdp", "tp", "fsdp_tp"])
+def test_averaged_weights(pool, name):
+    (before, after, saved, full, inside, evaluated), *others = pool.run(ranks(name), averages, name)
     assert_same(after, before)
     assert_same(saved, evaluated)
     assert_same(inside, evaluated)
+    assert_same(full, evaluated)
+    assert all(other[3] == {} for other in others)
+    # It is the model of one process, and loads as such.
+    Transformer().load_state_dict(full)

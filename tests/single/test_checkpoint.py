@@ -87,6 +87,20 @@ def test_numbers_are_plain_and_exact():
     assert type(group["k"]) is int
 
 
+def test_numbers_of_a_parameter_are_those_of_the_call():
+    """torch's asynchronous save copies no DTensor without dimensions."""
+    problem, optimizer = pair((40, 12), (), use_speed="relative")
+    run(optimizer, problem, 10)
+    saved = optimizer.state_dict()["state"]
+    numbers = [
+        (value, value.clone()) for state in saved.values() for value in state.values() if not value.ndim
+    ]
+    assert len(numbers) == 2 * 3 + 2  # of SPEED, and of the scalar: z and its second moment
+    run(optimizer, problem, 10)
+    for value, before in numbers:
+        assert_same(value, before)
+
+
 def test_a_load_shares_nothing_with_what_was_loaded():
     problem, optimizer = pair((40, 12))
     run(optimizer, problem, 10)
