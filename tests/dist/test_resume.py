@@ -32,6 +32,7 @@ PAIRS = {
     "one": ("one", "ddp4", "fsdp3"),
     "ddp2": ("ddp2", "fsdp1", "hsdp9"),
     "ddp3": ("ddp3", "one", "fsdp_tp"),
+    "fsdp_tp": ("fsdp_tp", "ddp4", "one"),
     "ddp4": ("ddp4", "fsdp2", "tp"),
     "fsdp1": ("fsdp1", "hsdp9", "hsdp"),
     "fsdp2": ("fsdp2", "fsdp4", "hsdp9"),
@@ -40,7 +41,6 @@ PAIRS = {
     "hsdp": ("hsdp", "fsdp_tp", "ddp3"),
     "hsdp9": ("hsdp9", "fsdp1"),
     "tp": ("tp", "hsdp", "fsdp3"),
-    "fsdp_tp": ("fsdp_tp", "ddp4", "one"),
 }
 # On two cores nine ranks are slow.
 SLOW_PAIRS = {

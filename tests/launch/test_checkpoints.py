@@ -195,10 +195,17 @@ def test_what_the_same_job_has_written_is_gone_on_from(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
     for resume in (None, True, tmp_path / "elsewhere"):
         assert checkpoints.find(options(tmp_path, resume), {})[1].step == 10
-    for name in ("job 2", "none"):  # torchrun calls a job so that was given no name
+    for name in ("job 2", "none"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
         with pytest.raises(ValueError, match="is of an earlier run"):
             checkpoints.find(options(tmp_path), {})
+
+
+def test_a_job_without_a_name_is_no_other(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert checkpoints.job() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun calls it
+    assert checkpoints.job() is None
 
 
 # -------------------------------------------------------------------------------------------- damage
