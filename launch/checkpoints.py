@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
@@ -51,16 +51,23 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     job: str | None = None
+    minutes: float = 0.0
 
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the most steps in a folder of checkpoints."""
-    return max(_all_in(folder), default=None)
+    return max(_all_in(folder), key=_step_of, default=None)
 
 
 def _all_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, in the order of their steps."""
-    return sorted(path.parent for path in folder.glob(f"[0-9]*/{RUN}"))
+    return sorted(
+        (path.parent for path in folder.glob(f"*/{RUN}") if path.parent.name.isdecimal()), key=_step_of
+    )
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name)
 
 
 def add_arguments(parser: argparse.ArgumentParser, when: str) -> None:
@@ -83,7 +90,8 @@ def find(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Path | 
     """The checkpoint to go on from, if any, and what was before it.
 
     That is what ``--resume`` says, or the newest of ``--out`` if this very job has written it: then one of
-    its processes has failed since, and all have been started again.
+    its processes has failed since, and all have been started again. (What another has written, the first
+    start of a job has refused.)
 
     Args:
         args: The options of the command line.
@@ -95,7 +103,8 @@ def find(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Path | 
     """
     folder, resume = args.out / FOLDER, args.resume
     last = newest(folder)
-    if last is not None and resume is not True and job() is not None and _read(last).job == job():
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if last is not None and (again or (job() is not None and _read(last).job == job())):
         resume = True
     if last is not None and resume is None:
         raise ValueError(
@@ -114,7 +123,7 @@ def find(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Path | 
     run = _read(path)
     for name, ours in settings.items():
         if name not in run.settings:
-            raise ValueError(f"--resume: {path} is not a checkpoint of this script.")
+            raise ValueError(f"{path} is not a checkpoint of this script.")
         if run.settings[name] != ours:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"--resume: {path} was trained with {option} {run.settings[name]}, not {ours}.")
@@ -126,7 +135,7 @@ def _read(path: Path) -> Run:
     try:
         return Run(**json.loads((path / RUN).read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--resume: {path} is not a checkpoint of this script.") from error
+        raise ValueError(f"{path} is not a checkpoint of this script.") from error
 
 
 class Checkpoints:
@@ -148,9 +157,13 @@ class Checkpoints:
         # What goes on beside the training must not come between its messages.
         self._group = dist.new_group(backend="gloo", timeout=args.timeout) if ranks.size > 1 else None
         _expect_to_be_alone()
-        if ranks.rank == 0:
-            for rest in self._folder.glob(".*"):  # of a run that was killed
-                storage.remove(rest)
+        writer = [secrets.token_hex(4)]
+        if self._group is not None:
+            dist.broadcast_object_list(writer, group=self._group)
+        (self._writer,) = writer
+        with ranks.together():
+            if ranks.rank == 0:
+                storage.clean(self._folder)
 
     def begin(self, run: Run, model: nn.Module, optimizer: Optimizer) -> None:
         """Begin to write a checkpoint of the model and the optimiser as they are now.
@@ -166,11 +179,14 @@ class Checkpoints:
         if isinstance(optimizer, ProdigyPlusScheduleFree):
             check_replicas(optimizer)
         path = self._folder / f"{run.step:08}"
-        text = json.dumps(asdict(run), default=str)
+        texts = {}
+        if self._ranks.rank == 0:
+            values = {its.name: getattr(run, its.name) for its in fields(run)}
+            texts = {RUN: json.dumps(values, default=str)}
         self._pending = self._thread.submit(
             dcp_save,
             _mapped(_state(model, optimizer), lambda tensor: tensor.detach().to("cpu", copy=True)),
-            storage_writer=storage.Writer(path, {RUN: text}),
+            storage_writer=storage.Writer(path, texts, self._writer),
             process_group=self._group,
         )
 
@@ -187,7 +203,7 @@ class Checkpoints:
             pending.result()
         if self._ranks.rank == 0:
             for path in _all_in(self._folder)[: -self._keep]:
-                storage.remove(path)
+                _remove(path)
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
@@ -204,9 +220,16 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> No
     _expect_to_be_alone()
     state = _mapped(_state(model, optimizer), torch.empty_like)
     with _plain_errors(f"{path} cannot be read"):
-        dcp_load(state, storage_reader=storage.Reader(path), planner=storage.LoadPlanner())
+        storage.load(state, path)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     set_model_state_dict(model, state["model"])
+
+
+def _remove(path: Path) -> None:
+    try:
+        storage.remove(path)
+    except OSError as error:  # one too many is no reason to end
+        warnings.warn(f"{path} cannot be removed: {error}", stacklevel=3)
 
 
 def _expect_to_be_alone() -> None:

@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
     add("--seed", type=natural, default=1, help="default: %(default)s")
     optimizers.add_arguments(parser)
     add("--steps", type=positive, help="stop after this many; default: 1000, and no end with --minutes")
-    add("--minutes", type=float, help="stop after this much time")
+    add("--minutes", type=float, help="stop after this much time, with that before --resume")
     add("--log-every", type=positive, default=10, metavar="STEPS", help="default: %(default)s")
     add("--eval-every", type=positive, default=100, metavar="STEPS", help="default: %(default)s")
     add("--out", type=Path, default=Path("runs/gpt"), metavar="DIR", help="default: %(default)s")
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         parallelize(model, mesh)
     with ranks.together():
         optimizer = build_optimizer(args, model)
-        written = Checkpoints(args, ranks)
+    written = Checkpoints(args, ranks)
     with ranks.together():
         if not ranks.agree((text.summary, before.step)):
             raise ValueError(
@@ -120,6 +120,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         report.say(f"It has been trained for {before.step} steps: ask for more with --steps.")
 
     share = Share(ranks.rank // shape.tp, shape.data_parallel)
+    begun -= 60 * before.minutes
     meter = Meter(report, ranks, args.batch_size * args.context, begun, args.minutes)
     steps = count(before.step) if args.steps is None else range(before.step, args.steps)
     last = stopped = False
@@ -141,7 +142,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                     report.draw(panels(args), over="step")
             if saves or last:
                 with meter.paused(), ranks.together():
-                    written.begin(Run(done, settings, report.records, job()), model, optimizer)
+                    written.begin(
+                        Run(done, settings, report.records, job(), meter.minutes()), model, optimizer
+                    )
             if last or stopped:
                 break
         with ranks.together():

@@ -31,11 +31,11 @@ class Interruption:
         self._asked: tuple[dist.Work, Tensor] | None = None
 
     def __enter__(self) -> Interruption:
-        signal.signal(signal.SIGTERM, self._listen)
+        self._before = signal.signal(signal.SIGTERM, self._listen)
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, self._before)
         if self._told and any(error):
             # Another process has died, for which torchrun ends the rest, to start all of them again. What is
             # left to do here would only wait for those that are gone.

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     with ranks.together():
         train, test = load_data(args.data or mnist_data.cache_folder(), args.limit, ranks.device)
         saved, before = checkpoints.find(args, settings)
-        written = Checkpoints(args, ranks)
+    written = Checkpoints(args, ranks)
     with ranks.together():
         if not ranks.agree(before.step):
             raise ValueError("the nodes find different checkpoints: share --out among them.")

@@ -11,16 +11,19 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import FunctionType
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -33,11 +36,13 @@ class Writer(FileSystemWriter):
 
     Args:
         path: The folder, the same in all processes. One that is there is replaced.
-        texts: Other files in it, by their names.
+        texts: Other files in it, by their names; those of rank 0 count.
+        writer: A name for who writes, the same in all processes: what another run leaves in a draft of the
+            same folder does not get into this one.
     """
 
-    def __init__(self, path: Path, texts: Mapping[str, str]) -> None:
-        self._draft, self._final = draft_of(path), path
+    def __init__(self, path: Path, texts: Mapping[str, str], writer: str) -> None:
+        self._draft, self._final = path.with_name(f".{path.name}.{writer}"), path
         super().__init__(self._draft)
         self._texts = texts
 
@@ -64,33 +69,54 @@ class Writer(FileSystemWriter):
             _write(self._draft / name, text)
         sums |= {name: sum_of(self._draft / name) for name in (METADATA, *self._texts)}
         _write(self._draft / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-        remove(self._final)
+        _sync(self._draft)
+        if self._final.exists():
+            remove(self._final)
         self._draft.rename(self._final)
         _sync(self._final.parent)
 
 
-class Reader(FileSystemReader):
-    """Reads a folder whose sums have been checked (see :func:`check`)."""
+def load(state: dict[str, Any], path: Path) -> None:
+    """Fill the tensors and the rest of a state dict with what is in a folder; processes do so together.
+
+    See to it first that the folder is as it was written (:func:`check`).
+
+    Raises:
+        CheckpointException: It holds other things, or things that are not safe to read.
+    """
+    dcp_load(state, storage_reader=_Reader(path), planner=_LoadPlanner())
+
+
+class _Reader(FileSystemReader):
+    """Unpickles no more than descriptions of tensors, and reads no file that has no sum."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What is where."""
-        with Path(self.path, METADATA).open("rb") as file:
+        path = Path(self.path)
+        with (path / METADATA).open("rb") as file:
             metadata: Metadata = MetadataUnpickler(file).load()
+        named = {place.relative_path for place in metadata.storage_data.values()}
+        if without := named - sums_in(path).keys():
+            raise OSError(f"{path / METADATA} names {min(without)!r}, of which {SUMS} has no sum")
         return metadata
 
 
-class LoadPlanner(DefaultLoadPlanner):
+class _LoadPlanner(DefaultLoadPlanner):
     """Takes numbers, texts and containers of them beside tensors; torch's own would take any pickle."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put one of them into the state that is loaded."""
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
+        safe = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), safe)
+        safe.seek(0)
+        super().load_bytes(read_item, safe)
 
 
-class MetadataUnpickler(pickle.Unpickler):
-    """Unpickles a description of tensors, and refuses to call anything else."""
+_PythonUnpickler: Any = vars(pickle)["_Unpickler"]  # that in C has no methods to override
+
+
+class MetadataUnpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Unpickles a description of tensors, and refuses to call, or to change, anything else."""
+
+    dispatch: ClassVar = {**_PythonUnpickler.dispatch}
 
     def find_class(self, module: str, name: str) -> Any:
         """What a pickle may name."""
@@ -101,6 +127,14 @@ class MetadataUnpickler(pickle.Unpickler):
         if name not in _NEEDED.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Set attributes; of what was made, not of what was named."""
+        if isinstance(self.stack[-2], (type, FunctionType)):
+            raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2].__qualname__}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 _NEEDED = {
@@ -114,18 +148,19 @@ _NEEDED = {
 }
 
 
-def draft_of(path: Path) -> Path:
-    """Where a folder is before it is whole; and after, while it is being removed."""
-    return path.with_name(f".{path.name}")
-
-
 def remove(path: Path) -> None:
-    """Remove a folder, at once; one that is not there is removed already."""
-    if path.exists():
-        rest = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(rest, ignore_errors=True)
-        path.rename(rest)
-        shutil.rmtree(rest)
+    """Remove a folder, at once: while it goes, it is hidden, as a draft is."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def clean(folder: Path) -> None:
+    """Remove the drafts that killed runs have left in a folder, and what they had begun to remove."""
+    for path in folder.glob(".*"):
+        if path.is_dir() and re.fullmatch(r"\.\d+\.\w+", path.name):
+            shutil.rmtree(path)
 
 
 def check(path: Path, share: int = 0, count: int = 1) -> None:
@@ -138,8 +173,8 @@ def check(path: Path, share: int = 0, count: int = 1) -> None:
     Raises:
         OSError: A file is missing, or not what it was.
     """
-    for name in sorted(sums_in(path))[share::count]:
-        check_file(path, name)
+    for name, expected in sorted(sums_in(path).items())[share::count]:
+        _check_file(path / name, expected)
 
 
 def check_file(path: Path, name: str) -> None:
@@ -151,13 +186,20 @@ def check_file(path: Path, name: str) -> None:
     expected = sums_in(path).get(name)
     if expected is None:
         raise OSError(f"{path / SUMS} is damaged: it has no sum of {name}")
-    if not (path / name).is_file():
-        raise FileNotFoundError(f"{path / name} is missing")
-    if (found := sum_of(path / name)) != expected:
-        size = (path / name).stat().st_size
+    _check_file(path / name, expected)
+
+
+def _check_file(path: Path, expected: str) -> None:
+    try:
+        found, size = sum_of(path), path.stat().st_size
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing") from error
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error}") from error
+    if found != expected:
         raise OSError(
-            f"{path / name} is damaged: its {size} bytes have the SHA-256 sum {found}, not the {expected} "
-            "that they were written with"
+            f"{path} is damaged: its {size} bytes have the SHA-256 sum {found}, not the {expected} that they "
+            "were written with"
         )
 
 
@@ -172,7 +214,7 @@ def sums_in(path: Path) -> dict[str, str]:
     sums = {}
     for line in (path / SUMS).read_text(errors="replace").splitlines(keepends=True):
         sum_, _, name = line.partition("  ")
-        if len(sum_) != 64 or not name.endswith("\n"):
+        if len(sum_) != 64 or not name.endswith("\n") or "/" in name:
             raise OSError(f"{path / SUMS} is damaged: {line!r} is not a sum and a name")
         sums[name[:-1]] = sum_
     return sums

@@ -105,25 +105,29 @@ def checked_states(
             )
         for place, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
             if have_state[place]:
-                _check_state(saved[key], p, Options.of(theirs), name_of(ours, index, place))
+                _check_state(saved[key], p, theirs, name_of(ours, index, place))
                 states[number] = dict(saved[key])
             number += 1
     return states
 
 
-def _check_state(saved: Mapping[str, Tensor], p: Tensor, o: Options, name: str) -> None:
-    shape = tuple(p.shape)
+def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str) -> None:
+    o, shape = Options.of(group), tuple(p.shape)
     meta = torch.empty(shape, dtype=p.dtype, device="meta")
     expected = new_state(meta, meta, Layout(shape), o).keys()
-    if set(saved).symmetric_difference(expected) - set(progress.STATE):
+    freed = () if o.adapts(group["calls"]) else progress.STATE
+    if set(saved).symmetric_difference(expected) - set(freed):
         raise ValueError(
             f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it was "
             "saved by another optimiser, or with other options."
         )
     for key, value in saved.items():
         needed, _ = saved_form(key, shape, o.slice_p)
-        if tuple(value.shape) != needed:
+        found = tuple(value.shape) if isinstance(value, Tensor) else None
+        if found != needed:
             raise ValueError(
-                f"{name}: {key!r} of the state dict has shape {tuple(value.shape)}, but a parameter of shape "
-                f"{shape} needs {needed}: load it into the model it was saved with."
+                f"{name}: {key!r} of the state dict "
+                + (f"is of {type(value)}" if found is None else f"has shape {found}")
+                + f", but a parameter of shape {shape} needs {needed}: load it into the model it was saved "
+                "with."
             )

@@ -18,6 +18,7 @@ import torch
 from checkpoints import Checkpoints, Run
 from gpt import GPT
 from ranks import Ranks
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from prodigyplus import ProdigyPlusScheduleFree
 from tests.launch.running import assert_same
@@ -106,15 +107,19 @@ def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
 
 def test_the_last_few_are_kept(tmp_path):
     folder = tmp_path / "checkpoints"
-    (folder / ".00000007").mkdir(parents=True)  # left by a killed run
-    (folder / ".00000007" / "rest").touch()
-    (folder / "notes").touch()  # of the user's
+    for left in (".00000007.3f0c", ".00000006.removed"):  # by a killed run
+        (folder / left).mkdir(parents=True)
+        (folder / left / "rest").touch()
+    of_the_user = [".DS_Store", "00000001.best", "notes"]
+    for name in of_the_user:
+        (folder / name).mkdir()
+        (folder / name / "run.json").touch()
     model, optimizer = fresh()
     saved = Checkpoints(options(tmp_path, keep=2), ALONE)
     for step in (1, 2, 3, 3, 20):
         saved.begin(Run(step), model, optimizer)
     saved.finish()
-    assert sorted(path.name for path in folder.iterdir()) == ["00000003", "00000020", "notes"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["00000003", "00000020", *of_the_user])
 
 
 def test_a_save_that_fails_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
@@ -135,6 +140,21 @@ def test_a_save_that_fails_is_told_and_leaves_the_one_before(tmp_path, monkeypat
     path = checkpoints.newest(tmp_path / "checkpoints")
     assert path.name == "00000001"
     storage.check(path)
+
+
+def test_one_too_many_is_no_reason_to_end(tmp_path, monkeypatch):
+    model, optimizer = fresh()
+    saved = Checkpoints(options(tmp_path, keep=1), ALONE)
+    saved.begin(Run(1), model, optimizer)
+    saved.begin(Run(2), model, optimizer)
+
+    def busy(path):
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr(storage, "remove", busy)
+    with pytest.warns(UserWarning, match=r"00000001 cannot be removed: Directory not empty"):
+        saved.finish()
+    assert checkpoints.newest(tmp_path / "checkpoints").name == "00000002"
 
 
 # ------------------------------------------------------------------------------------------ which one
@@ -199,6 +219,16 @@ def test_what_the_same_job_has_written_is_gone_on_from(tmp_path, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
         with pytest.raises(ValueError, match="is of an earlier run"):
             checkpoints.find(options(tmp_path), {})
+
+
+def test_what_is_started_again_goes_on(tmp_path, monkeypatch):
+    """Also where the job has no name: what others have written, the first start has refused."""
+    empty(tmp_path / "checkpoints" / "00000010", 10)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(ValueError, match="is of an earlier run"):
+        checkpoints.find(options(tmp_path), {})
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert checkpoints.find(options(tmp_path), {})[1].step == 10
 
 
 def test_a_job_without_a_name_is_no_other(monkeypatch):
@@ -269,6 +299,16 @@ def test_damaged_sums_are_told(copied, capsys, damage):
     assert str(path) in str(error) + capsys.readouterr().err
 
 
+def test_a_file_without_a_sum_is_not_read(copied):
+    path = copied / "SHA256SUMS"
+    path.write_text(
+        "".join(line for line in path.read_text().splitlines(keepends=True) if "distcp" not in line)
+    )
+    flip(copied / "__0_0.distcp", 10_000_019)
+    error = assert_refused(copied)
+    assert f"{copied / '.metadata'} names '__0_0.distcp', of which SHA256SUMS has no sum" in str(error)
+
+
 def test_checkpoint_of_another_model(copied):
     model, optimizer = fresh(width=24)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -327,6 +367,15 @@ def test_only_what_describes_tensors_is_unpickled(module, name):
     pickled = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
     with pytest.raises(pickle.UnpicklingError, match=f"it asks for {module}.{name}"):
         storage.MetadataUnpickler(io.BytesIO(pickled + b"\x93.")).load()
+
+
+def test_nothing_is_changed_that_is_only_named():
+    """A pickle may set attributes, but not those of classes and functions."""
+    named = pickle.dumps(MetadataIndex)[:-1]
+    changed = named + b"N}(" + pickle.dumps("__hash__")[2:-1] + b"Nu\x86b."
+    with pytest.raises(pickle.UnpicklingError, match="it sets attributes of MetadataIndex"):
+        storage.MetadataUnpickler(io.BytesIO(changed)).load()
+    assert MetadataIndex.__hash__ is not None
 
 
 def test_evil_numbers_are_refused(tmp_path):
