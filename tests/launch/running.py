@@ -60,7 +60,7 @@ def contents(checkpoint, scratch):
     dcp_to_torch_save(checkpoint, scratch / "whole.pt")
     state = torch.load(scratch / "whole.pt", weights_only=True)
     run = json.loads((checkpoint / "run.json").read_text())
-    del run["job"]
+    del run["job"], run["minutes"]
     for record in run["records"]:
         for key in TIMED & record.keys():
             del record[key]
