@@ -56,18 +56,13 @@ class Run:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the most steps in a folder of checkpoints."""
-    return max(_all_in(folder), key=_step_of, default=None)
+    return next(reversed(_all_in(folder)), None)
 
 
 def _all_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, in the order of their steps."""
-    return sorted(
-        (path.parent for path in folder.glob(f"*/{RUN}") if path.parent.name.isdecimal()), key=_step_of
-    )
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name)
+    found = (path.parent for path in folder.glob(f"*/{RUN}") if path.parent.name.isdecimal())
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def add_arguments(parser: argparse.ArgumentParser, when: str) -> None:
