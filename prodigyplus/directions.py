@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
 def adam(grad: Tensor, deviation: Tensor) -> Tensor:
-    """``g / (sqrt(V)/d + eps)``, in place in ``grad``; ``deviation`` has eps in it already.
+    """``g / (sqrt(V)/d + eps)``, in place in ``deviation``, which has eps in it already.
 
     The same as Adam's ``d·g / (sqrt(V) + d·eps)`` where V is the second moment of ``d·g``.
     """
-    return grad.div_(deviation)
+    return torch.div(grad, deviation, out=deviation)
 
 
 def atan2(grad: Tensor, deviation: Tensor) -> Tensor:
-    """``(4/π)·atan2(g, sqrt(V)/d)``, in place in ``grad``: Adam-atan2 (arXiv 2407.05872, eq. 34)."""
-    return grad.atan2_(deviation).mul_(4 / math.pi)
+    """``(4/π)·atan2(g, sqrt(V)/d)``, in place in ``deviation``: Adam-atan2 (arXiv 2407.05872, eq. 34)."""
+    return torch.atan2(grad, deviation, out=deviation).mul_(4 / math.pi)
 
 
 def stable_scale(square_sum: Tensor, numel: int) -> Tensor:

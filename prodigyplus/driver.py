@@ -10,7 +10,7 @@ from torch import Tensor
 from prodigyplus import muon
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.muon import Matrices
-from prodigyplus.rule import Part, Requests, Rule, compute_dtype, update
+from prodigyplus.rule import Part, Requests, Rule, update
 
 Asked = tuple[Layout, dict[str, Sum]]
 Answer = dict[str, Tensor]
@@ -18,6 +18,10 @@ Running = tuple[Part, Rule, Answer]
 
 # How many bytes of updates may be alive at once, unless it is said.
 BUCKET_BYTES = 64 << 20
+
+# Up to how many elements it pays to copy a parameter so as to move it with others; and of how many.
+SMALL = 1 << 15
+STACK = 1 << 20
 
 
 class Exchange(Protocol):
@@ -63,7 +67,11 @@ class OneProcess:
         return values
 
 
-def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Sequence[Answer]], None]) -> None:
+def run(
+    parts: Sequence[Part],
+    exchange: Exchange,
+    open_groups: Callable[[Sequence[Part], Sequence[Answer]], None],
+) -> None:
     """One step of all ``parts``.
 
     The first round, the statistics of the raw gradients, is of all parts at once: its answers are
@@ -73,14 +81,16 @@ def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Sequen
     Args:
         parts: The parameters that take part.
         exchange: Who completes their sums.
-        open_groups: Called between the first round and the others with the answers of the first, in the
-            order of ``parts``: the numbers of the parts' groups must be fixed when it returns.
+        open_groups: Called between the first round and the others with the parts, of which some are now one,
+            and the answers of the first, one for each: the numbers of the parts' groups must be fixed when
+            it returns.
     """
+    parts = _stacked(parts)
     rules = [update(part) for part in parts]
     answers = exchange.complete(
         [(part.layout, _sums(next(rule))) for part, rule in zip(parts, rules, strict=True)]
     )
-    open_groups(answers)
+    open_groups(parts, answers)
     running = list(zip(parts, rules, answers, strict=True))
     # Matrices are on their way to be orthogonalised while all other parameters move.
     orthogonalized = _orthogonalize([one for one in running if one[0].is_matrix], exchange)
@@ -88,6 +98,24 @@ def run(parts: Sequence[Part], exchange: Exchange, open_groups: Callable[[Sequen
         _advance(bucket, exchange)
     for bucket in orthogonalized:
         _advance(bucket, exchange)
+
+
+def _stacked(parts: Sequence[Part]) -> list[Part]:
+    """The parts, those of small parameters that are alike joined: the same way on all ranks."""
+    joined: list[Part] = []
+    alike: dict[tuple[object, ...], Part] = {}
+    for part in parts:
+        if part.layout.most > SMALL or part.is_matrix:
+            joined.append(part)
+            continue
+        key = part.likeness
+        stack = alike.get(key)
+        if stack is None or (len(stack.weights) + 1) * part.layout.most > STACK:
+            alike[key] = part
+            joined.append(part)
+        else:
+            stack.join(part)
+    return joined
 
 
 def _sums(asked: Requests) -> dict[str, Sum]:
@@ -116,8 +144,8 @@ def _orthogonalize(running: Sequence[Running], exchange: Exchange) -> Iterable[l
 
 
 def size_of(part: Part) -> int:
-    """How many bytes the direction of a parameter has at most, on the rank that has most of it."""
-    return part.layout.most * compute_dtype(part.weight).itemsize
+    """How many bytes the direction of a part has at most, on the rank that has most of it."""
+    return len(part.weights) * part.layout.most * part.dtype.itemsize
 
 
 def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:

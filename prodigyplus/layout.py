@@ -94,21 +94,22 @@ class Layout:
         """The local elements whose index in the row-major flattened global tensor is a multiple of ``every``.
 
         Args:
-            tensor: The local tensor, or another of its shape and memory format.
+            tensor: The local tensor, or a stack of several, with more dimensions before its own.
             every: The distance of two samples in the global tensor.
 
         Returns:
-            One dimension, in ascending order of the index; a view where the memory allows it.
+            One dimension for those of the tensor, in ascending order of the index; a view where the memory
+            allows it.
         """
-        flat = tensor.reshape(-1)
+        flat = tensor.reshape(*tensor.shape[: tensor.ndim - len(self.shape)], math.prod(self.local_shape))
         if self._is_one_run:
-            return flat[-self._first % every :: every]
+            return flat[..., -self._first % every :: every]
         key = every, tensor.device
         if key not in self._samples:
             # On the host: finding them on a device would wait for how many there are.
             chosen = (self.positions_exact().reshape(-1) % every == 0).nonzero()
             self._samples[key] = chosen.view(-1).to(torch.int32).to(tensor.device)
-        return flat.index_select(0, self._samples[key])
+        return flat.index_select(-1, self._samples[key])
 
     def positions(self, device: torch.device) -> Tensor:
         """The index of each local element in the row-major flattened global tensor, modulo 2³².

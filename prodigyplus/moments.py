@@ -18,10 +18,14 @@ from collections.abc import Mapping, MutableMapping
 import torch
 from torch import Tensor
 
+from prodigyplus import stacks
 from prodigyplus.layout import Layout, Sum
 
 # A matrix smaller than this in every dimension is not worth factoring.
 _SMALLEST_FACTORED = 32
+
+# How many elements are squared at a time.
+_RUN = 1 << 19
 
 # As Adafactor does: keeps 0/0 out of the normalised row factor of an all-zero tensor.
 _TINY = 1e-30
@@ -77,20 +81,41 @@ def squares(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype)
     """Sums of g², in ``dtype``: those per row, column and matrix that factors need, and the total.
 
     The total says whether the gradient is finite, which copies of the tensor have to agree on.
+
+    Args:
+        grad: A stack of local tensors; shape (count, *local shape).
+        layout: Theirs.
+        factored: Whether their second moment is.
+        dtype: That of the computation.
     """
     dims = factored_dims(layout.shape) if factored else None
     if dims is None:
-        return {"total": Sum(torch.linalg.vector_norm(grad, dtype=dtype).square(), layout.dims, copies=True)}
+        return {"total": Sum(stacks.square_total(grad, dtype), layout.dims, copies=True)}
     row, column = dims
-    squared = grad.to(dtype).square()
-    rows = squared.sum(column, keepdim=True)
-    matrix = rows.sum(row, keepdim=True)
+    rows, columns = square_sums(grad, row + 1, column + 1, dtype)
+    matrix = rows.sum(row + 1, keepdim=True)
     return {
-        "total": Sum(matrix.sum(), layout.dims, copies=True),
+        "total": Sum(stacks.total(matrix), layout.dims, copies=True),
         "row": Sum(rows, (column,)),
-        "col": Sum(squared.sum(row, keepdim=True), (row,)),
+        "col": Sum(columns, (row,)),
         "mean": Sum(matrix, (row, column)),
     }
+
+
+def square_sums(grad: Tensor, row: int, column: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sums of g² along the dimension ``column``, and along ``row``; both keep their dimension.
+
+    A run of rows at a time: what is squared is then read again from the cache, and never large.
+    """
+    length = max(1, _RUN * grad.shape[row] // max(1, grad.numel()))
+    rows, columns = [], []
+    for run in torch.split(grad, length, row):
+        squared = run.to(dtype).square()
+        rows.append(squared.sum(column, keepdim=True))
+        columns.append(squared.sum(row, keepdim=True))
+    if len(rows) == 1:
+        return rows[0], columns[0]
+    return torch.cat(rows, row), torch.cat(columns, row).sum(row, keepdim=True)
 
 
 def advance_factors(
@@ -106,8 +131,8 @@ def advance_factors(
 
 
 def advance_full(state: Mapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> None:
-    """``V ← keep·V + take·g²`` in place; ``grad`` in the dtype of the computation."""
-    _advance(state["exp_avg_sq"], grad.square().mul_(take), keep)
+    """``V ← keep·V + take·g²`` in place; ``grad``, in the dtype of the computation, is overwritten."""
+    _advance(state["exp_avg_sq"], grad.square_().mul_(take), keep)
 
 
 def advance_weight(state: Mapping[str, Tensor], weight: Tensor, keep: Tensor, take: Tensor) -> None:
@@ -121,7 +146,7 @@ def deviation(state: Mapping[str, Tensor], d: Tensor, offset: Tensor, dtype: tor
         return state["exp_avg_sq"].to(dtype).sqrt().div_(d).add_(offset)
     row, column, mean = (state[f"exp_avg_sq_{name}"].to(dtype) for name in ("row", "col", "mean"))
     row_root = row.div(mean + _TINY).sqrt_().div_(d)
-    return torch.addcmul(offset, row_root, column.sqrt())
+    return row_root.mul(column.sqrt()).add_(offset)
 
 
 def advance_first(state: MutableMapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> Tensor:

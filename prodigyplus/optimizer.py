@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, overload
 
@@ -434,7 +434,9 @@ class ProdigyPlusScheduleFree(Optimizer):
             for key in progress.STATE:
                 state.pop(key, None)
         local_state = {key: self._local(value) for key, value in state.items()}
-        return Part(weight, grad, local_state, layout, group, number, present)
+        return Part(
+            [weight], [grad], [local_state], layout, group, [number], None if present is None else [present]
+        )
 
     def _kept(self, p: Tensor, local: Mapping[str, Tensor], o: Options) -> dict[str, Tensor]:
         """Entries of the state as they are kept, from their local pieces: samples stay as they are."""
@@ -447,10 +449,26 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _local(self, tensor: Tensor) -> Tensor:
         """The local tensor of a parameter, a gradient or an entry of the state, sharing its memory."""
-        return tensor.detach()
+        return tensor
+
+    def _place(self, p: Tensor) -> Hashable:
+        """What says where a parameter's local tensor sits in its global one; it may change."""
+        return p.shape
+
+    def _new_layout(self, p: Tensor) -> Layout:
+        return Layout(tuple(p.shape))
 
     def _layout(self, p: Tensor) -> Layout:
-        return Layout(tuple(p.shape))
+        # Kept, since a layout may keep where its samples are, and parameters of one layout move together.
+        place = self._place(p)
+        if place not in self._layouts:
+            self._layouts[place] = self._new_layout(p)
+        return self._layouts[place]
+
+    @property
+    def _layouts(self) -> dict[Hashable, Layout]:
+        layouts: dict[Hashable, Layout] = self.__dict__.setdefault("_layouts_by_place", {})
+        return layouts
 
     def _placed(self, p: Tensor, local: Tensor, key: str, o: Options) -> Tensor:
         """An entry of the state in :func:`prodigyplus.rule.saved_form`, from the local piece of it."""

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from prodigyplus import stacks
 from prodigyplus.layout import Layout, wide_dtype
 from prodigyplus.options import Options
 from prodigyplus.stepsize import Scalars
@@ -54,29 +55,29 @@ def local_sums(
     into shards.
 
     Args:
-        grad, base: The samples of the raw gradient and of z (of y without Schedule-Free); shape (samples,).
-        state: The parameter's.
-        options: Those of its group.
+        grad, base: The samples of the raw gradient and of z (of y without Schedule-Free), of a stack of
+            parameters; shape (count, samples).
+        state: The parameters'.
+        options: Those of their group.
         n: The numbers of the step.
+
+    Returns:
+        Shapes (count,).
     """
-    g = grad.to(n.d.dtype)
-    distance = state["p0"] - base.to(g.dtype)
+    g = n.admit(grad.to(n.d.dtype))
+    distance = state["p0"].to(g.dtype, copy=True).sub_(base)
     if options.use_speed == "relative":
         distances = {"l1": distance.abs(), "l2_square": distance.square(), "product": distance.mul_(g)}
-        return {name: values.sum(dtype=wide_dtype(g.device)) for name, values in distances.items()}
-    s = state["s"]
-    moved = (s * options.prodigy_beta).add_((g.sign() if options.use_speed else g) * n.statistic)
-    s.copy_(torch.where(n.observes, moved, s))
-    return {
-        "product": distance.mul_(g).sum(dtype=wide_dtype(g.device)),
-        "norm": s.abs().sum(dtype=wide_dtype(g.device)),
-    }
+        return {name: stacks.total(values, wide_dtype(g.device)) for name, values in distances.items()}
+    product = stacks.total(distance.mul_(g), wide_dtype(g.device))
+    s = state["s"].mul_(n.beta3).add_((g.sign_() if options.use_speed else g).mul_(n.statistic))
+    return {"product": product, "norm": stacks.total(s.abs(), wide_dtype(g.device))}
 
 
 def observed(
     whole: Mapping[str, Tensor], state: Mapping[str, Tensor], options: Options, n: Scalars
 ) -> tuple[Tensor, Tensor]:
-    """A parameter's product and norm (see the module) from its sums over the whole tensor; 0-dim tensors.
+    """Parameters' products and norms (see the module) from their sums over whole tensors; shapes (count,).
 
     Zeros where the gradient does not count. Moves what the relative kind keeps in ``state``.
     """

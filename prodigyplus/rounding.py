@@ -8,6 +8,8 @@ replicas agree, and a shard draws what the whole tensor would have drawn there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,17 +21,17 @@ _HIGH_HALF = -65536  # 0xFFFF0000 as a signed int32
 _LOW_HALF = 0xFFFF
 
 
-def noise(positions: Tensor, step: Tensor, parameter: int) -> Tensor:
-    """Uniform 32-bit noise, int32, in the shape of ``positions`` (int32, overwritten).
+def noise(positions: Tensor, step: Tensor, parameters: Sequence[int]) -> Tensor:
+    """Uniform 32-bit noise for a stack of parameters; int32, shape (count, *shape).
 
     Args:
-        positions: Index of each element in the global tensor, modulo 2³².
+        positions: Index of each element in the global tensor, modulo 2³²; int32, of this shape.
         step: Number of the step, an integer tensor without dimensions on the same device.
-        parameter: Number of the parameter in the optimiser.
+        parameters: Numbers of the parameters in the optimiser.
     """
-    seed = _hash((step * _GOLDEN).to(torch.int32))
-    seed = _hash(seed.add_(parameter * _GOLDEN % (1 << 31)))
-    return _hash(positions.add_(seed))
+    of_step = _hash((step * _GOLDEN).to(torch.int32))
+    seeds = _hash(torch.stack([of_step + parameter * _GOLDEN % (1 << 31) for parameter in parameters]))
+    return _hash(positions + seeds.view(-1, *(1,) * positions.ndim))
 
 
 def _hash(bits: Tensor) -> Tensor:
@@ -53,19 +55,12 @@ def high_half(bits: Tensor) -> Tensor:
     return _shift_right(bits, 16)
 
 
-def write(target: Tensor, source: Tensor, noise16: Tensor | None) -> None:
-    """Write ``source`` to ``target``, rounding to the nearest, or with ``noise16`` stochastically.
+def rounded(values: Tensor, noise16: Tensor) -> Tensor:
+    """float32 values rounded stochastically to those that bfloat16 has; float32.
 
     Args:
-        target: Tensor of any floating dtype; bfloat16 where ``noise16`` is given.
-        source: Tensor of the dtype of the computation; float32 where ``noise16`` is given.
-        noise16: int32 from 0 to 65535, overwritten; or None.
+        values: A float32 tensor.
+        noise16: int32 from 0 to 65535, overwritten.
     """
-    if target is source:
-        return
-    if noise16 is None:
-        target.copy_(source)
-        return
     # bfloat16 is the upper half of float32: add noise below it, cut there.
-    bits = noise16.add_(source.view(torch.int32)).bitwise_and_(_HIGH_HALF)
-    target.copy_(bits.view(torch.float32))
+    return noise16.add_(values.view(torch.int32)).bitwise_and_(_HIGH_HALF).view(torch.float32)

@@ -3,18 +3,22 @@
 It reads top to bottom like the algorithm and knows nothing of processes: where it needs a number that
 spans the whole tensor it yields the sums over the piece that it holds and is sent back the sums over
 the whole (see :mod:`prodigyplus.layout`). Between two yields stand pure functions on tensors.
+
+Small parameters of one shape are moved as one, so every tensor here is a stack of theirs, with a dimension
+more before its own (see :mod:`prodigyplus.stacks`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prodigyplus import averaging, directions, moments, muon, progress, rounding, samples, variants
+from prodigyplus import averaging, directions, moments, muon, progress, rounding, samples, stacks, variants
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.muon import Matrices
 from prodigyplus.options import Options
@@ -28,16 +32,36 @@ Changed = Generator[Requests, dict[str, Tensor], Tensor]
 
 @dataclass(slots=True)
 class Part:
-    """What one parameter brings to a step: plain local tensors, and its place in the whole."""
+    """What one parameter brings to a step, or several alike: plain local tensors, and their place in the whole."""
 
-    weight: Tensor  # y, changed in place
-    grad: Tensor  # of the same shape and dtype; zeros where there is none here, but may be elsewhere
-    state: dict[str, Tensor]  # as new_state() makes it, changed in place
+    weights: list[Tensor]  # y, changed in place
+    grads: list[Tensor]  # of the same shapes; zeros where there is none here, but may be elsewhere
+    states: list[dict[str, Tensor]]  # as new_state() makes them, changed in place
     layout: Layout
     group: GroupStep
-    number: int  # of the parameter in the optimiser
-    # Whether a gradient is here; None where nobody needs to ask, since every piece's is here if one's is.
-    present: bool | None = None
+    numbers: list[int]  # of the parameters in the optimiser
+    # Whether gradients are here; None where nobody needs to ask, since every piece's is here if one's is.
+    present: list[bool] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the arithmetic."""
+        return compute_dtype(self.weights[0])
+
+    @property
+    def likeness(self) -> tuple[object, ...]:
+        """Parts of equal likeness may be one; the same on all ranks."""
+        dtypes = (tensor.dtype for tensor in (self.weights[0], self.grads[0], *self.states[0].values()))
+        return id(self.group), id(self.layout), self.weights[0].device, *self.states[0], *dtypes
+
+    def join(self, other: Part) -> None:
+        """Take in the parameters of another part."""
+        self.weights += other.weights
+        self.grads += other.grads
+        self.states += other.states
+        self.numbers += other.numbers
+        if self.present is not None and other.present is not None:
+            self.present += other.present
 
     @property
     def is_matrix(self) -> bool:
@@ -128,100 +152,137 @@ def saved_form(key: str, shape: tuple[int, ...], every: int) -> tuple[tuple[int,
 
 
 def update(part: Part) -> Rule:
-    """One step of one parameter, as SPEC's "One step with the defaults" has it."""
-    weight, state, layout, o = part.weight, part.state, part.layout, part.group.options
-    dtype = compute_dtype(weight)
+    """One step of a part, as SPEC's "One step with the defaults" has it."""
+    layout, o = part.layout, part.group.options
 
     # The raw gradient's squares. With the answer it is known whether the step happens at all.
-    asked = moments.squares(part.grad, layout, factored=moments.is_factored(state), dtype=dtype)
+    grad = stacks.read(part.grads)
+    asked = moments.squares(grad, layout, factored=moments.is_factored(part.states[0]), dtype=part.dtype)
     if part.present is not None:
-        asked["present"] = Sum(torch.full_like(asked["total"].local, part.present), layout.dims, copies=True)
+        asked["present"] = Sum(_present(part.present, asked["total"].local), layout.dims, copies=True)
+    del grad
     squares = yield asked
-    n = part.group.scalars(weight.device, dtype)
+    n = part.group.scalars(part.weights[0].device, part.dtype)
     if part.group.alone:
         n = n.only_if(squares["total"].isfinite())
-    if part.present is False:
+    if part.present is not None and not all(part.present):
         n = n.only_if(squares["present"] > 0)
 
-    base = state["z"] if o.use_schedulefree else weight
+    grad = stacks.read(part.grads)
+    state = {key: stacks.read([its[key] for its in part.states]) for key in part.states[0]}
+    base = state["z"] if o.use_schedulefree else stacks.read(part.weights)
     sums: dict[str, Sum | Matrices] = {}
 
     # The raw gradient's evidence for the step size, before this step's move; once freed, there is none.
     adapts = part.group.adapts and "p0" in state
     if adapts:
-        grads, bases = (layout.sample(tensor, o.slice_p) for tensor in (part.grad, base))
-        evidence = progress.local_sums(grads, bases, state, o, n)
+        grads, bases = (layout.sample(tensor, o.slice_p) for tensor in (grad, base))
+        evidence = progress.local_sums(grads, bases, state, o, n.across(1))
         sums |= {name: Sum(value, layout.dims) for name, value in evidence.items()}
+        del grads, bases
 
     # The direction, and what spans it.
-    direct = _orthogonal(part, sums, n) if part.is_matrix else _elementwise(part, squares, base, sums, n)
+    held = _Held(part, state, n.across(len(layout.shape)))
+    direct = _orthogonal(held, grad, sums) if part.is_matrix else _elementwise(held, grad, squares, base, sums)
+    del grad, base
     u, scale, whole = yield from direct
     if adapts:
-        part.group.observe(part.number, *progress.observed(whole, state, o, n))
-    step = n.dlr * scale
+        part.group.observe(part.numbers, *progress.observed(whole, state, o, n))
+    step = held.n.dlr * scale
 
     # The move.
     if not o.use_schedulefree:
-        _descend(part, u, step, n)
+        _descend(held, u, step)
     elif o.use_cautious or o.use_grams:
-        u, agreeing = _propose(part, u, step, n)
-        u = yield from _scaled_up(part, u, agreeing)
-        _accept(part, u, n)
+        u, agreeing = _propose(held, u, step)
+        u = yield from _scaled_up(held, u, agreeing)
+        _accept(held, u)
     else:
-        _average(part, u, step, n)
+        _average(held, u, step)
+    for key, values in state.items():
+        if key != "p0":
+            stacks.write([its[key] for its in part.states], values)
+
+
+class _Held(NamedTuple):
+    """What of a part stays from one round to the next."""
+
+    part: Part
+    state: dict[str, Tensor]  # read
+    n: Scalars  # in shapes to be multiplied with the parameters
+
+    @property
+    def layout(self) -> Layout:
+        return self.part.layout
+
+    @property
+    def options(self) -> Options:
+        return self.part.group.options
+
+
+def _present(present: list[bool], like: Tensor) -> Tensor:
+    """A number for each parameter, 1 if its gradient is here and 0 if not; shape (count,), as ``like``."""
+    if all(present):
+        return torch.ones_like(like)
+    return torch.stack([torch.full_like(like[0], here) for here in present])
 
 
 def _elementwise(
-    part: Part, squares: Mapping[str, Tensor], base: Tensor, sums: dict[str, Sum | Matrices], n: Scalars
+    held: _Held, grad: Tensor, squares: Mapping[str, Tensor], base: Tensor, sums: dict[str, Sum | Matrices]
 ) -> Directed:
     """Adam's direction, or what an option has in its place; asks for ``sums`` too.
 
     Returns:
-        The direction, a new tensor; a factor of it, 0-dim; and the answer to ``sums``.
+        The direction, a new tensor; a factor of it, a number for each parameter; and the answer to ``sums``.
     """
-    layout, o = part.layout, part.group.options
-    u = yield from _normalise(part, squares, base, n)
+    layout, o, n = held.layout, held.options, held.n
+    u = yield from _normalise(held, grad, squares, base)
+    del grad
     projects = o.use_orthograd and math.prod(layout.shape) > 1
     if projects:
         dots = variants.dots(u, base)._asdict()
         sums |= {name: Sum(value, layout.dims) for name, value in dots.items()}
     elif o.use_stableadamw:
-        sums["uu"] = Sum(torch.linalg.vector_norm(u).square(), layout.dims)
+        sums["uu"] = Sum(stacks.square_total(u), layout.dims)
     whole = (yield sums) if sums else {}
 
     scale, square = n.unit, whole.get("uu")
     if projects:
         whole_dots = variants.Dots(*(whole[name] for name in variants.Dots._fields))
-        along, scale, square = variants.projection(whole_dots, u.dtype)
-        u.addcmul_(base.to(u.dtype), along, value=-1)
+        along, factor, square = variants.projection(whole_dots, u.dtype)
+        u.addcmul_(base.to(u.dtype), stacks.across(along, u), value=-1)
+        scale = stacks.across(factor, u)
     if o.use_stableadamw:
         assert square is not None
-        scale = scale * directions.stable_scale(square, layout.numel)
+        scale = scale * stacks.across(directions.stable_scale(square, layout.numel), u)
     return u, scale, whole
 
 
-def _orthogonal(part: Part, sums: dict[str, Sum | Matrices], n: Scalars) -> Directed:
+def _orthogonal(held: _Held, grad: Tensor, sums: dict[str, Sum | Matrices]) -> Directed:
     """Muon's direction; the rest as in :func:`_elementwise`. Moves the first moment."""
-    o, layout = part.group.options, part.layout
-    grad, dtype = part.grad, compute_dtype(part.weight)
+    layout, o, n, dtype = held.layout, held.options, held.n, held.part.dtype
+    raw = grad
     if not o.use_schedulefree:
-        moments.advance_first(part.state, n.admit(grad.to(dtype)), n.beta1, n.gradient)
-        grad = part.state["exp_avg"]
+        moments.advance_first(held.state, n.admit(grad.to(dtype)), n.beta1, n.gradient)
+        grad = held.state["exp_avg"]
     # What is finite in float64 need not be in bfloat16.
     computed_in = dtype if o.muon_fp32 or dtype == torch.float64 else torch.bfloat16
     kind = muon.Kind(computed_in, o.muon_quintic, o.use_stableadamw)
-    whole = yield sums | {"matrices": Matrices(grad, o.muon_batched, kind, part.number)}
+    # Matrices are stacked by whoever orthogonalises them.
+    assert len(grad) == 1
+    whole = yield sums | {"matrices": Matrices(grad[0], o.muon_batched, kind, held.part.numbers[0])}
     _, rows, columns = muon.sizes(layout.shape, batched=o.muon_batched)
-    u = n.admit(whole["matrices"]).to(dtype)
+    u = n.admit(whole["matrices"].unsqueeze(0).to(dtype))
     if not o.use_schedulefree:
-        u = yield from _scaled_up(part, *_agreeing(u, n.admit(part.grad.to(dtype)), o))
+        u = yield from _scaled_up(held, *_agreeing(u, n.admit(raw.to(dtype)), o))
     return u, n.unit * muon.unit_rms(rows, columns), whole
 
 
-def _normalise(part: Part, squares: Mapping[str, Tensor], base: Tensor, n: Scalars) -> Changed:
+def _normalise(held: _Held, grad: Tensor, squares: Mapping[str, Tensor], base: Tensor) -> Changed:
     """The gradient, normalised element by element, of about unit scale: a new tensor. Moves the moments."""
-    state, layout, o = part.state, part.layout, part.group.options
-    g = n.admit(part.grad.to(compute_dtype(part.weight)))
+    state, layout, o, n = held.state, held.layout, held.options, held.n
+    g = grad.to(held.part.dtype)
+    del grad
 
     # ADOPT (arXiv 2411.02853) normalises by the second moment of the gradients before this one.
     denominator = _denominator(state, n, g.dtype, o) if o.use_adopt else None
@@ -231,22 +292,21 @@ def _normalise(part: Part, squares: Mapping[str, Tensor], base: Tensor, n: Scala
         admitted = {name: n.admit(squares[name]) for name in ("row", "col", "mean")}
         moments.advance_factors(state, admitted, layout, n.beta2, n.square)
     else:
-        moments.advance_full(state, g, n.beta2, n.square)
+        moments.advance_full(state, n.admit(g), n.beta2, n.square)
 
     # Without Schedule-Free there is a first moment: of the gradients, or with ADOPT, of the normalised ones.
     early = o.use_schedulefree or o.use_adopt
     if early:
         denominator = _denominator(state, n, g.dtype, o) if denominator is None else denominator
-        g = _normalised(g, denominator, base, n, o)
+        u = n.admit_(_normalised(g, denominator, base, n, o))
+        if o.use_schedulefree:
+            return u
         del denominator
-    if o.use_schedulefree:
-        return g
-    if o.use_adopt:
-        g = g.clamp_(-n.bound, n.bound)
+    g = u.clamp_(-n.bound, n.bound) if o.use_adopt else n.admit(g)
     m = moments.advance_first(state, g, n.beta1, n.gradient).div_(n.d)
     m, agreeing = _agreeing(m, g, o)
     del g
-    m = yield from _scaled_up(part, m, agreeing)
+    m = yield from _scaled_up(held, m, agreeing)
     return m if early else _normalised(m, _denominator(state, n, m.dtype, o), base, n, o)
 
 
@@ -261,12 +321,12 @@ def _agreeing(move: Tensor, grad: Tensor, o: Options) -> tuple[Tensor, Tensor | 
     return (variants.grams(move, grad) if o.use_grams else move), None
 
 
-def _scaled_up(part: Part, move: Tensor, agreeing: Tensor | None) -> Changed:
+def _scaled_up(held: _Held, move: Tensor, agreeing: Tensor | None) -> Changed:
     """What :func:`_agreeing` gave, divided by the share; in place."""
     if agreeing is None:
         return move
-    whole = yield {"agreeing": Sum(agreeing, part.layout.dims)}
-    return move.div_(variants.share(whole["agreeing"], part.layout.numel))
+    whole = yield {"agreeing": Sum(agreeing, held.layout.dims)}
+    return move.div_(stacks.across(variants.share(whole["agreeing"], held.layout.numel), move))
 
 
 def _denominator(state: dict[str, Tensor], n: Scalars, dtype: torch.dtype, o: Options) -> Tensor:
@@ -277,7 +337,7 @@ def _denominator(state: dict[str, Tensor], n: Scalars, dtype: torch.dtype, o: Op
 
 
 def _normalised(numerator: Tensor, denominator: Tensor, base: Tensor, n: Scalars, o: Options) -> Tensor:
-    """The direction, in place in ``numerator``."""
+    """The direction, in place in ``denominator``, or a new tensor."""
     if o.use_focus:
         return variants.focus(numerator, denominator, base.to(numerator.dtype))
     # Where no gradient was before this one, ADOPT has nothing to divide it by.
@@ -287,20 +347,20 @@ def _normalised(numerator: Tensor, denominator: Tensor, base: Tensor, n: Scalars
     return u if unknown is None else u.masked_fill_(unknown, 0)
 
 
-def _average(part: Part, u: Tensor, step: Tensor, n: Scalars) -> None:
+def _average(held: _Held, u: Tensor, step: Tensor) -> None:
     """Schedule-Free's move, written to y and z."""
-    y, z = _widened(part)
-    if part.group.options.weight_decay:
+    y, z, n = *_widened(held), held.n
+    if held.options.weight_decay:
         u.mul_(step).addcmul_(y, n.decay)
         step = n.unit
     averaging.move(y, z, u, n.c, z_step=step, y_step=step * n.xy)
-    _write(part, n, y=y, z=z)
+    _write(held, y=y, z=z)
 
 
-def _propose(part: Part, u: Tensor, step: Tensor, n: Scalars) -> tuple[Tensor, Tensor | None]:
+def _propose(held: _Held, u: Tensor, step: Tensor) -> tuple[Tensor, Tensor | None]:
     """The same with a second thought on y: moves z, and proposes what to take off y, as :func:`_agreeing`."""
-    y, z = _widened(part)
-    o = part.group.options
+    y, z, n = *_widened(held), held.n
+    o = held.options
     if o.weight_decay and o.weight_decay_by_lr:
         u.mul_(step).addcmul_(y, n.decay)
         step = n.unit
@@ -308,46 +368,47 @@ def _propose(part: Part, u: Tensor, step: Tensor, n: Scalars) -> tuple[Tensor, T
     z.addcmul_(u, step, value=-1)
     if o.weight_decay and not o.weight_decay_by_lr:
         z.addcmul_(y, n.decay, value=-1)
-    _write(part, n, z=z)
+    _write(held, z=z)
     return _agreeing(proposed, u, o)
 
 
-def _accept(part: Part, proposed: Tensor, n: Scalars) -> None:
+def _accept(held: _Held, proposed: Tensor) -> None:
     """Take what was proposed off y."""
-    y = part.weight.to(proposed.dtype)
-    o = part.group.options
+    y = stacks.read(held.part.weights).to(proposed.dtype)
+    o, n = held.options, held.n
     if o.weight_decay and not o.weight_decay_by_lr:
         y.mul_(1 - n.decay * n.xy)
-    _write(part, n, y=y.sub_(proposed))
+    _write(held, y=y.sub_(proposed))
 
 
-def _descend(part: Part, u: Tensor, step: Tensor, n: Scalars) -> None:
+def _descend(held: _Held, u: Tensor, step: Tensor) -> None:
     """A plain step, with decoupled weight decay."""
-    y = part.weight.to(u.dtype)
-    if part.group.options.weight_decay:
-        y.mul_(1 - n.decay)
-    _write(part, n, y=y.addcmul_(u, step, value=-1))
+    y = stacks.read(held.part.weights).to(u.dtype)
+    if held.options.weight_decay:
+        y.mul_(1 - held.n.decay)
+    _write(held, y=y.addcmul_(u, step, value=-1))
 
 
-def _widened(part: Part) -> tuple[Tensor, Tensor]:
+def _widened(held: _Held) -> tuple[Tensor, Tensor]:
     """Of y and z the values in the dtype of the computation: themselves, or new tensors."""
-    dtype = compute_dtype(part.weight)
-    return part.weight.to(dtype), part.state["z"].to(dtype)
+    return stacks.read(held.part.weights).to(held.part.dtype), held.state["z"].to(held.part.dtype)
 
 
-def _write(part: Part, n: Scalars, *, y: Tensor | None = None, z: Tensor | None = None) -> None:
+def _write(held: _Held, *, y: Tensor | None = None, z: Tensor | None = None) -> None:
     """Write y and z back where they are not what was computed on."""
-    bits = None
-    for target, source, half in (
-        (part.weight, y, rounding.low_half),
-        (part.state.get("z"), z, rounding.high_half),
-    ):
-        if source is None or target is None:
+    part, bits = held.part, None
+    targets: list[tuple[list[Tensor], Tensor | None, Callable[[Tensor], Tensor]]] = [
+        (part.weights, y, rounding.low_half)
+    ]
+    if z is not None:
+        targets.append(([held.state["z"]], z.unsqueeze(0), rounding.high_half))
+    for tensors, values, half in targets:
+        if values is None:
             continue
-        noise = None
-        widened = target.dtype == torch.bfloat16 and source.dtype == torch.float32
-        if widened and part.group.options.stochastic_rounding:
+        rounds = tensors[0].dtype == torch.bfloat16 and values.dtype == torch.float32
+        if rounds and held.options.stochastic_rounding:
             if bits is None:
-                bits = rounding.noise(part.layout.positions(target.device), n.step, part.number)
-            noise = half(bits)
-        rounding.write(target, source, noise)
+                positions = part.layout.positions(values.device)
+                bits = rounding.noise(positions, held.n.step, part.numbers)
+            values = rounding.rounded(values, half(bits).view(values.shape))
+        stacks.write(tensors, values)

@@ -14,11 +14,11 @@ from prodigyplus.stepsize import GroupStep
 
 
 class _Seen(NamedTuple):
-    """What is known of a gradient after the first round."""
+    """What is known of a part's gradients after the first round; shapes (count,)."""
 
     group: GroupStep
-    square: Tensor  # the sum of its squares, not finite if one of its elements is not
-    present: Tensor | None  # how many pieces of it are there; None: all
+    square: Tensor  # the sums of squares of its tensors, not finite if one of their elements is not
+    present: Tensor | None  # how many pieces of them are there; None: all
 
 
 class Step:
@@ -63,7 +63,7 @@ class Step:
             self._run(waiting)
 
     def _run(self, parts: Sequence[Part]) -> None:
-        driver.run(parts, self._exchange, lambda answers: self._see(parts, answers))
+        driver.run(parts, self._exchange, self._see)
 
     def close(self, parts: Sequence[Part]) -> None:
         """Move the rest of the parameters, then the step sizes."""
@@ -71,7 +71,7 @@ class Step:
             self._run([*self._waiting, *parts])
             self._commit()
         else:
-            driver.run(parts, self._exchange, lambda answers: self._open(parts, answers))
+            driver.run(parts, self._exchange, self._open)
         totals = self._exchange.everywhere(torch.stack([group.totals() for group in self.groups]))
         stepsize.close(self.groups, totals)
         for group in self.groups:
@@ -112,14 +112,15 @@ class Step:
         The first is not finite if any gradient is not; the others only count as zero or more.
 
         Args:
-            counts: Of each parameter seen, a 0-dim tensor, or None for one.
+            counts: Of each part seen, a number for each parameter, or None for ones.
         """
         d: Tensor = self.groups[0].numbers["d"]
-        zero, one = torch.zeros_like(d), torch.ones_like(d)
-        sums = [torch.stack([zero, *(seen.square.to(d.device, d.dtype) for seen in self._seen)]).sum()]
+        zero = d.new_zeros(1)
+        sums = [torch.cat([zero, *(seen.square.to(d.device, d.dtype) for seen in self._seen)]).sum()]
         for values in counts:
             by_group = {id(group): [zero] for group in self.groups}
             for seen, count in zip(self._seen, values, strict=True):
-                by_group[id(seen.group)].append(one if count is None else count.to(d.device, d.dtype))
-            sums += [torch.stack(column).sum() for column in by_group.values()]
+                count = torch.ones_like(seen.square) if count is None else count
+                by_group[id(seen.group)].append(count.to(d.device, d.dtype))
+            sums += [torch.cat(column).sum() for column in by_group.values()]
         return self._exchange.everywhere(torch.stack(sums)).unbind()

@@ -37,11 +37,12 @@ def drop_disagreeing(proposed: Tensor, gradient: Tensor) -> Tensor:
     """Cautious, in place in ``proposed``: zero where it has not the gradient's sign. Overwrites ``gradient``.
 
     Returns:
-        How many elements have; a floating tensor without dimensions.
+        How many elements of each tensor of the stack have; floating, shape (count,).
     """
     agrees = gradient.mul_(proposed).gt_(0)
     proposed.mul_(agrees)
-    return torch.count_nonzero(agrees).to(torch.promote_types(proposed.dtype, torch.float32))
+    counted = torch.count_nonzero(agrees.reshape(len(agrees), -1), dim=1)
+    return counted.to(torch.promote_types(proposed.dtype, torch.float32))
 
 
 def share(agreeing: Tensor, numel: int) -> Tensor:
@@ -55,12 +56,12 @@ def grams(proposed: Tensor, gradient: Tensor) -> Tensor:
 
 
 def focus(numerator: Tensor, average: Tensor, weight: Tensor) -> Tensor:
-    """FOCUS: ``sign(m) + γ·sign(w − average of w)``, in place in ``numerator``; γ is 0.1."""
-    return numerator.sign_().sub_((average - weight).sign_(), alpha=_ATTRACTION)
+    """FOCUS: ``sign(m) + γ·sign(w − average of w)``, a new tensor; γ is 0.1."""
+    return numerator.sign().sub_((average - weight).sign_(), alpha=_ATTRACTION)
 
 
 class Dots(NamedTuple):
-    """⟨u, u⟩, ⟨w, u⟩ and ⟨w, w⟩ of a direction u and weights w; 0-dim tensors."""
+    """⟨u, u⟩, ⟨w, u⟩ and ⟨w, w⟩ of directions u and weights w; shapes (count,)."""
 
     uu: Tensor
     wu: Tensor
@@ -68,21 +69,21 @@ class Dots(NamedTuple):
 
 
 def dots(direction: Tensor, weight: Tensor) -> Dots:
-    """Of two local tensors of one shape, in float64 from the products on.
+    """Of two stacks of local tensors, (count, *shape), in float64 from the products on.
 
     The differences of these sums say how much of the direction is orthogonal to the weights.
     """
-    wide = wide_dtype(direction.device)
-    sums = direction.new_zeros(3, dtype=wide)
-    runs = (torch.split(tensor.reshape(-1), _RUN) for tensor in (direction, weight))
+    wide, count = wide_dtype(direction.device), len(direction)
+    sums = direction.new_zeros(3, count, dtype=wide)
+    runs = (torch.split(tensor.reshape(count, -1), _RUN, 1) for tensor in (direction, weight))
     for u, w in zip(*runs, strict=True):
         u, w = u.to(wide), w.to(wide)
-        sums += torch.stack((u.dot(u), w.dot(u), w.dot(w)))
+        sums += torch.stack([torch.linalg.vecdot(*pair) for pair in ((u, u), (w, u), (w, w))])
     return Dots(*sums.unbind())
 
 
 class Projection(NamedTuple):
-    """The direction ``(u − along·w)·scale``, and the sum of its squares; 0-dim tensors."""
+    """The direction ``(u − along·w)·scale``, and the sum of its squares; shapes (count,)."""
 
     along: Tensor
     scale: Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -152,17 +152,11 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     def _local(self, tensor: Tensor) -> Tensor:
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
-    def _layout(self, p: Tensor) -> Layout:
-        # Kept, since a layout may keep where its samples are. A parameter may change its placements.
-        key = (p.shape, p.device_mesh, p.placements) if isinstance(p, DTensor) else p.shape
-        if key not in self._layouts:
-            self._layouts[key] = layout_of(p, self._exchange.replicas)
-        return self._layouts[key]
+    def _place(self, p: Tensor) -> Hashable:
+        return (p.shape, p.device_mesh, p.placements) if isinstance(p, DTensor) else p.shape
 
-    @property
-    def _layouts(self) -> dict[object, Layout]:
-        layouts: dict[object, Layout] = self.__dict__.setdefault("_layouts_by_placement", {})
-        return layouts
+    def _new_layout(self, p: Tensor) -> Layout:
+        return layout_of(p, self._exchange.replicas)
 
     def _placed(self, p: Tensor, local: Tensor, key: str, o: Options) -> Tensor:
         if not isinstance(p, DTensor):

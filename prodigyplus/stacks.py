@@ -1,0 +1,44 @@
+"""Small parameters of one shape, moved as one: a tensor of theirs has a dimension more, the first, for which.
+
+An operator on a small tensor costs its call and little else, so a thousand biases cost a thousand calls of
+each. Stacked, they cost one. A single parameter is a stack of one, which is a view and copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def read(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one, (count, *shape): of several a copy, of a single one its own memory."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def write(tensors: Sequence[Tensor], values: Tensor) -> None:
+    """Write back what was computed in place on what :func:`read` gave, or on its values in another dtype."""
+    if len(tensors) > 1:
+        torch._foreach_copy_(list(tensors), values.unbind())
+    elif values.dtype != tensors[0].dtype:
+        tensors[0].copy_(values[0])
+
+
+def total(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum of each tensor of a stack; shape (count,)."""
+    return values.reshape(len(values), -1).sum(1, dtype=dtype)
+
+
+def square_total(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum of the squares of each tensor of a stack, in ``dtype``, which it is computed in; (count,)."""
+    if values.ndim == 1:
+        values = values.unsqueeze(1)
+    # A norm along a long last dimension is much faster than one over all.
+    norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
+    return norms.reshape(len(values), -1).square_().sum(1)
+
+
+def across(numbers: Tensor, values: Tensor) -> Tensor:
+    """A number for each tensor of a stack, (count,), in a shape to be multiplied with the stack."""
+    return numbers.view(-1, *(1,) * (values.ndim - 1))
