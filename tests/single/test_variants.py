@@ -31,7 +31,7 @@ def test_orthograd_where_the_direction_is_almost_parallel_to_the_weights(sine, d
     left = u_exact - (u_exact @ w_exact) / (w_exact @ w_exact) * w_exact
     expected = left * u_exact.norm() / left.norm()
 
-    along, scale, square = variants.projection(variants.dots(u, w), dtype)
+    along, scale, square = variants.projection(variants.dots(u[None], w[None]), dtype)
     found = (u - along * w) * scale
     rounding = 2 * torch.finfo(dtype).eps / sine + 100 * torch.finfo(torch.float64).eps / sine**2
     assert (found - expected).norm() <= rounding * expected.norm()
@@ -48,16 +48,16 @@ def test_orthograd_where_the_direction_is_almost_parallel_to_the_weights(sine, d
 )
 def test_orthograd_makes_no_step_of_rounding(sine, dtype):
     u, w, *_ = almost_parallel(sine, dtype)
-    along, scale, _ = variants.projection(variants.dots(u, w), dtype)
+    along, scale, _ = variants.projection(variants.dots(u[None], w[None]), dtype)
     assert ((u - along * w) * scale).norm() <= 0.05 * u.norm()
 
 
 def test_orthograd_of_pieces_is_that_of_the_whole():
     """In shards, and in runs that fit no boundary."""
     u, w, *_ = almost_parallel(1e-4, torch.float32, size=(1 << 18) + 4097)
-    whole = variants.projection(variants.dots(u, w), torch.float32)
+    whole = variants.projection(variants.dots(u[None], w[None]), torch.float32)
     for cut in (1, 1000, 1 << 17):
-        first, second = (variants.dots(u[at], w[at]) for at in (slice(None, cut), slice(cut, None)))
+        first, second = (variants.dots(u[None, at], w[None, at]) for at in (slice(None, cut), slice(cut, None)))
         summed = variants.Dots(*(a + b for a, b in zip(first, second, strict=True)))
         for found, expected in zip(variants.projection(summed, torch.float32), whole, strict=True):
             assert found == pytest.approx(expected.item(), rel=1e-5)
@@ -65,9 +65,9 @@ def test_orthograd_of_pieces_is_that_of_the_whole():
 
 def test_orthograd_of_zeros():
     zeros, ones = torch.zeros(4), torch.ones(4)
-    along, scale, _ = variants.projection(variants.dots(ones, zeros), torch.float32)
+    along, scale, _ = variants.projection(variants.dots(ones[None], zeros[None]), torch.float32)
     assert (along, scale) == (0, 1)  # no weights to be orthogonal to
-    along, scale, square = variants.projection(variants.dots(zeros, ones), torch.float32)
+    along, scale, square = variants.projection(variants.dots(zeros[None], ones[None]), torch.float32)
     assert all(value.isfinite() for value in (along, scale, square))
 
 
