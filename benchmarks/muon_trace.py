@@ -63,7 +63,7 @@ class Trace:
 
         return call
 
-    def sent(self, function: Callable[..., dist.Work]) -> Callable[..., dist.Work]:
+    def sent(self, row: str, function: Callable[..., dist.Work]) -> Callable[..., dist.Work]:
         """An asynchronous collective, noted until it is done, whoever waits for it."""
 
         @functools.wraps(function)
@@ -71,7 +71,7 @@ class Trace:
             start = time.perf_counter()
             work = function(*args, **kwargs)
             work.get_future().add_done_callback(
-                lambda _: self.events.append((MATRICES, start, time.perf_counter()))
+                lambda _: self.events.append((row, start, time.perf_counter()))
             )
             return work
 
@@ -100,14 +100,20 @@ def step(rank: int, folder: str) -> None:
         optimizer.step()
     trace = Trace()
 
-    def moving(running: Any, *_: Any) -> str:
+    def moving(running: Any, *_: Any) -> str | None:
+        if not running:
+            return None
         return ROWS[4] if running[0][0].is_matrix else ROWS[3]
 
+    def finishing(under_way: Any, *_: Any) -> str | None:
+        return moving(under_way[0])
+
     with (
-        mock.patch.object(dist, "all_to_all_single", trace.sent(dist.all_to_all_single)),
+        mock.patch.object(dist, "all_to_all_single", trace.sent(MATRICES, dist.all_to_all_single)),
         mock.patch.object(muon, "newton_schulz", trace.timed(lambda *_: ROWS[1], muon.newton_schulz)),
-        mock.patch.object(exchange, "_all_reduce", trace.timed(lambda *_: ROWS[2], exchange._all_reduce)),
-        mock.patch.object(driver, "_advance", trace.timed(moving, driver._advance)),
+        mock.patch.object(dist, "all_reduce", trace.sent(ROWS[2], dist.all_reduce)),
+        mock.patch.object(driver, "_ask", trace.timed(moving, driver._ask)),
+        mock.patch.object(driver, "_finish", trace.timed(finishing, driver._finish)),
     ):
         dist.barrier()
         start = time.perf_counter()

@@ -1,4 +1,8 @@
-"""Advance many rules in lock-step, so that what they ask of each other's shards goes out together."""
+"""Advance many rules in lock-step, so that what they ask of each other's shards goes out together.
+
+What is asked of others travels while something else is computed: a bucket's sums while the next bucket's
+directions are, and while whatever is whole here moves.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from prodigyplus.rule import Part, Requests, Rule, update
 Asked = tuple[Layout, dict[str, Sum]]
 Answer = dict[str, Tensor]
 Running = tuple[Part, Rule, Answer]
+Asking = tuple[list[tuple[Part, Rule]], Callable[[], list[Answer]]]
+"""Rules that have asked, and what waits for their answers."""
 
 # How many bytes of updates may be alive at once, unless it is said.
 BUCKET_BYTES = 64 << 20
@@ -30,8 +36,13 @@ class Exchange(Protocol):
     # How many bytes of directions may be alive at once, while their sums are completed.
     bucket_bytes: int
 
-    def complete(self, asked: Sequence[Asked]) -> list[Answer]:
-        """The sums over the whole tensors, in the order and under the names in which they were asked."""
+    def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answer]]:
+        """Begin to complete sums.
+
+        Returns:
+            What waits for the sums over the whole tensors, and gives them, in the order and under the names
+            in which they were asked.
+        """
         ...
 
     def orthogonalize(
@@ -54,8 +65,9 @@ class OneProcess:
 
     bucket_bytes = BUCKET_BYTES
 
-    def complete(self, asked: Sequence[Asked]) -> list[Answer]:
-        return [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
+    def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answer]]:
+        answers = [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
+        return lambda: answers
 
     def orthogonalize(
         self, asked: Sequence[tuple[Layout, Matrices]]
@@ -89,15 +101,25 @@ def run(
     rules = [update(part) for part in parts]
     answers = exchange.complete(
         [(part.layout, _sums(next(rule))) for part, rule in zip(parts, rules, strict=True)]
-    )
+    )()
     open_groups(parts, answers)
     running = list(zip(parts, rules, answers, strict=True))
     # Matrices are on their way to be orthogonalised while all other parameters move.
     orthogonalized = _orthogonalize([one for one in running if one[0].is_matrix], exchange)
-    for bucket in _buckets([one for one in running if not one[0].is_matrix], exchange.bucket_bytes):
-        _advance(bucket, exchange)
+    elementwise = [one for one in running if not one[0].is_matrix]
+    # Two buckets are alive at a time: the one whose sums are on their way, and the one that is computed.
+    buckets = _buckets([one for one in elementwise if one[0].layout.cuts], exchange.bucket_bytes // 2)
+    under_way = _ask(next(buckets, []), exchange)
+    for one in elementwise:
+        if not one[0].layout.cuts:  # with nothing to wait for
+            _finish(_ask([one], exchange), exchange)
+    for bucket in buckets:
+        following = _ask(bucket, exchange)
+        _finish(under_way, exchange)
+        under_way = following
+    _finish(under_way, exchange)
     for bucket in orthogonalized:
-        _advance(bucket, exchange)
+        _finish(_ask(bucket, exchange), exchange)
 
 
 def _stacked(parts: Sequence[Part]) -> list[Part]:
@@ -133,7 +155,7 @@ def _orthogonalize(running: Sequence[Running], exchange: Exchange) -> Iterable[l
     done = exchange.orthogonalize(
         [(layout, cast("Matrices", its["matrices"])) for layout, its in zip(layouts, asked, strict=True)]
     )
-    sums = exchange.complete([(layout, _sums(its)) for layout, its in zip(layouts, asked, strict=True)])
+    sums = exchange.complete([(layout, _sums(its)) for layout, its in zip(layouts, asked, strict=True)])()
     return (
         [
             (*running[number][:2], {**sums[number], "matrices": piece})
@@ -151,25 +173,28 @@ def size_of(part: Part) -> int:
 def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
     """Runs of parameters whose directions have ``limit`` bytes at most, or one parameter's.
 
-    By the largest piece that any rank has of each, so that all ranks cut alike. Those that nobody has cut
-    have nothing to wait for, and go one by one.
+    By the largest piece that any rank has of each, so that all ranks cut alike.
     """
-    yield from ([one] for one in running if not one[0].layout.cuts)
-    cut = [one for one in running if one[0].layout.cuts]
-    for bucket in muon.waves([(size_of(part), 0) for part, *_ in cut], limit):
-        yield [cut[number] for number in bucket]
+    for bucket in muon.waves([(size_of(part), 0) for part, *_ in running], limit):
+        yield [running[number] for number in bucket]
 
 
-def _advance(running: list[Running], exchange: Exchange) -> None:
-    """Run rules to their ends, one round of questions and answers at a time."""
-    while running:
-        asking: list[tuple[Part, Rule]] = []
-        asked: list[Asked] = []
-        for part, rule, answer in running:
-            try:
-                asked.append((part.layout, _sums(rule.send(answer))))
-            except StopIteration:
-                continue
-            asking.append((part, rule))
-        completed = exchange.complete(asked)
-        running = [(part, rule, answer) for (part, rule), answer in zip(asking, completed, strict=True)]
+def _ask(running: Sequence[Running], exchange: Exchange) -> Asking:
+    """Run rules up to their next questions, or their ends, and begin to answer those."""
+    asking: list[tuple[Part, Rule]] = []
+    asked: list[Asked] = []
+    for part, rule, answer in running:
+        try:
+            asked.append((part.layout, _sums(rule.send(answer))))
+        except StopIteration:
+            continue
+        asking.append((part, rule))
+    return asking, exchange.complete(asked)
+
+
+def _finish(under_way: Asking, exchange: Exchange) -> None:
+    """Run rules to their ends, one round of answers and questions at a time."""
+    asking, wait = under_way
+    while asking:
+        running = [(part, rule, answer) for (part, rule), answer in zip(asking, wait(), strict=True)]
+        asking, wait = _ask(running, exchange)

@@ -34,7 +34,7 @@ _EVALUATING = (
 _NOT_THE_CALLER = ("prodigyplus.", "prodigyplus_", "torch.")
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a parameter stands."""
 
     p: Tensor
@@ -369,74 +369,76 @@ class ProdigyPlusScheduleFree(Optimizer):
         place = self._places.get(p)
         if place is None or not self.param_groups[place.group]["fused_back_pass"]:
             return False
-        name = name_of(self.param_groups[place.group], place.group, place.place)
         if self._evaluating:
-            raise RuntimeError(f"{name} has a gradient {_EVALUATING}")
+            raise RuntimeError(f"{self._name(place)} has a gradient {_EVALUATING}")
         step = self._under_way = self._under_way or self._begin(in_backward=True)
         if p in step.taken:
             raise RuntimeError(
-                f"{name} has a second gradient, but no step() came after the first: fused_back_pass=True "
+                f"{self._name(place)} has a second gradient, but no step() came after the first: fused_back_pass=True "
                 "moves a parameter by the gradient of one backward pass, and cannot add up several. Call "
                 "optimizer.step() after each, also after one that failed, or set fused_back_pass=False."
             )
-        self._check_gradient(p, name)
-        step.take(p, self._part(p, grad, step.groups[place.group], place.number))
+        step.take(p, self._part(place, grad, step.groups[place.group]))
         return True
 
-    def _numbered(self) -> Iterator[_Place]:
+    def _numbered(self) -> Iterator[Place]:
         number = 0
         for index, group in enumerate(self.param_groups):
             for place, p in enumerate(group["params"]):
                 number += 1
-                yield _Place(p, index, place, number)
+                yield Place(p, index, place, number)
 
     def _parts(self, step: Step) -> list[Part]:
         """The parameters that are left of a step, with their state, made where there is none yet."""
-        parts = []
-        for p, group, place, number in self._numbered():
-            if p not in step.taken and self._takes_part(p):
-                self._check_gradient(p, name_of(self.param_groups[group], group, place))
-                parts.append(self._part(p, p.grad, step.groups[group], number))
-        return parts
+        return [
+            self._part(place, place.p.grad, step.groups[place.group])
+            for place in self._numbered()
+            if self._takes_part(place.p) and place.p not in step.taken
+        ]
 
     def _takes_part(self, p: Tensor) -> bool:
         return p.grad is not None
 
-    def _check_gradient(self, p: Tensor, name: str) -> None:
-        """Refuse what cannot be right; by what every rank knows, so that none is left waiting for others."""
-        if p.grad is not None and p.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"{name} has a sparse gradient, which this optimiser cannot use: build its layer with "
-                "sparse=False."
-            )
-        if getattr(p, "_fsdp_flattened", False):
-            raise RuntimeError(
-                f"{name} is a flat parameter of FSDP1, which has lost the shapes of the tensors in it: shard "
-                "the model with FSDP2's fully_shard instead."
-            )
-        if hasattr(p, "placements"):
-            raise RuntimeError(
-                f"{name} is a DTensor, a piece of a sharded parameter: use ShardedProdigyPlusScheduleFree, "
-                "of the package beside this one."
-            )
+    def _part(self, place: Place, grad: Tensor | None, group: GroupStep) -> Part:
+        """What a parameter brings to a step.
 
-    def _part(self, p: Tensor, grad: Tensor | None, group: GroupStep, number: int) -> Part:
+        Raises:
+            RuntimeError: Something cannot be right; by what every rank knows, so that none is left waiting.
+        """
         assert grad is not None
-        return self._make_part(p, grad, group, number)
+        return self._make_part(place, grad, group, None)
 
-    def _make_part(
-        self, p: Tensor, grad: Tensor, group: GroupStep, number: int, present: bool | None = None
-    ) -> Part:
-        weight, grad, layout, state = self._local(p), self._local(grad), self._layout(p), self.state[p]
+    def _make_part(self, place: Place, grad: Tensor, group: GroupStep, present: list[bool] | None) -> Part:
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{self._name(place)} has a sparse gradient, which this optimiser cannot use: build its layer "
+                "with sparse=False."
+            )
+        p, state = place.p, self.state[place.p]
+        weight, grad, layout = self._local(p), self._local(grad), self._layout(p)
         if not state:
+            self._check_kind(place)
             state.update(self._kept(p, new_state(weight, grad, layout, group.options), group.options))
         if not group.adapts:
             for key in progress.STATE:
                 state.pop(key, None)
-        local_state = {key: self._local(value) for key, value in state.items()}
-        return Part(
-            [weight], [grad], [local_state], layout, group, [number], None if present is None else [present]
-        )
+        return Part([weight], [grad], [self._local_state(state)], layout, group, [place.number], present)
+
+    def _check_kind(self, place: Place) -> None:
+        """Refuse a parameter that this optimiser cannot train, by what every rank knows."""
+        if getattr(place.p, "_fsdp_flattened", False):
+            raise RuntimeError(
+                f"{self._name(place)} is a flat parameter of FSDP1, which has lost the shapes of the tensors in "
+                "it: shard the model with FSDP2's fully_shard instead."
+            )
+        if hasattr(place.p, "placements"):
+            raise RuntimeError(
+                f"{self._name(place)} is a DTensor, a piece of a sharded parameter: use "
+                "ShardedProdigyPlusScheduleFree, of the package beside this one."
+            )
+
+    def _name(self, place: Place) -> str:
+        return name_of(self.param_groups[place.group], place.group, place.place)
 
     def _kept(self, p: Tensor, local: Mapping[str, Tensor], o: Options) -> dict[str, Tensor]:
         """Entries of the state as they are kept, from their local pieces: samples stay as they are."""
@@ -451,7 +453,10 @@ class ProdigyPlusScheduleFree(Optimizer):
         """The local tensor of a parameter, a gradient or an entry of the state, sharing its memory."""
         return tensor
 
-    def _place(self, p: Tensor) -> Hashable:
+    def _local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state
+
+    def _layout_key(self, p: Tensor) -> Hashable:
         """What says where a parameter's local tensor sits in its global one; it may change."""
         return p.shape
 
@@ -460,14 +465,14 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _layout(self, p: Tensor) -> Layout:
         # Kept, since a layout may keep where its samples are, and parameters of one layout move together.
-        place = self._place(p)
-        if place not in self._layouts:
-            self._layouts[place] = self._new_layout(p)
-        return self._layouts[place]
+        layouts, key = self._layouts, self._layout_key(p)
+        if key not in layouts:
+            layouts[key] = self._new_layout(p)
+        return layouts[key]
 
     @property
     def _layouts(self) -> dict[Hashable, Layout]:
-        layouts: dict[Hashable, Layout] = self.__dict__.setdefault("_layouts_by_place", {})
+        layouts: dict[Hashable, Layout] = self.__dict__.setdefault("_layouts_by_key", {})
         return layouts
 
     def _placed(self, p: Tensor, local: Tensor, key: str, o: Options) -> Tensor:
@@ -671,7 +676,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 **{key: value if value.ndim else value.clone() for key, value in state.items()},
                 **{key: self._placed(p, value.clone(), key, o) for key, value in rows.items()},
             }
-            for (number, p, o, state), rows in zip(kept, self._exchange.complete(asked), strict=True)
+            for (number, p, o, state), rows in zip(kept, self._exchange.complete(asked)(), strict=True)
         }
 
     def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:

@@ -7,7 +7,8 @@ all-reduce gives every rank the same bits, so every rank computes the same numbe
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -48,7 +49,7 @@ class MeshExchange:
     def __deepcopy__(self, memo: dict[int, object]) -> MeshExchange:
         return self  # the copy of an optimiser talks to the same ranks
 
-    def complete(self, asked: Sequence[Asked]) -> list[Answer]:
+    def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answer]]:
         answers: list[Answer] = [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
         # By process group, since meshes may share axes. In the order in which the parameters name them, which
         # is the same on every rank.
@@ -57,11 +58,29 @@ class MeshExchange:
             for name, sum_ in sums.items():
                 for axis in layout.axes(sum_):
                     crossing.setdefault(cast("dist.ProcessGroup", axis), []).append((number, name))
-        for group, places in crossing.items():
-            completed = _all_reduce([answers[n][name] for n, name in places], group)
-            for (n, name), value in zip(places, completed, strict=True):
-                answers[n][name] = value
-        return answers
+
+        def begin(number: int) -> Callable[[], None]:
+            group, places = rounds[number]
+            wait = _all_reduce([answers[n][name] for n, name in places], group)
+
+            def end() -> None:
+                for (n, name), value in zip(places, wait(), strict=True):
+                    answers[n][name] = value
+
+            return end
+
+        # What is summed along several axes goes along one after the other: the first one now.
+        rounds = list(crossing.items())
+        first = begin(0) if rounds else None
+
+        def finish() -> list[Answer]:
+            if first is not None:
+                first()
+            for number in range(1, len(rounds)):
+                begin(number)()
+            return answers
+
+        return finish
 
     def orthogonalize(
         self, asked: Sequence[tuple[Layout, Matrices]]
@@ -82,13 +101,23 @@ class MeshExchange:
                     "as many, of the same options; they may be empty."
                 )
             self._are_alike = True
-        return _all_reduce([values], self._process_group)[0]
+        return _all_reduce([values], self._process_group)()[0]
 
 
-def _all_reduce(values: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """The sums over a group of many tensors, packed into one buffer of the widest of their dtypes."""
+def _all_reduce(values: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], list[Tensor]]:
+    """Begin to sum many tensors over a group, packed into one buffer of the widest of their dtypes.
+
+    Returns:
+        What waits for the sums, and gives them.
+    """
     dtype = functools.reduce(torch.promote_types, {value.dtype for value in values})
     buffer = torch.cat([value.reshape(-1).to(dtype) for value in values])
-    dist.all_reduce(buffer, group=group)
-    pieces = torch.split(buffer, [value.numel() for value in values])
-    return [piece.view(value.shape).to(value.dtype) for piece, value in zip(pieces, values, strict=True)]
+    work = dist.all_reduce(buffer, group=group, async_op=True)
+    kinds = [(value.shape, value.dtype) for value in values]
+
+    def wait() -> list[Tensor]:
+        work.wait()
+        pieces = torch.split(buffer, [math.prod(shape) for shape, _ in kinds])
+        return [piece.view(shape).to(dtype) for piece, (shape, dtype) in zip(pieces, kinds, strict=True)]
+
+    return wait

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from prodigyplus import driver
 from prodigyplus.layout import Layout
-from prodigyplus.optimizer import ProdigyPlusScheduleFree
+from prodigyplus.optimizer import Place, ProdigyPlusScheduleFree
 from prodigyplus.options import Options
 from prodigyplus.rule import Part, saved_form
 from prodigyplus.stepsize import GroupStep
@@ -126,33 +126,34 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         # Where this rank has no gradient others may have one: whether to take part is not its own to decide.
         return p.requires_grad
 
-    def _check_gradient(self, p: Tensor, name: str) -> None:
-        if not isinstance(p, DTensor):
-            super()._check_gradient(p, name)
-            return
-        if any(placement.is_partial() for placement in p.placements):
-            raise RuntimeError(
-                f"{name} has placements {p.placements}: a Partial parameter has no value to train."
-            )
-        grad = p.grad
-        if grad is None:
-            return
-        found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
-        if found != (p.device_mesh, p.placements):
-            raise RuntimeError(
-                f"{name} has placements {p.placements} on {p.device_mesh}, but its gradient is {found}. Give "
-                "it the parameter's, as FSDP2 does: "
-                "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
-            )
+    def _part(self, place: Place, grad: Tensor | None, group: GroupStep) -> Part:
+        p, present = place.p, grad is not None
+        if grad is not None and isinstance(p, DTensor):
+            found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
+            if found != (p.device_mesh, p.placements):
+                raise RuntimeError(
+                    f"{self._name(place)} has placements {p.placements} on {p.device_mesh}, but its gradient is "
+                    f"{found}. Give it the parameter's, as FSDP2 does: "
+                    "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
+                )
+        return self._make_part(place, torch.zeros_like(p) if grad is None else grad, group, [present])
 
-    def _part(self, p: Tensor, grad: Tensor | None, group: GroupStep, number: int) -> Part:
-        present = grad is not None
-        return self._make_part(p, torch.zeros_like(p) if grad is None else grad, group, number, present)
+    def _check_kind(self, place: Place) -> None:
+        p = place.p
+        if not isinstance(p, DTensor):
+            super()._check_kind(place)
+        elif any(placement.is_partial() for placement in p.placements):
+            raise RuntimeError(
+                f"{self._name(place)} has placements {p.placements}: a Partial parameter has no value to train."
+            )
 
     def _local(self, tensor: Tensor) -> Tensor:
-        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    def _place(self, p: Tensor) -> Hashable:
+    def _local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: self._local(value) for key, value in state.items()}
+
+    def _layout_key(self, p: Tensor) -> Hashable:
         return (p.shape, p.device_mesh, p.placements) if isinstance(p, DTensor) else p.shape
 
     def _new_layout(self, p: Tensor) -> Layout:

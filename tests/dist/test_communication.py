@@ -109,7 +109,7 @@ def test_ranks_with_more_and_with_less_cut_the_same_buckets(pool, mesh_name):
 
 def sums_of_two_dtypes():
     values = [torch.full((3, 1), 0.1), torch.tensor(0.1, dtype=torch.float64)]
-    return exchange._all_reduce(values, dist.group.WORLD)
+    return exchange._all_reduce(values, dist.group.WORLD)()
 
 
 def test_what_travels_together_keeps_its_precision(pool):
