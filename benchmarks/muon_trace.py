@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
 from prodigyplus import driver, muon, muon_groups
-from prodigyplus_dist import ShardedProdigyPlusScheduleFree, exchange
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 RANKS = 2
 WARM_UP = 3

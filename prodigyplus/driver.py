@@ -25,9 +25,9 @@ Asking = tuple[list[tuple[Part, Rule]], Callable[[], list[Answer]]]
 # How many bytes of updates may be alive at once, unless it is said.
 BUCKET_BYTES = 64 << 20
 
-# Up to how many elements it pays to copy a parameter so as to move it with others; and of how many.
+# Up to how many elements it pays to copy a parameter so as to move it with others, and up to how many bytes.
 SMALL = 1 << 15
-STACK = 1 << 20
+STACK_BYTES = 4 << 20
 
 
 class Exchange(Protocol):
@@ -97,7 +97,8 @@ def run(
             and the answers of the first, one for each: the numbers of the parts' groups must be fixed when
             it returns.
     """
-    parts = _stacked(parts)
+    # Stacks are copies, of weights and gradients: they are small beside the updates that may be alive.
+    parts = _stacked(parts, min(STACK_BYTES, exchange.bucket_bytes // 8))
     rules = [update(part) for part in parts]
     answers = exchange.complete(
         [(part.layout, _sums(next(rule))) for part, rule in zip(parts, rules, strict=True)]
@@ -107,8 +108,7 @@ def run(
     # Matrices are on their way to be orthogonalised while all other parameters move.
     orthogonalized = _orthogonalize([one for one in running if one[0].is_matrix], exchange)
     elementwise = [one for one in running if not one[0].is_matrix]
-    # Two buckets are alive at a time: the one whose sums are on their way, and the one that is computed.
-    buckets = _buckets([one for one in elementwise if one[0].layout.cuts], exchange.bucket_bytes // 2)
+    buckets = _buckets([one for one in elementwise if one[0].layout.cuts], exchange.bucket_bytes)
     under_way = _ask(next(buckets, []), exchange)
     for one in elementwise:
         if not one[0].layout.cuts:  # with nothing to wait for
@@ -122,8 +122,8 @@ def run(
         _finish(_ask(bucket, exchange), exchange)
 
 
-def _stacked(parts: Sequence[Part]) -> list[Part]:
-    """The parts, those of small parameters that are alike joined: the same way on all ranks."""
+def _stacked(parts: Sequence[Part], limit: int) -> list[Part]:
+    """The parts, those of small parameters that are alike joined, up to ``limit`` bytes: so do all ranks."""
     joined: list[Part] = []
     alike: dict[tuple[object, ...], Part] = {}
     for part in parts:
@@ -132,7 +132,7 @@ def _stacked(parts: Sequence[Part]) -> list[Part]:
             continue
         key = part.likeness
         stack = alike.get(key)
-        if stack is None or (len(stack.weights) + 1) * part.layout.most > STACK:
+        if stack is None or size_of(stack) + size_of(part) > limit:
             alike[key] = part
             joined.append(part)
         else:
@@ -171,11 +171,14 @@ def size_of(part: Part) -> int:
 
 
 def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
-    """Runs of parameters whose directions have ``limit`` bytes at most, or one parameter's.
+    """Runs of parameters whose directions have half of ``limit`` bytes at most, or one parameter's.
 
+    Half, since two are alive at a time: the one whose sums are on their way, and the one that is computed.
     By the largest piece that any rank has of each, so that all ranks cut alike.
     """
-    for bucket in muon.waves([(size_of(part), 0) for part, *_ in running], limit):
+    sizes = [size_of(part) for part, *_ in running]
+    several = sum(sizes) > limit
+    for bucket in muon.waves([(size, 0) for size in sizes], limit // 2 if several else limit):
         yield [running[number] for number in bucket]
 
 

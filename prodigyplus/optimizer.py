@@ -374,9 +374,10 @@ class ProdigyPlusScheduleFree(Optimizer):
         step = self._under_way = self._under_way or self._begin(in_backward=True)
         if p in step.taken:
             raise RuntimeError(
-                f"{self._name(place)} has a second gradient, but no step() came after the first: fused_back_pass=True "
-                "moves a parameter by the gradient of one backward pass, and cannot add up several. Call "
-                "optimizer.step() after each, also after one that failed, or set fused_back_pass=False."
+                f"{self._name(place)} has a second gradient, but no step() came after the first: "
+                "fused_back_pass=True moves a parameter by the gradient of one backward pass, and cannot add up "
+                "several. Call optimizer.step() after each, also after one that failed, or set "
+                "fused_back_pass=False."
             )
         step.take(p, self._part(place, grad, step.groups[place.group]))
         return True
@@ -411,8 +412,8 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _make_part(self, place: Place, grad: Tensor, group: GroupStep, present: list[bool] | None) -> Part:
         if grad.layout is not torch.strided:
             raise RuntimeError(
-                f"{self._name(place)} has a sparse gradient, which this optimiser cannot use: build its layer "
-                "with sparse=False."
+                f"{self._name(place)} has a sparse gradient, which this optimiser cannot use: build its "
+                "layer with sparse=False."
             )
         p, state = place.p, self.state[place.p]
         weight, grad, layout = self._local(p), self._local(grad), self._layout(p)
@@ -428,8 +429,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         """Refuse a parameter that this optimiser cannot train, by what every rank knows."""
         if getattr(place.p, "_fsdp_flattened", False):
             raise RuntimeError(
-                f"{self._name(place)} is a flat parameter of FSDP1, which has lost the shapes of the tensors in "
-                "it: shard the model with FSDP2's fully_shard instead."
+                f"{self._name(place)} is a flat parameter of FSDP1, which has lost the shapes of the tensors "
+                "in it: shard the model with FSDP2's fully_shard instead."
             )
         if hasattr(place.p, "placements"):
             raise RuntimeError(

@@ -25,13 +25,14 @@ def noise(positions: Tensor, step: Tensor, parameters: Sequence[int]) -> Tensor:
     """Uniform 32-bit noise for a stack of parameters; int32, shape (count, *shape).
 
     Args:
-        positions: Index of each element in the global tensor, modulo 2³²; int32, of this shape.
+        positions: Index of each element in the global tensor, modulo 2³²; int32, of this shape; overwritten.
         step: Number of the step, an integer tensor without dimensions on the same device.
         parameters: Numbers of the parameters in the optimiser.
     """
     of_step = _hash((step * _GOLDEN).to(torch.int32))
     seeds = _hash(torch.stack([of_step + parameter * _GOLDEN % (1 << 31) for parameter in parameters]))
-    return _hash(positions + seeds.view(-1, *(1,) * positions.ndim))
+    seeds, positions = seeds.view(-1, *(1,) * positions.ndim), positions.unsqueeze(0)
+    return _hash(positions.add_(seeds) if len(seeds) == 1 else positions + seeds)
 
 
 def _hash(bits: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ Changed = Generator[Requests, dict[str, Tensor], Tensor]
 
 @dataclass(slots=True)
 class Part:
-    """What one parameter brings to a step, or several alike: plain local tensors, and their place in the whole."""
+    """What a parameter, or several alike, bring to a step: plain local tensors, and their place in the whole."""
 
     weights: list[Tensor]  # y, changed in place
     grads: list[Tensor]  # of the same shapes; zeros where there is none here, but may be elsewhere
@@ -169,7 +169,7 @@ def update(part: Part) -> Rule:
         n = n.only_if(squares["present"] > 0)
 
     grad = stacks.read(part.grads)
-    state = {key: stacks.read([its[key] for its in part.states]) for key in part.states[0]}
+    state = {key: stacks.share([its[key] for its in part.states]) for key in part.states[0]}
     base = state["z"] if o.use_schedulefree else stacks.read(part.weights)
     sums: dict[str, Sum | Matrices] = {}
 
@@ -183,7 +183,10 @@ def update(part: Part) -> Rule:
 
     # The direction, and what spans it.
     held = _Held(part, state, n.across(len(layout.shape)))
-    direct = _orthogonal(held, grad, sums) if part.is_matrix else _elementwise(held, grad, squares, base, sums)
+    if part.is_matrix:
+        direct = _orthogonal(held, grad, sums)
+    else:
+        direct = _elementwise(held, grad, squares, base, sums)
     del grad, base
     u, scale, whole = yield from direct
     if adapts:
@@ -199,16 +202,13 @@ def update(part: Part) -> Rule:
         _accept(held, u)
     else:
         _average(held, u, step)
-    for key, values in state.items():
-        if key != "p0":
-            stacks.write([its[key] for its in part.states], values)
 
 
 class _Held(NamedTuple):
     """What of a part stays from one round to the next."""
 
     part: Part
-    state: dict[str, Tensor]  # read
+    state: dict[str, Tensor]  # shared
     n: Scalars  # in shapes to be multiplied with the parameters
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def read(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as one, (count, *shape): of several a copy, of a single one its own memory."""
+    """Tensors of one shape as one, (count, *shape): of several a copy, of a single one its memory itself."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
@@ -23,6 +23,24 @@ def write(tensors: Sequence[Tensor], values: Tensor) -> None:
         torch._foreach_copy_(list(tensors), values.unbind())
     elif values.dtype != tensors[0].dtype:
         tensors[0].copy_(values[0])
+
+
+def share(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one, (count, *shape), in whose memory they are, from the first time on.
+
+    For what is kept from step to step and of which nobody cares where it is.
+    """
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.unsqueeze(0)
+    where, size = first.data_ptr(), first.numel() * first.itemsize
+    if all(tensor.data_ptr() == where + place * size for place, tensor in enumerate(tensors)):
+        strides = (first.numel(), *first.stride())
+        return first.as_strided((len(tensors), *first.shape), strides, first.storage_offset())
+    together = torch.stack(list(tensors))
+    for tensor, its in zip(tensors, together.unbind(), strict=True):
+        tensor.set_(its)  # type: ignore[call-overload]
+    return together
 
 
 def total(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -107,7 +107,7 @@ class Scalars(NamedTuple):
         return Scalars(*(value.view(-1, *(1,) * dims) if value.ndim else value for value in self))
 
     def admit(self, values: Tensor) -> Tensor:
-        """``values``, or zeros if the step is not to happen, as a new tensor: keeps 0·inf out of what follows.
+        """``values``, or zeros if the step is not to happen; a new tensor. Keeps 0·inf out of what follows.
 
         Args:
             values: Of the dtype of the numbers.

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prodigyplus import stacks
 from prodigyplus.layout import wide_dtype
 
 # FOCUS: how strongly the weights' average attracts, against the gradient's sign.
@@ -37,12 +38,11 @@ def drop_disagreeing(proposed: Tensor, gradient: Tensor) -> Tensor:
     """Cautious, in place in ``proposed``: zero where it has not the gradient's sign. Overwrites ``gradient``.
 
     Returns:
-        How many elements of each tensor of the stack have; floating, shape (count,).
+        How many elements of each tensor of the stack have; in its dtype, shape (count,).
     """
     agrees = gradient.mul_(proposed).gt_(0)
     proposed.mul_(agrees)
-    counted = torch.count_nonzero(agrees.reshape(len(agrees), -1), dim=1)
-    return counted.to(torch.promote_types(proposed.dtype, torch.float32))
+    return stacks.total(agrees)
 
 
 def share(agreeing: Tensor, numel: int) -> Tensor:
@@ -78,7 +78,8 @@ def dots(direction: Tensor, weight: Tensor) -> Dots:
     runs = (torch.split(tensor.reshape(count, -1), _RUN, 1) for tensor in (direction, weight))
     for u, w in zip(*runs, strict=True):
         u, w = u.to(wide), w.to(wide)
-        sums += torch.stack([torch.linalg.vecdot(*pair) for pair in ((u, u), (w, u), (w, w))])
+        pairs = ((u, u), (w, u), (w, w))
+        sums += torch.stack([torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1) for a, b in pairs])
     return Dots(*sums.unbind())
 
 

@@ -27,7 +27,7 @@ class MeshExchange:
 
     Args:
         process_group: The ranks that hold other parameters of the same optimiser, or None.
-        bucket_bytes: How many bytes of directions may be alive at once; each bucket is a collective more.
+        bucket_bytes: How many bytes of directions may be alive at once; each half of it is a collective more.
         replicas: The ranks that hold copies of plain tensors, or None.
         all_to_all: Whether matrices are sent with all-to-alls; see :class:`Orthogonalizer`.
     """

@@ -44,8 +44,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     with ``reshard_after_forward=True``, or call ``model.reshard()`` when the weights have changed.
 
     A step makes two all-reduces along each mesh axis that cuts a parameter, one along each that copies one,
-    and one more where there are more updates than fit a bucket, for each further bucket. ``use_cautious``
-    makes one more for each bucket.
+    and where there are more updates than fit a bucket, one for each half of a bucket: while the sums of one
+    half travel, the other is computed. ``use_cautious`` makes one more for each.
 
     Muon makes one more along each axis that cuts a matrix, and sends matrices: two all-to-alls in bfloat16
     for each bucket of them. Where there are copies, as in HSDP, each has a part of the matrices, and
@@ -132,8 +132,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
             found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
             if found != (p.device_mesh, p.placements):
                 raise RuntimeError(
-                    f"{self._name(place)} has placements {p.placements} on {p.device_mesh}, but its gradient is "
-                    f"{found}. Give it the parameter's, as FSDP2 does: "
+                    f"{self._name(place)} has placements {p.placements} on {p.device_mesh}, but its gradient "
+                    f"is {found}. Give it the parameter's, as FSDP2 does: "
                     "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
                 )
         return self._make_part(place, torch.zeros_like(p) if grad is None else grad, group, [present])
@@ -144,7 +144,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
             super()._check_kind(place)
         elif any(placement.is_partial() for placement in p.placements):
             raise RuntimeError(
-                f"{self._name(place)} has placements {p.placements}: a Partial parameter has no value to train."
+                f"{self._name(place)} has placements {p.placements}: a Partial parameter has no value to "
+                "train."
             )
 
     def _local(self, tensor: Tensor) -> Tensor:

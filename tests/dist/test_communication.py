@@ -76,10 +76,12 @@ def test_options_add_one_all_reduce_at_most(pool, mesh_name):
             assert count == {"c10d.allreduce_": EXPECTED[mesh_name] + added}, options
 
 
-def test_one_more_for_each_further_bucket(pool):
+def test_one_more_for_each_half_of_a_bucket(pool):
     """A rank has parameters of 4096, 4096, 2592, 2560 and 5184 bytes, and a few smaller ones."""
-    for counts in pool.run(2, collectives_of_a_step, "fsdp2", 1, 100, 8192):
+    for counts in pool.run(2, collectives_of_a_step, "fsdp2", 1, 100, 16384):
         assert counts == {"c10d.allreduce_": 1 + 3}
+    for counts in pool.run(2, collectives_of_a_step, "fsdp2", 1, 100, 1 << 15):
+        assert counts == {"c10d.allreduce_": 1 + 1}
 
 
 def in_small_buckets(mesh_name, bucket_bytes):

@@ -85,11 +85,11 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "more"), OPTIONS, ids=str)
 def test_a_step_needs_a_bucket_and_one_parameter_more(pool, options, more):
-    """The updates of a bucket, one temporary of the parameter at work, and what is small."""
+    """The updates of a bucket, or of two parameters; one temporary of that at work, and what is small."""
     small = 2 * 16 * (64 + 256) * 4 + 100_000
     for pieces in (1, 4):
         for most in pool.run(2, peak_on_two_ranks, options, pieces * PIECE):
-            assert most <= (pieces + more) * PIECE + small
+            assert most <= (max(2, pieces) + more) * PIECE + small
 
 
 @pytest.mark.parametrize("options", [{}, {"use_schedulefree": False}], ids=str)

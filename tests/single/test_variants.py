@@ -57,7 +57,9 @@ def test_orthograd_of_pieces_is_that_of_the_whole():
     u, w, *_ = almost_parallel(1e-4, torch.float32, size=(1 << 18) + 4097)
     whole = variants.projection(variants.dots(u[None], w[None]), torch.float32)
     for cut in (1, 1000, 1 << 17):
-        first, second = (variants.dots(u[None, at], w[None, at]) for at in (slice(None, cut), slice(cut, None)))
+        first, second = (
+            variants.dots(u[None, at], w[None, at]) for at in (slice(None, cut), slice(cut, None))
+        )
         summed = variants.Dots(*(a + b for a, b in zip(first, second, strict=True)))
         for found, expected in zip(variants.projection(summed, torch.float32), whole, strict=True):
             assert found == pytest.approx(expected.item(), rel=1e-5)
