@@ -375,8 +375,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         if p in step.taken:
             raise RuntimeError(
                 f"{self._name(place)} has a second gradient, but no step() came after the first: "
-                "fused_back_pass=True moves a parameter by the gradient of one backward pass, and cannot add up "
-                "several. Call optimizer.step() after each, also after one that failed, or set "
+                "fused_back_pass=True moves a parameter by the gradient of one backward pass, and cannot add "
+                "up several. Call optimizer.step() after each, also after one that failed, or set "
                 "fused_back_pass=False."
             )
         step.take(p, self._part(place, grad, step.groups[place.group]))

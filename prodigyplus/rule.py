@@ -32,7 +32,7 @@ Changed = Generator[Requests, dict[str, Tensor], Tensor]
 
 @dataclass(slots=True)
 class Part:
-    """What a parameter, or several alike, bring to a step: plain local tensors, and their place in the whole."""
+    """What a parameter, or several alike, bring to a step: plain local tensors, and where they are."""
 
     weights: list[Tensor]  # y, changed in place
     grads: list[Tensor]  # of the same shapes; zeros where there is none here, but may be elsewhere
