@@ -10,14 +10,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prodigyplus.stepsize import Scalars
 
-def move(y: Tensor, z: Tensor, update: Tensor, c: Tensor, z_step: Tensor, y_step: Tensor) -> None:
-    """One step, in place in y and z: ``y ← lerp(y, z, c) − y_step·u``, ``z ← z − z_step·u``.
 
-    With ``z_step = dlr`` and ``y_step = dlr·(1−β1(1−c))`` this moves x to ``lerp(x, z, c)``.
+def move(y: Tensor, z: Tensor, update: Tensor, step: Tensor, n: Scalars, *, decays: bool) -> None:
+    """One step, in place in y and z: ``y ← lerp(y, z, c) − step·(1−β1(1−c))·u``, ``z ← z − step·u``.
+
+    This moves x to ``lerp(x, z, c)``. With weight decay, which is taken at y, ``step·u`` has it added.
+
+    Args:
+        y, z: Weights and base iterates.
+        update: The directions u, overwritten.
+        step: The step size; 0-dim, or a number for each tensor of a stack, in a shape to be multiplied.
+        n: The numbers of the step.
+        decays: Whether there is weight decay.
     """
-    y.lerp_(z, c).addcmul_(update, y_step, value=-1)
-    z.addcmul_(update, z_step, value=-1)
+    if decays:
+        update.mul_(step).addcmul_(y, n.decay)
+        step = n.unit
+    y.lerp_(z, n.c).addcmul_(update, step * n.xy, value=-1)
+    z.addcmul_(update, step, value=-1)
 
 
 def taken(y: Tensor, z: Tensor, update: Tensor, c: Tensor, y_step: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def run(
     running = list(zip(parts, rules, answers, strict=True))
     # Matrices are on their way to be orthogonalised while all other parameters move.
     orthogonalized = _orthogonalize([one for one in running if one[0].is_matrix], exchange)
-    elementwise = [one for one in running if not one[0].is_matrix]
+    elementwise = [one for one in reversed(running) if not one[0].is_matrix]
     buckets = _buckets([one for one in elementwise if one[0].layout.cuts], exchange.bucket_bytes)
     under_way = _ask(next(buckets, []), exchange)
     for one in elementwise:

@@ -7,6 +7,7 @@ process the local tensor is the global one and the sum is complete already.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -107,24 +108,21 @@ class Layout:
         key = every, tensor.device
         if key not in self._samples:
             # On the host: finding them on a device would wait for how many there are.
-            chosen = (self.positions_exact().reshape(-1) % every == 0).nonzero()
+            chosen = (self.positions().reshape(-1) % every == 0).nonzero()
             self._samples[key] = chosen.view(-1).to(torch.int32).to(tensor.device)
         return flat.index_select(-1, self._samples[key])
 
-    def positions(self, device: torch.device) -> Tensor:
-        """The index of each local element in the row-major flattened global tensor, modulo 2³².
+    def positions(self) -> Tensor:
+        """The index of each local element in the row-major flattened global tensor; int64, on the host."""
+        zero = torch.zeros((), dtype=torch.int64)
+        return functools.reduce(torch.add, self._places(torch.int64, torch.device("cpu")), zero)
 
-        Returns:
-            int32, in the shape of the local tensor.
-        """
-        return self._positions(torch.int32, device)
+    def places(self, device: torch.device) -> list[Tensor]:
+        """The same modulo 2³², int32, as what each dimension adds to it: shapes to be added."""
+        return self._places(torch.int32, device)
 
-    def positions_exact(self) -> Tensor:
-        """The same without the modulus, int64 on the host."""
-        return self._positions(torch.int64, torch.device("cpu"))
-
-    def _positions(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        result = torch.zeros((), dtype=dtype, device=device)
+    def _places(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        result = []
         stride = 1
         for dim in reversed(self.dims):
             indices = self.indices[dim]
@@ -133,7 +131,7 @@ class Layout:
                 if isinstance(indices, range)
                 else torch.tensor(indices, dtype=torch.int64).to(device)
             )
-            result = result + (along * stride).to(dtype).view(-1, *(1,) * (len(self.shape) - dim - 1))
+            result.append((along * stride).to(dtype).view(-1, *(1,) * (len(self.shape) - dim - 1)))
             stride *= self.shape[dim]
         return result
 

@@ -58,6 +58,11 @@ def is_factored(state: Mapping[str, Tensor]) -> bool:
     return "exp_avg_sq_row" in state
 
 
+def second(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a parameter's state is its second moment."""
+    return {key: value for key, value in state.items() if key.startswith("exp_avg_sq")}
+
+
 def new_state(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """Zero moments for a gradient: factors in ``dtype``, a full moment in the gradient's dtype."""
     if not factored or factored_dims(layout.shape) is None:
@@ -109,8 +114,10 @@ def square_sums(grad: Tensor, row: int, column: int, dtype: torch.dtype) -> tupl
     """
     length = max(1, _RUN * grad.shape[row] // max(1, grad.numel()))
     rows, columns = [], []
+    squared = grad.new_empty(0, dtype=dtype)
     for run in torch.split(grad, length, row):
-        squared = run.to(dtype).square()
+        wide = run.to(dtype)
+        squared = torch.mul(wide, wide, out=squared if squared.shape == run.shape else None)
         rows.append(squared.sum(column, keepdim=True))
         columns.append(squared.sum(row, keepdim=True))
     if len(rows) == 1:
@@ -126,8 +133,7 @@ def advance_factors(
     assert dims is not None
     rows, columns = layout.size(dims[0]), layout.size(dims[1])
     for name, count in (("row", columns), ("col", rows), ("mean", rows * columns)):
-        average, total = state[f"exp_avg_sq_{name}"], sums[name]
-        average.copy_(average.to(total.dtype) * keep + total * (take / count))
+        _advance(state[f"exp_avg_sq_{name}"], sums[name] * (take / count), keep)
 
 
 def advance_full(state: Mapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> None:

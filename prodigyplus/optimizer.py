@@ -112,6 +112,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         muon_quintic: Orthogonalise by the first Muon's polynomial. False: by Polar Express's.
         muon_batched: Parameters of three or more dimensions are batches of matrices, their last two, as
             experts are. False: one matrix, their first dimension by all others, as convolutions are.
+        compile: Run passes over whole tensors through ``torch.compile``: those of the default options. Groups
+            with Cautious, Grams, ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` run without.
 
     Raises:
         ValueError: An option has a value it cannot have, or a parameter is of another dtype.
@@ -159,6 +161,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         muon_fp32: bool = False,
         muon_quintic: bool = False,
         muon_batched: bool = False,
+        compile: bool = False,  # noqa: A002
     ) -> None:
         given = locals()
         defaults = {name: given[name] for name in options.NAMES}

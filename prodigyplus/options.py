@@ -53,6 +53,7 @@ class Options:
     schedulefree_c: float
     use_schedulefree: bool
     slice_p: int
+    compile: bool
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:

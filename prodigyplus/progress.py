@@ -47,7 +47,7 @@ def new_state(weight: Tensor, layout: Layout, options: Options, dtype: torch.dty
 
 
 def local_sums(
-    grad: Tensor, base: Tensor, state: Mapping[str, Tensor], options: Options, n: Scalars
+    grad: Tensor, base: Tensor, state: Mapping[str, Tensor], use_speed: object, n: Scalars
 ) -> dict[str, Tensor]:
     """The sums over the samples that are here, under the names :func:`observed` knows; moves ``s`` in place.
 
@@ -58,7 +58,7 @@ def local_sums(
         grad, base: The samples of the raw gradient and of z (of y without Schedule-Free), of a stack of
             parameters; shape (count, samples).
         state: The parameters'.
-        options: Those of their group.
+        use_speed: The option.
         n: The numbers of the step.
 
     Returns:
@@ -66,11 +66,11 @@ def local_sums(
     """
     g = n.admit(grad.to(n.d.dtype))
     distance = state["p0"].to(g.dtype, copy=True).sub_(base)
-    if options.use_speed == "relative":
+    if use_speed == "relative":
         distances = {"l1": distance.abs(), "l2_square": distance.square(), "product": distance.mul_(g)}
         return {name: stacks.total(values, wide_dtype(g.device)) for name, values in distances.items()}
     product = stacks.total(distance.mul_(g), wide_dtype(g.device))
-    s = state["s"].mul_(n.beta3).add_((g.sign_() if options.use_speed else g).mul_(n.statistic))
+    s = state["s"].mul_(n.beta3).add_((g.sign_() if use_speed else g).mul_(n.statistic))
     return {"product": product, "norm": stacks.total(s.abs(), wide_dtype(g.device))}
 
 

@@ -8,6 +8,7 @@ replicas agree, and a shard draws what the whole tensor would have drawn there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,18 +22,26 @@ _HIGH_HALF = -65536  # 0xFFFF0000 as a signed int32
 _LOW_HALF = 0xFFFF
 
 
-def noise(positions: Tensor, step: Tensor, parameters: Sequence[int]) -> Tensor:
-    """Uniform 32-bit noise for a stack of parameters; int32, shape (count, *shape).
+def seeds(step: Tensor, parameters: Sequence[int]) -> Tensor:
+    """What makes the noise of each parameter another one in each step; int32, shape (count,).
 
     Args:
-        positions: Index of each element in the global tensor, modulo 2³²; int32, of this shape; overwritten.
-        step: Number of the step, an integer tensor without dimensions on the same device.
+        step: Number of the step, an integer tensor without dimensions.
         parameters: Numbers of the parameters in the optimiser.
     """
     of_step = _hash((step * _GOLDEN).to(torch.int32))
-    seeds = _hash(torch.stack([of_step + parameter * _GOLDEN % (1 << 31) for parameter in parameters]))
-    seeds, positions = seeds.view(-1, *(1,) * positions.ndim), positions.unsqueeze(0)
-    return _hash(positions.add_(seeds) if len(seeds) == 1 else positions + seeds)
+    return _hash(torch.stack([of_step + parameter * _GOLDEN % (1 << 31) for parameter in parameters]))
+
+
+def noise(places: Sequence[Tensor], seeds: Tensor) -> Tensor:
+    """Uniform 32-bit noise for a stack of parameters; int32, shape (count, *shape).
+
+    Args:
+        places: Where elements are in the global tensor, see :meth:`prodigyplus.layout.Layout.places`.
+        seeds: See :func:`seeds`.
+    """
+    dims = max((place.ndim for place in places), default=0)
+    return _hash(functools.reduce(torch.add, places, seeds.view(-1, *(1,) * dims)))
 
 
 def _hash(bits: Tensor) -> Tensor:
@@ -56,12 +65,18 @@ def high_half(bits: Tensor) -> Tensor:
     return _shift_right(bits, 16)
 
 
-def rounded(values: Tensor, noise16: Tensor) -> Tensor:
-    """float32 values rounded stochastically to those that bfloat16 has; float32.
+def write(target: Tensor, source: Tensor, noise16: Tensor | None) -> None:
+    """Write ``source`` to ``target``, rounding to the nearest, or with ``noise16`` stochastically.
 
     Args:
-        values: A float32 tensor.
-        noise16: int32 from 0 to 65535, overwritten.
+        target: Tensor of any floating dtype; bfloat16 where ``noise16`` is given.
+        source: Tensor of the dtype of the computation, the target itself if that is its dtype; float32 where
+            ``noise16`` is given.
+        noise16: int32 from 0 to 65535, overwritten; or None.
     """
-    # bfloat16 is the upper half of float32: add noise below it, cut there.
-    return noise16.add_(values.view(torch.int32)).bitwise_and_(_HIGH_HALF).view(torch.float32)
+    if target.dtype == source.dtype:
+        return
+    if noise16 is not None:
+        # bfloat16 is the upper half of float32: add noise below it, cut there.
+        source = noise16.add_(source.view(torch.int32)).bitwise_and_(_HIGH_HALF).view(torch.float32)
+    target.copy_(source)

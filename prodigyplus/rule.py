@@ -10,15 +10,27 @@ more before its own (see :mod:`prodigyplus.stacks`).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prodigyplus import averaging, directions, moments, muon, progress, rounding, samples, stacks, variants
+from prodigyplus import (
+    averaging,
+    compiled,
+    directions,
+    moments,
+    muon,
+    progress,
+    rounding,
+    samples,
+    stacks,
+    variants,
+)
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.muon import Matrices
 from prodigyplus.options import Options
@@ -27,6 +39,7 @@ from prodigyplus.stepsize import GroupStep, Scalars
 Requests = Mapping[str, Sum | Matrices]
 Rule = Generator[Requests, dict[str, Tensor], None]
 Directed = Generator[Requests, dict[str, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+Evidence = Callable[[], dict[str, Sum]]
 Changed = Generator[Requests, dict[str, Tensor], Tensor]
 
 
@@ -167,29 +180,24 @@ def update(part: Part) -> Rule:
         n = n.only_if(squares["total"].isfinite())
     if part.present is not None and not all(part.present):
         n = n.only_if(squares["present"] > 0)
+    if compiled.applies(o):
+        yield from _in_two_passes(part, squares, n)
+        return
 
     grad = stacks.read(part.grads)
     state = {key: stacks.share([its[key] for its in part.states]) for key in part.states[0]}
     base = state["z"] if o.use_schedulefree else stacks.read(part.weights)
-    sums: dict[str, Sum | Matrices] = {}
 
-    # The raw gradient's evidence for the step size, before this step's move; once freed, there is none.
-    adapts = part.group.adapts and "p0" in state
-    if adapts:
-        grads, bases = (layout.sample(tensor, o.slice_p) for tensor in (grad, base))
-        evidence = progress.local_sums(grads, bases, state, o, n.across(1))
-        sums |= {name: Sum(value, layout.dims) for name, value in evidence.items()}
-        del grads, bases
-
-    # The direction, and what spans it.
+    # The direction, and what spans it; and before the move, the raw gradient's evidence for the step size.
     held = _Held(part, state, n.across(len(layout.shape)))
+    evidence = functools.partial(_evidence, part, grad, base, state, n.across(1))
     if part.is_matrix:
-        direct = _orthogonal(held, grad, sums)
+        direct = _orthogonal(held, grad, evidence)
     else:
-        direct = _elementwise(held, grad, squares, base, sums)
-    del grad, base
+        direct = _elementwise(held, grad, squares, base, evidence)
+    del grad, base, evidence
     u, scale, whole = yield from direct
-    if adapts:
+    if _adapts(part):
         part.group.observe(part.numbers, *progress.observed(whole, state, o, n))
     step = held.n.dlr * scale
 
@@ -202,6 +210,48 @@ def update(part: Part) -> Rule:
         _accept(held, u)
     else:
         _average(held, u, step)
+
+
+def _adapts(part: Part) -> bool:
+    """Whether the gradient is evidence for the step size; once its state is freed, it is not."""
+    return part.group.adapts and "p0" in part.states[0]
+
+
+def _evidence(
+    part: Part, grad: Tensor, base: Tensor, state: Mapping[str, Tensor], n: Scalars
+) -> dict[str, Sum]:
+    if not _adapts(part):
+        return {}
+    samples = (part.layout.sample(tensor, part.group.options.slice_p) for tensor in (grad, base))
+    grads, bases = samples
+    found = progress.local_sums(grads, bases, state, part.group.options.use_speed, n)
+    return {name: Sum(value, part.layout.dims) for name, value in found.items()}
+
+
+def _in_two_passes(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rule:
+    """The rest of a step with the default options, compiled; see :mod:`prodigyplus.compiled`."""
+    layout, o, kind = part.layout, part.group.options, compiled.Kind.of(part.group.options)
+    state = {key: stacks.share([its[key] for its in part.states]) for key in part.states[0]}
+    z = state.pop("z")
+    if moments.is_factored(state):
+        across = n.across(len(layout.shape))
+        admitted = {name: across.admit(squares[name]) for name in ("row", "col", "mean")}
+        moments.advance_factors(state, admitted, layout, across.beta2, across.square)
+    grad = stacks.read(part.grads)
+    # Copied first: of what lies far apart, a compiled pass reads more slowly.
+    samples = [layout.sample(tensor, o.slice_p).contiguous() for tensor in (grad, z) if _adapts(part)]
+    found = compiled.measure(grad, samples, state, n, kind)
+    del grad, samples
+    whole = (yield {name: Sum(value, layout.dims) for name, value in found.items()}) if found else {}
+    if _adapts(part):
+        part.group.observe(part.numbers, *progress.observed(whole, state, o, n))
+    scale = n.unit.expand(len(part.weights))
+    if o.use_stableadamw:
+        scale = scale * directions.stable_scale(whole["uu"], layout.numel)
+    weights = stacks.read(part.weights)
+    second = moments.second(state)
+    compiled.move(weights, z, stacks.read(part.grads), second, scale, n, kind, _noise(part, n))
+    stacks.write(part.weights, weights)
 
 
 class _Held(NamedTuple):
@@ -228,16 +278,18 @@ def _present(present: list[bool], like: Tensor) -> Tensor:
 
 
 def _elementwise(
-    held: _Held, grad: Tensor, squares: Mapping[str, Tensor], base: Tensor, sums: dict[str, Sum | Matrices]
+    held: _Held, grad: Tensor, squares: Mapping[str, Tensor], base: Tensor, evidence: Evidence
 ) -> Directed:
-    """Adam's direction, or what an option has in its place; asks for ``sums`` too.
+    """Adam's direction, or what an option has in its place; asks for the sums of ``evidence`` too.
 
     Returns:
-        The direction, a new tensor; a factor of it, a number for each parameter; and the answer to ``sums``.
+        The direction, a new tensor; a factor of it, a number for each parameter; and what was answered.
     """
     layout, o, n = held.layout, held.options, held.n
     u = yield from _normalise(held, grad, squares, base)
-    del grad
+    # Its samples lie far apart, and are read much faster when the whole has just been.
+    sums = evidence()
+    del grad, evidence
     projects = o.use_orthograd and math.prod(layout.shape) > 1
     if projects:
         dots = variants.dots(u, base)._asdict()
@@ -258,7 +310,7 @@ def _elementwise(
     return u, scale, whole
 
 
-def _orthogonal(held: _Held, grad: Tensor, sums: dict[str, Sum | Matrices]) -> Directed:
+def _orthogonal(held: _Held, grad: Tensor, evidence: Evidence) -> Directed:
     """Muon's direction; the rest as in :func:`_elementwise`. Moves the first moment."""
     layout, o, n, dtype = held.layout, held.options, held.n, held.part.dtype
     raw = grad
@@ -270,7 +322,9 @@ def _orthogonal(held: _Held, grad: Tensor, sums: dict[str, Sum | Matrices]) -> D
     kind = muon.Kind(computed_in, o.muon_quintic, o.use_stableadamw)
     # Matrices are stacked by whoever orthogonalises them.
     assert len(grad) == 1
-    whole = yield sums | {"matrices": Matrices(grad[0], o.muon_batched, kind, held.part.numbers[0])}
+    sums: Requests = evidence()
+    del evidence
+    whole = yield {**sums, "matrices": Matrices(grad[0], o.muon_batched, kind, held.part.numbers[0])}
     _, rows, columns = muon.sizes(layout.shape, batched=o.muon_batched)
     u = n.admit(whole["matrices"].unsqueeze(0).to(dtype))
     if not o.use_schedulefree:
@@ -349,18 +403,14 @@ def _normalised(numerator: Tensor, denominator: Tensor, base: Tensor, n: Scalars
 
 def _average(held: _Held, u: Tensor, step: Tensor) -> None:
     """Schedule-Free's move, written to y and z."""
-    y, z, n = *_widened(held), held.n
-    if held.options.weight_decay:
-        u.mul_(step).addcmul_(y, n.decay)
-        step = n.unit
-    averaging.move(y, z, u, n.c, z_step=step, y_step=step * n.xy)
-    _write(held, y=y, z=z)
+    weights, y, z = _widened(held)
+    averaging.move(y, z, u, step, held.n, decays=held.options.weight_decay > 0)
+    _write(held, y=(weights, y), z=z)
 
 
 def _propose(held: _Held, u: Tensor, step: Tensor) -> tuple[Tensor, Tensor | None]:
     """The same with a second thought on y: moves z, and proposes what to take off y, as :func:`_agreeing`."""
-    y, z, n = *_widened(held), held.n
-    o = held.options
+    (_, y, z), o, n = _widened(held), held.options, held.n
     if o.weight_decay and o.weight_decay_by_lr:
         u.mul_(step).addcmul_(y, n.decay)
         step = n.unit
@@ -374,41 +424,41 @@ def _propose(held: _Held, u: Tensor, step: Tensor) -> tuple[Tensor, Tensor | Non
 
 def _accept(held: _Held, proposed: Tensor) -> None:
     """Take what was proposed off y."""
-    y = stacks.read(held.part.weights).to(proposed.dtype)
-    o, n = held.options, held.n
+    weights, o, n = stacks.read(held.part.weights), held.options, held.n
+    y = weights.to(proposed.dtype)
     if o.weight_decay and not o.weight_decay_by_lr:
         y.mul_(1 - n.decay * n.xy)
-    _write(held, y=y.sub_(proposed))
+    _write(held, y=(weights, y.sub_(proposed)))
 
 
 def _descend(held: _Held, u: Tensor, step: Tensor) -> None:
     """A plain step, with decoupled weight decay."""
-    y = stacks.read(held.part.weights).to(u.dtype)
+    weights = stacks.read(held.part.weights)
+    y = weights.to(u.dtype)
     if held.options.weight_decay:
         y.mul_(1 - held.n.decay)
-    _write(held, y=y.addcmul_(u, step, value=-1))
+    _write(held, y=(weights, y.addcmul_(u, step, value=-1)))
 
 
-def _widened(held: _Held) -> tuple[Tensor, Tensor]:
-    """Of y and z the values in the dtype of the computation: themselves, or new tensors."""
-    return stacks.read(held.part.weights).to(held.part.dtype), held.state["z"].to(held.part.dtype)
+def _widened(held: _Held) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights, and of y and z the values in the dtype of the computation: themselves, or new tensors."""
+    weights, dtype = stacks.read(held.part.weights), held.part.dtype
+    return weights, weights.to(dtype), held.state["z"].to(dtype)
 
 
-def _write(held: _Held, *, y: Tensor | None = None, z: Tensor | None = None) -> None:
-    """Write y and z back where they are not what was computed on."""
-    part, bits = held.part, None
-    targets: list[tuple[list[Tensor], Tensor | None, Callable[[Tensor], Tensor]]] = [
-        (part.weights, y, rounding.low_half)
-    ]
+def _write(held: _Held, *, y: tuple[Tensor, Tensor] | None = None, z: Tensor | None = None) -> None:
+    """Write y, the weights with what was computed on them, and z back."""
+    noise = _noise(held.part, held.n)
+    bits = None if noise is None else rounding.noise(*noise)
+    if y is not None:
+        rounding.write(*y, None if bits is None else rounding.low_half(bits))
+        stacks.write(held.part.weights, y[0])
     if z is not None:
-        targets.append(([held.state["z"]], z.unsqueeze(0), rounding.high_half))
-    for tensors, values, half in targets:
-        if values is None:
-            continue
-        rounds = tensors[0].dtype == torch.bfloat16 and values.dtype == torch.float32
-        if rounds and held.options.stochastic_rounding:
-            if bits is None:
-                positions = part.layout.positions(values.device)
-                bits = rounding.noise(positions, held.n.step, part.numbers)
-            values = rounding.rounded(values, half(bits).view(values.shape))
-        stacks.write(tensors, values)
+        rounding.write(held.state["z"], z, None if bits is None else rounding.high_half(bits))
+
+
+def _noise(part: Part, n: Scalars) -> tuple[Sequence[Tensor], Tensor] | None:
+    """What :func:`prodigyplus.rounding.noise` takes for these weights; None where none is needed."""
+    if not part.group.options.stochastic_rounding or part.weights[0].dtype != torch.bfloat16:
+        return None
+    return part.layout.places(part.weights[0].device), rounding.seeds(n.step, part.numbers)

@@ -51,7 +51,7 @@ def _places(layout: Layout, every: int) -> Tensor:
     elements = torch.arange(math.prod(layout.local_shape)).view(layout.local_shape)
     chosen = layout.sample(elements, every)
     columns, local_columns = (layout.shape or (1,))[-1], (layout.local_shape or (1,))[-1]
-    positions = layout.sample(layout.positions_exact(), every)
+    positions = layout.sample(layout.positions(), every)
     row, column = positions // max(1, columns), positions % max(1, columns)
     phase = (-row * columns) % every
     return chosen // max(1, local_columns) * rows_shape(layout.shape, every)[-1] + (column - phase) // every

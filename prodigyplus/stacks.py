@@ -18,11 +18,9 @@ def read(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def write(tensors: Sequence[Tensor], values: Tensor) -> None:
-    """Write back what was computed in place on what :func:`read` gave, or on its values in another dtype."""
+    """Write back what :func:`read` gave, changed in place: nothing to do for a single one."""
     if len(tensors) > 1:
         torch._foreach_copy_(list(tensors), values.unbind())
-    elif values.dtype != tensors[0].dtype:
-        tensors[0].copy_(values[0])
 
 
 def share(tensors: Sequence[Tensor]) -> Tensor:
