@@ -49,6 +49,7 @@ class Told:
     source: str = ""
     dtype: torch.dtype = torch.float32
     beside: tuple[tuple[str, Any], ...] = ()  # what is set as well, also where it is compared with
+    passes: str = ""  # what to say of passes where they cannot be counted, and nothing else changes
 
 
 def arxiv(number: str, place: str = "") -> str:
@@ -84,6 +85,17 @@ CHOICES: dict[str, Told] = {
         what="Rounds to nearest: faster, but steps below a weight's last bit are lost. To compare with.",
         source=PUBLISHED,
         dtype=torch.bfloat16,
+    ),
+    "bfloat16_z=True": Told(
+        given={"bfloat16_z": True},
+        what="z in bfloat16, rounded stochastically. When state matters: [performance.md](performance.md).",
+        source="here",
+    ),
+    "compile=True": Told(
+        given={"compile": True},
+        what="The defaults' passes through `torch.compile`. On devices: [performance.md](performance.md).",
+        source="here",
+        passes="two, compiled",
     ),
     "fused_back_pass=True": Told(
         given={"fused_back_pass": True},
@@ -404,9 +416,9 @@ NOTES = """\
 
 - Every option may be set per parameter group. Groups with `split_groups=False` share d under the options of
   the first of them.
-- `use_schedulefree`, `use_focus`, `use_muon_pp`, `use_speed="relative"`, `factored`, `factored_fp32` and
-  `slice_p` say what state there is, and hold from a parameter's first step on. The others may change between
-  two steps, but `betas[0]` not in eval mode.
+- `use_schedulefree`, `use_focus`, `use_muon_pp`, `use_speed="relative"`, `factored`, `factored_fp32`,
+  `bfloat16_z` and `slice_p` say what state there is, and hold from a parameter's first step on. The others may
+  change between two steps, but `betas[0]` not in eval mode.
 - SPEED is better not combined with much weight decay: it leaves the size of the evidence out, so that the
   steady pull of the decay may weigh as much as the gradients. 2.0.1's documentation warns of it for its kind.
 - FOCUS, as in 2.0.1: the average of the weights is weighted with d², so that while d grows it is one of the
@@ -440,6 +452,8 @@ DIFFERENT = """\
 
 def compared(told: Told) -> list[Cost]:
     """What a setting costs beyond the defaults, with Schedule-Free and without."""
+    if told.passes:
+        return [Cost(0, 0, 0, 0)]
     if "use_schedulefree" in told.given:
         return [cost(told.dtype, **told.given) - cost(told.dtype)]
     bases: tuple[dict[str, Any], ...] = dict(told.beside), {**dict(told.beside), "use_schedulefree": False}
@@ -479,7 +493,8 @@ def choice_row(name: str, told: Told) -> str:
     bfloat16 = " (bfloat16)" if told.dtype == torch.bfloat16 else ""
     return (
         f"| `{name}`{bfloat16} | {told.what} | {told.source} "
-        f"| {both(more(c.state, '+.3g') for c in costs)} | {both(more(c.passes, '+.1f') for c in costs)} "
+        f"| {both(more(c.state, '+.3g') for c in costs)} "
+        f"| {told.passes or both(more(c.passes, '+.1f') for c in costs)} "
         f"| {both(map(more_reduces, costs))} |"
     )
 

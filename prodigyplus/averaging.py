@@ -50,5 +50,6 @@ def y_from_x(x: Tensor, z: Tensor, beta1: float, out: Tensor) -> None:
 def _lerp(start: Tensor, end: Tensor, weight: float, out: Tensor) -> None:
     if start.dtype == end.dtype:
         torch.lerp(start, end, weight, out=out)
-    else:  # a model of another dtype than when its state was saved
-        out.copy_(start.double().lerp_(end.double(), weight))
+    else:
+        wide = torch.promote_types(torch.promote_types(start.dtype, end.dtype), torch.float32)
+        out.copy_(torch.lerp(start.to(wide), end.to(wide), weight))

@@ -72,8 +72,8 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
             raise ValueError(
                 f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: {why}"
             )
-        # Where gradients are consumed is the run's, not the state's.
-        group = {**defaults, **theirs, "fused_back_pass": ours["fused_back_pass"]}
+        # Where gradients are consumed, and how it is computed, is the run's, not the state's.
+        group = {**defaults, **theirs, **{key: ours[key] for key in ("fused_back_pass", "compile")}}
         group["betas"] = tuple(group["betas"])  # some savers make lists of tuples
         options.validate(group)
         groups.append(group)

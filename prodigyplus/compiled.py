@@ -61,7 +61,7 @@ def _compiled(function: F) -> F:
 def measure(
     grad: Tensor, samples: Sequence[Tensor], state: Mapping[str, Tensor], n: Scalars, kind: Kind
 ) -> dict[str, Tensor]:
-    """The first pass: moves a full second moment and s, and gives the sums that the step needs, each (count,).
+    """The first pass: moves a full second moment and s, and gives the sums that the step needs.
 
     Args:
         grad: The stack of gradients; shape (count, *local shape).
@@ -69,6 +69,9 @@ def measure(
         state: The stacked state.
         n: The numbers of the step.
         kind: What to do.
+
+    Returns:
+        By their names, each of shape (count,).
     """
     sums = {}
     if samples:

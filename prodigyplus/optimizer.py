@@ -59,9 +59,9 @@ class ProdigyPlusScheduleFree(Optimizer):
     that meets an inf or NaN in any gradient changes nothing, and no step waits for the device.
 
     Every option may be set per parameter group. Those that say what state there is (``use_schedulefree``,
-    ``use_focus``, ``use_muon_pp``, ``use_speed="relative"``, ``factored``, ``factored_fp32``, ``slice_p``)
-    hold from a parameter's first step on, ``betas[0]`` may not change in eval mode; the others may be changed
-    between steps.
+    ``use_focus``, ``use_muon_pp``, ``use_speed="relative"``, ``factored``, ``factored_fp32``,
+    ``bfloat16_z``, ``slice_p``) hold from a parameter's first step on, ``betas[0]`` may not change in eval
+    mode; the others may be changed between steps.
 
     Args:
         params: Parameters, named parameters, or parameter groups, as for every torch optimiser:
@@ -99,7 +99,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         use_orthograd: Take what of a direction is orthogonal to the weights, at its full length.
         use_focus: FOCUS: the sign of a gradient, and a pull from the weights' average. Excludes factored,
             ``eps=None`` and Muon.
-        stochastic_rounding: Round bfloat16 weights stochastically.
+        stochastic_rounding: Round bfloat16 weights, and z in bfloat16, stochastically.
         beta4: Decay of a step size that moves both ways, as a running average. 0: it never shrinks.
             None: β2.
         d_limiter: Let the step size grow by at most 2^¼ a step.
@@ -112,6 +112,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         muon_quintic: Orthogonalise by the first Muon's polynomial. False: by Polar Express's.
         muon_batched: Parameters of three or more dimensions are batches of matrices, their last two, as
             experts are. False: one matrix, their first dimension by all others, as convolutions are.
+        bfloat16_z: Keep z, half of the state and more, in bfloat16 for float32 weights, rounded
+            stochastically: 2.4 bytes of state per parameter in the place of 4.4.
         compile: Run passes over whole tensors through ``torch.compile``: those of the default options. Groups
             with Cautious, Grams, ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` run without.
 
@@ -161,6 +163,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         muon_fp32: bool = False,
         muon_quintic: bool = False,
         muon_batched: bool = False,
+        bfloat16_z: bool = False,
         compile: bool = False,  # noqa: A002
     ) -> None:
         given = locals()

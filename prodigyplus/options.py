@@ -48,6 +48,7 @@ class Options:
     use_orthograd: bool
     use_focus: bool
     stochastic_rounding: bool
+    bfloat16_z: bool
     beta4: float | None
     d_limiter: bool
     schedulefree_c: float
@@ -84,6 +85,7 @@ class Options:
         """Those that say what a parameter keeps, and so may not change once it does, by name."""
         return {
             "use_schedulefree": self.use_schedulefree,
+            "bfloat16_z": self.bfloat16_z,
             "use_focus": self.use_focus,
             "use_muon_pp": self.use_muon_pp,
             "use_speed": self.use_speed == "relative",

@@ -40,8 +40,7 @@ def noise(places: Sequence[Tensor], seeds: Tensor) -> Tensor:
         places: Where elements are in the global tensor, see :meth:`prodigyplus.layout.Layout.places`.
         seeds: See :func:`seeds`.
     """
-    dims = max((place.ndim for place in places), default=0)
-    return _hash(functools.reduce(torch.add, places, seeds.view(-1, *(1,) * dims)))
+    return _hash(functools.reduce(torch.add, places, seeds.view(-1, *(1,) * len(places))))
 
 
 def _hash(bits: Tensor) -> Tensor:

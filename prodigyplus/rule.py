@@ -99,7 +99,8 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
     ========================================  ======================  ================================
     key                                       dtype                   shape
     ========================================  ======================  ================================
-    ``z`` (Schedule-Free)                     the weight's            the weight's
+    ``z`` (Schedule-Free)                     the weight's, or        the weight's
+                                              bfloat16, see options
     ``exp_avg`` (otherwise)                   the gradient's          the weight's
     ``exp_avg_sq_row``, ``_col``, ``_mean``   float32, see options    1 in the averaged dimensions
     ``exp_avg_sq`` (where not factored)       the gradient's          the weight's
@@ -120,7 +121,8 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
     elif not options.use_muon_pp:
         state = moments.new_state(grad, layout, factored=options.factored, dtype=dtype)
     if options.use_schedulefree:
-        state["z"] = weight.detach().clone(memory_format=torch.preserve_format)
+        halves = options.bfloat16_z and weight.dtype == torch.float32
+        state["z"] = weight.detach().to(torch.bfloat16 if halves else weight.dtype, copy=True)
     else:
         state["exp_avg"] = torch.zeros_like(grad)
     return state | _prodigy_state(weight, layout, options)
@@ -459,6 +461,7 @@ def _write(held: _Held, *, y: tuple[Tensor, Tensor] | None = None, z: Tensor | N
 
 def _noise(part: Part, n: Scalars) -> tuple[Sequence[Tensor], Tensor] | None:
     """What :func:`prodigyplus.rounding.noise` takes for these weights; None where none is needed."""
-    if not part.group.options.stochastic_rounding or part.weights[0].dtype != torch.bfloat16:
+    kept = [part.weights[0].dtype, *(state["z"].dtype for state in part.states[:1] if "z" in state)]
+    if not part.group.options.stochastic_rounding or torch.bfloat16 not in kept:
         return None
     return part.layout.places(part.weights[0].device), rounding.seeds(n.step, part.numbers)

@@ -103,6 +103,8 @@ OPTIONS = {
     "muon_fp32": (False, True),
     "muon_quintic": (False, True),
     "muon_batched": (False, True),
+    "bfloat16_z": (False, False, True),
+    "compile": (False,),  # compared with this in test_compile.py
 }
 
 
