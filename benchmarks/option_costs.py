@@ -417,8 +417,8 @@ NOTES = """\
 - Every option may be set per parameter group. Groups with `split_groups=False` share d under the options of
   the first of them.
 - `use_schedulefree`, `use_focus`, `use_muon_pp`, `use_speed="relative"`, `factored`, `factored_fp32`,
-  `bfloat16_z` and `slice_p` say what state there is, and hold from a parameter's first step on. The others may
-  change between two steps, but `betas[0]` not in eval mode.
+  `bfloat16_z`, `slice_p` say what state there is, and hold from a parameter's first step on. The others may
+  change between two steps; `betas[0]` not in eval mode.
 - SPEED is better not combined with much weight decay: it leaves the size of the evidence out, so that the
   steady pull of the decay may weigh as much as the gradients. 2.0.1's documentation warns of it for its kind.
 - FOCUS, as in 2.0.1: the average of the weights is weighted with d², so that while d grows it is one of the

@@ -31,7 +31,7 @@ BAD = {
         name: (None, 1, "yes")
         for name in NAMES
         if name.startswith(("use_", "split", "factored", "fused", "muon"))
-        or name in ("weight_decay_by_lr", "d_limiter", "stochastic_rounding")
+        or name in ("weight_decay_by_lr", "d_limiter", "stochastic_rounding", "bfloat16_z", "compile")
         if name != "use_speed"
     },
 }

@@ -20,6 +20,7 @@ OPTIONS = [
     {},
     {"factored": False},
     {"factored_fp32": False},
+    {"bfloat16_z": True},
     {"use_schedulefree": False},
     {"prodigy_steps": 5},
     {"eps": None, "use_stableadamw": False},

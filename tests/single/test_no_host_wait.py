@@ -14,6 +14,7 @@ OPTIONS = [
     {"eps": None, "use_stableadamw": False},
     {"prodigy_steps": 2},
     {"split_groups": False},
+    {"bfloat16_z": True},
     {"beta4": 0.9},
     {"use_speed": True},
     {"use_speed": "relative", "use_bias_correction": True},

@@ -21,6 +21,7 @@ OPTIONS = [
     {"use_cautious": True, "use_schedulefree": False},
     {"use_grams": True, "use_orthograd": True},
     {"use_adopt": True},
+    {"bfloat16_z": True, "weight_decay": 0.1},
     {"use_adopt": True, "use_schedulefree": False, "factored": False},
     {"use_focus": True, "factored": False},
     {"use_muon_pp": True},

@@ -9,7 +9,7 @@ from tests.single.problems import assert_same, pair, run, snapshot
 
 def noise_of(count, step=1, parameter=1):
     positions = torch.arange(count, dtype=torch.int32)
-    return rounding.noise(positions, torch.tensor(step), [parameter])[0]
+    return rounding.noise([positions], rounding.seeds(torch.tensor(step), [parameter]))[0]
 
 
 def test_noise_is_uniform():
@@ -45,7 +45,7 @@ def test_noise_is_uncorrelated():
 def test_rounding_is_to_a_neighbour_and_unbiased():
     values = torch.linspace(1.0, 1.0 + 2**-7, 33)[1:-1].repeat_interleave(4096)
     target = torch.empty_like(values, dtype=torch.bfloat16)
-    target.copy_(rounding.rounded(values, rounding.low_half(noise_of(values.numel()))))
+    rounding.write(target, values, rounding.low_half(noise_of(values.numel())))
     assert set(target.tolist()) == {1.0, 1.0 + 2**-7}
     mean = target.double().view(-1, 4096).mean(1)
     assert (mean - values.double().view(-1, 4096).mean(1)).abs().max() < 5 * 2**-7 * 0.5 / 64
@@ -57,7 +57,7 @@ def test_what_needs_no_rounding_is_not_changed():
     )
     target = torch.empty_like(values)
     for step in range(50):
-        target.copy_(rounding.rounded(values.float(), rounding.high_half(noise_of(values.numel(), step))))
+        rounding.write(target, values.float(), rounding.high_half(noise_of(values.numel(), step)))
         assert_same(target, values)
 
 
@@ -103,3 +103,50 @@ def test_bfloat16_learns():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.2
+
+
+def test_z_in_bfloat16_is_less_than_half_the_state():
+    problem, optimizer = pair((512, 256), (64, 40, 3, 3), bfloat16_z=True)
+    run(optimizer, problem, 2)
+    held = [value for state in optimizer.state.values() for value in state.values()]
+    assert sum(value.nbytes for value in held) <= 2.6 * sum(p.numel() for p in problem.parameters)
+    assert all(state["z"].dtype == torch.bfloat16 for state in optimizer.state.values())
+    assert all(p.dtype == torch.float32 for p in problem.parameters)
+    wide, others = pair((40, 12), dtype=torch.float64, bfloat16_z=True)
+    run(others, wide, 2)
+    assert others.state[wide.parameters[0]]["z"].dtype == torch.float64
+
+
+def test_z_in_bfloat16_is_on_average_what_it_is_in_float32():
+    """Steps a hundred times below its last bit; the average of the weights follows."""
+
+    def moved(**options):
+        parameter = torch.nn.Parameter(torch.ones(1 << 14))
+        optimizer = ProdigyPlusScheduleFree([parameter], d0=1e-4, prodigy_steps=1, **options)
+        for _ in range(40):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        y, z = parameter.detach().clone(), optimizer.state[parameter]["z"].float()
+        optimizer.eval()
+        return [1 - values.mean().item() for values in (y, z, parameter.detach())]
+
+    assert moved(bfloat16_z=True) == pytest.approx(moved(), rel=0.05)
+    assert moved(bfloat16_z=True, stochastic_rounding=False)[1] == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cautious": True}, {"use_orthograd": True}], ids=str)
+def test_z_in_bfloat16_learns(options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.GELU(), torch.nn.Linear(64, 5))
+    inputs = torch.randn(256, 20)
+    labels = (inputs @ torch.randn(20, 5)).argmax(1)
+    optimizer = ProdigyPlusScheduleFree(model.parameters(), bfloat16_z=True, **options)
+    for _ in range(250):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs), labels)
+        loss.backward()
+        optimizer.step()
+    optimizer.eval()
+    assert torch.nn.functional.cross_entropy(model(inputs), labels) < 0.2
+    optimizer.train()
+    assert torch.nn.functional.cross_entropy(model(inputs), labels) < 0.2
