@@ -51,8 +51,9 @@ def measure(make: Make, dtype: torch.dtype) -> float:
         for p in parameters:
             p.grad = torch.randn_like(p)
         optimizer.step()
-    kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors(dict(optimizer.state)))
-    return kept / sum(p.numel() for p in parameters)
+    storages = [tensor.untyped_storage() for tensor in tensors(dict(optimizer.state))]
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages}  # some share one
+    return sum(kept.values()) / sum(p.numel() for p in parameters)
 
 
 def report(name: str, make: Make) -> None:
@@ -83,6 +84,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     print("| optimiser | float32 | bfloat16 |\n|---|---|---|", flush=True)
     report("torch AdamW", torch.optim.AdamW)
     report("ProdigyPlusScheduleFree", ProdigyPlusScheduleFree)
+    report("the same, bfloat16_z=True", lambda p: ProdigyPlusScheduleFree(p, bfloat16_z=True))
     for folder in args.folders:
         subprocess.run([sys.executable, __file__, "--only", folder], check=True)
 

@@ -266,6 +266,8 @@ class Subject:
         self._parameters = [
             nn.Parameter(torch.randn(shape, dtype=contender.weights).mul_(0.02)) for shape in case.shapes
         ]
+        # As activations are, after which malloc keeps what is freed instead of giving it back to the kernel.
+        torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
         self._noise = torch.randn(2 * NOISE).mul_(1e-2)
         self._awake = torch.zeros(1 << 18)
         dtype = contender.gradients or contender.weights

@@ -51,22 +51,33 @@ def _compiled(function: F) -> F:
         dynamic=True,
         fullgraph=True,
         recompile_limit=256,
-        # A direction is to be computed where it is used, however much there is to read for it.
-        options={"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000},
+        options={
+            # A direction is to be computed where it is used, however much there is to read for it.
+            "realize_reads_threshold": 1000,
+            "realize_opcount_threshold": 1000,
+            # What is bfloat16 between two operators is rounded there, as it is without.
+            "emulate_precision_casts": True,
+        },
     )
     return compiled
 
 
 @_compiled
 def measure(
-    grad: Tensor, samples: Sequence[Tensor], state: Mapping[str, Tensor], n: Scalars, kind: Kind
+    grad: Tensor,
+    roots: tuple[Tensor, ...],
+    samples: Sequence[Tensor],
+    state: Mapping[str, Tensor],
+    n: Scalars,
+    kind: Kind,
 ) -> dict[str, Tensor]:
     """The first pass: moves a full second moment and s, and gives the sums that the step needs.
 
     Args:
         grad: The stack of gradients; shape (count, *local shape).
+        roots: See :func:`prodigyplus.moments.roots`; a full moment is moved.
         samples: Those of the gradients and of z, (count, samples); none once the step size is frozen.
-        state: The stacked state.
+        state: What Prodigy keeps, stacked.
         n: The numbers of the step.
         kind: What to do.
 
@@ -77,10 +88,10 @@ def measure(
     if samples:
         sums = progress.local_sums(samples[0], samples[1], state, kind.use_speed, n.across(1))
     n = n.across(grad.ndim - 1)
-    if not moments.is_factored(state):
-        moments.advance_full(state, n.admit(grad.to(n.d.dtype)), n.beta2, n.square)
+    if len(roots) == 1:
+        moments.advance_full(roots[0], n.admit(grad.to(n.d.dtype)), n.beta2, n.square)
     if kind.stable:
-        sums["uu"] = stacks.square_total(_direction(grad, state, n, kind))
+        sums["uu"] = stacks.square_total(_direction(grad, roots, n, kind))
     return sums
 
 
@@ -89,7 +100,7 @@ def move(
     y: Tensor,
     z: Tensor,
     grad: Tensor,
-    state: Mapping[str, Tensor],
+    roots: tuple[Tensor, ...],
     scale: Tensor,
     n: Scalars,
     kind: Kind,
@@ -99,12 +110,12 @@ def move(
 
     Args:
         y, z, grad: Stacks of the weights, the base iterates and the gradients; shape (count, *local shape).
-        state, n, kind: See :func:`measure`.
+        roots, n, kind: See :func:`measure`.
         scale: A factor for each direction; shape (count,).
         noise: For weights in bfloat16, what :func:`prodigyplus.rounding.noise` takes; else None.
     """
     n = n.across(grad.ndim - 1)
-    u = _direction(grad, state, n, kind)
+    u = _direction(grad, roots, n, kind)
     wide_y, wide_z = y.to(u.dtype), z.to(u.dtype)
     averaging.move(wide_y, wide_z, u, n.dlr * stacks.across(scale, u), n, decays=kind.decays)
     bits = None if noise is None else rounding.noise(*noise)
@@ -112,6 +123,6 @@ def move(
     rounding.write(z, wide_z, None if bits is None else rounding.high_half(bits))
 
 
-def _direction(grad: Tensor, state: Mapping[str, Tensor], n: Scalars, kind: Kind) -> Tensor:
-    deviation = moments.deviation(state, n.d, n.eps, n.d.dtype)
+def _direction(grad: Tensor, roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:
+    deviation = moments.deviation(roots, n.d, n.eps, n.d.dtype)
     return n.admit_((directions.atan2 if kind.atan2 else directions.adam)(grad, deviation))

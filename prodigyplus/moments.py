@@ -58,11 +58,6 @@ def is_factored(state: Mapping[str, Tensor]) -> bool:
     return "exp_avg_sq_row" in state
 
 
-def second(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a parameter's state is its second moment."""
-    return {key: value for key, value in state.items() if key.startswith("exp_avg_sq")}
-
-
 def new_state(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """Zero moments for a gradient: factors in ``dtype``, a full moment in the gradient's dtype."""
     if not factored or factored_dims(layout.shape) is None:
@@ -136,9 +131,9 @@ def advance_factors(
         _advance(state[f"exp_avg_sq_{name}"], sums[name] * (take / count), keep)
 
 
-def advance_full(state: Mapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> None:
+def advance_full(average: Tensor, grad: Tensor, keep: Tensor, take: Tensor) -> None:
     """``V ← keep·V + take·g²`` in place; ``grad``, in the dtype of the computation, is overwritten."""
-    _advance(state["exp_avg_sq"], grad.square_().mul_(take), keep)
+    _advance(average, grad.square_().mul_(take), keep)
 
 
 def advance_weight(state: Mapping[str, Tensor], weight: Tensor, keep: Tensor, take: Tensor) -> None:
@@ -146,13 +141,20 @@ def advance_weight(state: Mapping[str, Tensor], weight: Tensor, keep: Tensor, ta
     _advance(state["exp_avg_weight"], weight * take, keep)
 
 
-def deviation(state: Mapping[str, Tensor], d: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """``sqrt(V)/d + offset``, a new tensor: V averages (d·g)², so this is on the scale of g."""
-    if "exp_avg_sq" in state:
-        return state["exp_avg_sq"].to(dtype).sqrt().div_(d).add_(offset)
+def roots(state: Mapping[str, Tensor], d: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What :func:`deviation` is made of: two factors, small new tensors; or a full moment, as it is kept."""
+    if not is_factored(state):
+        return (state["exp_avg_sq"],)
     row, column, mean = (state[f"exp_avg_sq_{name}"].to(dtype) for name in ("row", "col", "mean"))
-    row_root = row.div(mean + _TINY).sqrt_().div_(d)
-    return row_root.mul(column.sqrt()).add_(offset)
+    return row.div(mean + _TINY).sqrt_().div_(d), column.sqrt()
+
+
+def deviation(roots: tuple[Tensor, ...], d: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sqrt(V)/d + offset``, a new tensor: V averages (d·g)², so this is on the scale of g."""
+    if len(roots) == 1:
+        return roots[0].to(dtype).sqrt().div_(d).add_(offset)
+    row_root, column_root = roots
+    return row_root.mul(column_root).add_(offset)
 
 
 def advance_first(state: MutableMapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> Tensor:

@@ -235,14 +235,16 @@ def _in_two_passes(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rul
     layout, o, kind = part.layout, part.group.options, compiled.Kind.of(part.group.options)
     state = {key: stacks.share([its[key] for its in part.states]) for key in part.states[0]}
     z = state.pop("z")
+    across = n.across(len(layout.shape))
     if moments.is_factored(state):
-        across = n.across(len(layout.shape))
         admitted = {name: across.admit(squares[name]) for name in ("row", "col", "mean")}
         moments.advance_factors(state, admitted, layout, across.beta2, across.square)
     grad = stacks.read(part.grads)
     # Copied first: of what lies far apart, a compiled pass reads more slowly.
     samples = [layout.sample(tensor, o.slice_p).contiguous() for tensor in (grad, z) if _adapts(part)]
-    found = compiled.measure(grad, samples, state, n, kind)
+    roots = moments.roots(state, across.d, part.dtype)
+    evidence = {key: state[key] for key in progress.SAMPLED if key in state}
+    found = compiled.measure(grad, roots, samples, evidence, n, kind)
     del grad, samples
     whole = (yield {name: Sum(value, layout.dims) for name, value in found.items()}) if found else {}
     if _adapts(part):
@@ -251,8 +253,7 @@ def _in_two_passes(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rul
     if o.use_stableadamw:
         scale = scale * directions.stable_scale(whole["uu"], layout.numel)
     weights = stacks.read(part.weights)
-    second = moments.second(state)
-    compiled.move(weights, z, stacks.read(part.grads), second, scale, n, kind, _noise(part, n))
+    compiled.move(weights, z, stacks.read(part.grads), roots, scale, n, kind, _noise(part, n))
     stacks.write(part.weights, weights)
 
 
@@ -348,7 +349,7 @@ def _normalise(held: _Held, grad: Tensor, squares: Mapping[str, Tensor], base: T
         admitted = {name: n.admit(squares[name]) for name in ("row", "col", "mean")}
         moments.advance_factors(state, admitted, layout, n.beta2, n.square)
     else:
-        moments.advance_full(state, n.admit(g), n.beta2, n.square)
+        moments.advance_full(state["exp_avg_sq"], n.admit(g), n.beta2, n.square)
 
     # Without Schedule-Free there is a first moment: of the gradients, or with ADOPT, of the normalised ones.
     early = o.use_schedulefree or o.use_adopt
@@ -389,7 +390,7 @@ def _denominator(state: dict[str, Tensor], n: Scalars, dtype: torch.dtype, o: Op
     """What a gradient is normalised by, to be read: its deviation, or FOCUS's average of the weights."""
     if o.use_focus:
         return state["exp_avg_weight"].to(dtype, copy=o.use_adopt)  # which moves it before it is used
-    return moments.deviation(state, n.d, n.eps, dtype)
+    return moments.deviation(moments.roots(state, n.d, dtype), n.d, n.eps, dtype)
 
 
 def _normalised(numerator: Tensor, denominator: Tensor, base: Tensor, n: Scalars, o: Options) -> Tensor:

@@ -137,10 +137,16 @@ class P2POp(NamedTuple):
     group_peer: int
 
 
-def all_reduce(tensor: Tensor, group: Seat) -> None:
-    values = group.exchange("all-reduce", tensor)()
-    assert len({(value.shape, value.dtype) for value in values}) == 1, "ranks that ask for other sums"
-    tensor.copy_(functools.reduce(torch.add, values))
+def all_reduce(tensor: Tensor, group: Seat, *, async_op: bool) -> Work:
+    assert async_op
+    theirs = group.exchange("all-reduce", tensor)
+
+    def finish() -> None:
+        values = theirs()
+        assert len({(value.shape, value.dtype) for value in values}) == 1, "ranks that ask for other sums"
+        tensor.copy_(functools.reduce(torch.add, values))
+
+    return Work(finish)
 
 
 def all_to_all_single(

@@ -1,5 +1,6 @@
 """A layout's samples and positions, on every way to cut a small tensor."""
 
+import functools
 import itertools
 
 import pytest
@@ -31,6 +32,17 @@ CUTS = pytest.mark.parametrize(
 )  # fmt: skip
 
 
+def whole_of(places):
+    return functools.reduce(torch.add, places, torch.zeros((), dtype=torch.int32))
+
+
+def check_positions(layout, local):
+    torch.testing.assert_close(layout.positions(), local)
+    places = layout.places(torch.device("cpu"))
+    assert len(places) == local.ndim
+    torch.testing.assert_close(whole_of(places), local.to(torch.int32))
+
+
 def all_layouts(shape, cuts):
     indices = itertools.product(*(pieces(*args) for args in zip(shape, cuts, strict=True)))
     return [Layout(shape, each) for each in indices]
@@ -44,7 +56,7 @@ def test_shards_sample_what_the_whole_samples(shape, cuts, every):
     for layout in all_layouts(shape, cuts):
         local = cut(whole, layout)
         assert layout.local_shape == local.shape
-        torch.testing.assert_close(layout.positions(torch.device("cpu")), local.to(torch.int32))
+        check_positions(layout, local)
         sample = layout.sample(local, every)
         assert sample.tolist() == [v for v in local.flatten().tolist() if v % every == 0]
         found += sample.tolist()
@@ -56,13 +68,14 @@ def test_indices_with_gaps():
     whole = torch.arange(60).view(10, 6)
     layout = Layout((10, 6), ((0, 1, 5, 6), range(6)))
     local = cut(whole, layout)
-    torch.testing.assert_close(layout.positions(torch.device("cpu")), local.to(torch.int32))
+    check_positions(layout, local)
     assert layout.sample(local, 7).tolist() == [v for v in local.flatten().tolist() if v % 7 == 0]
 
 
 def test_positions_wrap_around():
     layout = Layout((1 << 20, 1 << 20), (range((1 << 20) - 1, 1 << 20), range(3)))
-    assert layout.positions(torch.device("cpu")).tolist() == [[-(1 << 20), 1 - (1 << 20), 2 - (1 << 20)]]
+    assert whole_of(layout.places(torch.device("cpu"))).tolist() == [[(i - (1 << 20)) for i in range(3)]]
+    assert layout.positions().tolist() == [[(1 << 40) - (1 << 20) + i for i in range(3)]]
     assert layout.sample(torch.arange(3).view(1, 3), 1).tolist() == [0, 1, 2]
 
 
