@@ -29,13 +29,12 @@ class Kind(NamedTuple):
     atan2: bool
     stable: bool
     decays: bool
-    rounds: bool
     use_speed: object
 
     @classmethod
     def of(cls, o: Options) -> Kind:
         """That of a group's options."""
-        return cls(o.eps is None, o.use_stableadamw, o.weight_decay > 0, o.stochastic_rounding, o.use_speed)
+        return cls(o.eps is None, o.use_stableadamw, o.weight_decay > 0, o.use_speed)
 
 
 def applies(o: Options) -> bool:

@@ -40,7 +40,8 @@ _SMALLEST_DISTANCE = 1e-8
 
 def new_state(weight: Tensor, layout: Layout, options: Options, dtype: torch.dtype) -> dict[str, Tensor]:
     """What a parameter keeps for Prodigy, before its first step; samples in ``dtype``."""
-    p0 = layout.sample(weight.detach(), options.slice_p).to(dtype, copy=True)
+    samples = layout.sample(weight.detach(), options.slice_p)
+    p0 = samples.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if options.use_speed == "relative":
         return {"p0": p0, **{key: weight.new_zeros((), dtype=wide_dtype(weight.device)) for key in NUMBERS}}
     return {"p0": p0, "s": torch.zeros_like(p0)}

@@ -76,6 +76,15 @@ class Part:
         if self.present is not None and other.present is not None:
             self.present += other.present
 
+    def share_state(self) -> dict[str, Tensor]:
+        """The states as stacks, to be changed in place, and then given to :meth:`keep_state`."""
+        return {key: stacks.share([state[key] for state in self.states]) for key in self.states[0]}
+
+    def keep_state(self, stacked: Mapping[str, Tensor]) -> None:
+        """Write the states back, where they have not been changed in place."""
+        for key, values in stacked.items():
+            stacks.keep([state[key] for state in self.states], values)
+
     @property
     def is_matrix(self) -> bool:
         """Whether the direction is that of whole matrices, orthogonalised."""
@@ -187,7 +196,7 @@ def update(part: Part) -> Rule:
         return
 
     grad = stacks.read(part.grads)
-    state = {key: stacks.share([its[key] for its in part.states]) for key in part.states[0]}
+    state = part.share_state()
     base = state["z"] if o.use_schedulefree else stacks.read(part.weights)
 
     # The direction, and what spans it; and before the move, the raw gradient's evidence for the step size.
@@ -212,6 +221,7 @@ def update(part: Part) -> Rule:
         _accept(held, u)
     else:
         _average(held, u, step)
+    part.keep_state(state)
 
 
 def _adapts(part: Part) -> bool:
@@ -233,8 +243,8 @@ def _evidence(
 def _in_two_passes(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rule:
     """The rest of a step with the default options, compiled; see :mod:`prodigyplus.compiled`."""
     layout, o, kind = part.layout, part.group.options, compiled.Kind.of(part.group.options)
-    state = {key: stacks.share([its[key] for its in part.states]) for key in part.states[0]}
-    z = state.pop("z")
+    state = part.share_state()
+    z = state["z"]
     across = n.across(len(layout.shape))
     if moments.is_factored(state):
         admitted = {name: across.admit(squares[name]) for name in ("row", "col", "mean")}
@@ -255,6 +265,7 @@ def _in_two_passes(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rul
     weights = stacks.read(part.weights)
     compiled.move(weights, z, stacks.read(part.grads), roots, scale, n, kind, _noise(part, n))
     stacks.write(part.weights, weights)
+    part.keep_state(state)
 
 
 class _Held(NamedTuple):

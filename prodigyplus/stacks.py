@@ -6,6 +6,7 @@ each. Stacked, they cost one. A single parameter is a stack of one, which is a v
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -26,19 +27,40 @@ def write(tensors: Sequence[Tensor], values: Tensor) -> None:
 def share(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape as one, (count, *shape), in whose memory they are, from the first time on.
 
-    For what is kept from step to step and of which nobody cares where it is.
+    For what is kept from step to step and of which nobody cares where it is. Of a part of those that share a
+    memory it is a copy, to be given to :func:`keep`: they stay with the others, or the memory of all would be
+    held by those left behind.
     """
     first = tensors[0]
     if len(tensors) == 1:
         return first.unsqueeze(0)
-    where, size = first.data_ptr(), first.numel() * first.itemsize
-    if all(tensor.data_ptr() == where + place * size for place, tensor in enumerate(tensors)):
+    memory, where = first.untyped_storage().data_ptr(), first.data_ptr()
+    if all(
+        tensor.data_ptr() == where + place * first.nbytes
+        and tensor.untyped_storage().data_ptr() == memory
+        and tensor.stride() == first.stride()
+        for place, tensor in enumerate(tensors)
+    ):
         strides = (first.numel(), *first.stride())
         return first.as_strided((len(tensors), *first.shape), strides, first.storage_offset())
     together = torch.stack(list(tensors))
-    for tensor, its in zip(tensors, together.unbind(), strict=True):
-        tensor.set_(its)  # type: ignore[call-overload]
+    left: Counter[int] = Counter()
+    for tensor in tensors:
+        left[tensor.untyped_storage().data_ptr()] -= tensor.nbytes
+    for memory, size in {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors
+    }.items():
+        left[memory] += size
+    if not any(left.values()):
+        for tensor, its in zip(tensors, together.unbind(), strict=True):
+            tensor.set_(its)  # type: ignore[call-overload]
     return together
+
+
+def keep(tensors: Sequence[Tensor], values: Tensor) -> None:
+    """Write back what :func:`share` gave, changed in place, if it was a copy."""
+    if tensors[0].data_ptr() != values.data_ptr():
+        write(tensors, values)
 
 
 def total(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:

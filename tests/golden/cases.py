@@ -79,7 +79,7 @@ _ALONE = {
     "grams": _GRAMS,
     "adopt": _ADOPT,
     "orthograd": _ORTHOGRAD,
-    "focus": _FOCUS,
+    "focus": {**_FOCUS, "d0": 2e-6},  # at which no sign hangs on a last bit
 }
 
 OPTION_CASES = {

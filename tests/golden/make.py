@@ -52,7 +52,7 @@ from cases import (
 HERE = Path(__file__).parent
 
 # How many runs of each perturbation the noise floor is the furthest of.
-PERTURBATIONS = 3
+PERTURBATIONS = 10
 
 
 def oracle(folder: str) -> type[torch.optim.Optimizer]:
