@@ -51,8 +51,9 @@ RING = {"allreduce_": 2}
 ASSUMED = f"""\
 State is of float32 parameters under the default options, on rank 0, which holds most; AdamW's is 8 bytes a
 parameter. All-reduces are those of one step of the optimiser. Of mesh axes of more than one rank, `cut`
-counts those that cut a parameter and `copy` those that only copy. A bucket is {BUCKET_MIB} MiB of local
-parameters. Bytes are what a rank sends in a ring: 2n(S-1)/S in an all-reduce of n bytes over S ranks,
+counts those that cut a parameter and `copy` those that only copy. `buckets` are those of {BUCKET_MIB} MiB
+of local parameters if one holds them all, else of half as much, since two are under way at a time.
+Bytes are what a rank sends in a ring: 2n(S-1)/S in an all-reduce of n bytes over S ranks,
 n(S-1)/S in an all-gather or a reduce-scatter.
 
 "FSDP2 sends" is the least that it can, for one microbatch a step: an all-gather in the forward pass, another
@@ -265,10 +266,13 @@ def cutting_axes(p: Tensor) -> Iterator[tuple[DeviceMesh, int]]:
 
 
 def bucket_count(parameters: Iterable[Tensor]) -> int:
-    """How many buckets the parameters fill, in their order."""
+    """How many halves of a bucket the parameters fill, from the last to the first; 1 if one holds all."""
+    sizes = [nbytes(local(p)) for p in parameters][::-1]
+    whole = BUCKET_MIB << 20
+    limit = whole if sum(sizes) <= whole else whole // 2
     count, filled = 1, 0
-    for size in (nbytes(local(p)) for p in parameters):
-        if filled and filled + size > BUCKET_MIB << 20:
+    for size in sizes:
+        if filled and filled + size > limit:
             count, filled = count + 1, 0
         filled += size
     return count

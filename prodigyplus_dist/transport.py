@@ -56,7 +56,8 @@ def _new_group(
     for _ in range(int(most) - mine):
         dist.new_group([dist.get_rank()], use_local_synchronization=True)
     # As patient as those it is made of; torch's default is half an hour.
-    timeout = axes[0]._get_backend(device).options._timeout
+    options = axes[0]._get_backend(device).options  # None of torch's fake backend, which waits for nobody
+    timeout = None if options is None else options._timeout
     made: dist.ProcessGroup = dist.new_group(list(ranks), timeout, use_local_synchronization=True)
     # What NCCL sends point to point needs a collective before it.
     dist.all_reduce(most, group=made)
