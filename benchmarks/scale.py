@@ -5,7 +5,7 @@
 One process is rank 0, which has the largest shards, and then the last rank, which has the smallest, of a
 process group that sends nothing (torch's fake one). It runs the optimiser's own step on shards without memory
 (device "meta"), in float32, and counts what is sent and what state there is. Host times are those of a model
-of as many tensors, each of a few elements.
+of as many tensors, each of a few elements, none of which are moved as one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prodigyplus import driver
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 RANKS = (8, 64, 512, 4096)
@@ -314,7 +316,8 @@ def host(model: str, layout: str, steps: int, ranks: int = 512, size: int = 64) 
     would be that of torch's inference of shapes.
     """
     weights = [weight._replace(shape=(size,) * len(weight.shape)) for weight in MODELS[model].weights()]
-    with simulated(ranks):
+    # Those of the model are too large to be moved as one.
+    with simulated(ranks), mock.patch.object(driver, "SMALL", -1):
         parameters = parameters_of(weights, LAYOUTS[layout](ranks), "cpu")
         plain = [nn.Parameter(local(p).clone()) for p in parameters]
         for p in plain:
