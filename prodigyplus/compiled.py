@@ -10,8 +10,9 @@ compiled again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -45,20 +46,31 @@ def applies(o: Options) -> bool:
 
 def _compiled(function: F) -> F:
     """A pass, compiled: once for each number of dimensions, dtype and kind that it is called with."""
-    compiled: F = torch.compile(  # type: ignore[call-overload]
-        function,
-        dynamic=True,
-        fullgraph=True,
-        recompile_limit=256,
-        options={
-            # A direction is to be computed where it is used, however much there is to read for it.
-            "realize_reads_threshold": 1000,
-            "realize_opcount_threshold": 1000,
-            # What is bfloat16 between two operators is rounded there, as it is without.
-            "emulate_precision_casts": True,
-        },
-    )
-    return compiled
+
+    @functools.cache
+    def compiled() -> (
+        F
+    ):  # at the first call: whoever does not compile need not wait for the compiler's import
+        made: F = torch.compile(  # type: ignore[call-overload]
+            function,
+            dynamic=True,
+            fullgraph=True,
+            recompile_limit=256,
+            options={
+                # A direction is to be computed where it is used, however much there is to read for it.
+                "realize_reads_threshold": 1000,
+                "realize_opcount_threshold": 1000,
+                # What is bfloat16 between two operators is rounded there, as it is without.
+                "emulate_precision_casts": True,
+            },
+        )
+        return made
+
+    @functools.wraps(function)
+    def call(*args: object) -> object:
+        return compiled()(*args)
+
+    return cast("F", call)
 
 
 @_compiled
@@ -118,8 +130,8 @@ def move(
     wide_y, wide_z = y.to(u.dtype), z.to(u.dtype)
     averaging.move(wide_y, wide_z, u, n.dlr * stacks.across(scale, u), n, decays=kind.decays)
     bits = None if noise is None else rounding.noise(*noise)
-    rounding.write(y, wide_y, None if bits is None else rounding.low_half(bits))
-    rounding.write(z, wide_z, None if bits is None else rounding.high_half(bits))
+    rounding.write(y, wide_y, bits, rounding.low_half)
+    rounding.write(z, wide_z, bits, rounding.high_half)
 
 
 def _direction(grad: Tensor, roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:

@@ -9,7 +9,7 @@ replicas agree, and a shard draws what the whole tensor would have drawn there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,18 +64,21 @@ def high_half(bits: Tensor) -> Tensor:
     return _shift_right(bits, 16)
 
 
-def write(target: Tensor, source: Tensor, noise16: Tensor | None) -> None:
-    """Write ``source`` to ``target``, rounding to the nearest, or with ``noise16`` stochastically.
+def write(
+    target: Tensor, source: Tensor, bits: Tensor | None, half: Callable[[Tensor], Tensor] = low_half
+) -> None:
+    """Write ``source`` to ``target``, rounding to the nearest, or with noise stochastically.
 
     Args:
-        target: Tensor of any floating dtype; bfloat16 where ``noise16`` is given.
-        source: Tensor of the dtype of the computation, the target itself if that is its dtype; float32 where
-            ``noise16`` is given.
-        noise16: int32 from 0 to 65535, overwritten; or None.
+        target: Tensor of any floating dtype; with noise, bfloat16 if not the source's.
+        source: Tensor of the dtype of the computation, the target itself if that is its dtype; with noise,
+            float32.
+        bits: The noise (see :func:`noise`), or None.
+        half: Which half of it to take: :func:`low_half` or :func:`high_half`.
     """
     if target.dtype == source.dtype:
         return
-    if noise16 is not None:
+    if bits is not None:
         # bfloat16 is the upper half of float32: add noise below it, cut there.
-        source = noise16.add_(source.view(torch.int32)).bitwise_and_(_HIGH_HALF).view(torch.float32)
+        source = half(bits).add_(source.view(torch.int32)).bitwise_and_(_HIGH_HALF).view(torch.float32)
     target.copy_(source)

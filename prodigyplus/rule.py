@@ -234,8 +234,7 @@ def _evidence(
 ) -> dict[str, Sum]:
     if not _adapts(part):
         return {}
-    samples = (part.layout.sample(tensor, part.group.options.slice_p) for tensor in (grad, base))
-    grads, bases = samples
+    grads, bases = (part.layout.sample(tensor, part.group.options.slice_p) for tensor in (grad, base))
     found = progress.local_sums(grads, bases, state, part.group.options.use_speed, n)
     return {name: Sum(value, part.layout.dims) for name, value in found.items()}
 
@@ -465,10 +464,10 @@ def _write(held: _Held, *, y: tuple[Tensor, Tensor] | None = None, z: Tensor | N
     noise = _noise(held.part, held.n)
     bits = None if noise is None else rounding.noise(*noise)
     if y is not None:
-        rounding.write(*y, None if bits is None else rounding.low_half(bits))
+        rounding.write(*y, bits, rounding.low_half)
         stacks.write(held.part.weights, y[0])
     if z is not None:
-        rounding.write(held.state["z"], z, None if bits is None else rounding.high_half(bits))
+        rounding.write(held.state["z"], z, bits, rounding.high_half)
 
 
 def _noise(part: Part, n: Scalars) -> tuple[Sequence[Tensor], Tensor] | None:

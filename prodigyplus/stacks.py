@@ -6,7 +6,6 @@ each. Stacked, they cost one. A single parameter is a stack of one, which is a v
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -44,14 +43,8 @@ def share(tensors: Sequence[Tensor]) -> Tensor:
         strides = (first.numel(), *first.stride())
         return first.as_strided((len(tensors), *first.shape), strides, first.storage_offset())
     together = torch.stack(list(tensors))
-    left: Counter[int] = Counter()
-    for tensor in tensors:
-        left[tensor.untyped_storage().data_ptr()] -= tensor.nbytes
-    for memory, size in {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors
-    }.items():
-        left[memory] += size
-    if not any(left.values()):
+    memories = {memory.data_ptr(): memory.nbytes() for memory in (t.untyped_storage() for t in tensors)}
+    if sum(memories.values()) == together.nbytes:  # nothing else is in them
         for tensor, its in zip(tensors, together.unbind(), strict=True):
             tensor.set_(its)  # type: ignore[call-overload]
     return together
