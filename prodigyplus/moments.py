@@ -13,20 +13,26 @@ other shards' R.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
 
 from prodigyplus import stacks
 from prodigyplus.layout import Layout, Sum
+from prodigyplus.stepsize import Scalars
 
 # A matrix smaller than this in every dimension is not worth factoring.
 _SMALLEST_FACTORED = 32
 
-# How many elements are squared at a time, and in how many parts they are summed along what lies far apart, so
-# that each thread sums what it has squared, which is in its own cache.
-_RUN = 1 << 20
+# Of g², the sums per row, per column and per matrix; and the averages that they feed.
+FACTORS = ("row", "col", "mean")
+
+# How many elements are squared at a time: on a CPU what its caches hold, elsewhere what is worth a launch.
+_RUN, _RUN_ON_DEVICE = 1 << 20, 1 << 24
+
+# In how many parts they are summed along what lies far apart, so that each thread sums what it has squared,
+# which is in its own cache.
 _LANES = 8
 
 # As Adafactor does: keeps 0/0 out of the normalised row factor of an all-zero tensor.
@@ -55,6 +61,13 @@ def averaged_dims(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return {"exp_avg_sq_row": (column,), "exp_avg_sq_col": (row,), "exp_avg_sq_mean": (row, column)}[key]
 
 
+def factored_sizes(layout: Layout) -> tuple[int, int]:
+    """How many rows and columns the global tensor has, as divisors, if it is factored."""
+    dims = factored_dims(layout.shape)
+    assert dims is not None
+    return layout.size(dims[0]), layout.size(dims[1])
+
+
 def is_factored(state: Mapping[str, Tensor]) -> bool:
     """Whether the second moment in a parameter's state is factored."""
     return "exp_avg_sq_row" in state
@@ -79,7 +92,12 @@ def new_state(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtyp
     }
 
 
-def squares(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype) -> dict[str, Sum]:
+SquareSums = Callable[[Tensor, int, int, torch.dtype], tuple[Tensor, Tensor]]
+
+
+def squares(
+    grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype, square_sums: SquareSums
+) -> dict[str, Sum]:
     """Sums of g², in ``dtype``: those per row, column and matrix that factors need, and the total.
 
     The total says whether the gradient is finite, which copies of the tensor have to agree on.
@@ -89,6 +107,7 @@ def squares(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype)
         layout: Theirs.
         factored: Whether their second moment is.
         dtype: That of the computation.
+        square_sums: The function of that name, or what does the same.
     """
     dims = factored_dims(layout.shape) if factored else None
     if dims is None:
@@ -112,12 +131,13 @@ def square_sums(grad: Tensor, row: int, column: int, dtype: torch.dtype) -> tupl
     """
     outer, inner = sorted((row, column))
     cut = 0 if len(grad) > 1 else outer  # the tensors of a stack stay whole
-    length = max(1, _RUN * grad.shape[cut] // max(1, grad.numel()))
+    run = _RUN if grad.device.type == "cpu" else _RUN_ON_DEVICE
+    length = max(1, run * grad.shape[cut] // max(1, grad.numel()))
     along_inner, along_outer = [], []
     squared = grad.new_empty(0, dtype=dtype)
-    for run in torch.split(grad, length // _LANES * _LANES or length, cut):
-        wide = run.to(dtype)
-        squared = torch.mul(wide, wide, out=squared if squared.shape == run.shape else None)
+    for piece in torch.split(grad, length // _LANES * _LANES or length, cut):
+        wide = piece.to(dtype)
+        squared = torch.mul(wide, wide, out=squared if squared.shape == piece.shape else None)
         along_inner.append(squared.sum(inner, keepdim=True))
         shape = squared.shape
         if shape[outer] % _LANES == 0 and shape.numel():
@@ -133,19 +153,25 @@ def _joined(pieces: list[Tensor], dim: int) -> Tensor:
 
 
 def advance_factors(
-    state: Mapping[str, Tensor], sums: Mapping[str, Tensor], layout: Layout, keep: Tensor, take: Tensor
+    state: Mapping[str, Tensor], sums: Mapping[str, Tensor], sizes: tuple[int, int], n: Scalars
 ) -> None:
-    """Move the factors in place: ``keep`` is β2, ``take`` (1−β2)·d², both without dimensions."""
-    dims = factored_dims(layout.shape)
-    assert dims is not None
-    rows, columns = layout.size(dims[0]), layout.size(dims[1])
-    for name, count in (("row", columns), ("col", rows), ("mean", rows * columns)):
-        _advance(state[f"exp_avg_sq_{name}"], sums[name] * (take / count), keep)
+    """Move the factors in place.
+
+    Args:
+        state: Where they are.
+        sums: Those of g² that feed them, see :func:`squares`.
+        sizes: How many rows and columns the tensor has.
+        n: The numbers of the step.
+    """
+    rows, columns = sizes
+    for name, count in zip(FACTORS, (columns, rows, rows * columns), strict=True):
+        _advance(state[f"exp_avg_sq_{name}"], n.admit(sums[name]) * (n.square / count), n.beta2)
 
 
-def advance_full(average: Tensor, grad: Tensor, keep: Tensor, take: Tensor) -> None:
-    """``V ← keep·V + take·g²`` in place; ``grad``, in the dtype of the computation, is overwritten."""
-    _advance(average, grad.square_().mul_(take), keep)
+def advance_full(state: Mapping[str, Tensor], grad: Tensor, n: Scalars) -> None:
+    """Move a full moment in place, by a stack of gradients."""
+    squares = n.admit(grad.to(n.d.dtype)).square_()
+    _advance(state["exp_avg_sq"], squares.mul_(n.square), n.beta2)
 
 
 def advance_weight(state: Mapping[str, Tensor], weight: Tensor, keep: Tensor, take: Tensor) -> None:
@@ -157,8 +183,8 @@ def roots(state: Mapping[str, Tensor], d: Tensor, dtype: torch.dtype) -> tuple[T
     """What :func:`deviation` is made of: two factors, small new tensors; or a full moment, as it is kept."""
     if not is_factored(state):
         return (state["exp_avg_sq"],)
-    row, column, mean = (state[f"exp_avg_sq_{name}"].to(dtype) for name in ("row", "col", "mean"))
-    return row.div(mean + _TINY).sqrt_().div_(d), column.sqrt()
+    row, column, mean = (state[f"exp_avg_sq_{name}"].to(dtype) for name in FACTORS)
+    return row.div(mean + _TINY).sqrt_(), column.sqrt().div_(d)
 
 
 def deviation(roots: tuple[Tensor, ...], d: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:

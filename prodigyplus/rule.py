@@ -181,7 +181,14 @@ def update(part: Part) -> Rule:
 
     # The raw gradient's squares. With the answer it is known whether the step happens at all.
     grad = stacks.read(part.grads)
-    asked = moments.squares(grad, layout, factored=moments.is_factored(part.states[0]), dtype=part.dtype)
+    compiles = compiled.applies(o)
+    asked = moments.squares(
+        grad,
+        layout,
+        factored=moments.is_factored(part.states[0]),
+        dtype=part.dtype,
+        square_sums=compiled.square_sums if compiles else moments.square_sums,
+    )
     if part.present is not None:
         asked["present"] = Sum(_present(part.present, asked["total"].local), layout.dims, copies=True)
     del grad
@@ -191,8 +198,8 @@ def update(part: Part) -> Rule:
         n = n.only_if(squares["total"].isfinite())
     if part.present is not None and not all(part.present):
         n = n.only_if(squares["present"] > 0)
-    if compiled.applies(o):
-        yield from _in_two_passes(part, squares, n)
+    if compiles:
+        yield from _compiled(part, squares, n)
         return
 
     grad = stacks.read(part.grads)
@@ -239,30 +246,31 @@ def _evidence(
     return {name: Sum(value, part.layout.dims) for name, value in found.items()}
 
 
-def _in_two_passes(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rule:
-    """The rest of a step with the default options, compiled; see :mod:`prodigyplus.compiled`."""
+def _compiled(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rule:
+    """The rest of a step with the default options, in compiled passes; see :mod:`prodigyplus.compiled`."""
     layout, o, kind = part.layout, part.group.options, compiled.Kind.of(part.group.options)
     state = part.share_state()
-    z = state["z"]
-    across = n.across(len(layout.shape))
-    if moments.is_factored(state):
-        admitted = {name: across.admit(squares[name]) for name in ("row", "col", "mean")}
-        moments.advance_factors(state, admitted, layout, across.beta2, across.square)
-    grad = stacks.read(part.grads)
+    z, grad = state["z"], stacks.read(part.grads)
+    moment = compiled.Moment.of(state, squares, layout)
+    evidence = {key: state[key] for key in progress.SAMPLED if key in state}
     # Copied first: of what lies far apart, a compiled pass reads more slowly.
     samples = [layout.sample(tensor, o.slice_p).contiguous() for tensor in (grad, z) if _adapts(part)]
-    roots = moments.roots(state, across.d, part.dtype)
-    evidence = {key: state[key] for key in progress.SAMPLED if key in state}
-    found = compiled.measure(grad, roots, samples, evidence, n, kind)
-    del grad, samples
-    whole = (yield {name: Sum(value, layout.dims) for name, value in found.items()}) if found else {}
+    if layout.cuts:
+        found, roots = compiled.measure(grad, moment, samples, evidence, n.packed, kind)
+        del grad, samples
+        whole = (yield {name: Sum(value, layout.dims) for name, value in found.items()}) if found else {}
+        scale = n.unit.expand(len(part.weights))
+        if o.use_stableadamw:
+            scale = scale * directions.stable_scale(whole["uu"], layout.numel)
+        weights, grad = stacks.read(part.weights), stacks.read(part.grads)
+        compiled.move(weights, z, grad, roots, scale, n.packed, kind, _noise(part, n.step))
+    else:
+        weights, noise = stacks.read(part.weights), _noise(part, n.step)
+        whole = compiled.measure_and_move(
+            weights, z, grad, moment, samples, evidence, n.packed, kind, layout.numel, noise
+        )
     if _adapts(part):
         part.group.observe(part.numbers, *progress.observed(whole, state, o, n))
-    scale = n.unit.expand(len(part.weights))
-    if o.use_stableadamw:
-        scale = scale * directions.stable_scale(whole["uu"], layout.numel)
-    weights = stacks.read(part.weights)
-    compiled.move(weights, z, stacks.read(part.grads), roots, scale, n, kind, _noise(part, n))
     stacks.write(part.weights, weights)
     part.keep_state(state)
 
@@ -356,10 +364,9 @@ def _normalise(held: _Held, grad: Tensor, squares: Mapping[str, Tensor], base: T
     if o.use_focus:
         moments.advance_weight(state, base.to(g.dtype), n.beta2, n.square)
     elif moments.is_factored(state):
-        admitted = {name: n.admit(squares[name]) for name in ("row", "col", "mean")}
-        moments.advance_factors(state, admitted, layout, n.beta2, n.square)
+        moments.advance_factors(state, squares, moments.factored_sizes(layout), n)
     else:
-        moments.advance_full(state["exp_avg_sq"], n.admit(g), n.beta2, n.square)
+        moments.advance_full(state, g, n)
 
     # Without Schedule-Free there is a first moment: of the gradients, or with ADOPT, of the normalised ones.
     early = o.use_schedulefree or o.use_adopt
@@ -461,7 +468,7 @@ def _widened(held: _Held) -> tuple[Tensor, Tensor, Tensor]:
 
 def _write(held: _Held, *, y: tuple[Tensor, Tensor] | None = None, z: Tensor | None = None) -> None:
     """Write y, the weights with what was computed on them, and z back."""
-    noise = _noise(held.part, held.n)
+    noise = _noise(held.part, held.n.step)
     bits = None if noise is None else rounding.noise(*noise)
     if y is not None:
         rounding.write(*y, bits, rounding.low_half)
@@ -470,9 +477,9 @@ def _write(held: _Held, *, y: tuple[Tensor, Tensor] | None = None, z: Tensor | N
         rounding.write(held.state["z"], z, bits, rounding.high_half)
 
 
-def _noise(part: Part, n: Scalars) -> tuple[Sequence[Tensor], Tensor] | None:
+def _noise(part: Part, step: Tensor) -> tuple[Sequence[Tensor], Tensor] | None:
     """What :func:`prodigyplus.rounding.noise` takes for these weights; None where none is needed."""
     kept = [part.weights[0].dtype, *(state["z"].dtype for state in part.states[:1] if "z" in state)]
     if not part.group.options.stochastic_rounding or torch.bfloat16 not in kept:
         return None
-    return part.layout.places(part.weights[0].device), rounding.seeds(n.step, part.numbers)
+    return part.layout.places(part.weights[0].device), rounding.seeds(step, part.numbers)

@@ -65,46 +65,49 @@ def lift(group: dict[str, Any], device: torch.device) -> None:
     group.update({name: as_number(name, group[name], device) for name in NUMBERS})
 
 
+# How many numbers of :class:`Scalars` keep something, and how many add to something.
+_KEPT, _ADDED = 3, 7
+
+
 class Scalars(NamedTuple):
     """The numbers of a group that one step's arithmetic uses: 0-dim tensors, one dtype and device.
 
     Where the step is not to happen, what keeps something is 1 and what adds to something is 0. Where it may
-    happen for some parameters of a stack only, there is one for each, (count,).
+    happen for some parameters of a stack only, there is one for each, in a shape to be multiplied with it.
     """
 
-    admits: Tensor  # an integer as wide as the others: all its bits if this step changes anything, or none
-    observes: Tensor  # bool: whether Prodigy counts this gradient
-    step: Tensor  # int64: number of this step, from 1
-    d: Tensor
-    eps: Tensor  # 0 for Adam-atan2, which needs none
-    beta3: Tensor  # decay of Prodigy's statistics
-    statistic: Tensor  # the weight of this gradient in them
-    recent: Tensor  # k^-¾, the weight of this step in SPEED's average
-    bound: Tensor  # k^¼, how large a normalised gradient may be (ADOPT without Schedule-Free)
-    beta2: Tensor  # decay of the second moment
-    square: Tensor  # (1 − β2) d², the weight of this g² in it
+    # What keeps something.
     beta1: Tensor  # decay of the first moment, without Schedule-Free
-    gradient: Tensor  # (1 − β1) d, the weight of this g in it
+    beta2: Tensor  # decay of the second moment
+    beta3: Tensor  # decay of Prodigy's statistics
+    # What adds to something.
+    gradient: Tensor  # (1 − β1) d, the weight of this g in the first moment
+    square: Tensor  # (1 − β2) d², the weight of this g² in the second moment
+    statistic: Tensor  # the weight of this gradient in Prodigy's statistics
     unit: Tensor  # 1
     dlr: Tensor  # d·lr
     decay: Tensor  # what weight decay takes off a weight: λ·dlr, or λ
     c: Tensor  # Schedule-Free's averaging weight
+    # What is as it is.
     xy: Tensor  # 1 − β1 (1 − c), how much of z's step y makes
+    d: Tensor
+    eps: Tensor  # 0 for Adam-atan2, which needs none
+    recent: Tensor  # k^-¾, the weight of this step in SPEED's average
+    bound: Tensor  # k^¼, how large a normalised gradient may be (ADOPT without Schedule-Free)
+    # Not of that dtype.
+    admits: Tensor  # an integer as wide as the others: all its bits if this step changes anything, or none
+    observes: Tensor  # bool: whether Prodigy counts this gradient
+    step: Tensor  # int64: number of this step, from 1
+
+    packed: Packed  # all of them
 
     def only_if(self, condition: Tensor) -> Scalars:
         """These, if ``condition`` (bool, 0-dim or (count,)) holds as well; else those of no step."""
-        kept = {name: torch.where(condition, getattr(self, name), 1) for name in ("beta1", "beta2", "beta3")}
-        added = {
-            name: torch.where(condition, getattr(self, name), 0)
-            for name in ("admits", "statistic", "square", "gradient", "unit", "dlr", "decay", "c")
-        }
-        return self._replace(observes=self.observes & condition, **kept, **added)
+        return self.packed.only_if(condition).across(0)
 
     def across(self, dims: int) -> Scalars:
         """These in shapes to be multiplied with a stack of tensors of so many dimensions."""
-        if not self.unit.ndim:
-            return self
-        return Scalars(*(value.view(-1, *(1,) * dims) if value.ndim else value for value in self))
+        return self.packed.across(dims) if self.unit.ndim else self
 
     def admit(self, values: Tensor) -> Tensor:
         """``values``, or zeros if the step is not to happen; a new tensor. Keeps 0·inf out of what follows.
@@ -119,6 +122,41 @@ class Scalars(NamedTuple):
         """:meth:`admit`, in place."""
         values.view(self.admits.dtype).bitwise_and_(self.admits)
         return values
+
+
+class Packed(NamedTuple):
+    """:class:`Scalars` in few tensors, in which a compiled pass takes them."""
+
+    values: Tensor  # shape (numbers,), or (numbers, count) where parameters of a stack have their own
+    admits: Tensor
+    observes: Tensor
+    step: Tensor
+
+    def only_if(self, condition: Tensor) -> Packed:
+        """See :meth:`Scalars.only_if`."""
+        values = self.values
+        if values.ndim <= condition.ndim:
+            values = values.unsqueeze(1).expand(-1, len(condition))
+        kept, added, others = values.tensor_split((_KEPT, _KEPT + _ADDED))
+        return Packed(
+            torch.cat((torch.where(condition, kept, 1), torch.where(condition, added, 0), others)),
+            torch.where(condition, self.admits, 0),
+            self.observes & condition,
+            self.step,
+        )
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
+        """These on another device, in another dtype."""
+        admits = self.admits.to(device, _BITS[dtype])
+        return Packed(self.values.to(device, dtype), admits, self.observes.to(device), self.step.to(device))
+
+    def across(self, dims: int) -> Scalars:
+        """These one by one, in shapes to be multiplied with a stack of tensors of so many dimensions."""
+        if self.values.ndim == 1:
+            return Scalars._make((*self.values.unbind(), self.admits, self.observes, self.step, self))
+        shape = -1, *(1,) * dims
+        values = self.values.view(len(self.values), *shape).unbind()
+        return Scalars._make((*values, self.admits.view(shape), self.observes.view(shape), self.step, self))
 
 
 class GroupStep:
@@ -167,26 +205,26 @@ class GroupStep:
             c = (c * ((1 - beta1) * o.schedulefree_c)).clamp_(max=1)
         xy = 1 - beta1 * (1 - c)
         self._effective_lr = rate * xy if o.use_schedulefree else rate
-        self._exact = Scalars(
-            admits=torch.full_like(step, -1),
-            observes=observes,
-            step=step,
-            d=d,
-            eps=one * (o.eps or 0.0),
-            beta3=beta3,
-            statistic=statistic,
-            recent=step.to(d.dtype) ** -0.75,
-            bound=step.to(d.dtype) ** 0.25,
-            beta2=beta2,
-            square=(1 - beta2) * d.square(),
-            beta1=beta1,
-            gradient=(1 - beta1) * d * unit,
-            unit=one,
-            dlr=dlr,
-            decay=o.weight_decay * (dlr if o.weight_decay_by_lr else unit),
-            c=c,
-            xy=xy,
-        ).only_if(happens)
+        self._statistic = torch.where(happens, statistic, 0)
+        values = {
+            "beta1": beta1,
+            "beta2": beta2,
+            "beta3": beta3,
+            "gradient": (1 - beta1) * d * unit,
+            "square": (1 - beta2) * d.square(),
+            "statistic": statistic,
+            "unit": unit,
+            "dlr": dlr,
+            "decay": o.weight_decay * (dlr if o.weight_decay_by_lr else unit),
+            "c": c,
+            "xy": xy,
+            "d": d,
+            "eps": one * (o.eps or 0.0),
+            "recent": step.to(d.dtype) ** -0.75,
+            "bound": step.to(d.dtype) ** 0.25,
+        }
+        in_order = torch.stack([values[name] for name in Scalars._fields if name in values])
+        self._exact = Packed(in_order, torch.full_like(step, -1), observes, step).only_if(happens)
         self._scalars.clear()
 
     def commit(self, happens: Tensor, skips: Tensor, adapts: Tensor) -> None:
@@ -208,10 +246,7 @@ class GroupStep:
         """The numbers of this step on ``device``, floating ones in ``dtype``."""
         key = device, dtype
         if key not in self._scalars:
-            exact = self._exact._replace(admits=self._exact.admits.to(_BITS[dtype]))
-            self._scalars[key] = Scalars(
-                *(value.to(*key) if value.is_floating_point() else value.to(device) for value in exact)
-            )
+            self._scalars[key] = self._exact.to(device, dtype).across(0)
         return self._scalars[key]
 
     def observe(self, numbers: list[int], products: Tensor, norms: Tensor) -> None:
@@ -234,7 +269,7 @@ class GroupStep:
                 each = flat.unbind()
                 flat = torch.stack([each[place] for place in places])
             totals.append(flat.sum())
-        return torch.stack((totals[0] * self._exact.statistic, totals[1]))
+        return torch.stack((totals[0] * self._statistic, totals[1]))
 
     def adapt(self, totals: Tensor, learns: Tensor) -> None:
         """Move ``d`` by sums of the step (see :meth:`totals`), where ``learns`` (bool, 0-dim) says so."""
