@@ -26,7 +26,7 @@ Asking = tuple[list[tuple[Part, Rule]], Callable[[], list[Answer]]]
 BUCKET_BYTES = 64 << 20
 
 # Up to how many elements it pays to copy a parameter so as to move it with others, and up to how many bytes.
-SMALL = 1 << 15
+SMALL = 1 << 17
 STACK_BYTES = 4 << 20
 
 
