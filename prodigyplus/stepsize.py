@@ -65,10 +65,6 @@ def lift(group: dict[str, Any], device: torch.device) -> None:
     group.update({name: as_number(name, group[name], device) for name in NUMBERS})
 
 
-# How many numbers of :class:`Scalars` keep something, and how many add to something.
-_KEPT, _ADDED = 3, 7
-
-
 class Scalars(NamedTuple):
     """The numbers of a group that one step's arithmetic uses: 0-dim tensors, one dtype and device.
 
@@ -124,6 +120,10 @@ class Scalars(NamedTuple):
         return values
 
 
+# Where among them those that add something begin, and those that are as they are.
+_ADDS, _STAYS = map(Scalars._fields.index, ("gradient", "xy"))
+
+
 class Packed(NamedTuple):
     """:class:`Scalars` in few tensors, in which a compiled pass takes them."""
 
@@ -137,7 +137,7 @@ class Packed(NamedTuple):
         values = self.values
         if values.ndim <= condition.ndim:
             values = values.unsqueeze(1).expand(-1, len(condition))
-        kept, added, others = values.tensor_split((_KEPT, _KEPT + _ADDED))
+        kept, added, others = values.tensor_split((_ADDS, _STAYS))
         return Packed(
             torch.cat((torch.where(condition, kept, 1), torch.where(condition, added, 0), others)),
             torch.where(condition, self.admits, 0),

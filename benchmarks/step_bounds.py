@@ -1,0 +1,124 @@
+"""What a compiled step's time is made of, beside what memory alone would take: on the CPU.
+
+    python benchmarks/step_bounds.py [--rounds N]
+
+In one process, in turn: a step of AdamW fused, which does nothing but read and write its 28 bytes per
+parameter; a step of ours, compiled, with a clock around its stages; and one of as many tensors that are
+tiny, which is the host's share. What a stage reads from memory and writes there is known: a tensor of these
+fits the cache, and is read again from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from state_bytes import shapes
+from step_time import PAUSE, THREADS, machine
+from torch import nn
+
+from prodigyplus import ProdigyPlusScheduleFree, compiled, driver, moments
+
+ADAMW_BYTES = 28  # g, and p, exp_avg and exp_avg_sq read and written
+SQUARES, PASSES, REST = "sums of g²", "the two passes", "samples of g and z, and the rest"
+# Bytes per parameter, from memory and to it. Samples are an eleventh, but of every line of the cache.
+BYTES = {SQUARES: 4, REST: 8, PASSES: 12}
+TINY = 32  # rows and columns of the tensors that tell the host's share
+
+
+class Clock:
+    """The seconds in functions, by the names of their stages."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def watch(self, module: ModuleType, name: str, stage: str) -> None:
+        """Count a function's time from now on."""
+        function: Callable[..., object] = getattr(module, name)
+
+        def timed(*args: object, **kwargs: object) -> object:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds[stage] += time.perf_counter() - start
+            return result
+
+        setattr(module, name, timed)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """The milliseconds of a step by stages; what is in none is in :data:`REST`."""
+        time.sleep(PAUSE)
+        self.seconds.clear()
+        start = time.perf_counter()
+        optimizer.step()
+        rest = time.perf_counter() - start - sum(self.seconds.values())
+        return {stage: 1000 * seconds for stage, seconds in (*self.seconds.items(), (REST, rest))}
+
+
+def parameters(sizes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
+    """Weights, with gradients."""
+    made = [nn.Parameter(torch.randn(shape) * 0.02) for shape in sizes]
+    for p in made:
+        p.grad = torch.randn_like(p) * 1e-2
+    return made
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Of each stage."""
+    return {stage: statistics.median(each[stage] for each in rounds) for stage in rounds[0]}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=30)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    # As activations are, after which malloc keeps what is freed instead of giving it back to the kernel.
+    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
+
+    whole = list(shapes())
+    stacks = len({shape for shape in whole if torch.Size(shape).numel() <= driver.SMALL})
+    large = len([shape for shape in whole if torch.Size(shape).numel() > driver.SMALL])
+    tiny = [(TINY * (number + 1), TINY) for number in range(large + stacks)]  # no two alike
+    options: dict[str, Any] = {"compile": True}
+    clock = Clock()
+    optimizers = {
+        "ours": ProdigyPlusScheduleFree(parameters(whole), **options),
+        "tiny": ProdigyPlusScheduleFree(parameters(tiny), **options),
+        "fused": torch.optim.AdamW(parameters(whole), fused=True),
+    }
+    for optimizer in optimizers.values():
+        for _ in range(3):
+            optimizer.step()
+    clock.watch(moments, "squares", SQUARES)
+    clock.watch(compiled, "measure_and_move", PASSES)
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in optimizers}
+    for _ in range(rounds):
+        for name, optimizer in optimizers.items():
+            seen[name].append(clock.step(optimizer))
+    ours, host, fused = (medians(seen[name]) for name in optimizers)
+
+    print(f"{machine()}; {rounds} rounds.\n")
+    print(f"AdamW fused: {fused[REST]:.1f} ms for {ADAMW_BYTES} bytes per parameter.\n")
+    print("| stage | bytes per parameter | ms for these | measured, less the host's ms | the host's ms |")
+    print("|---|--:|--:|--:|--:|")
+    totals = [0.0] * 4
+    for stage, count in BYTES.items():
+        bound = fused[REST] * count / ADAMW_BYTES
+        figures = [float(count), bound, ours[stage] - host[stage], host[stage]]
+        totals = [total + figure for total, figure in zip(totals, figures, strict=True)]
+        print(f"| {stage} | {count} | {' | '.join(f'{figure:.1f}' for figure in figures[1:])} |")
+    print(f"| all | {totals[0]:.0f} | {' | '.join(f'{total:.1f}' for total in totals[1:])} |")
+
+
+if __name__ == "__main__":
+    main()
