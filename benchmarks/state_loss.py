@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -52,11 +53,12 @@ def main() -> None:
     more = [b - a for a, b in zip(plain, other, strict=True)]
     for (seed, _), a, b, difference in zip(runs[::2], plain, other, more, strict=True):
         print(f"| {seed} | {a:.4f} | {b:.4f} | {difference:+.4f} |")
-    spread = statistics.stdev(plain) if len(plain) > 1 else float("nan")
-    print(
-        f"\nBits per byte after {args.steps} steps: {statistics.mean(more):+.4f} on average; the seeds of the"
-    )
-    print(f"defaults are {spread:.4f} apart (standard deviation).")
+    if args.seeds > 1:
+        mean, error = statistics.mean(more), statistics.stdev(more) / math.sqrt(args.seeds)
+        print(f"\nBits per byte after {args.steps} steps: {mean:+.4f} on average, with a standard error of")
+        print(
+            f"{error:.4f}; the seeds of the defaults are {statistics.stdev(plain):.4f} apart (standard deviation)."
+        )
 
 
 if __name__ == "__main__":
