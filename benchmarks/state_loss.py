@@ -56,9 +56,8 @@ def main() -> None:
     if args.seeds > 1:
         mean, error = statistics.mean(more), statistics.stdev(more) / math.sqrt(args.seeds)
         print(f"\nBits per byte after {args.steps} steps: {mean:+.4f} on average, with a standard error of")
-        print(
-            f"{error:.4f}; the seeds of the defaults are {statistics.stdev(plain):.4f} apart (standard deviation)."
-        )
+        apart = statistics.stdev(plain)
+        print(f"{error:.4f}; the seeds of the defaults are {apart:.4f} apart (standard deviation).")
 
 
 if __name__ == "__main__":

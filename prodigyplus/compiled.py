@@ -2,8 +2,8 @@
 
 Run operator by operator, each operator is a pass over memory, and a direction is kept from its sums to its
 move. Compiled, there are two passes, one that measures and one that moves, and the direction is computed in
-both rather than written and read. Before them, sums of squares have one of their own. The formulas are those of
-the rule, by the same functions.
+both rather than written and read. Before them, sums of squares have a pass of their own. The formulas are
+those of the rule, by the same functions.
 
 Whatever changes from step to step comes as a tensor, and sizes are symbols: after the first steps nothing is
 compiled again.
