@@ -11,7 +11,7 @@ from tests.dist.meshes import whole
 from tests.dist.sharding import WRAPS, ranks, wrap
 from tests.models import Transformer, Walks, distance, fit
 
-STEPS = 100
+STEPS = 60
 
 
 def train(model, called, make, number=0, count=1):

@@ -345,7 +345,7 @@ def bound(case, parameter, ours, old):
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=150,
+    max_examples=100,
     phases=[Phase.generate],
     report_multiple_bugs=False,
 )
