@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from state_bytes import shapes
@@ -89,11 +88,10 @@ def main() -> None:
     stacks = len({shape for shape in whole if torch.Size(shape).numel() <= driver.SMALL})
     large = len([shape for shape in whole if torch.Size(shape).numel() > driver.SMALL])
     tiny = [(TINY * (number + 1), TINY) for number in range(large + stacks)]  # no two alike
-    options: dict[str, Any] = {"compile": True}
     clock = Clock()
     optimizers = {
-        "ours": ProdigyPlusScheduleFree(parameters(whole), **options),
-        "tiny": ProdigyPlusScheduleFree(parameters(tiny), **options),
+        "ours": ProdigyPlusScheduleFree(parameters(whole), compile=True),
+        "tiny": ProdigyPlusScheduleFree(parameters(tiny), compile=True),
         "fused": torch.optim.AdamW(parameters(whole), fused=True),
     }
     for optimizer in optimizers.values():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -477,7 +477,7 @@ def _write(held: _Held, *, y: tuple[Tensor, Tensor] | None = None, z: Tensor | N
         rounding.write(held.state["z"], z, bits, rounding.high_half)
 
 
-def _noise(part: Part, step: Tensor) -> tuple[Sequence[Tensor], Tensor] | None:
+def _noise(part: Part, step: Tensor) -> compiled.Noise:
     """What :func:`prodigyplus.rounding.noise` takes for these weights; None where none is needed."""
     kept = [part.weights[0].dtype, *(state["z"].dtype for state in part.states[:1] if "z" in state)]
     if not part.group.options.stochastic_rounding or torch.bfloat16 not in kept:

@@ -205,7 +205,6 @@ class GroupStep:
             c = (c * ((1 - beta1) * o.schedulefree_c)).clamp_(max=1)
         xy = 1 - beta1 * (1 - c)
         self._effective_lr = rate * xy if o.use_schedulefree else rate
-        self._statistic = torch.where(happens, statistic, 0)
         values = {
             "beta1": beta1,
             "beta2": beta2,
@@ -269,7 +268,7 @@ class GroupStep:
                 each = flat.unbind()
                 flat = torch.stack([each[place] for place in places])
             totals.append(flat.sum())
-        return torch.stack((totals[0] * self._statistic, totals[1]))
+        return torch.stack((totals[0] * self._exact.across(0).statistic, totals[1]))
 
     def adapt(self, totals: Tensor, learns: Tensor) -> None:
         """Move ``d`` by sums of the step (see :meth:`totals`), where ``learns`` (bool, 0-dim) says so."""

@@ -593,5 +593,4 @@ def test_few_calls_for_many_parameters(dtype, monkeypatch):
         with Count() as count:
             optimizer.step()
         calls.append(count.calls)
-    print(calls)  # noqa: T201
     assert calls[0] < 5 * 200 < calls[1]
