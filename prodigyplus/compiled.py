@@ -188,7 +188,7 @@ def measure_and_move(
     z: Tensor,
     grad: Tensor,
     moment: Moment,
-    samples: Sequence[Tensor],
+    every: int,
     evidence: Mapping[str, Tensor],
     n: Packed,
     kind: Kind,
@@ -198,13 +198,22 @@ def measure_and_move(
     """Both passes on tensors that are whole here, with nothing to ask in between: one call in place of two.
 
     Args:
-        y, z, grad, moment, samples, evidence, n, kind, noise: See :func:`_measure` and :func:`_move`.
+        y, z, grad, moment, evidence, n, kind, noise: See :func:`_measure` and :func:`_move`.
+        every: The distance of two samples.
         numel: How many elements a tensor has.
     """
+    samples = [_sample(tensor, every) for tensor in (grad, z)] if evidence else []
     sums, roots = _measure(grad, moment, samples, evidence, n, kind)
     scale = directions.stable_scale(sums["uu"], numel) if kind.stable else n.across(0).unit
     _move(y, z, grad, roots, scale, n, kind, noise)
     return sums
+
+
+def _sample(values: Tensor, every: int) -> Tensor:
+    """Samples of whole tensors, copied: of what lies far apart, each loop that reads it reads slowly."""
+    samples = values.reshape(len(values), -1)[:, ::every].contiguous()
+    # As itself, but of what as_strided() is given Inductor makes a tensor, which it leaves out otherwise.
+    return samples.as_strided(samples.shape, samples.stride())
 
 
 def _direction(grad: Tensor, roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:

@@ -6,7 +6,7 @@ directions are, and while whatever is whole here moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
 from torch import Tensor
@@ -124,19 +124,14 @@ def run(
 
 def _stacked(parts: Sequence[Part], limit: int) -> list[Part]:
     """The parts, those of small parameters that are alike joined, up to ``limit`` bytes: so do all ranks."""
-    joined: list[Part] = []
-    alike: dict[tuple[object, ...], Part] = {}
-    for part in parts:
-        if part.layout.most > SMALL or part.is_matrix:
-            joined.append(part)
-            continue
-        key = part.likeness
-        stack = alike.get(key)
-        if stack is None or size_of(stack) + size_of(part) > limit:
-            alike[key] = part
-            joined.append(part)
-        else:
-            stack.join(part)
+    alike: dict[Hashable, list[Part]] = {}
+    for number, part in enumerate(parts):
+        alone = part.layout.most > SMALL or part.is_matrix
+        alike.setdefault(number if alone else part.likeness, []).append(part)
+    joined = []
+    for like in alike.values():
+        count = max(1, limit // max(1, size_of(like[0])))
+        joined += [Part.joined(like[start : start + count]) for start in range(0, len(like), count)]
     return joined
 
 

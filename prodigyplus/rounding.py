@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from prodigyplus import stacks
+
 # Odd multipliers of a 32-bit mixing hash with low bias (C. Wellons, "Prospecting for hash functions").
 _MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 _GOLDEN = 0x9E3779B9  # spreads the seeds of consecutive parameters and steps
@@ -30,7 +32,8 @@ def seeds(step: Tensor, parameters: Sequence[int]) -> Tensor:
         parameters: Numbers of the parameters in the optimiser.
     """
     of_step = _hash((step * _GOLDEN).to(torch.int32))
-    return _hash(torch.stack([of_step + parameter * _GOLDEN % (1 << 31) for parameter in parameters]))
+    of_each = tuple(parameter * _GOLDEN % (1 << 31) for parameter in parameters)
+    return _hash(of_step + stacks.constants(of_each, step.device).to(torch.int32))
 
 
 def noise(places: Sequence[Tensor], seeds: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,17 +64,25 @@ class Part:
     @property
     def likeness(self) -> tuple[object, ...]:
         """Parts of equal likeness may be one; the same on all ranks."""
-        dtypes = (tensor.dtype for tensor in (self.weights[0], self.grads[0], *self.states[0].values()))
-        return id(self.group), id(self.layout), self.weights[0].device, *self.states[0], *dtypes
+        weight, grad, state = self.weights[0], self.grads[0], self.states[0]
+        dtypes = [tensor.dtype for tensor in state.values()]
+        return id(self.group), id(self.layout), weight.device, weight.dtype, grad.dtype, *state, *dtypes
 
-    def join(self, other: Part) -> None:
-        """Take in the parameters of another part."""
-        self.weights += other.weights
-        self.grads += other.grads
-        self.states += other.states
-        self.numbers += other.numbers
-        if self.present is not None and other.present is not None:
-            self.present += other.present
+    @classmethod
+    def joined(cls, parts: Sequence[Part]) -> Part:
+        """Parts of equal likeness as one."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        return cls(
+            [weight for part in parts for weight in part.weights],
+            [grad for part in parts for grad in part.grads],
+            [state for part in parts for state in part.states],
+            first.layout,
+            first.group,
+            [number for part in parts for number in part.numbers],
+            None if first.present is None else [here for part in parts for here in part.present or ()],
+        )
 
     def share_state(self) -> dict[str, Tensor]:
         """The states as stacks, to be changed in place, and then given to :meth:`keep_state`."""
@@ -252,10 +260,10 @@ def _compiled(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rule:
     state = part.share_state()
     z, grad = state["z"], stacks.read(part.grads)
     moment = compiled.Moment.of(state, squares, layout)
-    evidence = {key: state[key] for key in progress.SAMPLED if key in state}
-    # Copied first: of what lies far apart, a compiled pass reads more slowly.
-    samples = [layout.sample(tensor, o.slice_p).contiguous() for tensor in (grad, z) if _adapts(part)]
+    evidence = {key: state[key] for key in progress.SAMPLED if key in state and _adapts(part)}
     if layout.cuts:
+        # Copied first: of what lies far apart, a compiled pass reads more slowly.
+        samples = [layout.sample(tensor, o.slice_p).contiguous() for tensor in (grad, z) if evidence]
         found, roots = compiled.measure(grad, moment, samples, evidence, n.packed, kind)
         del grad, samples
         whole = (yield {name: Sum(value, layout.dims) for name, value in found.items()}) if found else {}
@@ -267,7 +275,7 @@ def _compiled(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rule:
     else:
         weights, noise = stacks.read(part.weights), _noise(part, n.step)
         whole = compiled.measure_and_move(
-            weights, z, grad, moment, samples, evidence, n.packed, kind, layout.numel, noise
+            weights, z, grad, moment, o.slice_p, evidence, n.packed, kind, layout.numel, noise
         )
     if _adapts(part):
         part.group.observe(part.numbers, *progress.observed(whole, state, o, n))

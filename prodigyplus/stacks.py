@@ -6,6 +6,7 @@ each. Stacked, they cost one. A single parameter is a stack of one, which is a v
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -30,24 +31,31 @@ def share(tensors: Sequence[Tensor]) -> Tensor:
     memory it is a copy, to be given to :func:`keep`: they stay with the others, or the memory of all would be
     held by those left behind.
     """
-    first = tensors[0]
-    if len(tensors) == 1:
+    first, count = tensors[0], len(tensors)
+    if count == 1:
         return first.unsqueeze(0)
-    memory, where = first.untyped_storage().data_ptr(), first.data_ptr()
-    if all(
-        tensor.data_ptr() == where + place * first.nbytes
-        and tensor.untyped_storage().data_ptr() == memory
-        and tensor.stride() == first.stride()
-        for place, tensor in enumerate(tensors)
-    ):
+    if _follow_on_one_another(tensors):
         strides = (first.numel(), *first.stride())
-        return first.as_strided((len(tensors), *first.shape), strides, first.storage_offset())
+        return first.as_strided((count, *first.shape), strides, first.storage_offset())
     together = torch.stack(list(tensors))
     memories = {memory.data_ptr(): memory.nbytes() for memory in (t.untyped_storage() for t in tensors)}
     if sum(memories.values()) == together.nbytes:  # nothing else is in them
         for tensor, its in zip(tensors, together.unbind(), strict=True):
             tensor.set_(its)  # type: ignore[call-overload]
     return together
+
+
+def _follow_on_one_another(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape are in one memory, each where the one before it ends."""
+    first, size = tensors[0], tensors[0].nbytes
+    start, memory = first.data_ptr(), first.untyped_storage()
+    # For every parameter at every step: by map, which asks a thousand without a line of Python for each. What
+    # begins within a memory is in that one.
+    return (
+        list(map(Tensor.data_ptr, tensors)) == [start + size * place for place in range(len(tensors))]
+        and start + size * len(tensors) <= memory.data_ptr() + memory.nbytes()
+        and len(set(map(Tensor.stride, tensors))) == 1
+    )
 
 
 def keep(tensors: Sequence[Tensor], values: Tensor) -> None:
@@ -73,3 +81,9 @@ def square_total(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def across(numbers: Tensor, values: Tensor) -> Tensor:
     """A number for each tensor of a stack, (count,), in a shape to be multiplied with the stack."""
     return numbers.view(-1, *(1,) * (values.ndim - 1))
+
+
+@functools.lru_cache(maxsize=4096)
+def constants(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Integers that are the same at every step, int64, on a device: sent there once."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prodigyplus import stacks
 from prodigyplus.layout import wide_dtype
 from prodigyplus.options import Options
 
@@ -260,14 +261,11 @@ class GroupStep:
         numbers, *pairs = zip(*self._observed, strict=True)
         order = [number for of_part in numbers for number in of_part]
         # In the order of the parameters, in whichever they came: a sum has the bits of its order.
-        places = sorted(range(len(order)), key=order.__getitem__)
-        totals = []
-        for values in pairs:
-            flat = torch.cat([value.to(d.device, d.dtype) for value in values])
-            if places != list(range(len(places))):
-                each = flat.unbind()
-                flat = torch.stack([each[place] for place in places])
-            totals.append(flat.sum())
+        places = stacks.constants(tuple(sorted(range(len(order)), key=order.__getitem__)), d.device)
+        totals = [
+            torch.cat([value.to(d.device, d.dtype) for value in values]).index_select(0, places).sum()
+            for values in pairs
+        ]
         return torch.stack((totals[0] * self._exact.across(0).statistic, totals[1]))
 
     def adapt(self, totals: Tensor, learns: Tensor) -> None:
