@@ -139,7 +139,9 @@ def _measure(
     """
     sums = {}
     if samples:
-        sums = progress.local_sums(samples[0], samples[1], evidence, kind.use_speed, n.across(1))
+        over = n.across(1)
+        of_grad, of_z = _written(over.admit(samples[0].to(over.d.dtype))), _written(samples[1].contiguous())
+        sums = progress.local_sums(of_grad, of_z, evidence, kind.use_speed, over)
     across = n.across(grad.ndim - 1)
     if moments.is_factored(moment.state):
         moments.advance_factors(moment.state, moment.sums, moment.sizes, across)
@@ -202,18 +204,17 @@ def measure_and_move(
         every: The distance of two samples.
         numel: How many elements a tensor has.
     """
-    samples = [_sample(tensor, every) for tensor in (grad, z)] if evidence else []
+    samples = [tensor.reshape(len(z), -1)[:, ::every] for tensor in (grad, z)] if evidence else []
     sums, roots = _measure(grad, moment, samples, evidence, n, kind)
     scale = directions.stable_scale(sums["uu"], numel) if kind.stable else n.across(0).unit
     _move(y, z, grad, roots, scale, n, kind, noise)
     return sums
 
 
-def _sample(values: Tensor, every: int) -> Tensor:
-    """Samples of whole tensors, copied: of what lies far apart, each loop that reads it reads slowly."""
-    samples = values.reshape(len(values), -1)[:, ::every].contiguous()
-    # As itself, but of what as_strided() is given Inductor makes a tensor, which it leaves out otherwise.
-    return samples.as_strided(samples.shape, samples.stride())
+def _written(values: Tensor) -> Tensor:
+    """``values``, in memory: else each loop that reads them computes them, from what lies far apart."""
+    # As itself; but what as_strided() is given, Inductor writes.
+    return values.as_strided(values.shape, values.contiguous().stride())
 
 
 def _direction(grad: Tensor, roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:

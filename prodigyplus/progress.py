@@ -56,8 +56,9 @@ def local_sums(
     into shards.
 
     Args:
-        grad, base: The samples of the raw gradient and of z (of y without Schedule-Free), of a stack of
-            parameters; shape (count, samples).
+        grad, base: The samples of the raw gradient, in the dtype of the numbers, zeros if the step is not to
+            happen; and of z (of y without Schedule-Free). Of a stack of parameters;
+            shape (count, samples).
         state: The parameters'.
         use_speed: The option.
         n: The numbers of the step.
@@ -65,14 +66,13 @@ def local_sums(
     Returns:
         Shapes (count,).
     """
-    g = n.admit(grad.to(n.d.dtype))
-    distance = state["p0"].to(g.dtype, copy=True).sub_(base)
+    distance = state["p0"].to(grad.dtype, copy=True).sub_(base)
     if use_speed == "relative":
-        distances = {"l1": distance.abs(), "l2_square": distance.square(), "product": distance.mul_(g)}
-        return {name: stacks.total(values, wide_dtype(g.device)) for name, values in distances.items()}
-    product = stacks.total(distance.mul_(g), wide_dtype(g.device))
-    s = state["s"].mul_(n.beta3).add_((g.sign_() if use_speed else g).mul_(n.statistic))
-    return {"product": product, "norm": stacks.total(s.abs(), wide_dtype(g.device))}
+        distances = {"l1": distance.abs(), "l2_square": distance.square(), "product": distance.mul_(grad)}
+        return {name: stacks.total(values, wide_dtype(grad.device)) for name, values in distances.items()}
+    product = stacks.total(distance.mul_(grad), wide_dtype(grad.device))
+    s = state["s"].mul_(n.beta3).add_((grad.sign() if use_speed else grad) * n.statistic)
+    return {"product": product, "norm": stacks.total(s.abs(), wide_dtype(grad.device))}
 
 
 def observed(

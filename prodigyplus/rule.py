@@ -250,6 +250,7 @@ def _evidence(
     if not _adapts(part):
         return {}
     grads, bases = (part.layout.sample(tensor, part.group.options.slice_p) for tensor in (grad, base))
+    grads = n.admit(grads.to(n.d.dtype))
     found = progress.local_sums(grads, bases, state, part.group.options.use_speed, n)
     return {name: Sum(value, part.layout.dims) for name, value in found.items()}
 
@@ -262,8 +263,7 @@ def _compiled(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rule:
     moment = compiled.Moment.of(state, squares, layout)
     evidence = {key: state[key] for key in progress.SAMPLED if key in state and _adapts(part)}
     if layout.cuts:
-        # Copied first: of what lies far apart, a compiled pass reads more slowly.
-        samples = [layout.sample(tensor, o.slice_p).contiguous() for tensor in (grad, z) if evidence]
+        samples = [layout.sample(tensor, o.slice_p) for tensor in (grad, z) if evidence]
         found, roots = compiled.measure(grad, moment, samples, evidence, n.packed, kind)
         del grad, samples
         whole = (yield {name: Sum(value, layout.dims) for name, value in found.items()}) if found else {}
