@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prodigyplus.stepsize import Scalars
+from prodigyplus.scalars import Scalars
 
 
 def move(y: Tensor, z: Tensor, update: Tensor, step: Tensor, n: Scalars, *, decays: bool) -> None:

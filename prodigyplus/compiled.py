@@ -21,7 +21,7 @@ from torch import Tensor
 from prodigyplus import averaging, directions, moments, progress, rounding, stacks
 from prodigyplus.layout import Layout
 from prodigyplus.options import Options
-from prodigyplus.stepsize import Packed, Scalars
+from prodigyplus.scalars import Packed, Scalars
 
 F = TypeVar("F", bound=Callable[..., object])
 Noise = tuple[Sequence[Tensor], Tensor] | None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prodigyplus import stacks
 from prodigyplus.layout import Layout, Sum
-from prodigyplus.stepsize import Scalars
+from prodigyplus.scalars import Scalars
 
 # A matrix smaller than this in every dimension is not worth factoring.
 _SMALLEST_FACTORED = 32

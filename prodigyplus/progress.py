@@ -26,7 +26,7 @@ from torch import Tensor
 from prodigyplus import stacks
 from prodigyplus.layout import Layout, wide_dtype
 from prodigyplus.options import Options
-from prodigyplus.stepsize import Scalars
+from prodigyplus.scalars import Scalars
 
 SAMPLED = ("p0", "s")
 NUMBERS = ("exp_avg_product", "max_l1", "max_l2")

@@ -34,7 +34,8 @@ from prodigyplus import (
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.muon import Matrices
 from prodigyplus.options import Options
-from prodigyplus.stepsize import GroupStep, Scalars
+from prodigyplus.scalars import Scalars
+from prodigyplus.stepsize import GroupStep
 
 Requests = Mapping[str, Sum | Matrices]
 Rule = Generator[Requests, dict[str, Tensor], None]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus import driver, stepsize
+from prodigyplus import driver, stacks, stepsize
 from prodigyplus.rule import Part
 from prodigyplus.stepsize import GroupStep
 
@@ -37,8 +37,11 @@ class Step:
         self, groups: Sequence[dict[str, Any]], exchange: driver.Exchange, *, in_backward: bool
     ) -> None:
         self.groups = [GroupStep(group) for group in groups]
+        self._alike = stepsize.Alike.split(self.groups)
         # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
         self.only_makes_state = not in_backward and all(group.options.lr_is_zero for group in self.groups)
+        self._places = {id(group): place for place, group in enumerate(self.groups)}
+        self._zeros = self.groups[0].numbers["d"].new_zeros(len(self.groups))
         self.taken: set[Tensor] = set()
         self._fused = not self.only_makes_state and any(g.options.fused_back_pass for g in self.groups)
         self._exchange = exchange
@@ -48,7 +51,9 @@ class Step:
         if self._fused:
             for group in self.groups:
                 group.alone = True
-                group.open(torch.ones_like(group.numbers["d"], dtype=torch.bool))
+            every = torch.ones_like(self._zeros, dtype=torch.bool)
+            for alike in self._alike:
+                alike.open(alike.mine(every))
 
     def take(self, p: Tensor, part: Part) -> None:
         """Move a parameter now; or, where its sums cross processes, with others, once they fill a bucket."""
@@ -86,12 +91,13 @@ class Step:
     def _open(self, parts: Sequence[Part], answers: Sequence[driver.Answer]) -> None:
         """Fix the numbers of all groups, once it is known of all gradients whether they are finite."""
         self._see(parts, answers)
-        square, *present = self._everywhere([seen.present for seen in self._seen])
+        square, here = self._everywhere([seen.present for seen in self._seen])
         finite = square.isfinite()
         counts = finite & (square > 0) if self.only_makes_state else finite
-        for group, here in zip(self.groups, present, strict=True):
-            group.open(counts & (here > 0))
-            group.commit(counts & (here > 0), skips=~finite & (here > 0), adapts=counts & (here > 0))
+        moves, skips = counts & (here > 0), ~finite & (here > 0)
+        for alike in self._alike:
+            alike.open(alike.mine(moves))
+            alike.commit(alike.mine(moves), alike.mine(skips), adapts=alike.mine(moves))
 
     def _commit(self) -> None:
         """Count the step of all groups, whose parameters have moved, or not, each for itself."""
@@ -100,27 +106,31 @@ class Step:
             good if seen.present is None else good * seen.present
             for good, seen in zip(finite, self._seen, strict=True)
         ]
-        square, *counts = self._everywhere([seen.present for seen in self._seen], moved)
+        square, here, moves = self._everywhere([seen.present for seen in self._seen], moved)
         all_finite = square.isfinite()
-        present, any_moved = counts[: len(self.groups)], counts[len(self.groups) :]
-        for group, here, here_moved in zip(self.groups, present, any_moved, strict=True):
-            group.commit(here_moved > 0, skips=~all_finite & (here > 0), adapts=all_finite & (here > 0))
+        skips, adapts = ~all_finite & (here > 0), all_finite & (here > 0)
+        for alike in self._alike:
+            alike.commit(alike.mine(moves > 0), alike.mine(skips), alike.mine(adapts))
 
     def _everywhere(self, *counts: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The sum of all squares, then for each of ``counts`` its sums by group; 0-dim tensors.
+        """The sum of all squares, 0-dim, then for each of ``counts`` its sums by group; shapes (groups,).
 
         The first is not finite if any gradient is not; the others only count as zero or more.
 
         Args:
-            counts: Of each part seen, a number for each parameter, or None for ones.
+            counts: Of each part seen, a number for each parameter, or None where each counts.
         """
-        d: Tensor = self.groups[0].numbers["d"]
-        zero = d.new_zeros(1)
-        sums = [torch.cat([zero, *(seen.square.to(d.device, d.dtype) for seen in self._seen)]).sum()]
-        for values in counts:
-            by_group = {id(group): [zero] for group in self.groups}
-            for seen, count in zip(self._seen, values, strict=True):
-                count = torch.ones_like(seen.square) if count is None else count
-                by_group[id(seen.group)].append(count.to(d.device, d.dtype))
-            sums += [torch.cat(column).sum() for column in by_group.values()]
-        return self._exchange.everywhere(torch.stack(sums)).unbind()
+        zeros = self._zeros
+        squares = [seen.square.to(zeros.device, zeros.dtype) for seen in self._seen]
+        sums = [torch.cat([zeros[:1], *squares]).sum(0, keepdim=True)]
+        for of_parts in counts:
+            values = [zeros[:1] + 1 if count is None else count.to(zeros) for count in of_parts]
+            groups = [
+                self._places[id(seen.group)]
+                for seen, value in zip(self._seen, values, strict=True)
+                for _ in range(len(value))
+            ]
+            index = stacks.constants(tuple(groups), zeros.device)
+            sums.append(zeros.index_add(0, index, torch.cat([zeros[:0], *values])))
+        whole = self._exchange.everywhere(torch.cat(sums))
+        return whole[0], *whole[1:].view(len(counts), -1).unbind()

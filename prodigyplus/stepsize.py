@@ -8,7 +8,7 @@ change nothing is a step whose numbers are chosen so that it changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from prodigyplus import stacks
 from prodigyplus.layout import wide_dtype
 from prodigyplus.options import Options
+from prodigyplus.scalars import Packed, Scalars
 
 # How far the limiter lets d grow in one step.
 _LIMIT = 2**0.25
@@ -25,9 +26,6 @@ _LIMIT = 2**0.25
 _SPEED_LIMIT = 0.975
 
 _CPU = torch.device("cpu")
-
-# Integers as wide as the dtypes of a step's arithmetic.
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def first_numbers(d0: float) -> dict[str, float | int]:
@@ -66,100 +64,6 @@ def lift(group: dict[str, Any], device: torch.device) -> None:
     group.update({name: as_number(name, group[name], device) for name in NUMBERS})
 
 
-class Scalars(NamedTuple):
-    """The numbers of a group that one step's arithmetic uses: 0-dim tensors, one dtype and device.
-
-    Where the step is not to happen, what keeps something is 1 and what adds to something is 0. Where it may
-    happen for some parameters of a stack only, there is one for each, in a shape to be multiplied with it.
-    """
-
-    # What keeps something.
-    beta1: Tensor  # decay of the first moment, without Schedule-Free
-    beta2: Tensor  # decay of the second moment
-    beta3: Tensor  # decay of Prodigy's statistics
-    # What adds to something.
-    gradient: Tensor  # (1 − β1) d, the weight of this g in the first moment
-    square: Tensor  # (1 − β2) d², the weight of this g² in the second moment
-    statistic: Tensor  # the weight of this gradient in Prodigy's statistics
-    unit: Tensor  # 1
-    dlr: Tensor  # d·lr
-    decay: Tensor  # what weight decay takes off a weight: λ·dlr, or λ
-    c: Tensor  # Schedule-Free's averaging weight
-    # What is as it is.
-    xy: Tensor  # 1 − β1 (1 − c), how much of z's step y makes
-    d: Tensor
-    eps: Tensor  # 0 for Adam-atan2, which needs none
-    recent: Tensor  # k^-¾, the weight of this step in SPEED's average
-    bound: Tensor  # k^¼, how large a normalised gradient may be (ADOPT without Schedule-Free)
-    # Not of that dtype.
-    admits: Tensor  # an integer as wide as the others: all its bits if this step changes anything, or none
-    observes: Tensor  # bool: whether Prodigy counts this gradient
-    step: Tensor  # int64: number of this step, from 1
-
-    packed: Packed  # all of them
-
-    def only_if(self, condition: Tensor) -> Scalars:
-        """These, if ``condition`` (bool, 0-dim or (count,)) holds as well; else those of no step."""
-        return self.packed.only_if(condition).across(0)
-
-    def across(self, dims: int) -> Scalars:
-        """These in shapes to be multiplied with a stack of tensors of so many dimensions."""
-        return self.packed.across(dims) if self.unit.ndim else self
-
-    def admit(self, values: Tensor) -> Tensor:
-        """``values``, or zeros if the step is not to happen; a new tensor. Keeps 0·inf out of what follows.
-
-        Args:
-            values: Of the dtype of the numbers.
-        """
-        # By their bits: to choose, with torch.where(), takes four times as long on a CPU.
-        return (values.view(self.admits.dtype) & self.admits).view(values.dtype)
-
-    def admit_(self, values: Tensor) -> Tensor:
-        """:meth:`admit`, in place."""
-        values.view(self.admits.dtype).bitwise_and_(self.admits)
-        return values
-
-
-# Where among them those that add something begin, and those that are as they are.
-_ADDS, _STAYS = map(Scalars._fields.index, ("gradient", "xy"))
-
-
-class Packed(NamedTuple):
-    """:class:`Scalars` in few tensors, in which a compiled pass takes them."""
-
-    values: Tensor  # shape (numbers,), or (numbers, count) where parameters of a stack have their own
-    admits: Tensor
-    observes: Tensor
-    step: Tensor
-
-    def only_if(self, condition: Tensor) -> Packed:
-        """See :meth:`Scalars.only_if`."""
-        values = self.values
-        if values.ndim <= condition.ndim:
-            values = values.unsqueeze(1).expand(-1, len(condition))
-        kept, added, others = values.tensor_split((_ADDS, _STAYS))
-        return Packed(
-            torch.cat((torch.where(condition, kept, 1), torch.where(condition, added, 0), others)),
-            torch.where(condition, self.admits, 0),
-            self.observes & condition,
-            self.step,
-        )
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
-        """These on another device, in another dtype."""
-        admits = self.admits.to(device, _BITS[dtype])
-        return Packed(self.values.to(device, dtype), admits, self.observes.to(device), self.step.to(device))
-
-    def across(self, dims: int) -> Scalars:
-        """These one by one, in shapes to be multiplied with a stack of tensors of so many dimensions."""
-        if self.values.ndim == 1:
-            return Scalars._make((*self.values.unbind(), self.admits, self.observes, self.step, self))
-        shape = -1, *(1,) * dims
-        values = self.values.view(len(self.values), *shape).unbind()
-        return Scalars._make((*values, self.admits.view(shape), self.observes.view(shape), self.step, self))
-
-
 class GroupStep:
     """One parameter group during one step.
 
@@ -172,81 +76,21 @@ class GroupStep:
         self.options = Options.of(group)
         self.alone = False  # whether each parameter is skipped for itself
         self.adapts = self.options.adapts(group["calls"])
+        self.learns: Tensor  # bool, 0-dim: whether the step's evidence is to move d
+        self._fixed: Packed
         self._observed: list[tuple[list[int], Tensor, Tensor]] = []
         self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}
 
-    def open(self, happens: Tensor) -> None:
-        """Fix this step's numbers.
-
-        Args:
-            happens: bool, 0-dim: False if this call is to change nothing.
-        """
-        o, numbers = self.options, self.numbers
-        d, step = numbers["d"], numbers["k"] + 1
-        zero, one = torch.zeros_like(d), torch.ones_like(d)
-        beta1, beta2 = one * o.betas[0], one * o.betas[1]
-        dlr, unit = numbers["shared_d"] * o.lr, one
-        rate = one * o.lr
-        beta3, observes = one * o.prodigy_beta, torch.ones_like(happens)
-        statistic = d.sqrt() * o.d0 if o.use_speed is True else d.square() / math.sqrt(o.d0)
-        if o.use_bias_correction:
-            rectification, beta2 = rectified(step, beta2)
-            dlr, rate = dlr * rectification, rate * rectification
-        if o.use_adopt:
-            # The first gradient starts the second moment, and does nothing else.
-            observes = step > 1
-            dlr, unit, rate, beta2, statistic = (
-                torch.where(observes, value, 0) for value in (dlr, unit, rate, beta2, statistic)
-            )
-            beta3 = torch.where(observes, beta3, 1)
-        weight = dlr.square()
-        self._weight_sum = numbers["weight_sum"] + weight
-        c = torch.where(self._weight_sum > 0, weight / self._weight_sum, zero)
-        if o.schedulefree_c > 0:
-            c = (c * ((1 - beta1) * o.schedulefree_c)).clamp_(max=1)
-        xy = 1 - beta1 * (1 - c)
-        self._effective_lr = rate * xy if o.use_schedulefree else rate
-        values = {
-            "beta1": beta1,
-            "beta2": beta2,
-            "beta3": beta3,
-            "gradient": (1 - beta1) * d * unit,
-            "square": (1 - beta2) * d.square(),
-            "statistic": statistic,
-            "unit": unit,
-            "dlr": dlr,
-            "decay": o.weight_decay * (dlr if o.weight_decay_by_lr else unit),
-            "c": c,
-            "xy": xy,
-            "d": d,
-            "eps": one * (o.eps or 0.0),
-            "recent": step.to(d.dtype) ** -0.75,
-            "bound": step.to(d.dtype) ** 0.25,
-        }
-        in_order = torch.stack([values[name] for name in Scalars._fields if name in values])
-        self._exact = Packed(in_order, torch.full_like(step, -1), observes, step).only_if(happens)
+    def fix(self, numbers: Packed) -> None:
+        """Set this step's numbers."""
+        self._fixed = numbers
         self._scalars.clear()
-
-    def commit(self, happens: Tensor, skips: Tensor, adapts: Tensor) -> None:
-        """Count the step that :meth:`open` fixed.
-
-        Args:
-            happens: bool, 0-dim: whether it moved anything.
-            skips: bool, 0-dim: whether it met a gradient that is not finite.
-            adapts: bool, 0-dim: whether :meth:`adapt` is to move ``d``.
-        """
-        numbers = self.numbers
-        for name, value in (("weight_sum", self._weight_sum), ("effective_lr", self._effective_lr)):
-            numbers[name].copy_(torch.where(happens, value, numbers[name]))
-        numbers["k"].add_(happens)
-        numbers["skipped"].add_(skips)
-        self.learns = adapts
 
     def scalars(self, device: torch.device, dtype: torch.dtype) -> Scalars:
         """The numbers of this step on ``device``, floating ones in ``dtype``."""
         key = device, dtype
         if key not in self._scalars:
-            self._scalars[key] = self._exact.to(device, dtype).across(0)
+            self._scalars[key] = self._fixed.to(device, dtype).across(0)
         return self._scalars[key]
 
     def observe(self, numbers: list[int], products: Tensor, norms: Tensor) -> None:
@@ -266,28 +110,205 @@ class GroupStep:
             torch.cat([value.to(d.device, d.dtype) for value in values]).index_select(0, places).sum()
             for values in pairs
         ]
-        return torch.stack((totals[0] * self._exact.across(0).statistic, totals[1]))
+        return torch.stack((totals[0] * self._fixed.across(0).statistic, totals[1]))
+
+
+class _Branches(NamedTuple):
+    """What of a group's options says what is done with its numbers; the others are numbers themselves."""
+
+    use_schedulefree: bool
+    use_bias_correction: bool
+    use_adopt: bool
+    use_speed: object
+    weight_decay_by_lr: bool
+    d_limiter: bool
+    scales_c: bool
+    averages_d: bool
+
+    @classmethod
+    def of(cls, o: Options) -> _Branches:
+        """Those of a group's options."""
+        of_step = o.use_schedulefree, o.use_bias_correction, o.use_adopt
+        return cls(
+            *of_step, o.use_speed, o.weight_decay_by_lr, o.d_limiter, o.schedulefree_c > 0, o.d_beta > 0
+        )
+
+
+class Alike:
+    """Groups whose options say to do the same, and differ in numbers only: an operator is for all of them.
+
+    Tensors of numbers have shape (groups,).
+
+    Args:
+        groups: The groups.
+        places: Theirs among the groups that they are some of.
+    """
+
+    def __init__(self, groups: Sequence[GroupStep], places: Sequence[int]) -> None:
+        self._groups = groups
+        self._places = places
+        self._branches = _Branches.of(groups[0].options)  # those of all
+
+    @classmethod
+    def split(cls, groups: Sequence[GroupStep]) -> list[Alike]:
+        """All ``groups``, in as many as differ in what to do."""
+        places: dict[_Branches, list[int]] = {}
+        for place, group in enumerate(groups):
+            places.setdefault(_Branches.of(group.options), []).append(place)
+        return [cls([groups[place] for place in its], its) for its in places.values()]
+
+    def mine(self, values: Tensor) -> Tensor:
+        """Of ``values``, one for each of the groups that these are some of, those of these."""
+        if len(self._places) == len(values):
+            return values
+        return values.index_select(0, stacks.constants(tuple(self._places), values.device))
+
+    def open(self, happens: Tensor) -> None:
+        """Fix this step's numbers.
+
+        Args:
+            happens: bool: False where this call is to change nothing.
+        """
+        do, (d, shared_d, weight_sum, k) = self._branches, self._read("d", "shared_d", "weight_sum", "k")
+        step = k + 1
+        zero, one = torch.zeros_like(d), torch.ones_like(d)
+        beta1, beta2 = one * self._option(lambda o: o.betas[0]), one * self._option(lambda o: o.betas[1])
+        lr = self._option(lambda o: o.lr)
+        dlr, unit, rate = shared_d * lr, one, one * lr
+        beta3, observes = one * self._option(lambda o: o.prodigy_beta), torch.ones_like(happens)
+        if do.use_speed is True:
+            statistic = d.sqrt() * self._option(lambda o: o.d0)
+        else:
+            statistic = d.square() / self._option(lambda o: math.sqrt(o.d0))
+        if do.use_bias_correction:
+            rectification, beta2 = rectified(step, beta2)
+            dlr, rate = dlr * rectification, rate * rectification
+        if do.use_adopt:
+            # The first gradient starts the second moment, and does nothing else.
+            observes = step > 1
+            dlr, unit, rate, beta2, statistic = (
+                torch.where(observes, value, 0) for value in (dlr, unit, rate, beta2, statistic)
+            )
+            beta3 = torch.where(observes, beta3, 1)
+        weight = dlr.square()
+        self._weight_sum = weight_sum + weight
+        c = torch.where(self._weight_sum > 0, weight / self._weight_sum, zero)
+        if do.scales_c:
+            c = (c * ((1 - beta1) * self._option(lambda o: o.schedulefree_c))).clamp_(max=1)
+        xy = 1 - beta1 * (1 - c)
+        self._effective_lr = rate * xy if do.use_schedulefree else rate
+        values = {
+            "beta1": beta1,
+            "beta2": beta2,
+            "beta3": beta3,
+            "gradient": (1 - beta1) * d * unit,
+            "square": (1 - beta2) * d.square(),
+            "statistic": statistic,
+            "unit": unit,
+            "dlr": dlr,
+            "decay": (dlr if do.weight_decay_by_lr else unit) * self._option(lambda o: o.weight_decay),
+            "c": c,
+            "xy": xy,
+            "d": d,
+            "eps": one * self._option(lambda o: o.eps or 0.0),
+            "recent": step.to(d.dtype) ** -0.75,
+            "bound": step.to(d.dtype) ** 0.25,
+        }
+        in_order = torch.stack([values[name] for name in Scalars._fields if name in values])
+        fixed = Packed(in_order, torch.full_like(step, -1), observes, step).only_if(happens)
+        each = fixed._replace(values=fixed.values.t().contiguous())
+        for group, *its in zip(self._groups, *(numbers.unbind() for numbers in each), strict=True):
+            group.fix(Packed(*its))
+
+    def commit(self, happens: Tensor, skips: Tensor, adapts: Tensor) -> None:
+        """Count the step that :meth:`open` fixed.
+
+        Args:
+            happens: bool: whether it moved anything.
+            skips: bool: whether it met a gradient that is not finite.
+            adapts: bool: whether :meth:`adapt` is to move ``d``.
+        """
+        self._write(happens, weight_sum=self._weight_sum, effective_lr=self._effective_lr)
+        for name, counts in (("k", happens), ("skipped", skips)):
+            torch._foreach_add_([group.numbers[name] for group in self._groups], counts.unbind())
+        for group, learns in zip(self._groups, adapts.unbind(), strict=True):
+            group.learns = learns
 
     def adapt(self, totals: Tensor, learns: Tensor) -> None:
-        """Move ``d`` by sums of the step (see :meth:`totals`), where ``learns`` (bool, 0-dim) says so."""
-        numbers = self.numbers
-        d, d_hat, numerator = next_d(
-            numbers["d"], numbers["d_numerator"], numbers["max_d_numerator"], totals, self.options
-        )
-        moved = {
-            "d": d,
-            "d_hat": torch.where(totals[1] > 0, d_hat, numbers["d_hat"]),
-            "d_numerator": numerator,
-            "max_d_numerator": torch.maximum(numerator, numbers["max_d_numerator"]),
-            "d_denom": totals[1],
-        }
-        for name, value in moved.items():
-            numbers[name].copy_(torch.where(learns, value, numbers[name]))
+        """Move ``d`` by sums of the step.
 
-    def follow(self, leader: GroupStep) -> None:
-        """Take over the step size of a group that adapts for both."""
-        for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
-            self.numbers[name].copy_(leader.numbers[name])
+        Args:
+            totals: See :meth:`GroupStep.totals`; shape (groups, 2).
+            learns: bool: where to.
+        """
+        product, norm = totals.unbind(1)
+        d, numerator, largest, d_hat = self._read("d", "d_numerator", "max_d_numerator", "d_hat")
+        d, estimate, numerator = self._next_d(d, numerator, largest, product, norm)
+        self._write(
+            learns,
+            d=d,
+            d_hat=torch.where(norm > 0, estimate, d_hat),
+            d_numerator=numerator,
+            max_d_numerator=torch.maximum(numerator, largest),
+            d_denom=norm,
+        )
+
+    def _next_d(
+        self, d: Tensor, numerator: Tensor, largest: Tensor, product: Tensor, norm: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of Prodigy's step size.
+
+        Args:
+            d, numerator, largest: ``d``, N and the largest N before the step.
+            product, norm: The step's sums over a group, numerator and denominator.
+
+        Returns:
+            The next ``d``, the estimate that it goes by and the next N. Where the denominator is zero,
+            nothing was observed, and ``d`` stays.
+        """
+        do, before = self._branches, numerator
+        d0, d_coef = self._option(lambda o: o.d0), self._option(lambda o: o.d_coef)
+        numerator = numerator * self._option(lambda o: o.prodigy_beta)
+        # Until progress is made, what is negative would only hold d down.
+        numerator = torch.where((d > d0) | (product > 0), numerator + product, numerator)
+        if do.use_speed == "relative":
+            grows = (numerator >= largest) & (numerator > 0) & (before > 0)
+            d_hat = torch.where(grows, d * (numerator / before).sqrt().clamp(max=_LIMIT), d)
+            estimate = torch.where(grows, d_hat * self._option(lambda o: o.d_coef**0.125), d)
+        else:
+            d_hat = numerator / norm
+            if do.use_speed:
+                estimate = torch.minimum(d_hat * d_coef, d**_SPEED_LIMIT)
+            else:
+                # Of a d_coef below 1 what it makes is limited: limited before, d would stay where it is.
+                limit = d * self._option(lambda o: _LIMIT / min(1.0, o.d_coef))
+                estimate = (torch.minimum(d_hat, limit) if do.d_limiter else d_hat) * d_coef
+        if do.averages_d:
+            d_beta = self._option(lambda o: o.d_beta)
+            moved = d * d_beta + estimate.clamp(min=d0) * (1 - d_beta)
+        else:
+            moved = torch.maximum(d, estimate)
+        return torch.where(norm > 0, moved, d), d_hat, numerator
+
+    def _option(self, value: Callable[[Options], float | Tensor]) -> float | Tensor:
+        """Something of the options: a number where it is the same in all groups, else one for each."""
+        values = [value(group.options) for group in self._groups]
+        first = values[0]
+        if len(values) == 1 or not any(isinstance(v, Tensor) or v != first for v in values):
+            return first
+        # Made on the device: to send them there would wait for it.
+        one = torch.ones_like(self._groups[0].numbers["d"])
+        return torch.stack([one * v for v in values])
+
+    def _read(self, *names: str) -> tuple[Tensor, ...]:
+        return tuple(torch.stack([group.numbers[name] for group in self._groups]) for name in names)
+
+    def _write(self, condition: Tensor, **values: Tensor) -> None:
+        """Set numbers, all of one dtype, where ``condition`` (bool) says so."""
+        held = [group.numbers[name] for name in values for group in self._groups]
+        before = torch.stack(held).view(len(values), -1)
+        after = torch.where(condition, torch.stack(list(values.values())), before)
+        torch._foreach_copy_(held, after.view(-1).unbind())
 
 
 def rectified(step: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,44 +329,6 @@ def rectified(step: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(length > 4, variance.sqrt(), 0.0), 1 - (1 - beta2) / (1 - decayed)
 
 
-def next_d(
-    d: Tensor, numerator: Tensor, largest: Tensor, totals: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of Prodigy's step size.
-
-    Args:
-        d, numerator, largest: ``d``, N and the largest N before the step; 0-dim.
-        totals: The step's sums over the group, numerator and denominator; shape (2,).
-        options: Those of the group.
-
-    Returns:
-        The next ``d``, the estimate that it goes by and the next N; 0-dim. Where the denominator is zero,
-        nothing was observed, and ``d`` stays.
-    """
-    before = numerator
-    product, norm = totals.unbind()
-    numerator = options.prodigy_beta * numerator
-    # Until progress is made, what is negative would only hold d down.
-    numerator = torch.where((d > options.d0) | (product > 0), numerator + product, numerator)
-    if options.use_speed == "relative":
-        grows = (numerator >= largest) & (numerator > 0) & (before > 0)
-        d_hat = torch.where(grows, d * (numerator / before).sqrt().clamp(max=_LIMIT), d)
-        estimate = torch.where(grows, options.d_coef**0.125 * d_hat, d)
-    else:
-        d_hat = numerator / norm
-        if options.use_speed:
-            estimate = torch.minimum(options.d_coef * d_hat, d**_SPEED_LIMIT)
-        else:
-            # Of a d_coef below 1 what it makes is limited: limited before, d would stay where it is.
-            limit = _LIMIT / min(1.0, options.d_coef) * d
-            estimate = options.d_coef * (torch.minimum(d_hat, limit) if options.d_limiter else d_hat)
-    if options.d_beta > 0:
-        moved = options.d_beta * d + (1 - options.d_beta) * estimate.clamp(min=options.d0)
-    else:
-        moved = torch.maximum(d, estimate)
-    return torch.where(norm > 0, moved, d), d_hat, numerator
-
-
 def close(groups: Sequence[GroupStep], totals: Tensor) -> None:
     """End a step: move every group's ``d``, then share them as ``split_groups`` and its mean say.
 
@@ -353,25 +336,36 @@ def close(groups: Sequence[GroupStep], totals: Tensor) -> None:
         groups: All groups of the optimiser.
         totals: Their sums (see :meth:`GroupStep.totals`); shape (groups, 2).
     """
-    pool = [index for index, group in enumerate(groups) if not group.options.split_groups]
-    for group, sums in zip(groups, totals, strict=True):
-        if group.adapts and group.options.split_groups:
-            group.adapt(sums, group.learns)
-    if pool and groups[pool[0]].adapts:
-        leader = groups[pool[0]]
-        learns = torch.stack([groups[index].learns for index in pool]).any()
-        leader.adapt(torch.stack([totals[index] for index in pool]).sum(dim=0), learns)
-    for index in pool[1:]:
-        groups[index].follow(groups[pool[0]])
+    sums, learns = list(totals.unbind()), [group.learns for group in groups]
+    pool = [place for place, group in enumerate(groups) if not group.options.split_groups]
+    if len(pool) > 1:  # the first adapts for all
+        sums[pool[0]] = torch.stack([sums[place] for place in pool]).sum(dim=0)
+        learns[pool[0]] = torch.stack([learns[place] for place in pool]).any()
+    adapting = [
+        place
+        for place, group in enumerate(groups)
+        if group.adapts and (place in pool[:1] or place not in pool)
+    ]
+    if adapting:
+        their_sums, their_learns = (torch.stack([of[place] for place in adapting]) for of in (sums, learns))
+        for alike in Alike.split([groups[place] for place in adapting]):
+            alike.adapt(alike.mine(their_sums), alike.mine(their_learns))
+    numbers = [group.numbers for group in groups]
+    if len(pool) > 1:
+        followers = [numbers[place] for place in pool[1:]]
+        for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
+            _copy(name, [numbers[pool[0]][name]] * len(followers), followers)
 
-    everyone = [group.numbers for group in groups]
-    for numbers in everyone:
-        numbers["shared_d"].copy_(numbers["d"])
-    sharing = [numbers for numbers in everyone if numbers["split_groups"] and numbers["split_groups_mean"]]
+    _copy("shared_d", [its["d"] for its in numbers], numbers)
+    sharing = [its for its in numbers if its["split_groups"] and its["split_groups_mean"]]
     if len(sharing) > 1:
-        mean = harmonic_mean(*(torch.stack([n[name] for n in sharing]) for name in ("d", "weight_sum")))
-        for numbers in sharing:
-            numbers["shared_d"].copy_(torch.where(numbers["weight_sum"] > 0, mean, numbers["d"]))
+        d, weight_sum = (torch.stack([its[name] for its in sharing]) for name in ("d", "weight_sum"))
+        shared = torch.where(weight_sum > 0, harmonic_mean(d, weight_sum), d)
+        _copy("shared_d", shared.unbind(), sharing)
+
+
+def _copy(name: str, values: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> None:
+    torch._foreach_copy_([group[name] for group in groups], list(values))
 
 
 def harmonic_mean(d: Tensor, weight_sum: Tensor) -> Tensor:

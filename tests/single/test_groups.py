@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus import ProdigyPlusScheduleFree, stepsize
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
 
@@ -59,6 +60,73 @@ def test_pooled_groups_are_one_group():
         assert first[name] == second[name] != 0, name
     for ours, theirs in zip(one.parameters, two.parameters, strict=True):
         assert_same(ours.detach(), theirs.detach())
+
+
+MIXED = [
+    {"lr": 0.5},
+    {"betas": (0.8, 0.97), "weight_decay": 0.1},
+    {"d0": 1e-5, "d_coef": 0.5, "beta3": 0.9},
+    {"eps": 1e-4, "schedulefree_c": 2.0},
+    {"schedulefree_c": 1.0},
+    {"d_coef": 2.0, "beta4": 0.9},
+    {"beta4": 0.5},
+    {"use_bias_correction": True, "lr": 2.0},
+    {"use_speed": True},
+    {"use_speed": "relative"},
+    {"use_adopt": True},
+    {"use_schedulefree": False},
+    {"split_groups": False},
+    {"split_groups": False, "lr": 3.0},
+    {"prodigy_steps": 5},
+    {"d_limiter": False},
+    {"weight_decay": 0.1, "weight_decay_by_lr": False},
+]
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_numbers_of_groups_move_together_as_each_for_itself(tensor_lr, monkeypatch):
+    """To the bit, among them what is skipped, and whatever the options."""
+
+    def act():
+        problem = Fed(*[(5,), (40, 33)] * len(MIXED))
+        groups = [
+            {"params": problem.parameters[2 * number : 2 * number + 2], **options}
+            for number, options in enumerate(MIXED)
+        ]
+        if tensor_lr:
+            for group in groups:
+                group["lr"] = torch.tensor(group.get("lr", 1.0))
+        optimizer = ProdigyPlusScheduleFree(groups)
+        for step in range(12):
+            problem.backward()
+            if step == 4:
+                problem.parameters[0].grad.fill_(torch.nan)
+            if step == 6:
+                problem.parameters[2].grad = problem.parameters[3].grad = None
+            optimizer.step()
+        return *snapshot(optimizer), optimizer.metrics()
+
+    together = act()
+    monkeypatch.setattr(
+        stepsize.Alike,
+        "split",
+        lambda groups: [stepsize.Alike([group], [place]) for place, group in enumerate(groups)],
+    )
+    assert_same(act(), together)
+
+
+def test_an_operator_moves_the_numbers_of_all_groups_alike():
+    def count(groups):
+        problem = Fed(*[(5,)] * groups)
+        optimizer = ProdigyPlusScheduleFree([{"params": [p]} for p in problem.parameters])
+        run(optimizer, problem, 2)
+        problem.backward()
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            optimizer.step()
+        # No rule compares with these: they are of the numbers.
+        return sum(event.count for event in seen.key_averages() if event.key in ("aten::maximum", "aten::gt"))
+
+    assert count(2) == count(9) > 0
 
 
 @pytest.mark.parametrize("idle", ["frozen", "empty", "unused"])
