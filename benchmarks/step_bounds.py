@@ -25,9 +25,9 @@ from torch import nn
 from prodigyplus import ProdigyPlusScheduleFree, compiled, driver, moments
 
 ADAMW_BYTES = 28  # g, and p, exp_avg and exp_avg_sq read and written
-SQUARES, PASSES, REST = "sums of g²", "the two passes", "samples of g and z, and the rest"
+SQUARES, PASSES, REST = "sums of g²", "samples of g and z, and the two passes", "the rest"
 # Bytes per parameter, from memory and to it. Samples are an eleventh, but of every line of the cache.
-BYTES = {SQUARES: 4, REST: 8, PASSES: 12}
+BYTES = {SQUARES: 4, PASSES: 20, REST: 0}
 TINY = 32  # rows and columns of the tensors that tell the host's share
 
 

@@ -140,7 +140,7 @@ def _measure(
     sums = {}
     if samples:
         over = n.across(1)
-        of_grad, of_z = _written(over.admit(samples[0].to(over.d.dtype))), _written(samples[1].contiguous())
+        of_grad, of_z = _written(over.admit(samples[0].to(over.d.dtype))), _written(samples[1])
         sums = progress.local_sums(of_grad, of_z, evidence, kind.use_speed, over)
     across = n.across(grad.ndim - 1)
     if moments.is_factored(moment.state):
@@ -213,8 +213,9 @@ def measure_and_move(
 
 def _written(values: Tensor) -> Tensor:
     """``values``, in memory: else each loop that reads them computes them, from what lies far apart."""
+    values = values.contiguous()
     # As itself; but what as_strided() is given, Inductor writes.
-    return values.as_strided(values.shape, values.contiguous().stride())
+    return values.as_strided(values.shape, values.stride())
 
 
 def _direction(grad: Tensor, roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:

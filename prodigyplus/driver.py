@@ -14,7 +14,7 @@ from torch import Tensor
 from prodigyplus import muon
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.muon import Matrices
-from prodigyplus.rule import Part, Requests, Rule, update
+from prodigyplus.rule import Member, Part, Requests, Rule, update
 
 Asked = tuple[Layout, dict[str, Sum]]
 Answer = dict[str, Tensor]
@@ -80,25 +80,24 @@ class OneProcess:
 
 
 def run(
-    parts: Sequence[Part],
+    members: Sequence[Member],
     exchange: Exchange,
     open_groups: Callable[[Sequence[Part], Sequence[Answer]], None],
 ) -> None:
-    """One step of all ``parts``.
+    """One step of all ``members``.
 
-    The first round, the statistics of the raw gradients, is of all parts at once: its answers are
+    The first round, the statistics of the raw gradients, is of all at once: its answers are
     small, and nothing may move before it is known whether all gradients are finite. The later rounds
     run in buckets, so that few directions are alive at a time.
 
     Args:
-        parts: The parameters that take part.
+        members: The parameters that take part.
         exchange: Who completes their sums.
-        open_groups: Called between the first round and the others with the parts, of which some are now one,
-            and the answers of the first, one for each: the numbers of the parts' groups must be fixed when
-            it returns.
+        open_groups: Called between the first round and the others with the parts that they are moved in, and
+            the answers of the first, one for each: the numbers of their groups must be fixed when it returns.
     """
     # Stacks are copies, of weights and gradients: they are small beside the updates that may be alive.
-    parts = _stacked(parts, min(STACK_BYTES, exchange.bucket_bytes // 8))
+    parts = _stacked(members, min(STACK_BYTES, exchange.bucket_bytes // 8))
     rules = [update(part) for part in parts]
     answers = exchange.complete(
         [(part.layout, _sums(next(rule))) for part, rule in zip(parts, rules, strict=True)]
@@ -122,17 +121,17 @@ def run(
         _finish(_ask(bucket, exchange), exchange)
 
 
-def _stacked(parts: Sequence[Part], limit: int) -> list[Part]:
-    """The parts, those of small parameters that are alike joined, up to ``limit`` bytes: so do all ranks."""
-    alike: dict[Hashable, list[Part]] = {}
-    for number, part in enumerate(parts):
-        alone = part.layout.most > SMALL or part.is_matrix
-        alike.setdefault(number if alone else part.likeness, []).append(part)
-    joined = []
+def _stacked(members: Sequence[Member], limit: int) -> list[Part]:
+    """The members, those of small parameters alike joined, up to ``limit`` bytes: so do all ranks."""
+    alike: dict[Hashable, list[Member]] = {}
+    for number, member in enumerate(members):
+        alone = member.layout.most > SMALL or member.is_matrix
+        alike.setdefault(number if alone else member.likeness, []).append(member)
+    parts = []
     for like in alike.values():
-        count = max(1, limit // max(1, size_of(like[0])))
-        joined += [Part.joined(like[start : start + count]) for start in range(0, len(like), count)]
-    return joined
+        count = max(1, limit // max(1, like[0].nbytes))
+        parts += [Part.of(like[start : start + count]) for start in range(0, len(like), count)]
+    return parts
 
 
 def _sums(asked: Requests) -> dict[str, Sum]:
@@ -160,18 +159,13 @@ def _orthogonalize(running: Sequence[Running], exchange: Exchange) -> Iterable[l
     )
 
 
-def size_of(part: Part) -> int:
-    """How many bytes the direction of a part has at most, on the rank that has most of it."""
-    return len(part.weights) * part.layout.most * part.dtype.itemsize
-
-
 def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
     """Runs of parameters whose directions have half of ``limit`` bytes at most, or one parameter's.
 
     Half, since two are alive at a time: the one whose sums are on their way, and the one that is computed.
     By the largest piece that any rank has of each, so that all ranks cut alike.
     """
-    sizes = [size_of(part) for part, *_ in running]
+    sizes = [part.nbytes for part, *_ in running]
     several = sum(sizes) > limit
     for bucket in muon.waves([(size, 0) for size in sizes], limit // 2 if several else limit):
         yield [running[number] for number in bucket]

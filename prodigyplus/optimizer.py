@@ -19,7 +19,7 @@ from prodigyplus import averaging, checkpoint, driver, options, progress, sample
 from prodigyplus.checkpoint import name_of
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.options import Options
-from prodigyplus.rule import Part, anchor, freed_state, new_state
+from prodigyplus.rule import Member, anchor, freed_state, new_state
 from prodigyplus.step import Step
 from prodigyplus.stepsize import GroupStep
 
@@ -249,9 +249,9 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "fused_back_pass=True, but no backward pass moves any parameter: call "
                 "optimizer.fuse_backward(model) once, when the model is wrapped as it will be trained."
             )
-        parts = self._parts(step)
+        members = self._members(step)
         if not self._evaluating:
-            step.close(parts)
+            step.close(members)
         for group in fused:
             for p in group["params"]:
                 p.grad = None
@@ -385,7 +385,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "up several. Call optimizer.step() after each, also after one that failed, or set "
                 "fused_back_pass=False."
             )
-        step.take(p, self._part(place, grad, step.groups[place.group]))
+        step.take(p, self._member(place, grad, step.groups[place.group]))
         return True
 
     def _numbered(self) -> Iterator[Place]:
@@ -395,10 +395,10 @@ class ProdigyPlusScheduleFree(Optimizer):
                 number += 1
                 yield Place(p, index, place, number)
 
-    def _parts(self, step: Step) -> list[Part]:
+    def _members(self, step: Step) -> list[Member]:
         """The parameters that are left of a step, with their state, made where there is none yet."""
         return [
-            self._part(place, place.p.grad, step.groups[place.group])
+            self._member(place, place.p.grad, step.groups[place.group])
             for place in self._numbered()
             if self._takes_part(place.p) and place.p not in step.taken
         ]
@@ -406,16 +406,16 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _takes_part(self, p: Tensor) -> bool:
         return p.grad is not None
 
-    def _part(self, place: Place, grad: Tensor | None, group: GroupStep) -> Part:
+    def _member(self, place: Place, grad: Tensor | None, group: GroupStep) -> Member:
         """What a parameter brings to a step.
 
         Raises:
             RuntimeError: Something cannot be right; by what every rank knows, so that none is left waiting.
         """
         assert grad is not None
-        return self._make_part(place, grad, group, None)
+        return self._make_member(place, grad, group, None)
 
-    def _make_part(self, place: Place, grad: Tensor, group: GroupStep, present: list[bool] | None) -> Part:
+    def _make_member(self, place: Place, grad: Tensor, group: GroupStep, present: bool | None) -> Member:
         if grad.layout is not torch.strided:
             raise RuntimeError(
                 f"{self._name(place)} has a sparse gradient, which this optimiser cannot use: build its "
@@ -429,7 +429,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         if not group.adapts:
             for key in progress.STATE:
                 state.pop(key, None)
-        return Part([weight], [grad], [self._local_state(state)], layout, group, [place.number], present)
+        return Member(weight, grad, self._local_state(state), layout, group, place.number, present)
 
     def _check_kind(self, place: Place) -> None:
         """Refuse a parameter that this optimiser cannot train, by what every rank knows."""

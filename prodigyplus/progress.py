@@ -56,9 +56,8 @@ def local_sums(
     into shards.
 
     Args:
-        grad, base: The samples of the raw gradient, in the dtype of the numbers, zeros if the step is not to
-            happen; and of z (of y without Schedule-Free). Of a stack of parameters;
-            shape (count, samples).
+        grad, base: The samples of the raw gradient, in the dtype of the numbers, admitted by them; and of z
+            (of y without Schedule-Free). Of a stack of parameters; shape (count, samples).
         state: The parameters'.
         use_speed: The option.
         n: The numbers of the step.

@@ -33,6 +33,8 @@ def seeds(step: Tensor, parameters: Sequence[int]) -> Tensor:
     """
     of_step = _hash((step * _GOLDEN).to(torch.int32))
     of_each = tuple(parameter * _GOLDEN % (1 << 31) for parameter in parameters)
+    if len(of_each) == 1:  # which need not be sent
+        return _hash((of_step + of_each[0]).view(1))
     return _hash(of_step + stacks.constants(of_each, step.device).to(torch.int32))
 
 

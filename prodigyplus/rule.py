@@ -44,46 +44,70 @@ Evidence = Callable[[], dict[str, Sum]]
 Changed = Generator[Requests, dict[str, Tensor], Tensor]
 
 
-@dataclass(slots=True)
-class Part:
-    """What a parameter, or several alike, bring to a step: plain local tensors, and where they are."""
+class Member(NamedTuple):
+    """What a parameter brings to a step: plain local tensors, and where they are."""
 
-    weights: list[Tensor]  # y, changed in place
-    grads: list[Tensor]  # of the same shapes; zeros where there is none here, but may be elsewhere
-    states: list[dict[str, Tensor]]  # as new_state() makes them, changed in place
+    weight: Tensor  # y, changed in place
+    grad: Tensor  # of the same shape; zeros where there is none here, but may be elsewhere
+    state: dict[str, Tensor]  # as new_state() makes it, changed in place
     layout: Layout
     group: GroupStep
-    numbers: list[int]  # of the parameters in the optimiser
-    # Whether gradients are here; None where nobody needs to ask, since every piece's is here if one's is.
-    present: list[bool] | None = None
+    number: int  # of the parameter in the optimiser
+    # Whether its gradient is here; None where nobody needs to ask, since every piece's is here if one's is.
+    present: bool | None
+
+    @property
+    def likeness(self) -> tuple[object, ...]:
+        """Members of equal likeness may be one; the same on all ranks."""
+        dtypes = [tensor.dtype for tensor in self.state.values()]
+        weight, grad = self.weight, self.grad
+        return id(self.group), id(self.layout), weight.device, weight.dtype, grad.dtype, *self.state, *dtypes
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the direction is that of whole matrices, orthogonalised."""
+        return self.group.options.use_muon_pp
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its direction has at most, on the rank that has most of it."""
+        return self.layout.most * compute_dtype(self.weight).itemsize
+
+
+@dataclass(slots=True)
+class Part:
+    """A member, or several alike, that move as one."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    layout: Layout
+    group: GroupStep
+    numbers: list[int]
+    present: list[bool] | None
+    nbytes: int
+    is_matrix: bool
+
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> Part:
+        """Members of equal likeness."""
+        first = members[0]
+        return cls(
+            [member.weight for member in members],
+            [member.grad for member in members],
+            [member.state for member in members],
+            first.layout,
+            first.group,
+            [member.number for member in members],
+            None if first.present is None else [bool(member.present) for member in members],
+            len(members) * first.nbytes,
+            first.is_matrix,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the arithmetic."""
         return compute_dtype(self.weights[0])
-
-    @property
-    def likeness(self) -> tuple[object, ...]:
-        """Parts of equal likeness may be one; the same on all ranks."""
-        weight, grad, state = self.weights[0], self.grads[0], self.states[0]
-        dtypes = [tensor.dtype for tensor in state.values()]
-        return id(self.group), id(self.layout), weight.device, weight.dtype, grad.dtype, *state, *dtypes
-
-    @classmethod
-    def joined(cls, parts: Sequence[Part]) -> Part:
-        """Parts of equal likeness as one."""
-        first = parts[0]
-        if len(parts) == 1:
-            return first
-        return cls(
-            [weight for part in parts for weight in part.weights],
-            [grad for part in parts for grad in part.grads],
-            [state for part in parts for state in part.states],
-            first.layout,
-            first.group,
-            [number for part in parts for number in part.numbers],
-            None if first.present is None else [here for part in parts for here in part.present or ()],
-        )
 
     def share_state(self) -> dict[str, Tensor]:
         """The states as stacks, to be changed in place, and then given to :meth:`keep_state`."""
@@ -93,11 +117,6 @@ class Part:
         """Write the states back, where they have not been changed in place."""
         for key, values in stacked.items():
             stacks.keep([state[key] for state in self.states], values)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the direction is that of whole matrices, orthogonalised."""
-        return self.group.options.use_muon_pp
 
     @property
     def cost(self) -> tuple[int, int, int]:

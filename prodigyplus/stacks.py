@@ -83,7 +83,7 @@ def across(numbers: Tensor, values: Tensor) -> Tensor:
     return numbers.view(-1, *(1,) * (values.ndim - 1))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def constants(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Integers that are the same at every step, int64, on a device: sent there once."""
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+    """Integers that are mostly the same at every step, int64, on a device: sent there once."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus import driver, stacks, stepsize
-from prodigyplus.rule import Part
+from prodigyplus.rule import Member, Part
 from prodigyplus.stepsize import GroupStep
 
 
@@ -46,7 +46,7 @@ class Step:
         self._fused = not self.only_makes_state and any(g.options.fused_back_pass for g in self.groups)
         self._exchange = exchange
         self._seen: list[_Seen] = []
-        self._waiting: list[Part] = []
+        self._waiting: list[Member] = []
         self._waiting_bytes = 0
         if self._fused:
             for group in self.groups:
@@ -55,28 +55,28 @@ class Step:
             for alike in self._alike:
                 alike.open(alike.mine(every))
 
-    def take(self, p: Tensor, part: Part) -> None:
+    def take(self, p: Tensor, member: Member) -> None:
         """Move a parameter now; or, where its sums cross processes, with others, once they fill a bucket."""
         self.taken.add(p)
-        if part.layout.is_whole:
-            self._run([part])
+        if member.layout.is_whole:
+            self._run([member])
             return
-        self._waiting.append(part)
-        self._waiting_bytes += driver.size_of(part)
+        self._waiting.append(member)
+        self._waiting_bytes += member.nbytes
         if self._waiting_bytes >= self._exchange.bucket_bytes:
             waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
             self._run(waiting)
 
-    def _run(self, parts: Sequence[Part]) -> None:
-        driver.run(parts, self._exchange, self._see)
+    def _run(self, members: Sequence[Member]) -> None:
+        driver.run(members, self._exchange, self._see)
 
-    def close(self, parts: Sequence[Part]) -> None:
+    def close(self, members: Sequence[Member]) -> None:
         """Move the rest of the parameters, then the step sizes."""
         if self._fused:
-            self._run([*self._waiting, *parts])
+            self._run([*self._waiting, *members])
             self._commit()
         else:
-            driver.run(parts, self._exchange, self._open)
+            driver.run(members, self._exchange, self._open)
         totals = self._exchange.everywhere(torch.stack([group.totals() for group in self.groups]))
         stepsize.close(self.groups, totals)
         for group in self.groups:
@@ -121,10 +121,11 @@ class Step:
             counts: Of each part seen, a number for each parameter, or None where each counts.
         """
         zeros = self._zeros
+        one = zeros[:1] + 1
         squares = [seen.square.to(zeros.device, zeros.dtype) for seen in self._seen]
         sums = [torch.cat([zeros[:1], *squares]).sum(0, keepdim=True)]
         for of_parts in counts:
-            values = [zeros[:1] + 1 if count is None else count.to(zeros) for count in of_parts]
+            values = [one if count is None else count.to(zeros) for count in of_parts]
             groups = [
                 self._places[id(seen.group)]
                 for seen, value in zip(self._seen, values, strict=True)

@@ -17,7 +17,7 @@ from prodigyplus import driver
 from prodigyplus.layout import Layout
 from prodigyplus.optimizer import Place, ProdigyPlusScheduleFree
 from prodigyplus.options import Options
-from prodigyplus.rule import Part, saved_form
+from prodigyplus.rule import Member, saved_form
 from prodigyplus.stepsize import GroupStep
 from prodigyplus_dist.exchange import MeshExchange
 from prodigyplus_dist.fused import Buckets, check_whole
@@ -126,7 +126,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         # Where this rank has no gradient others may have one: whether to take part is not its own to decide.
         return p.requires_grad
 
-    def _part(self, place: Place, grad: Tensor | None, group: GroupStep) -> Part:
+    def _member(self, place: Place, grad: Tensor | None, group: GroupStep) -> Member:
         p, present = place.p, grad is not None
         if grad is not None and isinstance(p, DTensor):
             found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
@@ -136,7 +136,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
                     f"is {found}. Give it the parameter's, as FSDP2 does: "
                     "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
                 )
-        return self._make_part(place, torch.zeros_like(p) if grad is None else grad, group, [present])
+        return self._make_member(place, torch.zeros_like(p) if grad is None else grad, group, present)
 
     def _check_kind(self, place: Place) -> None:
         p = place.p
