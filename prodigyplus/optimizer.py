@@ -473,9 +473,10 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _layout(self, p: Tensor) -> Layout:
         # Kept, since a layout may keep where its samples are, and parameters of one layout move together.
         layouts, key = self._layouts, self._layout_key(p)
-        if key not in layouts:
-            layouts[key] = self._new_layout(p)
-        return layouts[key]
+        layout = layouts.get(key)
+        if layout is None:
+            layout = layouts[key] = self._new_layout(p)
+        return layout
 
     @property
     def _layouts(self) -> dict[Hashable, Layout]:

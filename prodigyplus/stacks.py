@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 
-def read(tensors: Sequence[Tensor]) -> Tensor:
+def read(tensors: list[Tensor]) -> Tensor:
     """Tensors of one shape as one, (count, *shape): of several a copy, of a single one its memory itself."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
-def write(tensors: Sequence[Tensor], values: Tensor) -> None:
+def write(tensors: list[Tensor], values: Tensor) -> None:
     """Write back what :func:`read` gave, changed in place: nothing to do for a single one."""
     if len(tensors) > 1:
-        torch._foreach_copy_(list(tensors), values.unbind())
+        torch._foreach_copy_(tensors, values.unbind())
 
 
-def share(tensors: Sequence[Tensor]) -> Tensor:
+def share(tensors: list[Tensor]) -> Tensor:
     """Tensors of one shape as one, (count, *shape), in whose memory they are, from the first time on.
 
     For what is kept from step to step and of which nobody cares where it is. Of a part of those that share a
@@ -37,7 +37,7 @@ def share(tensors: Sequence[Tensor]) -> Tensor:
     if _follow_on_one_another(tensors):
         strides = (first.numel(), *first.stride())
         return first.as_strided((count, *first.shape), strides, first.storage_offset())
-    together = torch.stack(list(tensors))
+    together = torch.stack(tensors)
     memories = {memory.data_ptr(): memory.nbytes() for memory in (t.untyped_storage() for t in tensors)}
     if sum(memories.values()) == together.nbytes:  # nothing else is in them
         for tensor, its in zip(tensors, together.unbind(), strict=True):
@@ -45,20 +45,21 @@ def share(tensors: Sequence[Tensor]) -> Tensor:
     return together
 
 
-def _follow_on_one_another(tensors: Sequence[Tensor]) -> bool:
+def _follow_on_one_another(tensors: list[Tensor]) -> bool:
     """Whether tensors of one shape are in one memory, each where the one before it ends."""
     first, size = tensors[0], tensors[0].nbytes
     start, memory = first.data_ptr(), first.untyped_storage()
+    end = start + size * len(tensors)
     # For every parameter at every step: by map, which asks a thousand without a line of Python for each. What
     # begins within a memory is in that one.
     return (
-        list(map(Tensor.data_ptr, tensors)) == [start + size * place for place in range(len(tensors))]
-        and start + size * len(tensors) <= memory.data_ptr() + memory.nbytes()
-        and len(set(map(Tensor.stride, tensors))) == 1
+        list(map(Tensor.data_ptr, tensors)) == list(range(start, end, size or 1))
+        and end <= memory.data_ptr() + memory.nbytes()
+        and (all(map(Tensor.is_contiguous, tensors)) or len(set(map(Tensor.stride, tensors))) == 1)
     )
 
 
-def keep(tensors: Sequence[Tensor], values: Tensor) -> None:
+def keep(tensors: list[Tensor], values: Tensor) -> None:
     """Write back what :func:`share` gave, changed in place, if it was a copy."""
     if tensors[0].data_ptr() != values.data_ptr():
         write(tensors, values)
