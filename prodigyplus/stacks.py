@@ -7,7 +7,6 @@ each. Stacked, they cost one. A single parameter is a stack of one, which is a v
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
