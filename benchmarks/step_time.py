@@ -736,7 +736,7 @@ def draw_peers(outcomes: Mapping[str, Outcome], path: Path) -> None:
             )
         it = CASES[case]
         axes.set(
-            title=f"{case}: {it.parameters / 1e6:.1f} M parameters, {it.tensors:,} tensors",
+            title=f"{case}\n{it.parameters / 1e6:.1f} M parameters, {it.tensors:,} tensors",
             xlabel=f"step time ÷ {FUSED}",
             xscale="log",
         )
