@@ -20,6 +20,7 @@ from prodigyplus.checkpoint import name_of
 from prodigyplus.layout import Layout, Sum
 from prodigyplus.options import Options
 from prodigyplus.rule import Member, anchor, freed_state, new_state
+from prodigyplus.scalars import Constants
 from prodigyplus.step import Step
 from prodigyplus.stepsize import GroupStep
 
@@ -266,7 +267,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         home = next((self._local(p).device for p, _ in self._parameters()), torch.device("cpu"))
         for group in self.param_groups:
             stepsize.lift(group, home)
-        step = Step(self.param_groups, self._exchange, in_backward=in_backward)
+        step = Step(self.param_groups, self._exchange, self._constants, in_backward=in_backward)
         for index, its in enumerate(step.groups):
             o = its.options
             self._check_what_state_is_for(index, o)
@@ -482,6 +483,11 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _layouts(self) -> dict[Hashable, Layout]:
         layouts: dict[Hashable, Layout] = self.__dict__.setdefault("_layouts_by_key", {})
         return layouts
+
+    @property
+    def _constants(self) -> Constants:
+        constants: Constants = self.__dict__.setdefault("_constants_kept", Constants())
+        return constants
 
     def _placed(self, p: Tensor, local: Tensor, key: str, o: Options) -> Tensor:
         """An entry of the state in :func:`prodigyplus.rule.saved_form`, from the local piece of it."""

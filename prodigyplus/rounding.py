@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from prodigyplus import stacks
-
 # Odd multipliers of a 32-bit mixing hash with low bias (C. Wellons, "Prospecting for hash functions").
 _MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 _GOLDEN = 0x9E3779B9  # spreads the seeds of consecutive parameters and steps
@@ -24,18 +22,15 @@ _HIGH_HALF = -65536  # 0xFFFF0000 as a signed int32
 _LOW_HALF = 0xFFFF
 
 
-def seeds(step: Tensor, parameters: Sequence[int]) -> Tensor:
+def seeds(step: Tensor, parameters: Tensor) -> Tensor:
     """What makes the noise of each parameter another one in each step; int32, shape (count,).
 
     Args:
         step: Number of the step, an integer tensor without dimensions.
-        parameters: Numbers of the parameters in the optimiser.
+        parameters: Numbers of the parameters in the optimiser, int64; shape (count,).
     """
     of_step = _hash((step * _GOLDEN).to(torch.int32))
-    of_each = tuple(parameter * _GOLDEN % (1 << 31) for parameter in parameters)
-    if len(of_each) == 1:  # which need not be sent
-        return _hash((of_step + of_each[0]).view(1))
-    return _hash(of_step + stacks.constants(of_each, step.device).to(torch.int32))
+    return _hash(of_step + (parameters * _GOLDEN % (1 << 31)).to(torch.int32))
 
 
 def noise(places: Sequence[Tensor], seeds: Tensor) -> Tensor:

@@ -510,4 +510,5 @@ def _noise(part: Part, step: Tensor) -> compiled.Noise:
     kept = [part.weights[0].dtype, *(state["z"].dtype for state in part.states[:1] if "z" in state)]
     if not part.group.options.stochastic_rounding or torch.bfloat16 not in kept:
         return None
-    return part.layout.places(part.weights[0].device), rounding.seeds(step, part.numbers)
+    numbers = part.group.constants.on(step.device, part.numbers)
+    return part.layout.places(part.weights[0].device), rounding.seeds(step, numbers)

@@ -6,10 +6,14 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# How many tensors of constants an optimiser keeps.
+_MOST = 4096
 
 # Integers as wide as the dtypes of a step's arithmetic.
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -107,3 +111,22 @@ class Packed(NamedTuple):
         shape = -1, *(1,) * dims
         values = self.values.view(len(self.values), *shape).unbind()
         return Scalars._make((*values, self.admits.view(shape), self.observes.view(shape), self.step, self))
+
+
+class Constants:
+    """Integers that are mostly the same at every step, as tensors: sent to their device once.
+
+    An optimiser has its own: a tensor is good for those among which it was made, which may be fake ones.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+    def on(self, device: torch.device, numbers: Sequence[int]) -> Tensor:
+        """``numbers`` on ``device``; int64."""
+        key = tuple(numbers), device
+        if key not in self._kept:
+            if len(self._kept) >= _MOST:
+                self._kept.clear()
+            self._kept[key] = torch.tensor(key[0], dtype=torch.int64).to(device, non_blocking=True)
+        return self._kept[key]

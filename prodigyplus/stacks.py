@@ -6,8 +6,6 @@ each. Stacked, they cost one. A single parameter is a stack of one, which is a v
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -81,9 +79,3 @@ def square_total(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def across(numbers: Tensor, values: Tensor) -> Tensor:
     """A number for each tensor of a stack, (count,), in a shape to be multiplied with the stack."""
     return numbers.view(-1, *(1,) * (values.ndim - 1))
-
-
-@functools.lru_cache(maxsize=1024)
-def constants(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Integers that are mostly the same at every step, int64, on a device: sent there once."""
-    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)

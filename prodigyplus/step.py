@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus import driver, stacks, stepsize
+from prodigyplus import driver, stepsize
 from prodigyplus.rule import Member, Part
+from prodigyplus.scalars import Constants
 from prodigyplus.stepsize import GroupStep
 
 
@@ -30,13 +31,19 @@ class Step:
     Args:
         groups: The optimiser's groups, their numbers as tensors (see :func:`prodigyplus.stepsize.lift`).
         exchange: Completes sums over shards.
+        constants: Those of the optimiser.
         in_backward: Whether a gradient of a backward pass begins it.
     """
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], exchange: driver.Exchange, *, in_backward: bool
+        self,
+        groups: Sequence[dict[str, Any]],
+        exchange: driver.Exchange,
+        constants: Constants,
+        *,
+        in_backward: bool,
     ) -> None:
-        self.groups = [GroupStep(group) for group in groups]
+        self.groups = [GroupStep(group, constants) for group in groups]
         self._alike = stepsize.Alike.split(self.groups)
         # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
         self.only_makes_state = not in_backward and all(group.options.lr_is_zero for group in self.groups)
@@ -45,6 +52,7 @@ class Step:
         self.taken: set[Tensor] = set()
         self._fused = not self.only_makes_state and any(g.options.fused_back_pass for g in self.groups)
         self._exchange = exchange
+        self._constants = constants
         self._seen: list[_Seen] = []
         self._waiting: list[Member] = []
         self._waiting_bytes = 0
@@ -131,7 +139,7 @@ class Step:
                 for seen, value in zip(self._seen, values, strict=True)
                 for _ in range(len(value))
             ]
-            index = stacks.constants(tuple(groups), zeros.device)
+            index = self._constants.on(zeros.device, groups)
             sums.append(zeros.index_add(0, index, torch.cat([zeros[:0], *values])))
         whole = self._exchange.everywhere(torch.cat(sums))
         return whole[0], *whole[1:].view(len(counts), -1).unbind()

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus import stacks
 from prodigyplus.layout import wide_dtype
 from prodigyplus.options import Options
-from prodigyplus.scalars import Packed, Scalars
+from prodigyplus.scalars import Constants, Packed, Scalars
 
 # How far the limiter lets d grow in one step.
 _LIMIT = 2**0.25
@@ -69,10 +68,12 @@ class GroupStep:
 
     Args:
         group: The entry of ``param_groups``; its numbers are tensors (see :func:`lift`).
+        constants: Those of the optimiser.
     """
 
-    def __init__(self, group: dict[str, Any]) -> None:
+    def __init__(self, group: dict[str, Any], constants: Constants) -> None:
         self.numbers = group
+        self.constants = constants
         self.options = Options.of(group)
         self.alone = False  # whether each parameter is skipped for itself
         self.adapts = self.options.adapts(group["calls"])
@@ -105,7 +106,7 @@ class GroupStep:
         numbers, *pairs = zip(*self._observed, strict=True)
         order = [number for of_part in numbers for number in of_part]
         # In the order of the parameters, in whichever they came: a sum has the bits of its order.
-        places = stacks.constants(tuple(sorted(range(len(order)), key=order.__getitem__)), d.device)
+        places = self.constants.on(d.device, sorted(range(len(order)), key=order.__getitem__))
         totals = [
             torch.cat([value.to(d.device, d.dtype) for value in values]).index_select(0, places).sum()
             for values in pairs
@@ -161,7 +162,7 @@ class Alike:
         """Of ``values``, one for each of the groups that these are some of, those of these."""
         if len(self._places) == len(values):
             return values
-        return values.index_select(0, stacks.constants(tuple(self._places), values.device))
+        return values.index_select(0, self._groups[0].constants.on(values.device, self._places))
 
     def open(self, happens: Tensor) -> None:
         """Fix this step's numbers.

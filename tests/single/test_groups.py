@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from prodigyplus import ProdigyPlusScheduleFree, stepsize
@@ -377,3 +378,22 @@ def test_metrics_are_of_the_moment_they_were_asked():
     }  # fmt: skip
     late = optimizer.metrics()[0]
     assert float(late["d_hat"]) == pytest.approx(float(late["numerator"] / late["denominator"]))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_step_of_fake_tensors_leaves_no_trace():
+    """As tools take one, to foresee the memory of a run in the process that then runs."""
+
+    def act():
+        problem = Fed(*[(40, 33)] * 3, *[(5,)] * 2, dtype=torch.bfloat16)
+        first, *others = problem.parameters
+        optimizer = ProdigyPlusScheduleFree([{"params": [first]}, {"params": others, "use_speed": True}])
+        run(optimizer, problem, 3)
+        return optimizer
+
+    with FakeTensorMode():
+        act()
+    expected = snapshot(act())
+    with FakeTensorMode():
+        act()
+    assert_same(snapshot(act()), expected)

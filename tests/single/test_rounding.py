@@ -9,7 +9,7 @@ from tests.single.problems import assert_same, pair, run, snapshot
 
 def noise_of(count, step=1, parameter=1):
     positions = torch.arange(count, dtype=torch.int32)
-    return rounding.noise([positions], rounding.seeds(torch.tensor(step), [parameter]))[0]
+    return rounding.noise([positions], rounding.seeds(torch.tensor(step), torch.tensor([parameter])))[0]
 
 
 def test_noise_is_uniform():
