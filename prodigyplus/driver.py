@@ -122,16 +122,20 @@ def run(
 
 
 def _stacked(members: Sequence[Member], limit: int) -> list[Part]:
-    """The members, those of small parameters alike joined, up to ``limit`` bytes: so do all ranks."""
-    alike: dict[Hashable, list[Member]] = {}
+    """The members, those of small parameters alike joined, up to ``limit`` bytes: so do all ranks.
+
+    In the order of the first of each: buckets are then as full as that order lets them be.
+    """
+    alike: dict[Hashable, list[int]] = {}
     for number, member in enumerate(members):
         alone = member.layout.most > SMALL or member.is_matrix
-        alike.setdefault(number if alone else member.likeness, []).append(member)
-    parts = []
+        alike.setdefault(number if alone else member.likeness, []).append(number)
+    parts: dict[int, Part] = {}
     for like in alike.values():
-        count = max(1, limit // max(1, like[0].nbytes))
-        parts += [Part.of(like[start : start + count]) for start in range(0, len(like), count)]
-    return parts
+        count = max(1, limit // max(1, members[like[0]].nbytes))
+        for start in range(0, len(like), count):
+            parts[like[start]] = Part.of([members[number] for number in like[start : start + count]])
+    return [parts[number] for number in sorted(parts)]
 
 
 def _sums(asked: Requests) -> dict[str, Sum]:
