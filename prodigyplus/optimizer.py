@@ -744,6 +744,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         adapts = o.adapts(group["calls"])
         needed = {key: value for key, value in saved.items() if adapts or key not in progress.STATE}
         pieces = {key: self._piece(p, value, key, o) for key, value in needed.items()}
+        if "p0" in pieces:  # which was once kept in bfloat16
+            pieces["p0"] = pieces["p0"].to(torch.promote_types(pieces["p0"].dtype, p.dtype))
         return {
             key: samples.collect(piece, self._layout(p), o.slice_p)
             if key in progress.SAMPLED

@@ -38,13 +38,16 @@ STATE = SAMPLED + NUMBERS
 _SMALLEST_DISTANCE = 1e-8
 
 
-def new_state(weight: Tensor, layout: Layout, options: Options, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a parameter keeps for Prodigy, before its first step; samples in ``dtype``."""
-    samples = layout.sample(weight.detach(), options.slice_p)
-    p0 = samples.to(dtype, copy=True, memory_format=torch.contiguous_format)
+def new_state(weight: Tensor, layout: Layout, options: Options) -> dict[str, Tensor]:
+    """What a parameter keeps for Prodigy, before its first step.
+
+    ``p0`` is in the weight's dtype: rounded, its distance to the weights would be progress that nobody made.
+    """
+    p0 = layout.sample(weight.detach(), options.slice_p).clone(memory_format=torch.contiguous_format)
     if options.use_speed == "relative":
         return {"p0": p0, **{key: weight.new_zeros((), dtype=wide_dtype(weight.device)) for key in NUMBERS}}
-    return {"p0": p0, "s": torch.zeros_like(p0)}
+    storage = torch.float64 if weight.dtype == torch.float64 else torch.bfloat16
+    return {"p0": p0, "s": torch.zeros_like(p0, dtype=storage)}
 
 
 def local_sums(

@@ -143,8 +143,9 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
     ``exp_avg_sq`` (where not factored)       the gradient's          the weight's
     ``exp_avg_weight`` (FOCUS, instead)       the gradient's          the weight's
     nothing (Muon, instead)
-    ``p0``, ``s`` (until ``prodigy_steps``)   bfloat16; float64 for   (ceil(elements / ``slice_p``),)
-                                              float64 gradients
+    ``p0`` (until ``prodigy_steps``)          the weight's            (ceil(elements / ``slice_p``),)
+    ``s`` (likewise)                          bfloat16; float64 for   (ceil(elements / ``slice_p``),)
+                                              float64 weights
     ``exp_avg_product``, ``max_l1``,          float64                 ()
     ``max_l2`` (SPEED "relative", for ``s``)
     ========================================  ======================  ================================
@@ -162,12 +163,9 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
         state["z"] = weight.detach().to(torch.bfloat16 if halves else weight.dtype, copy=True)
     else:
         state["exp_avg"] = torch.zeros_like(grad)
-    return state | _prodigy_state(weight, layout, options)
+    return state | progress.new_state(weight, layout, options)
 
 
-def _prodigy_state(weight: Tensor, layout: Layout, options: Options) -> dict[str, Tensor]:
-    storage = torch.float64 if weight.dtype == torch.float64 else torch.bfloat16
-    return progress.new_state(weight, layout, options, storage)
 
 
 def freed_state(weight: Tensor, layout: Layout, options: Options) -> dict[str, Tensor]:
@@ -175,7 +173,7 @@ def freed_state(weight: Tensor, layout: Layout, options: Options) -> dict[str, T
 
     torch's checkpoint helpers fill the state of a new optimiser, and fail at what of it is not in the file.
     """
-    return {key: torch.zeros_like(value) for key, value in _prodigy_state(weight, layout, options).items()}
+    return {key: torch.zeros_like(value) for key, value in progress.new_state(weight, layout, options).items()}
 
 
 def anchor(weight: Tensor, state: dict[str, Tensor], layout: Layout, options: Options) -> None:

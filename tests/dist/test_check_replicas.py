@@ -213,7 +213,7 @@ IT = "parameter 0 of param_groups[0]"
 IS = "torch.float32 of shape (32, 64) in placements (Replicate(), Shard(dim=0)), "
 HAS = (
     "state 'exp_avg_sq_col' (torch.float32), 'exp_avg_sq_mean' (torch.float32), "
-    "'exp_avg_sq_row' (torch.float32), 'p0' (torch.bfloat16), 's' (torch.bfloat16), 'z' (torch.float32)"
+    "'exp_avg_sq_row' (torch.float32), 'p0' (torch.float32), 's' (torch.bfloat16), 'z' (torch.float32)"
 )
 HAS_NO_Z = HAS.removesuffix(", 'z' (torch.float32)")
 
