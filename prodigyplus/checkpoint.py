@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prodigyplus import options, progress, stepsize
+from prodigyplus import averaging, options, progress, stepsize
 from prodigyplus.layout import Layout
 from prodigyplus.options import Options
+from prodigyplus.reporting import warn_caller
 from prodigyplus.rule import new_state, saved_form
 
 Group = Mapping[str, Any]
 """An entry of ``param_groups``."""
 
 
+def new_entries(d0: float) -> dict[str, Any]:
+    """What an entry of ``param_groups`` has beside parameters and options, of a group that has made no step.
+
+    ==================  ==========================================================================
+    the numbers         of :func:`prodigyplus.stepsize.first_numbers`
+    ``calls``           calls of ``step`` so far, but for those with ``lr=0``
+    ``frozen``          whether ``prodigy_steps`` has passed
+    ``train_mode``      whether the model holds y, not its average x
+    ``average_beta1``   in eval mode, the β1 with which x was made of y
+    ==================  ==========================================================================
+    """
+    numbers = stepsize.first_numbers(d0)
+    return {**numbers, "calls": 0, "frozen": False, "train_mode": True, "average_beta1": None}
+
+
+ENTRIES = tuple(new_entries(1.0))
+
+# Those that states saved by earlier versions have not, and what they are then.
+_LATER_ENTRIES: dict[str, Callable[[Group], Any]] = {
+    "settled": lambda group: 1.0,  # as far as is known
+    "frozen": lambda group: Options.of(group).freezes(group["calls"]),
+    "average_beta1": lambda group: None,
+}
+
+
 def name_of(group: Group, index: int, number: int) -> str:
     """What to call a parameter in a message: its own name if it has one, or its place."""
     names = group.get("param_names")
     return f"parameter {names[number]!r}" if names else f"parameter {number} of param_groups[{index}]"
-
-
-def make_plain(groups: Sequence[dict[str, Any]]) -> None:
-    """Make the numbers of packed groups plain Python numbers: one wait for the device, not one a number."""
-    places = [
-        (group, name) for group in groups for name in stepsize.NUMBERS if isinstance(group[name], Tensor)
-    ]
-    if places:
-        values = torch.stack([group[name].double() for group, name in places]).tolist()
-        for (group, name), value in zip(places, values, strict=True):
-            group[name] = int(value) if name in stepsize.COUNTS else value
 
 
 def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> list[dict[str, Any]]:
@@ -62,7 +77,7 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
                 f"optimiser's {len(ours['params'])}: build the optimiser with the parameters that it was "
                 "saved with."
             )
-        if missing := {"d0", *stepsize.NUMBERS} - theirs.keys():
+        if missing := {"d0", *stepsize.NUMBERS} - _LATER_ENTRIES.keys() - theirs.keys():
             why = (
                 "it is not of this optimiser."
                 if theirs["params"]
@@ -72,22 +87,62 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
             raise ValueError(
                 f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: {why}"
             )
+        # Only our own keys: torch puts some of its own among the defaults.
+        group = {**{name: defaults[name] for name in options.NAMES}, **theirs}
         # Where gradients are consumed, and how it is computed, is the run's, not the state's.
-        group = {**defaults, **theirs, **{key: ours[key] for key in ("fused_back_pass", "compile")}}
-        group["betas"] = tuple(group["betas"])  # some savers make lists of tuples
-        options.validate(group)
+        group |= {key: ours[key] for key in ("fused_back_pass", "compile")}
+        group |= options.plain(group)
+        group |= {name: value(group) for name, value in _LATER_ENTRIES.items() if name not in theirs}
+        group |= _in_our_order(theirs, ours, index)
         groups.append(group)
     return groups
 
 
+# Components of names that wrappers of a model add.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def unwrapped(name: str) -> str:
+    """The name that a parameter has in the model that is not wrapped."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _in_our_order(theirs: Group, ours: Group, index: int) -> dict[str, Any]:
+    """The keys of a saved group's parameters in the order of ours, by their names where both have names.
+
+    Raises:
+        ValueError: They are of other names.
+    """
+    if "param_names" not in theirs or "param_names" not in ours:
+        return {}
+    names = {"param_names": list(ours["param_names"])}
+    if any(isinstance(key, str) for key in theirs["params"]):
+        return names  # torch's checkpoint helpers, which have names for keys, have put them into our order
+
+    found, wanted = ([unwrapped(name) for name in group["param_names"]] for group in (theirs, ours))
+    if sorted(found) != sorted(wanted):
+        missing, foreign = (sorted({*one} - {*other}) for one, other in ((wanted, found), (found, wanted)))
+        raise ValueError(
+            f"param_groups[{index}] of the state dict has other parameters than the optimiser: of the "
+            f"optimiser's it lacks {', '.join(missing[:3]) or 'none'}, and it has {', '.join(foreign[:3])}. "
+            "Load it into the model it was saved with; if parameters have only been renamed, delete "
+            '"param_names" from the groups of the state dict, and they are taken in their order.'
+        )
+    if len({*found}) < len(found):
+        return names
+    keys = dict(zip(found, theirs["params"], strict=True))
+    return {"params": [keys[name] for name in wanted], **names}
+
+
 def checked_states(
-    saved: Mapping[Any, Mapping[str, Tensor]], groups: Sequence[Group], own: Sequence[Group]
+    saved: Mapping[Any, Mapping[str, Tensor]], groups: Sequence[dict[str, Any]], own: Sequence[Group]
 ) -> dict[int, dict[str, Tensor]]:
     """The states of a state dict by the number of their parameter, from 0, where they have one.
 
     Args:
         saved: The states by the keys of their parameters in ``groups``.
-        groups: The groups of the state dict (see :func:`checked_groups`).
+        groups: The groups of the state dict (see :func:`checked_groups`). Where they have ``bfloat16_z`` and
+            states with z itself, as it once was kept in bfloat16, the option is switched off.
         own: The groups of the optimiser to load it into.
 
     Raises:
@@ -103,6 +158,15 @@ def checked_states(
                 "parameters has state. torch's set_optimizer_state_dict loses it where parameters have "
                 "gradients: call optimizer.zero_grad() before."
             )
+        if theirs["bfloat16_z"] and any(
+            averaging.BASE in saved.get(key, ()) and p.dtype == torch.float32
+            for key, p in zip(theirs["params"], ours["params"], strict=True)
+        ):
+            theirs["bfloat16_z"] = False
+            warn_caller(
+                f"param_groups[{index}] of the state dict has z, not its distance from the weights, which "
+                "bfloat16_z=True keeps: it goes on with z as it is, and bfloat16_z=False."
+            )
         for place, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
             if have_state[place]:
                 _check_state(saved[key], p, theirs, name_of(ours, index, place))
@@ -115,7 +179,7 @@ def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str
     o, shape = Options.of(group), tuple(p.shape)
     meta = torch.empty(shape, dtype=p.dtype, device="meta")
     expected = new_state(meta, meta, Layout(shape), o).keys()
-    freed = () if o.adapts(group["calls"]) else progress.STATE
+    freed = progress.STATE if group["frozen"] else ()
     if set(saved).symmetric_difference(expected) - set(freed):
         raise ValueError(
             f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it was "

@@ -40,11 +40,12 @@ class Kind(NamedTuple):
     stable: bool
     decays: bool
     use_speed: object
+    apart: bool  # whether z − y is kept in place of z
 
     @classmethod
-    def of(cls, o: Options) -> Kind:
+    def of(cls, o: Options, *, apart: bool) -> Kind:
         """That of a group's options."""
-        return cls(o.eps is None, o.use_stableadamw, o.weight_decay > 0, o.use_speed)
+        return cls(o.eps is None, o.use_stableadamw, o.weight_decay > 0, o.use_speed, apart)
 
 
 def applies(o: Options) -> bool:
@@ -166,7 +167,8 @@ def _move(
     """The second pass: moves y and z in place.
 
     Args:
-        y, z, grad: Stacks of the weights, the base iterates and the gradients; shape (count, *local shape).
+        y, z, grad: Stacks of the weights, the base iterates (or what is kept in their place) and the
+            gradients; shape (count, *local shape).
         roots: As :func:`_measure` gave them.
         scale: A factor for each direction; shape (count,), or 0-dim.
         n, kind: See :func:`_measure`.
@@ -175,7 +177,8 @@ def _move(
     across = n.across(grad.ndim - 1)
     u = _direction(grad, roots, across, kind)
     wide_y, wide_z = y.to(u.dtype), z.to(u.dtype)
-    averaging.move(wide_y, wide_z, u, across.dlr * stacks.across(scale, u), across, decays=kind.decays)
+    advance = averaging.move_apart if kind.apart else averaging.move
+    advance(wide_y, wide_z, u, across.dlr * stacks.across(scale, u), across, decays=kind.decays)
     bits = None if noise is None else rounding.noise(*noise)
     rounding.write(y, wide_y, bits, rounding.low_half)
     rounding.write(z, wide_z, bits, rounding.high_half)
@@ -204,7 +207,8 @@ def measure_and_move(
         every: The distance of two samples.
         numel: How many elements a tensor has.
     """
-    samples = [tensor.reshape(len(z), -1)[:, ::every] for tensor in (grad, z)] if evidence else []
+    base = y + z if kind.apart else z
+    samples = [tensor.reshape(len(z), -1)[:, ::every] for tensor in (grad, base)] if evidence else []
     sums, roots = _measure(grad, moment, samples, evidence, n, kind)
     scale = directions.stable_scale(sums["uu"], numel) if kind.stable else n.across(0).unit
     _move(y, z, grad, roots, scale, n, kind, noise)

@@ -114,7 +114,7 @@ class Layout:
 
     def positions(self) -> Tensor:
         """The index of each local element in the row-major flattened global tensor; int64, on the host."""
-        zero = torch.zeros((), dtype=torch.int64)
+        zero = torch.zeros((), dtype=torch.int64, device="cpu")
         return functools.reduce(torch.add, self._places(torch.int64, torch.device("cpu")), zero)
 
     def places(self, device: torch.device) -> list[Tensor]:
@@ -129,7 +129,7 @@ class Layout:
             along = (
                 torch.arange(indices.start, indices.stop, device=device)
                 if isinstance(indices, range)
-                else torch.tensor(indices, dtype=torch.int64).to(device)
+                else torch.tensor(indices, dtype=torch.int64, device="cpu").to(device)
             )
             result.append((along * stride).to(dtype).view(-1, *(1,) * (len(self.shape) - dim - 1)))
             stride *= self.shape[dim]

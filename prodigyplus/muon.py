@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus import directions
+from prodigyplus.isolation import isolated
 from prodigyplus.layout import wide_dtype
 
 # arXiv 2505.16932, algorithm 1: five polynomials, each the best after those before it, for singular values
@@ -85,6 +86,7 @@ def unit_rms(rows: int, columns: int) -> float:
     return math.sqrt(max(rows, columns))
 
 
+@isolated
 def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
     """Matrices with the singular vectors of these, and singular values near 1.
 

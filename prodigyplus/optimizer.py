@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, overload
 
@@ -17,8 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from prodigyplus import averaging, checkpoint, driver, options, progress, samples, stepsize
 from prodigyplus.checkpoint import name_of
+from prodigyplus.constraints import Constraint, Projection
+from prodigyplus.isolation import isolated, isolated_from_compiler
 from prodigyplus.layout import Layout, Sum
-from prodigyplus.options import Options
+from prodigyplus.monitor import Monitor
+from prodigyplus.options import Options, StateOptions
+from prodigyplus.reporting import is_called_from, warn_caller
 from prodigyplus.rule import Member, anchor, freed_state, new_state
 from prodigyplus.scalars import Constants
 from prodigyplus.step import Step
@@ -31,8 +34,6 @@ _EVALUATING = (
     "in eval mode: the model holds the averaged weights. Call optimizer.train() before the training "
     "steps, and optimizer.eval() before evaluating or saving."
 )
-
-_NOT_THE_CALLER = ("prodigyplus.", "prodigyplus_", "torch.")
 
 
 class Place(NamedTuple):
@@ -168,9 +169,19 @@ class ProdigyPlusScheduleFree(Optimizer):
         compile: bool = False,  # noqa: A002
     ) -> None:
         given = locals()
-        defaults = {name: given[name] for name in options.NAMES}
+        self._check_owner()
         # Every key of a group is a default, so that a fresh and a loaded optimiser have the same.
-        super().__init__(params, {**defaults, **stepsize.first_numbers(1.0), "calls": 0, "train_mode": True})
+        super().__init__(params, {**options.plain(given), **checkpoint.new_entries(1.0)})
+
+    def _check_owner(self) -> None:
+        """Refuse to be made by what gives every process an optimiser of other parameters."""
+        if is_called_from("torch.distributed.optim.zero_redundancy_optimizer"):
+            raise ValueError(
+                f"ZeroRedundancyOptimizer gives each rank a {type(self).__name__} of other parameters, which "
+                "finds a step size of its own. Pass optimizer_class=ShardedProdigyPlusScheduleFree (of "
+                "prodigyplus_dist) and process_group=dist.group.WORLD, by which they share one; or shard "
+                "the model with fully_shard."
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters: ``{"params": …}`` and any options that differ; see the class.
@@ -178,10 +189,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         Where it is to be fused with the backward pass, call :meth:`fuse_backward` after it.
         """
         self._check_no_step_is_under_way()
-        given = {**self.defaults, **param_group}
-        options.validate(given)
-        # Also where the group was another optimiser's.
-        param_group |= {**stepsize.first_numbers(given["d0"]), "calls": 0, "train_mode": True}
+        options.check_keys(param_group, checkpoint.ENTRIES)
+        values = options.plain({**self.defaults, **param_group})
+        param_group |= {name: values[name] for name in options.NAMES if name in param_group}
+        # Also where the group was another optimiser's. It is in the mode of the others.
+        param_group |= checkpoint.new_entries(values["d0"]) | {"train_mode": not self._evaluating}
         super().add_param_group(param_group)
         self._resolve(self.param_groups[-1])
         try:
@@ -189,30 +201,41 @@ class ProdigyPlusScheduleFree(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._lift()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # torch adds an option of its own optimisers, with which later groups would not be like those before.
+        self.defaults.pop("differentiable", None)
 
     def _check_parameters(self, index: int) -> None:
-        """Refuse parameters of a group that cannot be trained as it says."""
+        """Refuse parameters of a group that cannot be trained as it says; what is frozen may be anything."""
         group = self.param_groups[index]
         for number, p in enumerate(group["params"]):
-            wrong = None
-            if p.dtype not in _DTYPES:
-                wrong = (
-                    f"{p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Leave it out of "
-                    "params, or convert it."
-                )
-            elif Options.of(group).use_muon_pp and p.ndim < 2:
-                wrong = (
-                    f"of shape {tuple(p.shape)}, no matrix, but its group has use_muon_pp=True: put it "
-                    "into a group without, as prodigyplus.muon_groups(model) does."
-                )
-            if wrong is not None:
-                raise ValueError(f"{name_of(group, index, number)} is {wrong}")
+            if p.requires_grad or p.grad is not None:
+                self._check_parameter(p, Options.of(group), name_of(group, index, number))
+
+    @staticmethod
+    def _check_parameter(p: Tensor, o: Options, name: str) -> None:
+        wrong = None
+        if p.dtype not in _DTYPES:
+            wrong = (
+                f"{p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Leave it out of params, "
+                "convert it, or freeze it (requires_grad=False)."
+            )
+        elif o.use_muon_pp and p.ndim < 2:
+            wrong = (
+                f"of shape {tuple(p.shape)}, no matrix, but its group has use_muon_pp=True: put it into a "
+                "group without, as prodigyplus.muon_groups(model) does."
+            )
+        if wrong is not None:
+            raise ValueError(f"{name} is {wrong}")
 
     def _resolve(self, group: dict[str, Any]) -> None:
         for note in options.resolve_exclusions(group):
             if note not in self._warned:
                 self._warned |= {note}
-                _warn_caller(note)
+                warn_caller(note)
 
     # ------------------------------------------------------------------------------------ the step
 
@@ -222,7 +245,6 @@ class ProdigyPlusScheduleFree(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Move every parameter that has a gradient.
 
@@ -234,12 +256,17 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         Raises:
             RuntimeError: The optimiser is in eval mode, or a gradient is sparse.
+            ValueError: An option was given a value that it cannot have.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
 
+    @isolated_from_compiler
+    def _take_step(self) -> None:
         self._finish_backward()
         step, self._under_way = self._under_way or self._begin(in_backward=False), None
         if self._evaluating and not step.only_makes_state:
@@ -253,10 +280,12 @@ class ProdigyPlusScheduleFree(Optimizer):
         members = self._members(step)
         if not self._evaluating:
             step.close(members)
+            if not step.only_makes_state:
+                self._hold(step)
+                self._monitor.end(step.groups)
         for group in fused:
             for p in group["params"]:
                 p.grad = None
-        return loss
 
     @property
     def _evaluating(self) -> bool:
@@ -264,36 +293,134 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _begin(self, *, in_backward: bool) -> Step:
         self._check_average_is_not_lent()
-        home = next((self._local(p).device for p, _ in self._parameters()), torch.device("cpu"))
-        for group in self.param_groups:
-            stepsize.lift(group, home)
+        self._monitor.begin()
+        self._lift()
         step = Step(self.param_groups, self._exchange, self._constants, in_backward=in_backward)
-        for index, its in enumerate(step.groups):
-            o = its.options
-            self._check_what_state_is_for(index, o)
+        for its in step.groups:
+            if its.numbers["frozen"] and not its.options.freezes(its.numbers["calls"]):
+                self._warn_once(
+                    "prodigy_steps was raised, or set to 0, after it had passed: the step size stays "
+                    "frozen, since what it would go by has been freed."
+                )
             if its.numbers["calls"] == 0:  # state, if there is any, may be older than the weights
                 for p in its.numbers["params"]:
-                    if p in self.state:
+                    if self.state.get(p):
                         state = {key: self._local(value) for key, value in self.state[p].items()}
-                        anchor(self._local(p), state, self._layout(p), o)
+                        anchor(self._local(p), state, self._layout(p), its.options)
         return step
 
-    def _check_what_state_is_for(self, index: int, o: Options) -> None:
-        if index not in self._made_for:
-            self._check_parameters(index)  # Muon may have been switched on since
-        known = self._made_for.setdefault(index, o.of_state)
-        for name, value in o.of_state.items():
-            if value != known[name]:
-                raise RuntimeError(
-                    f"{name}={self.param_groups[index][name]!r} in param_groups[{index}], whose state was "
-                    "made under another value: build another optimiser to change it."
-                )
+    @isolated
+    def _lift(self) -> None:
+        """Make the numbers of the groups tensors, where the parameters are that are trained."""
+        trained = (p for p, _ in self._parameters() if p.requires_grad or p.grad is not None)
+        others = (p for p, _ in self._parameters() if p.device.type != "meta")
+        homes = (self._local(p).device for parameters in (trained, others) for p in parameters)
+        home = next(homes, torch.device("cpu"))
+        for group in self.param_groups:
+            stepsize.lift(group, home)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned |= {message}
+            warn_caller(message)
 
     @property
-    def _made_for(self) -> dict[int, dict[str, Any]]:
-        """Of each group, the options that say what its state is."""
-        made_for: dict[int, dict[str, Any]] = self.__dict__.setdefault("_made_for_by_group", {})
-        return made_for
+    def _monitor(self) -> Monitor:
+        monitor: Monitor = self.__dict__.setdefault("_monitor_kept", None) or Monitor(
+            self._warn_once, self._own_weights, self._name_of
+        )
+        self._monitor_kept = monitor
+        return monitor
+
+    def _own_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters that only the optimiser should change, as its state goes with them; local tensors."""
+        held = {p for constraint in self._constraints.values() for p in constraint.parameters}
+        for p, state in self.state.items():
+            if isinstance(p, Tensor) and p not in held and averaging.is_averaged(state):
+                weight = self._local(p)
+                if not weight.is_inference():
+                    yield p, weight
+
+    def _name_of(self, p: Tensor) -> str:
+        return next(self._name(place) for place in self._numbered() if place.p is p)
+
+    # ---------------------------------------------------------------------------------- constraints
+
+    def constrain(self, parameters: Tensor | Iterable[Tensor], project: Projection) -> RemovableHandle:
+        """Hold parameters in a set: in every step the weights that it moves are projected onto it.
+
+        >>> optimizer.constrain(model.logit_scale, lambda w: w.clamp_(0, math.log(100)))
+        >>> optimizer.constrain(words.weight, lambda w: torch.renorm(w, 2, 0, maxnorm=1.0))
+
+        Use it where a training loop would change weights after each step. Changed so, only the weights of
+        training obey; here z does, and with it the average, and Prodigy sees how far the weights have really
+        come. The weights are projected now, in every step, and where their average is put into the model.
+
+        Args:
+            parameters: One or more of the optimiser's parameters.
+            project: Gets a copy of the weights of each, of its shape (a DTensor, if the parameter is one),
+                and changes it in place or returns what it makes of it. Every rank calls it for the same
+                parameters in the same order.
+
+        Returns:
+            A handle, whose ``remove()`` lifts the constraint.
+
+        Raises:
+            ValueError: A tensor is not one of the optimiser's parameters, or ``project`` gives another shape.
+        """
+        self._check_no_step_is_under_way()
+        self._check_average_is_not_lent()
+        tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        own = {p for p, _ in self._parameters()}
+        if not tensors or any(p not in own for p in tensors):
+            raise ValueError(
+                "constrain: pass parameters that the optimiser was given, as they are after the model is "
+                "wrapped."
+            )
+        constraint = Constraint(tensors, project)
+        self._put_into_set(constraint)
+        handle = RemovableHandle(self._constraints)
+        self._constraints[handle.id] = constraint
+        return handle
+
+    @isolated
+    def _put_into_set(self, constraint: Constraint) -> None:
+        for p in constraint.parameters:
+            p.copy_(constraint.projected(p))
+            base = self.state.get(p, {}).get(averaging.BASE)
+            if base is not None:
+                base.copy_(constraint.projected(base))
+        self._has_changed_weights()
+
+    def _hold(self, step: Step) -> None:
+        """Put what a step has moved back into the sets that hold it."""
+        if self._constraints:
+            group_of = {p: group for group in step.groups for p in group.numbers["params"]}
+        for constraint in self._constraints.values():
+            for p in constraint.parameters:
+                if p in group_of and self.state.get(p):
+                    weight = self._local(p)
+                    xy = (
+                        group_of[p]
+                        .scalars(weight.device, torch.promote_types(weight.dtype, torch.float32))
+                        .xy
+                    )
+                    constraint.hold_(p, self.state[p], xy)
+
+    @property
+    def _constraints(self) -> OrderedDict[int, Constraint]:
+        constraints: OrderedDict[int, Constraint] = self.__dict__.setdefault(
+            "_constraints_kept", OrderedDict()
+        )
+        return constraints
+
+    def _holding(self, p: Tensor) -> list[Constraint]:
+        """The constraints that hold a parameter."""
+        return [its for its in self._constraints.values() if any(held is p for held in its.parameters)]
+
+    def _has_changed_weights(self) -> None:
+        """The model holds other weights now: what was made of those before is out of date."""
+        self._monitor.forget_weights()
 
     def fuse_backward(self, model: nn.Module) -> list[RemovableHandle]:
         """Let backward passes move the parameters of ``model``, those in groups with ``fused_back_pass``.
@@ -368,7 +495,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _finish_backward(self) -> None:
         """Take the gradients that a backward pass has left waiting."""
 
-    @torch.no_grad()
+    @isolated_from_compiler
     def _take(self, p: Tensor, grad: Tensor) -> bool:
         """Move a parameter by its gradient, now or soon. Returns whether it is one to be moved so."""
         if self._under_way is None:
@@ -398,6 +525,8 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _members(self, step: Step) -> list[Member]:
         """The parameters that are left of a step, with their state, made where there is none yet."""
+        if len(self._made_for) > 2 * len(self.state):  # parameters that were replaced are not to be held
+            self._made_for.clear()
         return [
             self._member(place, place.p.grad, step.groups[place.group])
             for place in self._numbered()
@@ -424,13 +553,58 @@ class ProdigyPlusScheduleFree(Optimizer):
             )
         p, state = place.p, self.state[place.p]
         weight, grad, layout = self._local(p), self._local(grad), self._layout(p)
+        made_for = layout, group.state_options
         if not state:
             self._check_kind(place)
+            self._check_parameter(p, group.options, self._name(place))
             state.update(self._kept(p, new_state(weight, grad, layout, group.options), group.options))
+        elif self._made_for.get(p) != made_for:
+            self._check_state(place, weight, grad, layout, group)
+        self._made_for[p] = made_for
         if not group.adapts:
             for key in progress.STATE:
                 state.pop(key, None)
         return Member(weight, grad, self._local_state(state), layout, group, place.number, present)
+
+    @property
+    def _made_for(self) -> dict[Tensor, tuple[Layout, StateOptions]]:
+        """What the state of each parameter is known to fit: where it is, and the options that it hangs on."""
+        made_for: dict[Tensor, tuple[Layout, StateOptions]] = self.__dict__.setdefault("_made_for_kept", {})
+        return made_for
+
+    def _check_state(
+        self, place: Place, weight: Tensor, grad: Tensor, layout: Layout, group: GroupStep
+    ) -> None:
+        """Refuse a state that was made for other options, or for a parameter of another shape.
+
+        Raises:
+            RuntimeError: It was.
+        """
+        before = self._made_for.get(place.p)
+        if before is not None:
+            for name, old, new in zip(StateOptions._fields, before[1], group.state_options, strict=True):
+                if old != new:
+                    raise RuntimeError(
+                        f"{name}={self.param_groups[place.group][name]!r} in param_groups[{place.group}], "
+                        "whose state was made under another value: build another optimiser to change it."
+                    )
+        state = self._local_state(self.state[place.p])
+        like, grad_like = (torch.empty_like(tensor, device="meta") for tensor in (weight, grad))
+        needed = {
+            key: tuple(value.shape)
+            for key, value in new_state(like, grad_like, layout, group.options).items()
+            if key in state or group.adapts or key not in progress.STATE
+        }
+        found = {key: tuple(value.shape) for key, value in state.items()}
+        if found != needed:
+            key = next(key for key in [*needed, *found] if found.get(key) != needed.get(key))
+            was = "" if before is None else f", and was of shape {before[0].shape} when its state was made"
+            raise RuntimeError(
+                f"{self._name(place)} is of shape {layout.shape}{was}: it needs {key!r} of shape "
+                f"{needed.get(key)} and has {found.get(key)}. A parameter that is cut or grown starts anew: "
+                "put a new nn.Parameter in its place in param_groups, and take the state of the old one out "
+                "with optimizer.state.pop(old)."
+            )
 
     def _check_kind(self, place: Place) -> None:
         """Refuse a parameter that this optimiser cannot train, by what every rank knows."""
@@ -542,24 +716,51 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "by itself; the optimiser goes with those of training: leave the with-block first."
             )
 
-    @torch.no_grad()
+    @isolated
     def _swap(self, *, train: bool) -> None:
         self._check_average_is_not_lent()
-        if any(group["use_schedulefree"] and group["train_mode"] != train for group in self.param_groups):
+        groups = [g for g in self.param_groups if g["use_schedulefree"] and g["train_mode"] != train]
+        if groups:
             self._check_no_step_is_under_way()
-        convert = averaging.y_from_x if train else averaging.x_from_y
-        for group in self.param_groups:
-            if group["use_schedulefree"] and group["train_mode"] != train:
-                for p, z in self._with_z(group):
-                    weights = self._local(p)
-                    convert(weights, self._local(z), group["betas"][0], out=weights)
-                group["train_mode"] = train
+        for group in groups:
+            # A schedule may have moved β1 since: y comes back by what x was made with.
+            beta1 = group["average_beta1"] if train else None
+            beta1 = group["betas"][0] if beta1 is None else beta1
+            for p, state in self._averaged(group):
+                if train:
+                    self._put_back(p, state, beta1)
+                else:
+                    self._put_average(p, state, beta1)
+            group["train_mode"], group["average_beta1"] = train, None if train else beta1
+        if groups:
+            self._has_changed_weights()
 
-    def _with_z(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _put_average(self, p: Tensor, state: Mapping[str, Tensor], beta1: float) -> None:
+        if self._holding(p):  # from what is projected, y may not be found again
+            self._weights_of_training[p] = p.detach().clone()
+        averaging.x_from_y(self._local(p), state, beta1, out=self._local(p))
+        for constraint in self._holding(p):
+            p.copy_(constraint.projected(p))
+
+    def _put_back(self, p: Tensor, state: Mapping[str, Tensor], beta1: float) -> None:
+        before = self._weights_of_training.pop(p, None)
+        if before is not None:
+            p.copy_(before)
+        else:
+            averaging.y_from_x(self._local(p), state, beta1, out=self._local(p))
+
+    @property
+    def _weights_of_training(self) -> dict[Tensor, Tensor]:
+        """In eval mode, y of the parameters whose average was projected."""
+        weights: dict[Tensor, Tensor] = self.__dict__.setdefault("_weights_of_training_kept", {})
+        return weights
+
+    def _averaged(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+        """The parameters of a group that are not their own average, with their local states."""
         for p in group["params"]:
             # Before the first step there may be state, but the weights are their own average.
-            if group["calls"] and p in self.state and "z" in self.state[p]:
-                yield p, self.state[p]["z"]
+            if group["calls"] and averaging.is_averaged(self.state.get(p, {})):
+                yield p, self._local_state(self.state[p])
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -576,48 +777,105 @@ class ProdigyPlusScheduleFree(Optimizer):
             return
         before: list[tuple[Tensor, Tensor]] = []
         try:
-            with torch.no_grad():
-                for p, x in self._averages():
-                    before.append((p, p.detach().clone()))
-                    p.copy_(x)
-            self._lends_average = True
+            self._lend_average(before)
             yield
         finally:
             self._lends_average = False
-            with torch.no_grad():
-                for p, y in before:
-                    p.copy_(y)
+            self._take_back(before)
 
-    @torch.no_grad()
-    def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
+    @isolated
+    def _lend_average(self, before: list[tuple[Tensor, Tensor]]) -> None:
+        for p, x in self._averages():
+            before.append((p, p.detach().clone()))
+            p.copy_(x)
+        self._lends_average = True
+        self._has_changed_weights()
+
+    @isolated
+    def _take_back(self, before: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for p, y in before:
+            p.copy_(y)
+        self._has_changed_weights()
+
+    @isolated
+    def averaged_state_dict(self, model: nn.Module, *, full: bool = False) -> dict[str, Any]:
         """``model.state_dict()`` with the averaged weights x: what to save as the trained model.
 
-        Changes nothing. What the optimiser averages is new tensors; the rest are the model's own.
+        Changes nothing. What the optimiser averages is new tensors; the rest are the model's own. Tied
+        weights are one tensor for each name, as ``safetensors`` needs.
+
+        Args:
+            model: The model whose parameters the optimiser was given, wrapped in what it may be.
+            full: Copies on the CPU, under the names that they have in the model that is not wrapped.
+
+        Raises:
+            ValueError: The model has none of the optimiser's parameters.
         """
-        averages = {id(p): x for p, x in self._averages()}
-        entries = model.state_dict(keep_vars=True)
+        entries = self._entries(model)
+        if not full:
+            return entries
         return {
-            name: averages.get(id(value), value.detach() if isinstance(value, Tensor) else value)
+            checkpoint.unwrapped(name): value.to("cpu", copy=True) if isinstance(value, Tensor) else value
             for name, value in entries.items()
         }
+
+    def _entries(self, model: nn.Module) -> dict[str, Any]:
+        self._check_model(model)
+        averages = {id(p): x for p, x in self._averages()}
+        entries: dict[str, Any] = {}
+        seen: set[int] = set()
+        for name, value in model.state_dict(keep_vars=True).items():
+            entry = averages.get(id(value), value.detach() if isinstance(value, Tensor) else value)
+            if isinstance(value, Tensor):
+                entry = entry.clone() if id(value) in seen else entry
+                seen.add(id(value))
+            entries[name] = entry
+        return entries
+
+    def _check_model(self, model: nn.Module) -> None:
+        own = {p for p, _ in self._parameters()}
+        if own and own.isdisjoint(model.parameters()):
+            raise ValueError(
+                "averaged_state_dict: none of the model's parameters is one of the optimiser's, which has "
+                "the average of no other: pass the model whose parameters it was given, not a copy of it."
+            )
+
+    def check_replicas(self) -> None:
+        """Nothing to compare in one process; see ``ShardedProdigyPlusScheduleFree``, of the package beside
+        this.
+
+        Raises:
+            RuntimeError: A backward pass has moved parameters, and no ``step()`` has ended that step. Or
+                there are several processes, of which this class does not know.
+        """
+        self._check_no_step_is_under_way()
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if processes != "1":
+            raise RuntimeError(
+                f"there are {processes} processes (WORLD_SIZE), of which this optimiser does not know: call "
+                "prodigyplus_dist.check_replicas(optimizer)."
+            )
 
     def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every parameter that does not hold x now, with its x, a new tensor."""
         self._check_no_step_is_under_way()
         for group in self.param_groups:
             if group["use_schedulefree"] and group["train_mode"] and not self._lends_average:
-                for p, z in self._with_z(group):
+                for p, state in self._averaged(group):
                     x = torch.empty_like(p, requires_grad=False)
-                    averaging.x_from_y(self._local(p), self._local(z), group["betas"][0], out=self._local(x))
+                    averaging.x_from_y(self._local(p), state, group["betas"][0], out=self._local(x))
+                    for constraint in self._holding(p):
+                        x = constraint.projected(x)
                     yield p, x
 
     # ------------------------------------------------------------------------------------- metrics
 
-    @torch.no_grad()
-    def metrics(self) -> list[dict[str, Tensor]]:
+    @isolated
+    def metrics(self, *, as_numbers: bool = False) -> list[dict[str, Any]]:
         """What the step size does: one dict for each parameter group, of tensors without dimensions.
 
-        They stay on the device, and their values are those of now; reading one waits for the device.
+        They stay on the device, and their values are those of now; reading one waits for the device. With
+        ``as_numbers`` they are plain Python numbers, as loggers want them, for which it waits once.
 
         =================  =============================================================================
         ``d``              step size of the group
@@ -632,7 +890,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         =================  =============================================================================
         """
 
-        def read(group: Mapping[str, Any]) -> dict[str, Tensor]:
+        def read(group: Mapping[str, Any]) -> dict[str, Any]:
             numbers = {
                 name: value.clone()
                 if isinstance(value := group[name], Tensor)
@@ -650,7 +908,10 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "skipped_steps": numbers["skipped"],
             }
 
-        return [read(group) for group in self.param_groups]
+        groups = [read(group) for group in self.param_groups]
+        if as_numbers:
+            stepsize.make_plain(groups, groups[0] if groups else ())
+        return groups
 
     # --------------------------------------------------------------------------------- checkpoints
 
@@ -661,18 +922,27 @@ class ProdigyPlusScheduleFree(Optimizer):
         """
         self._check_no_step_is_under_way()
         self._check_average_is_not_lent()
-        saved = super().state_dict()
-        checkpoint.make_plain(saved["param_groups"])
-        saved["state"] = self._saved_states()
-        return saved
 
+        # Before the hooks of others, which are to see what is saved.
+        def finish(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+            stepsize.make_plain(saved["param_groups"])
+            others = {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
+            saved["state"] = {**self._saved_states(), **others}
+
+        hook = self.register_state_dict_post_hook(finish, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    @isolated
     def _saved_states(self) -> dict[int, dict[str, Tensor]]:
         """The states of all parameters by their numbers, Prodigy's samples as rows."""
         kept = []
         for number, (p, group) in enumerate(self._parameters()):
             if p in self.state:
                 o, state = Options.of(group), self.state[p]
-                if state and not o.adapts(group["calls"]):
+                if state and group["frozen"]:
                     state = {**state, **self._kept(p, freed_state(self._local(p), self._layout(p), o), o)}
                 kept.append((number, p, o, state))
         asked: list[driver.Asked] = []
@@ -714,18 +984,25 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         def take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             groups = checkpoint.checked_groups(state_dict, self.param_groups, self.defaults)
-            states = checkpoint.checked_states(state_dict["state"], groups, self.param_groups)
+            saved = state_dict["state"]
+            states = checkpoint.checked_states(saved, groups, self.param_groups)
             group_of = [group for group in groups for _ in group["params"]]
             for number, (p, _) in enumerate(self._parameters()):
                 if number in states:
                     loaded[number] = self._loaded_state(p, states[number], group_of[number])
-            return {"state": {}, "param_groups": groups}
+            keys = {key for group in groups for key in group["params"]}
+            others = {key: value for key, value in saved.items() if key not in keys}
+            return {"state": others, "param_groups": groups}
 
         def put_in(optimizer: Optimizer) -> None:
             self._made_for.clear()
-            for number, (p, _) in enumerate(self._parameters()):
+            self._weights_of_training.clear()
+            self._has_changed_weights()
+            self._lift()
+            for number, (p, group) in enumerate(self._parameters()):
                 if number in loaded:
                     self.state[p] = loaded[number]
+                    self._made_for[p] = self._layout(p), Options.of(group).of_state
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_out),
@@ -737,12 +1014,13 @@ class ProdigyPlusScheduleFree(Optimizer):
             for hook in hooks:
                 hook.remove()
 
+    @isolated
     def _loaded_state(
         self, p: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         o = Options.of(group)
-        adapts = o.adapts(group["calls"])
-        needed = {key: value for key, value in saved.items() if adapts or key not in progress.STATE}
+        frozen = group["frozen"]
+        needed = {key: value for key, value in saved.items() if not (frozen and key in progress.STATE)}
         pieces = {key: self._piece(p, value, key, o) for key, value in needed.items()}
         if "p0" in pieces:  # which was once kept in bfloat16
             pieces["p0"] = pieces["p0"].to(torch.promote_types(pieces["p0"].dtype, p.dtype))
@@ -752,11 +1030,3 @@ class ProdigyPlusScheduleFree(Optimizer):
             else self._placed(p, piece, key, o)
             for key, piece in pieces.items()
         }
-
-
-def _warn_caller(message: str) -> None:
-    """Warn at the line of the caller's own code, however many of ours and torch's lie between."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_NOT_THE_CALLER):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)

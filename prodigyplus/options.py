@@ -9,12 +9,28 @@ and a user any other option between two steps.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
-from collections.abc import Callable, Mapping
+import numbers
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor
+
+
+class StateOptions(NamedTuple):
+    """The options that decide which entries the state of a parameter has; see :attr:`Options.of_state`."""
+
+    use_schedulefree: bool
+    bfloat16_z: bool
+    use_focus: bool
+    use_muon_pp: bool
+    use_speed: bool  # whether it is "relative"
+    factored: bool
+    factored_fp32: bool
+    slice_p: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +74,21 @@ class Options:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
-        """The options that a group of ``param_groups`` holds now, but for what another excludes."""
-        values = {name: group[name] for name in NAMES}
-        resolve_exclusions(values)
-        return cls(**values)
+        """The options that a group of ``param_groups`` holds now, checked, but for what another excludes.
+
+        Cheap where nothing has changed: the same values give the same object.
+
+        Raises:
+            ValueError: see :func:`plain`.
+        """
+        values = _values_of(group)
+        lr = values[0]
+        if isinstance(lr, Tensor):  # its value may have changed in place
+            _plain("lr", lr)
+        try:
+            return _resolved(*values)
+        except TypeError:  # not hashable, as a list of betas
+            return _resolved.__wrapped__(*values)
 
     @property
     def prodigy_beta(self) -> float:
@@ -81,110 +108,201 @@ class Options:
         return self.lr == 0
 
     @property
-    def of_state(self) -> dict[str, Any]:
-        """Those that say what a parameter keeps, and so may not change once it does, by name."""
-        return {
-            "use_schedulefree": self.use_schedulefree,
-            "bfloat16_z": self.bfloat16_z,
-            "use_focus": self.use_focus,
-            "use_muon_pp": self.use_muon_pp,
-            "use_speed": self.use_speed == "relative",
-            "factored": self.factored,
-            "factored_fp32": self.factored_fp32,
-            "slice_p": self.slice_p,
-        }
+    def of_state(self) -> StateOptions:
+        """Those that say what a parameter keeps, and so may not change once it does."""
+        return StateOptions(
+            use_schedulefree=self.use_schedulefree,
+            bfloat16_z=self.bfloat16_z,
+            use_focus=self.use_focus,
+            use_muon_pp=self.use_muon_pp,
+            use_speed=self.use_speed == "relative",
+            factored=self.factored,
+            factored_fp32=self.factored_fp32,
+            slice_p=self.slice_p,
+        )
 
-    def adapts(self, calls: int) -> bool:
-        """Whether Prodigy still adapts ``d`` in the step that follows ``calls`` earlier ones."""
-        return not self.prodigy_steps or calls + 1 < self.prodigy_steps
+    def freezes(self, calls: int) -> bool:
+        """Whether ``d`` is to be frozen in the step that follows ``calls`` earlier ones."""
+        return bool(self.prodigy_steps) and calls + 1 >= cast("int", self.prodigy_steps)
 
 
 NAMES = tuple(field.name for field in fields(Options))
+_values_of = operator.itemgetter(*NAMES)
 
 # Up to this β2, RAdam's rectification never leaves zero: its average is never long enough.
 _SHORTEST_RECTIFIED = 0.6
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+# Tests of one value. Each returns it as a plain Python number, switch or pair, or None if it cannot be.
+_Test = Callable[[Any], Any]
 
 
-def _between(low: float, high: float, *, closed: bool = True) -> Callable[[Any], bool]:
-    """A test for finite numbers in [low, high), or in (low, high) if not ``closed``."""
+def _number(low: float, *, above: bool = False, below: float = math.inf) -> _Test:
+    """Finite real numbers, also numpy's, from ``low`` (or ``above`` it) to below ``below``."""
 
-    def test(value: Any) -> bool:
-        return _is_number(value) and (low <= value if closed else low < value) and value < high
+    def test(value: Any) -> float | None:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return None
+        number = float(value)
+        return number if (low < number if above else low <= number) and number < below else None
 
     return test
 
 
-def _is_count(low: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low
+def _count(low: int) -> _Test:
+    def test(value: Any) -> int | None:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            return None
+        return int(value) if int(value) >= low else None
+
+    return test
 
 
-def _none_or(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or test(value)
+def _switch(value: Any) -> bool | None:
+    is_switch = isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # numpy's
+    return bool(value) if is_switch else None
 
 
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
+def _speed(value: Any) -> bool | str | None:
+    return value if isinstance(value, str) and value == "relative" else _switch(value)
 
 
-def _is_lr(value: Any) -> bool:
-    # The value of a tensor may live on a device that nobody should wait for.
-    return value.ndim == 0 if isinstance(value, Tensor) else _between(0, math.inf)(value)
+def _betas(value: Any) -> tuple[float, float] | None:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        return None
+    first, second = map(_number(0, below=1), value)
+    return None if first is None or second is None else (first, second)
 
 
-def _is_pair_of_betas(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_between(0, 1), value))
+def _learning_rate(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return _LR(value)
+    if value.numel() != 1 or value.dtype.is_complex:
+        return None
+    # The value of a tensor may live on a device that nobody should wait for. A step then looks at it there.
+    known = type(value) is Tensor and value.device.type == "cpu"
+    return value.reshape(()) if not known or _LR(value.item()) is not None else None
 
 
-_POSITIVE = (_between(0, math.inf, closed=False), "a finite number greater than 0")
-_NOT_NEGATIVE = (_between(0, math.inf), "a finite number, 0 or greater")
-_DECAY = (_none_or(_between(0, 1)), "None or a number in [0, 1)")
-_SWITCH = (_is_bool, "True or False")
+_LR = _number(0)
+_POSITIVE, _POSITIVE_TEXT = _number(0, above=True), "a finite number greater than 0"
+_NOT_NEGATIVE = (_number(0), False, "a finite number, 0 or greater")
+_DECAY = (_number(0, below=1), True, "None or a number in [0, 1)")
+_SWITCH = (_switch, False, "True or False")
 
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (_is_lr, "a finite number, 0 or greater, or a tensor without dimensions"),
-    "betas": (_is_pair_of_betas, "two numbers in [0, 1)"),
+# Of each option: the test of a value, whether None is one too, and what is allowed. The others are switches.
+_ALLOWED: dict[str, tuple[_Test, bool, str]] = {
+    "lr": (_learning_rate, False, "a finite number, 0 or greater, or a tensor of one such element"),
+    "betas": (_betas, False, "two numbers in [0, 1)"),
     "beta3": _DECAY,
     "beta4": _DECAY,
     "weight_decay": _NOT_NEGATIVE,
-    "d0": _POSITIVE,
-    "d_coef": _POSITIVE,
-    "prodigy_steps": (_none_or(_is_count(0)), "None or a whole number, 0 or greater"),
-    "eps": (_none_or(_POSITIVE[0]), "None (Adam-atan2) or a finite number greater than 0"),
+    "d0": (_POSITIVE, False, _POSITIVE_TEXT),
+    "d_coef": (_POSITIVE, False, _POSITIVE_TEXT),
+    "prodigy_steps": (_count(0), True, "None or a whole number, 0 or greater"),
+    "eps": (_POSITIVE, True, f"None (Adam-atan2) or {_POSITIVE_TEXT}"),
     "schedulefree_c": _NOT_NEGATIVE,
-    "slice_p": (_is_count(1), "a whole number, 1 or greater"),
-    "use_speed": (lambda value: _is_bool(value) or value == "relative", "True, False or 'relative'"),
+    "slice_p": (_count(1), False, "a whole number, 1 or greater"),
+    "use_speed": (_speed, False, "True, False or 'relative'"),
 }
 
 
-def validate(group: Mapping[str, Any]) -> None:
-    """Check the options of one parameter group.
+def _plain(name: str, value: Any) -> Any:
+    """The value of an option as a plain Python number, switch or pair; of ``lr``, a tensor stays one.
 
     Raises:
-        ValueError: an option has a value it cannot have, or a key of the group looks like a
-            misspelt option. The message names the option, the value and what is allowed.
+        ValueError: It cannot be the option's.
     """
-    for name in NAMES:
-        test, allowed = _ALLOWED.get(name, _SWITCH)
-        if not test(group[name]):
-            raise ValueError(f"{name}={group[name]!r}: allowed is {allowed}.")
-    if group["use_schedulefree"] and group["betas"][0] == 0:
+    test, admits_none, allowed = _ALLOWED.get(name, _SWITCH)
+    if value is None and admits_none:
+        return None
+    plain = test(value)
+    if plain is None:
+        raise ValueError(f"{name}={value!r}: allowed is {allowed}.")
+    return plain
+
+
+def plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of one parameter group, checked, as plain Python values.
+
+    Raises:
+        ValueError: An option has a value it cannot have. The message names the option, the value and what is
+            allowed.
+    """
+    values = {name: _plain(name, group[name]) for name in NAMES}
+    betas = values["betas"]
+    if values["use_schedulefree"] and betas[0] == 0:
         raise ValueError(
-            f"betas={group['betas']!r}: Schedule-Free averages with betas[0], which must be greater "
-            "than 0; or set use_schedulefree=False."
+            f"betas={betas!r}: Schedule-Free averages with betas[0], which must be greater than 0; or set "
+            "use_schedulefree=False."
         )
-    if group["use_bias_correction"] and group["betas"][1] <= _SHORTEST_RECTIFIED:
+    if values["use_bias_correction"] and betas[1] <= _SHORTEST_RECTIFIED:
         raise ValueError(
-            f"betas={group['betas']!r}: with use_bias_correction=True, betas[1] must be greater than "
+            f"betas={betas!r}: with use_bias_correction=True, betas[1] must be greater than "
             f"{_SHORTEST_RECTIFIED}, or the correction holds every step at zero."
         )
-    for key in group.keys() - set(NAMES):
-        # Groups may carry keys of their owner's ("name", "initial_lr"), but not a slip of the pen.
-        if close := difflib.get_close_matches(key, NAMES, n=1, cutoff=0.85):
+    if isinstance(group["lr"], Tensor):
+        values["lr"] = group["lr"]  # itself, which a scheduler may write to
+    return values
+
+
+# Kept by value and type: of numbers that a scheduler moves, there are as many as steps.
+@functools.lru_cache(maxsize=1024, typed=True)
+def _resolved(*values: Any) -> Options:
+    checked = plain(dict(zip(NAMES, values, strict=True)))
+    if isinstance(checked["lr"], Tensor):
+        checked["lr"] = checked["lr"].reshape(())
+    resolve_exclusions(checked)
+    return Options(**checked)
+
+
+# Keys that frameworks and schedulers put into a group on purpose, and read themselves.
+_OF_FRAMEWORKS = frozenset(
+    {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale"}
+    | {"max_momentum", "base_momentum", "lr_mult", "decay_mult", "layer_id", "param_group_id"}
+)
+
+# What other optimisers call an option of ours.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "momentum": "betas",
+    "beta": "betas",
+    "beta1": "betas",
+    "beta2": "betas",
+    "wd": "weight_decay",
+    "epsilon": "eps",
+    "use_muon": "use_muon_pp",
+    "foreach_muon": "use_muon_pp",
+    "safeguard_warmup": "use_bias_correction",
+    "cautious": "use_cautious",
+    "adopt": "use_adopt",
+}
+
+
+def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse keys of a new parameter group that nobody reads.
+
+    Keys of the owner's own pass if they begin with an underscore, or if their values are texts; so do those
+    that frameworks add on purpose, and switches of other optimisers that are off (None or False).
+
+    Args:
+        group: What was passed for the group.
+        known: The keys that are no options, but ours.
+
+    Raises:
+        ValueError: A key looks like an option, and is none.
+    """
+    for key, value in group.items():
+        if key in NAMES or key in known or key in _OF_FRAMEWORKS or str(key).startswith("_"):
+            continue
+        close = [_ELSEWHERE[key]] if key in _ELSEWHERE else difflib.get_close_matches(key, NAMES, 1, 0.85)
+        if close:
             raise ValueError(f"unknown option {key!r} in a parameter group: did you mean {close[0]!r}?")
+        if not (value is None or value is False or isinstance(value, str)):
+            raise ValueError(
+                f"unknown option {key!r}={value!r} in a parameter group: this optimiser has none of that "
+                "name, and would not read it. Leave it out; a key of your own may begin with an underscore."
+            )
 
 
 # What excludes what, in this order: (when, what is then set, what to say of it).

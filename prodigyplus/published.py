@@ -382,6 +382,7 @@ def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict
     tally.add_scaled(statistic, "d_numerator", "d_denom", unit="group", note=_WEIGHTED)
     tally.add(Outcome.CONVERTED, "k", unit="group", note="the number of steps made, not of the next")
     return stepsize.first_numbers(d) | {
+        "settled": 1.0,  # as far as is known
         "d_hat": numerator / norm if norm > 0 and not theirs["use_speed"] else d,
         "d_numerator": numerator,
         "max_d_numerator": read("max_d_numerator", max(0.0, numerator)),
@@ -396,14 +397,18 @@ def _share(groups: Sequence[dict[str, Any]], saved: Sequence[Group], tally: _Tal
     """Set the step sizes in use, as :func:`prodigyplus.stepsize.close` does."""
     sharing = [group for group in groups if group["split_groups"] and group["split_groups_mean"]]
     if len(sharing) > 1:
-        columns = ([group[name] for group in sharing] for name in ("d", "weight_sum"))
-        mean = stepsize.harmonic_mean(*(torch.tensor(column, dtype=torch.float64) for column in columns))
-        for group in sharing:
-            group["shared_d"] = float(mean) if group["weight_sum"] > 0 else group["d"]
+        d, d0, weight_sum, k = (
+            torch.tensor([group[name] for group in sharing], dtype=torch.float64, device="cpu")
+            for name in ("d", "d0", "weight_sum", "k")
+        )
+        settled = torch.ones_like(d, dtype=torch.bool)  # as far as is known
+        mean = stepsize.shared_d(stepsize.Evidence(d, d0, weight_sum, k, settled))
+        for group, shared in zip(sharing, mean.tolist(), strict=True):
+            group["shared_d"] = shared
     for group, theirs in zip(groups, saved, strict=True):
         # 1.9 does not save it, and in 2.0 it may be None.
         if theirs.get("shared_d") and not math.isclose(theirs["shared_d"], group["shared_d"], rel_tol=1e-6):
-            note = "the mean of the groups that have moved, not of all"
+            note = "the mean of the groups with evidence, not of all"
             tally.add(Outcome.CHANGES, "shared_d", unit="group", note=note)
 
 
@@ -481,7 +486,7 @@ def _evidence(
         tally.add(Outcome.EXACT, *(key for key in _SPEED if key in saved))
         dtype = wide_dtype(p.device)
         numbers = {
-            ours: torch.tensor(saved.get(theirs, 0.0), dtype=dtype)
+            ours: torch.tensor(saved.get(theirs, 0.0), dtype=dtype, device="cpu")
             for ours, theirs in zip(progress.NUMBERS, _SPEED, strict=True)
         }
         return {"p0": rows("p0"), **numbers}

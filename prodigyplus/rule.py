@@ -136,8 +136,8 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
     ========================================  ======================  ================================
     key                                       dtype                   shape
     ========================================  ======================  ================================
-    ``z`` (Schedule-Free)                     the weight's, or        the weight's
-                                              bfloat16, see options
+    ``z`` (Schedule-Free)                     the weight's            the weight's
+    ``z_minus_y`` (instead: ``bfloat16_z``)   bfloat16                the weight's
     ``exp_avg`` (otherwise)                   the gradient's          the weight's
     ``exp_avg_sq_row``, ``_col``, ``_mean``   float32, see options    1 in the averaged dimensions
     ``exp_avg_sq`` (where not factored)       the gradient's          the weight's
@@ -158,14 +158,13 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: Options) ->
         state = {"exp_avg_weight": torch.zeros_like(grad)}
     elif not options.use_muon_pp:
         state = moments.new_state(grad, layout, factored=options.factored, dtype=dtype)
-    if options.use_schedulefree:
-        halves = options.bfloat16_z and weight.dtype == torch.float32
-        state["z"] = weight.detach().to(torch.bfloat16 if halves else weight.dtype, copy=True)
+    if options.use_schedulefree and options.bfloat16_z and weight.dtype == torch.float32:
+        state[averaging.OFFSET] = torch.zeros_like(weight, dtype=torch.bfloat16)
+    elif options.use_schedulefree:
+        state[averaging.BASE] = weight.detach().clone()
     else:
         state["exp_avg"] = torch.zeros_like(grad)
     return state | progress.new_state(weight, layout, options)
-
-
 
 
 def freed_state(weight: Tensor, layout: Layout, options: Options) -> dict[str, Tensor]:
@@ -173,7 +172,9 @@ def freed_state(weight: Tensor, layout: Layout, options: Options) -> dict[str, T
 
     torch's checkpoint helpers fill the state of a new optimiser, and fail at what of it is not in the file.
     """
-    return {key: torch.zeros_like(value) for key, value in progress.new_state(weight, layout, options).items()}
+    return {
+        key: torch.zeros_like(value) for key, value in progress.new_state(weight, layout, options).items()
+    }
 
 
 def anchor(weight: Tensor, state: dict[str, Tensor], layout: Layout, options: Options) -> None:
@@ -181,8 +182,10 @@ def anchor(weight: Tensor, state: dict[str, Tensor], layout: Layout, options: Op
 
     torch's checkpoint helpers create state by a step with ``lr=0``, after which weights may be loaded.
     """
-    if "z" in state:
-        state["z"].copy_(weight)
+    if averaging.BASE in state:
+        state[averaging.BASE].copy_(weight)
+    if averaging.OFFSET in state:
+        state[averaging.OFFSET].zero_()
     if "p0" in state:
         state["p0"].copy_(layout.sample(weight, options.slice_p))
 
@@ -230,7 +233,9 @@ def update(part: Part) -> Rule:
 
     grad = stacks.read(part.grads)
     state = part.share_state()
-    base = state["z"] if o.use_schedulefree else stacks.read(part.weights)
+    base = stacks.read(part.weights)
+    if o.use_schedulefree:
+        base = averaging.base_iterate(base, state)
 
     # The direction, and what spans it; and before the move, the raw gradient's evidence for the step size.
     held = _Held(part, state, n.across(len(layout.shape)))
@@ -249,9 +254,9 @@ def update(part: Part) -> Rule:
     if not o.use_schedulefree:
         _descend(held, u, step)
     elif o.use_cautious or o.use_grams:
-        u, agreeing = _propose(held, u, step)
+        u, agreeing, z = _propose(held, u, step)
         u = yield from _scaled_up(held, u, agreeing)
-        _accept(held, u)
+        _accept(held, u, z)
     else:
         _average(held, u, step)
     part.keep_state(state)
@@ -275,15 +280,17 @@ def _evidence(
 
 def _compiled(part: Part, squares: Mapping[str, Tensor], n: Scalars) -> Rule:
     """The rest of a step with the default options, in compiled passes; see :mod:`prodigyplus.compiled`."""
-    layout, o, kind = part.layout, part.group.options, compiled.Kind.of(part.group.options)
+    layout, o = part.layout, part.group.options
+    kind = compiled.Kind.of(o, apart=averaging.OFFSET in part.states[0])
     state = part.share_state()
-    z, grad = state["z"], stacks.read(part.grads)
+    z, grad = state[averaging.OFFSET if kind.apart else averaging.BASE], stacks.read(part.grads)
     moment = compiled.Moment.of(state, squares, layout)
     evidence = {key: state[key] for key in progress.SAMPLED if key in state and _adapts(part)}
     if layout.cuts:
-        samples = [layout.sample(tensor, o.slice_p) for tensor in (grad, z) if evidence]
+        base = averaging.base_iterate(stacks.read(part.weights), state) if evidence else z
+        samples = [layout.sample(tensor, o.slice_p) for tensor in (grad, base) if evidence]
         found, roots = compiled.measure(grad, moment, samples, evidence, n.packed, kind)
-        del grad, samples
+        del grad, base, samples
         whole = (yield {name: Sum(value, layout.dims) for name, value in found.items()}) if found else {}
         scale = n.unit.expand(len(part.weights))
         if o.use_stableadamw:
@@ -316,6 +323,15 @@ class _Held(NamedTuple):
     def options(self) -> Options:
         return self.part.group.options
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether z − y is kept in place of z."""
+        return averaging.OFFSET in self.state
+
+    @property
+    def base_key(self) -> str:
+        return averaging.OFFSET if self.is_apart else averaging.BASE
+
 
 def _present(present: list[bool], like: Tensor) -> Tensor:
     """A number for each parameter, 1 if its gradient is here and 0 if not; shape (count,), as ``like``."""
@@ -343,6 +359,8 @@ def _elementwise(
         sums |= {name: Sum(value, layout.dims) for name, value in dots.items()}
     elif o.use_stableadamw:
         sums["uu"] = Sum(stacks.square_total(u), layout.dims)
+    if not projects:
+        del base
     whole = (yield sums) if sums else {}
 
     scale, square = n.unit, whole.get("uu")
@@ -450,31 +468,40 @@ def _normalised(numerator: Tensor, denominator: Tensor, base: Tensor, n: Scalars
 def _average(held: _Held, u: Tensor, step: Tensor) -> None:
     """Schedule-Free's move, written to y and z."""
     weights, y, z = _widened(held)
-    averaging.move(y, z, u, step, held.n, decays=held.options.weight_decay > 0)
+    move = averaging.move_apart if held.is_apart else averaging.move
+    move(y, z, u, step, held.n, decays=held.options.weight_decay > 0)
     _write(held, y=(weights, y), z=z)
 
 
-def _propose(held: _Held, u: Tensor, step: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The same with a second thought on y: moves z, and proposes what to take off y, as :func:`_agreeing`."""
+def _propose(held: _Held, u: Tensor, step: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The same with a second thought on y: moves z, and proposes what to take off y, as :func:`_agreeing`.
+
+    Returns:
+        What that gives; and z as it is then (where its distance from y is kept, that from y as it was), to be
+        written with y.
+    """
     (_, y, z), o, n = _widened(held), held.options, held.n
     if o.weight_decay and o.weight_decay_by_lr:
         u.mul_(step).addcmul_(y, n.decay)
         step = n.unit
-    proposed = averaging.taken(y, z, u, n.c, y_step=step * n.xy)
+    proposed = averaging.taken(-z if held.is_apart else y - z, u, n.c, y_step=step * n.xy)
     z.addcmul_(u, step, value=-1)
     if o.weight_decay and not o.weight_decay_by_lr:
         z.addcmul_(y, n.decay, value=-1)
-    _write(held, z=z)
-    return _agreeing(proposed, u, o)
+    return *_agreeing(proposed, u, o), z
 
 
-def _accept(held: _Held, proposed: Tensor) -> None:
+def _accept(held: _Held, proposed: Tensor, z: Tensor) -> None:
     """Take what was proposed off y."""
     weights, o, n = stacks.read(held.part.weights), held.options, held.n
     y = weights.to(proposed.dtype)
     if o.weight_decay and not o.weight_decay_by_lr:
+        if held.is_apart:
+            z.addcmul_(y, n.decay * n.xy)
         y.mul_(1 - n.decay * n.xy)
-    _write(held, y=(weights, y.sub_(proposed)))
+    if held.is_apart:
+        z.add_(proposed)
+    _write(held, y=(weights, y.sub_(proposed)), z=z)
 
 
 def _descend(held: _Held, u: Tensor, step: Tensor) -> None:
@@ -487,9 +514,12 @@ def _descend(held: _Held, u: Tensor, step: Tensor) -> None:
 
 
 def _widened(held: _Held) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights, and of y and z the values in the dtype of the computation: themselves, or new tensors."""
+    """The weights, and of y and z the values in the dtype of the computation: themselves, or new tensors.
+
+    Where z − y is kept in place of z, it is that.
+    """
     weights, dtype = stacks.read(held.part.weights), held.part.dtype
-    return weights, weights.to(dtype), held.state["z"].to(dtype)
+    return weights, weights.to(dtype), held.state[held.base_key].to(dtype)
 
 
 def _write(held: _Held, *, y: tuple[Tensor, Tensor] | None = None, z: Tensor | None = None) -> None:
@@ -500,12 +530,14 @@ def _write(held: _Held, *, y: tuple[Tensor, Tensor] | None = None, z: Tensor | N
         rounding.write(*y, bits, rounding.low_half)
         stacks.write(held.part.weights, y[0])
     if z is not None:
-        rounding.write(held.state["z"], z, bits, rounding.high_half)
+        rounding.write(held.state[held.base_key], z, bits, rounding.high_half)
 
 
 def _noise(part: Part, step: Tensor) -> compiled.Noise:
     """What :func:`prodigyplus.rounding.noise` takes for these weights; None where none is needed."""
-    kept = [part.weights[0].dtype, *(state["z"].dtype for state in part.states[:1] if "z" in state)]
+    state = part.states[0]
+    bases = (state[key].dtype for key in (averaging.BASE, averaging.OFFSET) if key in state)
+    kept = [part.weights[0].dtype, *bases]
     if not part.group.options.stochastic_rounding or torch.bfloat16 not in kept:
         return None
     numbers = part.group.constants.on(step.device, part.numbers)

@@ -48,7 +48,7 @@ def _local_rows_shape(layout: Layout, every: int) -> tuple[int, ...]:
 
 def _places(layout: Layout, every: int) -> Tensor:
     """Where each sample stands in the flattened rows; int64, on the host."""
-    elements = torch.arange(math.prod(layout.local_shape)).view(layout.local_shape)
+    elements = torch.arange(math.prod(layout.local_shape), device="cpu").view(layout.local_shape)
     chosen = layout.sample(elements, every)
     columns, local_columns = (layout.shape or (1,))[-1], (layout.local_shape or (1,))[-1]
     positions = layout.sample(layout.positions(), every)

@@ -128,5 +128,7 @@ class Constants:
         if key not in self._kept:
             if len(self._kept) >= _MOST:
                 self._kept.clear()
-            self._kept[key] = torch.tensor(key[0], dtype=torch.int64).to(device, non_blocking=True)
+            self._kept[key] = torch.tensor(key[0], dtype=torch.int64, device="cpu").to(
+                device, non_blocking=True
+            )
         return self._kept[key]

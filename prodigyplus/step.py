@@ -88,7 +88,9 @@ class Step:
         totals = self._exchange.everywhere(torch.stack([group.totals() for group in self.groups]))
         stepsize.close(self.groups, totals)
         for group in self.groups:
-            group.numbers["calls"] += not group.options.lr_is_zero
+            if not group.options.lr_is_zero:
+                group.numbers["calls"] += 1
+                group.numbers["frozen"] = not group.adapts
 
     def _see(self, parts: Sequence[Part], answers: Sequence[driver.Answer]) -> None:
         self._seen += [

@@ -8,7 +8,7 @@ change nothing is a step whose numbers are chosen so that it changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ from prodigyplus.scalars import Constants, Packed, Scalars
 # How far the limiter lets d grow in one step.
 _LIMIT = 2**0.25
 
+# How many times its start a d must be to be evidence, and what rounding may lie between equal ones.
+_LEAST_GROWTH, _ROUNDING = 10.0, 1 + 1e-5
+
 # With SPEED, d grows to this power of itself at most; it is below 1.
 _SPEED_LIMIT = 0.975
 
@@ -32,9 +35,10 @@ def first_numbers(d0: float) -> dict[str, float | int]:
 
     ===============  =================================================================================
     ``d``            step size of the group
-    ``shared_d``     step size that multiplies ``lr``: ``d``, or the harmonic mean over the groups
+    ``shared_d``     step size that multiplies ``lr``: ``d``, or a mean of several groups' (:func:`shared_d`)
     ``d_hat``        last estimate ``d_numerator / d_denom``, before limiter and ``d_coef``
-    ``d_numerator``  N of SPEC's step 7, the decayed sum of ⟨g, p0 − z⟩, weighted
+    ``settled``      1 once ``d`` has ended its first growth (:func:`has_settled`), else 0
+    ``d_numerator``  N, the decayed sum of ⟨g, p0 − z⟩, weighted
     ``max_d_numerator``  the largest N so far
     ``d_denom``      ‖s‖₁ of the last step
     ``weight_sum``   Σ dlr², the Schedule-Free weights so far
@@ -45,7 +49,7 @@ def first_numbers(d0: float) -> dict[str, float | int]:
     """
     numbers = dict.fromkeys(("d", "shared_d", "d_hat"), float(d0))
     zeros = dict.fromkeys(("d_numerator", "max_d_numerator", "d_denom", "weight_sum", "effective_lr"), 0.0)
-    return {**numbers, **zeros, "k": 0, "skipped": 0}
+    return {**numbers, "settled": 0.0, **zeros, "k": 0, "skipped": 0}
 
 
 NUMBERS = tuple(first_numbers(1.0))
@@ -63,6 +67,20 @@ def lift(group: dict[str, Any], device: torch.device) -> None:
     group.update({name: as_number(name, group[name], device) for name in NUMBERS})
 
 
+def make_plain(groups: Sequence[dict[str, Any]], names: Iterable[str] = NUMBERS) -> None:
+    """Make 0-dim tensors in ``groups`` plain numbers, in place: one wait for the device, not one a number.
+
+    Args:
+        groups: Dicts with such tensors, or plain numbers already.
+        names: The keys under which they are.
+    """
+    found = [(group, name) for group in groups for name in names if isinstance(group[name], Tensor)]
+    if found:
+        values = torch.stack([group[name].double() for group, name in found]).tolist()
+        for (group, name), value in zip(found, values, strict=True):
+            group[name] = value if group[name].is_floating_point() else int(value)
+
+
 class GroupStep:
     """One parameter group during one step.
 
@@ -75,8 +93,9 @@ class GroupStep:
         self.numbers = group
         self.constants = constants
         self.options = Options.of(group)
+        self.state_options = self.options.of_state
         self.alone = False  # whether each parameter is skipped for itself
-        self.adapts = self.options.adapts(group["calls"])
+        self.adapts = not (group["frozen"] or self.options.freezes(group["calls"]))
         self.learns: Tensor  # bool, 0-dim: whether the step's evidence is to move d
         self._fixed: Packed
         self._observed: list[tuple[list[int], Tensor, Tensor]] = []
@@ -243,12 +262,17 @@ class Alike:
             learns: bool: where to.
         """
         product, norm = totals.unbind(1)
-        d, numerator, largest, d_hat = self._read("d", "d_numerator", "max_d_numerator", "d_hat")
-        d, estimate, numerator = self._next_d(d, numerator, largest, product, norm)
+        before, numerator, largest, d_hat, settled = self._read(
+            "d", "d_numerator", "max_d_numerator", "d_hat", "settled"
+        )
+        d, estimate, numerator = self._next_d(before, numerator, largest, product, norm)
+        d_hat = torch.where(norm > 0, estimate, d_hat)
+        d0 = self._option(lambda o: o.d0)
         self._write(
             learns,
             d=d,
-            d_hat=torch.where(norm > 0, estimate, d_hat),
+            d_hat=d_hat,
+            settled=torch.where(has_settled(d, before, d_hat * self._d_coef, d0), 1.0, settled),
             d_numerator=numerator,
             max_d_numerator=torch.maximum(numerator, largest),
             d_denom=norm,
@@ -268,14 +292,14 @@ class Alike:
             nothing was observed, and ``d`` stays.
         """
         do, before = self._branches, numerator
-        d0, d_coef = self._option(lambda o: o.d0), self._option(lambda o: o.d_coef)
+        d0, d_coef = self._option(lambda o: o.d0), self._d_coef
         numerator = numerator * self._option(lambda o: o.prodigy_beta)
         # Until progress is made, what is negative would only hold d down.
         numerator = torch.where((d > d0) | (product > 0), numerator + product, numerator)
         if do.use_speed == "relative":
             grows = (numerator >= largest) & (numerator > 0) & (before > 0)
             d_hat = torch.where(grows, d * (numerator / before).sqrt().clamp(max=_LIMIT), d)
-            estimate = torch.where(grows, d_hat * self._option(lambda o: o.d_coef**0.125), d)
+            estimate = torch.where(grows, d_hat * d_coef, d)
         else:
             d_hat = numerator / norm
             if do.use_speed:
@@ -291,15 +315,19 @@ class Alike:
             moved = torch.maximum(d, estimate)
         return torch.where(norm > 0, moved, d), d_hat, numerator
 
+    @property
+    def _d_coef(self) -> float | Tensor:
+        """What multiplies an estimate."""
+        power = 0.125 if self._branches.use_speed == "relative" else 1.0
+        return self._option(lambda o: o.d_coef**power)
+
     def _option(self, value: Callable[[Options], float | Tensor]) -> float | Tensor:
         """Something of the options: a number where it is the same in all groups, else one for each."""
         values = [value(group.options) for group in self._groups]
         first = values[0]
         if len(values) == 1 or not any(isinstance(v, Tensor) or v != first for v in values):
             return first
-        # Made on the device: to send them there would wait for it.
-        one = torch.ones_like(self._groups[0].numbers["d"])
-        return torch.stack([one * v for v in values])
+        return _on_device(values, self._groups[0].numbers["d"])
 
     def _read(self, *names: str) -> tuple[Tensor, ...]:
         return tuple(torch.stack([group.numbers[name] for group in self._groups]) for name in names)
@@ -310,6 +338,13 @@ class Alike:
         before = torch.stack(held).view(len(values), -1)
         after = torch.where(condition, torch.stack(list(values.values())), before)
         torch._foreach_copy_(held, after.view(-1).unbind())
+
+
+def _on_device(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """Numbers as one tensor where ``like``, 0-dim, is."""
+    # Made on the device: to send them there would wait for it.
+    one = torch.ones_like(like)
+    return torch.stack([one * v for v in values])
 
 
 def rectified(step: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,25 +389,97 @@ def close(groups: Sequence[GroupStep], totals: Tensor) -> None:
     numbers = [group.numbers for group in groups]
     if len(pool) > 1:
         followers = [numbers[place] for place in pool[1:]]
-        for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
+        for name in ("d", "d_hat", "settled", "d_numerator", "max_d_numerator", "d_denom"):
             _copy(name, [numbers[pool[0]][name]] * len(followers), followers)
 
     _copy("shared_d", [its["d"] for its in numbers], numbers)
-    sharing = [its for its in numbers if its["split_groups"] and its["split_groups_mean"]]
-    if len(sharing) > 1:
-        d, weight_sum = (torch.stack([its[name] for its in sharing]) for name in ("d", "weight_sum"))
-        shared = torch.where(weight_sum > 0, harmonic_mean(d, weight_sum), d)
-        _copy("shared_d", shared.unbind(), sharing)
+    if sharing := _sharing(groups):
+        evidence = _evidence(sharing)
+        _copy("shared_d", shared_d(evidence).unbind(), [group.numbers for group in sharing])
+
+
+def _sharing(groups: Sequence[GroupStep]) -> list[GroupStep]:
+    """The groups that move by a mean of several."""
+    sharing = [group for group in groups if group.options.split_groups and group.options.split_groups_mean]
+    return sharing if len(sharing) > 1 else []
+
+
+class Evidence(NamedTuple):
+    """What decides whose ``d`` counts in a mean over groups; shapes (groups,)."""
+
+    d: Tensor
+    d0: Tensor
+    weight_sum: Tensor
+    k: Tensor  # steps made
+    settled: Tensor  # bool: whether ``d`` has ended its first growth, or is frozen
+
+    @property
+    def counts(self) -> Tensor:
+        """Whether there is evidence for a group's ``d``; bool.
+
+        A start is chosen too small, so what has not grown tenfold may be noise. And what joined after the
+        others is on its way, until it settles: its ``d`` says only how far it has come.
+        """
+        has_grown, is_late = self.d > _LEAST_GROWTH * self.d0, self.k < self.k.max()
+        return (self.weight_sum > 0) & has_grown & (self.settled | ~is_late)
+
+
+def _evidence(groups: Sequence[GroupStep]) -> Evidence:
+    d, weight_sum, k, settled = (
+        torch.stack([group.numbers[name] for group in groups]) for name in ("d", "weight_sum", "k", "settled")
+    )
+    d0 = _on_device([group.options.d0 for group in groups], groups[0].numbers["d"])
+    frozen = groups[0].constants.on(d.device, [not group.adapts for group in groups])
+    return Evidence(d, d0, weight_sum, k, (settled > 0) | (frozen > 0))
+
+
+def with_a_say(groups: Sequence[GroupStep]) -> Tensor:
+    """The step sizes d of the groups whose evidence counts in a mean of several, nan in others; (groups,)."""
+    sizes = torch.full_like(torch.stack([group.numbers["d"] for group in groups]), math.nan)
+    if sharing := _sharing(groups):
+        evidence = _evidence(sharing)
+        number = {id(group): index for index, group in enumerate(groups)}
+        index = groups[0].constants.on(sizes.device, [number[id(group)] for group in sharing])
+        sizes.index_copy_(0, index, torch.where(evidence.counts, evidence.d, math.nan))
+    return sizes
 
 
 def _copy(name: str, values: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> None:
     torch._foreach_copy_([group[name] for group in groups], list(values))
 
 
-def harmonic_mean(d: Tensor, weight_sum: Tensor) -> Tensor:
-    """The harmonic mean of ``d`` over the groups that have moved (``weight_sum > 0``); shapes (groups,).
+def has_settled(d: Tensor, before: Tensor, estimate: Tensor, d0: float | Tensor) -> Tensor:
+    """Whether ``d`` has come to what the gradients say, after it has grown from a start that was too small.
 
-    A group that never had a gradient, or a learning rate, keeps its ``d0`` and would hold the others to it.
+    As long as it grows about as fast as the limiter lets it, or its estimate is above it, it is on its way.
+
+    Args:
+        d, before: The step size after and before a step; shape (groups,).
+        estimate: What it goes by, ``d_coef·d_hat``.
+        d0: Where it started.
+
+    Returns:
+        bool; shape (groups,).
     """
-    started = weight_sum > 0
-    return started.sum() / torch.where(started, 1 / d, 0.0).sum()
+    slows: Tensor = d < before * _LIMIT**0.5
+    return slows & (d > _LEAST_GROWTH * d0) & (estimate <= d * _ROUNDING)
+
+
+def shared_d(evidence: Evidence) -> Tensor:
+    """The step size in use in groups that share one: the harmonic mean of ``d`` over those with evidence.
+
+    Until one has evidence, the mean is over those whose ``d`` has left ``d0``, and until one has, over all
+    that have moved. So a group with nothing to learn, frozen at the start or just added does not hold the
+    others to its ``d0``: it moves by their mean.
+
+    Args:
+        evidence: That of the groups.
+
+    Returns:
+        The mean in every group that has moved; in the others, which have no say, their own ``d``. (groups,).
+    """
+    d, counts, moved = evidence.d, evidence.counts, evidence.weight_sum > 0
+    left = moved & (d > evidence.d0)
+    counts = torch.where(counts.any(), counts, torch.where(left.any(), left, moved))
+    mean = counts.sum() / torch.where(counts, 1 / d, 0.0).sum()
+    return torch.where(moved, mean, d)

@@ -5,14 +5,15 @@ the average, since DDP sums gradients bucket by bucket: what sees it is DDP's co
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from prodigyplus_dist.fsdp import groups_of
 
 Average: TypeAlias = torch.futures.Future[Tensor]
 
@@ -32,7 +33,7 @@ def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
                 "beside them, so that nothing is won: pass it gradient_as_bucket_view=True."
             )
         return
-    groups = _groups_of_fsdp(model)
+    groups = groups_of(model.modules())
     managed = {p.sharded_param for group in groups for p in group.fsdp_params}
     for name, p in parameters.items():
         if isinstance(p, DTensor) and p not in managed:
@@ -54,12 +55,6 @@ def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
             "gradients on streams that do not wait for each other: give all the same kind of mesh, or set "
             "fused_back_pass=False."
         )
-
-
-def _groups_of_fsdp(model: nn.Module) -> list[Any]:
-    """FSDP2's own groups of the parameters it manages, for which it has no public name."""
-    modules = (module for module in model.modules() if isinstance(module, FSDPModule))
-    return [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
 
 
 class Buckets:

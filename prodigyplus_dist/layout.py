@@ -140,7 +140,7 @@ def _pieces(shape: tuple[int, ...], cuts: Sequence[tuple[int, Placement, int]]) 
 def _cut(indices: Sequence[int], dim: int, placement: Placement, count: int) -> list[Sequence[int]]:
     """The indices along a dimension in ``count`` pieces, as the placement cuts."""
     # DTensor's own way to cut a tensor, strided placements included; there is no public name for it.
-    along = torch.tensor(indices, dtype=torch.int64).view((1,) * dim + (-1,))
+    along = torch.tensor(indices, dtype=torch.int64, device="cpu").view((1,) * dim + (-1,))
     pieces, _ = placement._split_tensor(along, count, with_padding=False, contiguous=False)  # type: ignore[attr-defined]
     return [range_if_one(piece.flatten().tolist()) for piece in pieces]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from prodigyplus.layout import Layout
 from prodigyplus.optimizer import Place, ProdigyPlusScheduleFree
 from prodigyplus.options import Options
 from prodigyplus.rule import Member, saved_form
+from prodigyplus.step import Step
 from prodigyplus.stepsize import GroupStep
 from prodigyplus_dist.exchange import MeshExchange
+from prodigyplus_dist.fsdp import reshard_modules_of
 from prodigyplus_dist.fused import Buckets, check_whole
 from prodigyplus_dist.layout import layout_of, placements_of
 from prodigyplus_dist.replicas import check_replicas
@@ -40,8 +42,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     :meth:`state_dict` and :meth:`load_state_dict` together.
 
     FSDP2 keeps the weights of the root module gathered after a forward pass until a backward pass. Where none
-    follows, as after an evaluation, it would train on with the averaged weights it gathered: shard the root
-    with ``reshard_after_forward=True``, or call ``model.reshard()`` when the weights have changed.
+    follows, as after an evaluation, it would train on with the averaged weights it gathered: so wherever the
+    optimiser puts other weights into the model, it lets FSDP2 go of what it has gathered.
 
     A step makes two all-reduces along each mesh axis that cuts a parameter, one along each that copies one,
     and where there are more updates than fit a bucket, one for each half of a bucket: while the sums of one
@@ -66,6 +68,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     """
 
     _buckets: Sequence[Buckets] = ()
+    _trained: Set[Tensor] = frozenset()  # the parameters that required gradients at the last step
 
     def __init__(
         self,
@@ -77,10 +80,15 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         all_to_all: bool = True,
         **options: Any,
     ) -> None:
+        self._shares_step_size = process_group is not None
         self._exchange: MeshExchange = MeshExchange(
             process_group, bucket_bytes, replicas, all_to_all=all_to_all
         )
         super().__init__(params, *args, **options)
+
+    def _check_owner(self) -> None:
+        if not self._shares_step_size:
+            super()._check_owner()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch leaves out what it does not know of; a copy must not go on alone.
@@ -98,16 +106,22 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         """
         if not full:
             return super().averaged_state_dict(model)
+        self._check_model(model)
         with self.averaged_parameters():
             whole = get_model_state_dict(
                 model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
             )
             # What is not cut is still the model's own, which will be other weights again.
+            # Tied weights come as one tensor.
             return {name: v.clone() if isinstance(v, Tensor) else v for name, v in whole.items()}
 
     def check_replicas(self, replicas: dist.ProcessGroup | None = None) -> None:
         """Check that all ranks agree where they have to; see :func:`prodigyplus_dist.check_replicas`."""
         check_replicas(self, replicas)
+
+    def _has_changed_weights(self) -> None:
+        super()._has_changed_weights()
+        reshard_modules_of({p for p, _ in self._parameters() if isinstance(p, DTensor)})
 
     def _attach(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
         check_whole(model, parameters)
@@ -124,7 +138,14 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
 
     def _takes_part(self, p: Tensor) -> bool:
         # Where this rank has no gradient others may have one: whether to take part is not its own to decide.
-        return p.requires_grad
+        # One that was frozen since the last step may still have a gradient somewhere; after that, all hear of
+        # none.
+        return p.requires_grad or p.grad is not None or p in self._trained
+
+    def _members(self, step: Step) -> list[Member]:
+        members = super()._members(step)
+        self._trained = {p for p, _ in self._parameters() if p.requires_grad}
+        return members
 
     def _member(self, place: Place, grad: Tensor | None, group: GroupStep) -> Member:
         p, present = place.p, grad is not None
@@ -185,6 +206,6 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
             return saved.redistribute(p.device_mesh, placements_of(p, whole)).to_local().to(device, copy=True)
         for dim, indices in enumerate(self._layout(p).indices):
             if dim not in whole:
-                chosen = torch.tensor(indices, dtype=torch.int64, device=saved.device)
+                chosen = torch.tensor(indices, dtype=torch.int64, device="cpu").to(saved.device)
                 saved = saved.index_select(dim, chosen)
         return saved.to(device, copy=True)

@@ -108,7 +108,9 @@ class Geometry:
                     slice(its.start, its.stop) for its in (rows, columns)
                 )
             else:
-                its_rows, its_columns = (torch.tensor(its, dtype=torch.int64) for its in (rows, columns))
+                its_rows, its_columns = (
+                    torch.tensor(its, dtype=torch.int64, device="cpu") for its in (rows, columns)
+                )
                 along = its_rows.view(-1, 1).to(device), its_columns.to(device)
             self._indices[key] = slice(None), *along
         return self._indices[key]

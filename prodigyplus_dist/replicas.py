@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from prodigyplus import options, stepsize
+from prodigyplus import checkpoint, options
 from prodigyplus.checkpoint import name_of
+from prodigyplus.isolation import isolated
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus_dist.exchange import MeshExchange
 from prodigyplus_dist.layout import cut_dim
@@ -72,7 +73,7 @@ class _Entry(NamedTuple):
         return (f"{self.value.item()}, " if self.value.numel() == 1 else "") + f"hash {bits % (1 << 64):016x}"
 
 
-@torch.no_grad()
+@isolated
 def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGroup | None = None) -> None:
     """Check that ranks agree: between any two steps, in either mode, called by all ranks together.
 
@@ -152,7 +153,7 @@ def _entries(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGroup | N
     for ranks in sharing:
         yield _Entry("param_groups", ranks, f"{len(groups)} of them", is_structure=True)
         for index, group in enumerate(groups):
-            for name in (*stepsize.NUMBERS, *options.NAMES, "calls", "train_mode"):
+            for name in (*options.NAMES, *checkpoint.ENTRIES):
                 value = group[name] if isinstance(group[name], Tensor) else repr(group[name])
                 yield _Entry(f"{name!r} of param_groups[{index}]", ranks, value)
 
@@ -208,7 +209,9 @@ def _hashes(entries: Sequence[_Entry]) -> Tensor:
     tensors = {number: e.value for number, e in enumerate(entries) if isinstance(e.value, Tensor)}
     home = next((tensor.device for tensor in tensors.values()), "cpu")
     texts = ["" if isinstance(entry.value, Tensor) else entry.value for entry in entries]
-    hashes = torch.tensor([_hash(text) for text in texts], dtype=torch.int64).to(home, non_blocking=True)
+    hashes = torch.tensor([_hash(text) for text in texts], dtype=torch.int64, device="cpu").to(
+        home, non_blocking=True
+    )
     for number, tensor in tensors.items():
         hashes[number] = _hash_of_bits(tensor)
     return hashes
@@ -222,7 +225,9 @@ def _sums(entries: Sequence[_Entry], hashes: Tensor) -> Tensor:
         [entry.factor for entry in entries],
         [entry.bin for entry in entries],
     )
-    shares, factors, bins = (torch.tensor(column, dtype=torch.int64).to(hashes.device) for column in columns)
+    shares, factors, bins = (
+        torch.tensor(column, dtype=torch.int64, device="cpu").to(hashes.device) for column in columns
+    )
     return hashes.new_zeros(_BINS).index_add_(0, bins, hashes * factors * shares)
 
 

@@ -19,7 +19,8 @@ def play(optimizer_class, problem, options, steps):
     found = {}
     for number, p in enumerate(problem.parameters):
         found[f"weight.{number}"] = whole(p)
-        found[f"z.{number}"] = whole(optimizer.state[p]["z"])
+        state = optimizer.state[p]
+        found[f"z.{number}"] = whole(state["z"] if "z" in state else state["z_minus_y"])
     return found, optimizer.metrics()[0]["d"]
 
 

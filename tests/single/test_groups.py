@@ -361,8 +361,14 @@ def test_prodigy_steps_freeze_d_and_free_its_state(split):
     assert not optimizer.state[problem.parameters[0]].keys() & {"p0", "s"}
 
     optimizer.param_groups[0]["prodigy_steps"] = 0  # too late
-    run(optimizer, problem, 3)
+    with pytest.warns(UserWarning, match="stays frozen"):
+        run(optimizer, problem, 3)
     assert d(optimizer) == [frozen["d"]]
+    for steps in (0, 100):  # and what is saved then is loaded
+        optimizer.param_groups[0]["prodigy_steps"] = steps
+        optimizer.load_state_dict(optimizer.state_dict())
+        run(optimizer, problem, 3)
+        assert d(optimizer) == [frozen["d"]]
 
 
 def test_metrics_are_of_the_moment_they_were_asked():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree
@@ -103,7 +104,7 @@ def test_averaged_parameters_come_back_after_an_error():
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_averaged_state_dict(mode):
+def test_averaged_state_dict(mode, tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
     model[2].weight = model[0].weight  # tied
     model[2].bias.requires_grad_(False)
@@ -116,7 +117,10 @@ def test_averaged_state_dict(mode):
     before = snapshot(optimizer)
     saved = optimizer.averaged_state_dict(model)
     assert_same(snapshot(optimizer), before)
-    assert saved["2.weight"] is saved["0.weight"] or mode == "eval"
+    # Each name has a memory of its own: safetensors refuses tensors that share one.
+    assert saved["2.weight"].data_ptr() != saved["0.weight"].data_ptr()
+    assert_same(saved["2.weight"], saved["0.weight"])
+    save_file(saved, tmp_path / "model.safetensors")
     assert not any(value.requires_grad for value in saved.values())
 
     optimizer.eval()
@@ -159,3 +163,70 @@ def test_which_weights_the_model_holds():
         assert optimizer.holds_average
     assert not optimizer.holds_average
     assert pair((4, 4), use_schedulefree=False)[1].holds_average
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_averaged_state_dict_in_full(mode):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    wrapped = torch.nn.parallel.DataParallel(model)  # names begin with "module."
+    optimizer = ProdigyPlusScheduleFree(wrapped.parameters())
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+    getattr(optimizer, mode)()
+    saved = optimizer.averaged_state_dict(wrapped, full=True)
+    optimizer.eval()
+    assert_same(saved, dict(model.state_dict()))
+    assert not {value.data_ptr() for value in saved.values()} & {p.data_ptr() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_averaged_state_dict_of_another_model(mode):
+    """A copy has the weights of training, and no average."""
+    model = nn.Linear(4, 4)
+    optimizer = ProdigyPlusScheduleFree(model.parameters())
+    getattr(optimizer, mode)()
+    for full in (False, True):
+        with pytest.raises(ValueError, match="not a copy of it"):
+            optimizer.averaged_state_dict(copy.deepcopy(model), full=full)
+    optimizer.averaged_state_dict(nn.Sequential(model, nn.Linear(4, 4)))  # of a part, it has
+
+
+def test_a_group_added_in_eval_mode_is_in_eval_mode():
+    problem, optimizer = pair((4, 4), (3,))
+    late = nn.Parameter(torch.ones(3))
+    run(optimizer, problem, 5)
+    optimizer.eval()
+    optimizer.add_param_group({"params": [late]})
+    assert optimizer.holds_average
+    optimizer.train()
+    assert not optimizer.holds_average
+    problem.parameters.append(late)
+    run(optimizer, problem, 2)
+    assert not torch.equal(late, torch.ones(3))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_schedule_moves_beta1_in_eval_mode(saved):
+    """As OneCycleLR does, stepped after validation: train() goes by the β1 that eval() went by."""
+    problem, optimizer = pair((40, 40))
+    run(optimizer, problem, 50)
+    y = problem.parameters[0].detach().clone()
+    optimizer.eval()
+    if saved:  # and so does a run that goes on from there
+        state, other = optimizer.state_dict(), ProdigyPlusScheduleFree(problem.parameters)
+        other.load_state_dict(state)
+        optimizer = other
+    optimizer.param_groups[0]["betas"] = (0.5, 0.99)
+    optimizer.train()
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(problem.parameters[0].detach(), y, rtol=4 * eps, atol=eps)
+
+
+def test_check_replicas_of_one_process(monkeypatch):
+    _, optimizer = pair((4, 4))
+    optimizer.check_replicas()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"prodigyplus_dist\.check_replicas"):
+        optimizer.check_replicas()

@@ -110,7 +110,7 @@ def test_1_9_where_it_is_the_same_algorithm(name):
 @pytest.mark.parametrize("name", NAMES_1_9)
 def test_1_9_goes_on_well(name):
     problem, optimizer, saved, _ = imported(name)
-    before = [group["d"] for group in optimizer.param_groups]
+    before = [float(group["d"]) for group in optimizer.param_groups]
     optimizer.train()
     assert problem.loss() == pytest.approx(float(saved["loss"][0]), rel=1e-5)
     first, *_ = go_on(name, problem, optimizer, AFTER)
@@ -222,7 +222,7 @@ def test_a_group_that_never_moved():
     idle["d"] = idle["d0"]
     for group in (moved, idle):
         group["shared_d"] = 2 / (1 / moved["d"] + 1 / idle["d"])
-    line = "shared_d (2 groups): the mean of the groups that have moved, not of all"
+    line = "shared_d (2 groups): the mean of the groups with evidence, not of all"
     assert line in str(quietly(optimizer, saved))
     assert [group["shared_d"] for group in optimizer.param_groups] == [moved["d"], idle["d0"]]
     assert [(group["k"], group["calls"]) for group in optimizer.param_groups] == [(60, 60), (0, 60)]

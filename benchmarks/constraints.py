@@ -1,0 +1,174 @@
+"""Weights that a training loop changes between steps, and the same by ``optimizer.constrain``.
+
+    pip install prodigyopt schedulefree
+    python benchmarks/constraints.py
+
+Three inputs as they are found in public code: a logit scale that is clamped, an embedding with ``max_norm``, and
+rows that are renormalised after each step. Of each optimiser it prints the loss at the weights of training and at
+those that are evaluated, how far the latter are outside the set, and d.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prodigyplus import ProdigyPlusScheduleFree
+
+Make = Callable[[Iterable[Tensor]], Any]
+
+
+class Task(NamedTuple):
+    """A problem with a constraint.
+
+    Args:
+        model: What is trained.
+        loss: Of the whole data, or of a step's batch.
+        held: The parameter that the constraint holds.
+        project: Projects weights onto the set, in place.
+        steps: How many to train for.
+        d0: Where Prodigy begins.
+    """
+
+    model: nn.Module
+    loss: Callable[[int | None], Tensor]
+    held: Tensor
+    project: Callable[[Tensor], Tensor]
+    steps: int
+    d0: float
+
+
+class Clip(nn.Module):
+    """Two encoders and a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(2)
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        u, v = (functional.normalize(f(t), dim=-1) for f, t in zip(self.encoders, (x, y), strict=True))
+        return self.logit_scale.exp() * u @ v.t()
+
+
+def clip() -> Task:
+    """A contrastive loss whose logit scale is clamped to log 100, as CLIP's is."""
+    torch.manual_seed(0)
+    latent = torch.randn(512, 8)
+    x, y = (latent @ torch.randn(8, 32) + 0.05 * torch.randn(512, 32) for _ in range(2))
+    model, draws = Clip(), torch.Generator().manual_seed(1)
+
+    def loss(step: int | None) -> Tensor:
+        chosen = torch.arange(512) if step is None else torch.randperm(512, generator=draws)[:128]
+        logits, target = model(x[chosen], y[chosen]), torch.arange(len(chosen))
+        return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.t(), target)) / 2
+
+    return Task(model, loss, model.logit_scale, lambda w: w.clamp_(0, math.log(100)), 3000, 1e-6)
+
+
+def embedding() -> Task:
+    """Word vectors of norm 1 at most."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40))
+    centre, context = torch.randint(0, 40, (256,)), torch.randint(0, 40, (256,))
+    context = torch.where(torch.rand(256) < 0.8, (centre * 7 + 3) % 40, context)
+
+    def loss(_: int | None) -> Tensor:
+        return functional.cross_entropy(model(centre), context)
+
+    words: Any = model[0]
+    return Task(model, loss, words.weight, lambda w: w.copy_(torch.renorm(w, 2, 0, 1.0)), 300, 1e-3)
+
+
+def rows() -> Task:
+    """A classifier by cosines, whose rows are kept at norm 1."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 10, bias=False))
+    data = torch.randn(512, 20)
+    labels = (data @ torch.randn(20, 10)).argmax(1)
+
+    def loss(_: int | None) -> Tensor:
+        hidden = functional.normalize(model[:2](data), dim=-1)
+        return functional.cross_entropy(16 * model[2](hidden), labels)
+
+    last: Any = model[2]
+    task = Task(model, loss, last.weight, lambda w: w.div_(w.norm(dim=1, keepdim=True)), 600, 1e-6)
+    with torch.no_grad():
+        task.project(task.held)
+    return task
+
+
+class Result(NamedTuple):
+    """What became of a run."""
+
+    trained: float
+    evaluated: float
+    outside: float
+    d: float
+
+
+def run(make_task: Callable[[], Task], make: Make, *, constrain: bool) -> Result:
+    """Train, with the weights changed after each step, or by ``constrain``."""
+    task = make_task()
+    optimizer = make(task.model.parameters())
+    getattr(optimizer, "train", lambda: None)()
+    if constrain:
+        optimizer.constrain(task.held, task.project)
+    for step in range(task.steps):
+        optimizer.zero_grad()
+        task.loss(step).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if not constrain:
+            with torch.no_grad():
+                task.project(task.held)
+    with torch.no_grad():
+        trained = task.loss(None).item()
+        getattr(optimizer, "eval", lambda: None)()
+        evaluated = task.loss(None).item()
+        outside = (task.project(task.held.clone()) - task.held).abs().max().item()
+    return Result(trained, evaluated, outside, float(optimizer.param_groups[0].get("d", math.nan)))
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description="Constraints behind an optimiser's back, and by it.")
+    parser.parse_args()
+    torch.set_num_threads(1)
+    import prodigyopt  # type: ignore[import-not-found,unused-ignore]
+    import schedulefree  # type: ignore[import-not-found,unused-ignore]
+
+    print("| task | optimiser | constraint | loss in training | evaluated | outside the set | d |")
+    print("|---|---|---|--:|--:|--:|--:|")
+    for make_task in (clip, embedding, rows):
+        d0 = make_task().d0
+
+        def ours(parameters: Iterable[Tensor], d0: float = d0) -> ProdigyPlusScheduleFree:
+            return ProdigyPlusScheduleFree(parameters, d0=d0)
+
+        makes: tuple[tuple[str, Make, bool], ...] = (
+            ("ours", ours, False),
+            ("ours", ours, True),
+            ("prodigyopt", lambda p, d0=d0: prodigyopt.Prodigy(p, d0=d0), False),  # type: ignore[misc]
+            ("schedulefree", lambda p: schedulefree.AdamWScheduleFree(p, lr=2.5e-3), False),
+            ("AdamW", lambda p: torch.optim.AdamW(p, lr=1e-3), False),
+        )
+        for name, make, constrain in makes:
+            r = run(make_task, make, constrain=constrain)
+            how = "`constrain`" if constrain else "after each step"
+            print(
+                f"| {make_task.__name__} | {name} | {how} | {r.trained:.4g} | {r.evaluated:.4g} "
+                f"| {r.outside:.2g} | {r.d:.2g} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
