@@ -3,9 +3,9 @@
     pip install prodigyopt schedulefree
     python benchmarks/constraints.py
 
-Three inputs as they are found in public code: a logit scale that is clamped, an embedding with ``max_norm``, and
-rows that are renormalised after each step. Of each optimiser it prints the loss at the weights of training and at
-those that are evaluated, how far the latter are outside the set, and d.
+Three inputs as they are found in public code: a logit scale that is clamped, an embedding with ``max_norm``,
+and rows that are renormalised after each step. Of each optimiser it prints the loss at the weights of
+training and at those that are evaluated, how far the latter are outside the set, and d.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ ENTRIES = tuple(new_entries(1.0))
 
 # Those that states saved by earlier versions have not, and what they are then.
 _LATER_ENTRIES: dict[str, Callable[[Group], Any]] = {
-    "settled": lambda group: 1.0,  # as far as is known
+    "in_mean": lambda group: 0.0,  # it joins at the next step, if it is to
     "frozen": lambda group: Options.of(group).freezes(group["calls"]),
     "average_beta1": lambda group: None,
 }

@@ -96,7 +96,7 @@ class Monitor:
 
         Args:
             counts: Of each group, k and skipped.
-            step_sizes: Of each group that has a say in a mean of several, d; of the others, nan.
+            step_sizes: Of each group that counts in a mean of several, d; of the others, nan.
         """
         if len(self._moved_at) != len(counts):
             self._moved_at = [(k, skipped) for k, skipped in counts]
@@ -130,7 +130,7 @@ def _sent_to_host(groups: Sequence[GroupStep]) -> tuple[Tensor, Tensor, torch.Ev
     counts = torch.stack(
         [torch.stack([group.numbers[name] for name in ("k", "skipped")]) for group in groups]
     )
-    step_sizes = stepsize.with_a_say(groups)
+    step_sizes = stepsize.counted(groups)
     if home.type == "cpu":
         return counts, step_sizes, None
     event = torch.Event(device=home)

@@ -382,7 +382,6 @@ def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict
     tally.add_scaled(statistic, "d_numerator", "d_denom", unit="group", note=_WEIGHTED)
     tally.add(Outcome.CONVERTED, "k", unit="group", note="the number of steps made, not of the next")
     return stepsize.first_numbers(d) | {
-        "settled": 1.0,  # as far as is known
         "d_hat": numerator / norm if norm > 0 and not theirs["use_speed"] else d,
         "d_numerator": numerator,
         "max_d_numerator": read("max_d_numerator", max(0.0, numerator)),
@@ -397,14 +396,13 @@ def _share(groups: Sequence[dict[str, Any]], saved: Sequence[Group], tally: _Tal
     """Set the step sizes in use, as :func:`prodigyplus.stepsize.close` does."""
     sharing = [group for group in groups if group["split_groups"] and group["split_groups_mean"]]
     if len(sharing) > 1:
-        d, d0, weight_sum, k = (
+        d, d0, weight_sum = (
             torch.tensor([group[name] for group in sharing], dtype=torch.float64, device="cpu")
-            for name in ("d", "d0", "weight_sum", "k")
+            for name in ("d", "d0", "weight_sum")
         )
-        settled = torch.ones_like(d, dtype=torch.bool)  # as far as is known
-        mean = stepsize.shared_d(stepsize.Evidence(d, d0, weight_sum, k, settled))
-        for group, shared in zip(sharing, mean.tolist(), strict=True):
-            group["shared_d"] = shared
+        mean, in_mean = stepsize.shared_d(d, d0, weight_sum, torch.zeros_like(d))
+        for group, *numbers in zip(sharing, mean.tolist(), in_mean.tolist(), strict=True):
+            group["shared_d"], group["in_mean"] = numbers
     for group, theirs in zip(groups, saved, strict=True):
         # 1.9 does not save it, and in 2.0 it may be None.
         if theirs.get("shared_d") and not math.isclose(theirs["shared_d"], group["shared_d"], rel_tol=1e-6):

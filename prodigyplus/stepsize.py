@@ -21,8 +21,8 @@ from prodigyplus.scalars import Constants, Packed, Scalars
 # How far the limiter lets d grow in one step.
 _LIMIT = 2**0.25
 
-# How many times its start a d must be to be evidence, and what rounding may lie between equal ones.
-_LEAST_GROWTH, _ROUNDING = 10.0, 1 + 1e-5
+# How many times its start a d must be to count in a mean, and how many times less than that it may be then.
+_LEAST_GROWTH, _NEAR = 10.0, 4.0
 
 # With SPEED, d grows to this power of itself at most; it is below 1.
 _SPEED_LIMIT = 0.975
@@ -37,7 +37,7 @@ def first_numbers(d0: float) -> dict[str, float | int]:
     ``d``            step size of the group
     ``shared_d``     step size that multiplies ``lr``: ``d``, or a mean of several groups' (:func:`shared_d`)
     ``d_hat``        last estimate ``d_numerator / d_denom``, before limiter and ``d_coef``
-    ``settled``      1 once ``d`` has ended its first growth (:func:`has_settled`), else 0
+    ``in_mean``      1 once ``d`` counts in a mean of several groups' (:func:`shared_d`), else 0
     ``d_numerator``  N, the decayed sum of ⟨g, p0 − z⟩, weighted
     ``max_d_numerator``  the largest N so far
     ``d_denom``      ‖s‖₁ of the last step
@@ -49,7 +49,7 @@ def first_numbers(d0: float) -> dict[str, float | int]:
     """
     numbers = dict.fromkeys(("d", "shared_d", "d_hat"), float(d0))
     zeros = dict.fromkeys(("d_numerator", "max_d_numerator", "d_denom", "weight_sum", "effective_lr"), 0.0)
-    return {**numbers, "settled": 0.0, **zeros, "k": 0, "skipped": 0}
+    return {**numbers, "in_mean": 0.0, **zeros, "k": 0, "skipped": 0}
 
 
 NUMBERS = tuple(first_numbers(1.0))
@@ -262,17 +262,12 @@ class Alike:
             learns: bool: where to.
         """
         product, norm = totals.unbind(1)
-        before, numerator, largest, d_hat, settled = self._read(
-            "d", "d_numerator", "max_d_numerator", "d_hat", "settled"
-        )
-        d, estimate, numerator = self._next_d(before, numerator, largest, product, norm)
-        d_hat = torch.where(norm > 0, estimate, d_hat)
-        d0 = self._option(lambda o: o.d0)
+        d, numerator, largest, d_hat = self._read("d", "d_numerator", "max_d_numerator", "d_hat")
+        d, estimate, numerator = self._next_d(d, numerator, largest, product, norm)
         self._write(
             learns,
             d=d,
-            d_hat=d_hat,
-            settled=torch.where(has_settled(d, before, d_hat * self._d_coef, d0), 1.0, settled),
+            d_hat=torch.where(norm > 0, estimate, d_hat),
             d_numerator=numerator,
             max_d_numerator=torch.maximum(numerator, largest),
             d_denom=norm,
@@ -292,14 +287,14 @@ class Alike:
             nothing was observed, and ``d`` stays.
         """
         do, before = self._branches, numerator
-        d0, d_coef = self._option(lambda o: o.d0), self._d_coef
+        d0, d_coef = self._option(lambda o: o.d0), self._option(lambda o: o.d_coef)
         numerator = numerator * self._option(lambda o: o.prodigy_beta)
         # Until progress is made, what is negative would only hold d down.
         numerator = torch.where((d > d0) | (product > 0), numerator + product, numerator)
         if do.use_speed == "relative":
             grows = (numerator >= largest) & (numerator > 0) & (before > 0)
             d_hat = torch.where(grows, d * (numerator / before).sqrt().clamp(max=_LIMIT), d)
-            estimate = torch.where(grows, d_hat * d_coef, d)
+            estimate = torch.where(grows, d_hat * self._option(lambda o: o.d_coef**0.125), d)
         else:
             d_hat = numerator / norm
             if do.use_speed:
@@ -314,12 +309,6 @@ class Alike:
         else:
             moved = torch.maximum(d, estimate)
         return torch.where(norm > 0, moved, d), d_hat, numerator
-
-    @property
-    def _d_coef(self) -> float | Tensor:
-        """What multiplies an estimate."""
-        power = 0.125 if self._branches.use_speed == "relative" else 1.0
-        return self._option(lambda o: o.d_coef**power)
 
     def _option(self, value: Callable[[Options], float | Tensor]) -> float | Tensor:
         """Something of the options: a number where it is the same in all groups, else one for each."""
@@ -389,13 +378,18 @@ def close(groups: Sequence[GroupStep], totals: Tensor) -> None:
     numbers = [group.numbers for group in groups]
     if len(pool) > 1:
         followers = [numbers[place] for place in pool[1:]]
-        for name in ("d", "d_hat", "settled", "d_numerator", "max_d_numerator", "d_denom"):
+        for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
             _copy(name, [numbers[pool[0]][name]] * len(followers), followers)
 
     _copy("shared_d", [its["d"] for its in numbers], numbers)
     if sharing := _sharing(groups):
-        evidence = _evidence(sharing)
-        _copy("shared_d", shared_d(evidence).unbind(), [group.numbers for group in sharing])
+        d, weight_sum, in_mean = (
+            torch.stack([group.numbers[name] for group in sharing]) for name in ("d", "weight_sum", "in_mean")
+        )
+        d0 = _on_device([group.options.d0 for group in sharing], d[0])
+        numbers = [group.numbers for group in sharing]
+        for name, value in zip(("shared_d", "in_mean"), shared_d(d, d0, weight_sum, in_mean), strict=True):
+            _copy(name, value.unbind(), numbers)
 
 
 def _sharing(groups: Sequence[GroupStep]) -> list[GroupStep]:
@@ -404,82 +398,45 @@ def _sharing(groups: Sequence[GroupStep]) -> list[GroupStep]:
     return sharing if len(sharing) > 1 else []
 
 
-class Evidence(NamedTuple):
-    """What decides whose ``d`` counts in a mean over groups; shapes (groups,)."""
-
-    d: Tensor
-    d0: Tensor
-    weight_sum: Tensor
-    k: Tensor  # steps made
-    settled: Tensor  # bool: whether ``d`` has ended its first growth, or is frozen
-
-    @property
-    def counts(self) -> Tensor:
-        """Whether there is evidence for a group's ``d``; bool.
-
-        A start is chosen too small, so what has not grown tenfold may be noise. And what joined after the
-        others is on its way, until it settles: its ``d`` says only how far it has come.
-        """
-        has_grown, is_late = self.d > _LEAST_GROWTH * self.d0, self.k < self.k.max()
-        return (self.weight_sum > 0) & has_grown & (self.settled | ~is_late)
-
-
-def _evidence(groups: Sequence[GroupStep]) -> Evidence:
-    d, weight_sum, k, settled = (
-        torch.stack([group.numbers[name] for group in groups]) for name in ("d", "weight_sum", "k", "settled")
-    )
-    d0 = _on_device([group.options.d0 for group in groups], groups[0].numbers["d"])
-    frozen = groups[0].constants.on(d.device, [not group.adapts for group in groups])
-    return Evidence(d, d0, weight_sum, k, (settled > 0) | (frozen > 0))
-
-
-def with_a_say(groups: Sequence[GroupStep]) -> Tensor:
-    """The step sizes d of the groups whose evidence counts in a mean of several, nan in others; (groups,)."""
-    sizes = torch.full_like(torch.stack([group.numbers["d"] for group in groups]), math.nan)
-    if sharing := _sharing(groups):
-        evidence = _evidence(sharing)
-        number = {id(group): index for index, group in enumerate(groups)}
-        index = groups[0].constants.on(sizes.device, [number[id(group)] for group in sharing])
-        sizes.index_copy_(0, index, torch.where(evidence.counts, evidence.d, math.nan))
-    return sizes
+def counted(groups: Sequence[GroupStep]) -> Tensor:
+    """The step sizes d that count in a mean of several, nan in the place of the others; shape (groups,)."""
+    sharing = {id(group) for group in _sharing(groups)}
+    d, in_mean = (torch.stack([group.numbers[name] for group in groups]) for name in ("d", "in_mean"))
+    shares = groups[0].constants.on(d.device, [id(group) in sharing for group in groups])
+    return torch.where((in_mean > 0) & (shares > 0), d, math.nan)
 
 
 def _copy(name: str, values: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> None:
     torch._foreach_copy_([group[name] for group in groups], list(values))
 
 
-def has_settled(d: Tensor, before: Tensor, estimate: Tensor, d0: float | Tensor) -> Tensor:
-    """Whether ``d`` has come to what the gradients say, after it has grown from a start that was too small.
-
-    As long as it grows about as fast as the limiter lets it, or its estimate is above it, it is on its way.
-
-    Args:
-        d, before: The step size after and before a step; shape (groups,).
-        estimate: What it goes by, ``d_coef·d_hat``.
-        d0: Where it started.
-
-    Returns:
-        bool; shape (groups,).
-    """
-    slows: Tensor = d < before * _LIMIT**0.5
-    return slows & (d > _LEAST_GROWTH * d0) & (estimate <= d * _ROUNDING)
-
-
-def shared_d(evidence: Evidence) -> Tensor:
+def shared_d(d: Tensor, d0: Tensor, weight_sum: Tensor, in_mean: Tensor) -> tuple[Tensor, Tensor]:
     """The step size in use in groups that share one: the harmonic mean of ``d`` over those with evidence.
 
-    Until one has evidence, the mean is over those whose ``d`` has left ``d0``, and until one has, over all
-    that have moved. So a group with nothing to learn, frozen at the start or just added does not hold the
-    others to its ``d0``: it moves by their mean.
+    A start is chosen too small, so there is no evidence for a ``d`` until it has grown tenfold. And what
+    comes to that when the others are far beyond it (a group that has just been added, or whose gradients are
+    noise) joins them once it is near their mean. So what has nothing to learn, is frozen at its start or has
+    just
+    come does not hold the others back: it moves by their mean.
+
+    Until one has evidence, the mean is over those that have left ``d0``, and until one has, over all that
+    have moved.
 
     Args:
-        evidence: That of the groups.
+        d, d0, weight_sum, in_mean: Numbers of the groups (see :func:`first_numbers`); shapes (groups,).
 
     Returns:
-        The mean in every group that has moved; in the others, which have no say, their own ``d``. (groups,).
+        The mean in every group that has moved, in the others their own ``d``; and the next ``in_mean``.
     """
-    d, counts, moved = evidence.d, evidence.counts, evidence.weight_sum > 0
-    left = moved & (d > evidence.d0)
-    counts = torch.where(counts.any(), counts, torch.where(left.any(), left, moved))
-    mean = counts.sum() / torch.where(counts, 1 / d, 0.0).sum()
-    return torch.where(moved, mean, d)
+    moved, counts = weight_sum > 0, in_mean > 0
+    joins = (d > _LEAST_GROWTH * d0) & (d * _NEAR >= _harmonic_mean(d, counts))
+    counts = moved & (counts | joins)
+    left = moved & (d > d0)
+    over = torch.where(counts.any(), counts, torch.where(left.any(), left, moved))
+    return torch.where(moved, _harmonic_mean(d, over), d), counts.to(d.dtype)
+
+
+def _harmonic_mean(d: Tensor, of: Tensor) -> Tensor:
+    """That of ``d`` where ``of`` (bool) says so; 0 if it does nowhere. 0-dim."""
+    total = torch.where(of, 1 / d, 0.0).sum()
+    return torch.where(total > 0, of.sum() / total, 0.0)
