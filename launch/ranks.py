@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ class Ranks:
         told = next((error for error in errors if error is not None), None)
         if told is not None:
             if self.rank == 0:
-                print(f"error: {told}", file=sys.stderr, flush=True)
+                tqdm.write(f"error: {told}", file=sys.stderr)  # not into the line of a progress bar
+                sys.stderr.flush()
             if dist.is_initialized():
                 dist.barrier()  # torchrun ends the others as soon as one is gone, also one that still tells
             raise SystemExit(1)
