@@ -28,7 +28,7 @@ from checkpoints import Checkpoints, Run, job
 from corpus import Batch, Corpus, even_windows, files_in, random_windows, read, standard_library
 from export import save_model
 from gpt import GPT
-from interruption import STATUS, Interruption
+from interruption import Interruption
 from meshes import MeshShape, device_mesh, parallelize, parse_mesh
 from optimizers import averaged, step_size
 from options import Parser, duration, natural, positive, probability
@@ -160,8 +160,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         with ranks.together():
             written.finish()
     if stopped and not last:
-        report.say(f"Ended by SIGTERM after {done} steps: --resume goes on from there.")
-        raise SystemExit(STATUS)
+        report.say(f"Ended by {interruption.signal.name} after {done} steps: --resume goes on from there.")
+        raise SystemExit(interruption.status)
     with ranks.together(), averaged(optimizer):
         path = save_model(args.out, model, optimizer, ranks, shape_of(args))
     report.say(f"The trained model is in {path}")

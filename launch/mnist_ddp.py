@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from checkpoints import Checkpoints, Run, job
 from export import save_model
-from interruption import STATUS, Interruption
+from interruption import Interruption
 from optimizers import averaged, step_size
 from options import Parser, natural, positive
 from ranks import Ranks, start, wait_at_most
@@ -123,8 +123,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         with ranks.together():
             written.finish()
     if stopped and step < end:
-        report.say(f"Ended by SIGTERM after {step} steps: --resume goes on from there.")
-        raise SystemExit(STATUS)
+        report.say(f"Ended by {interruption.signal.name} after {step} steps: --resume goes on from there.")
+        raise SystemExit(interruption.status)
     with ranks.together(), averaged(optimizer):
         path = save_model(args.out, net, optimizer, ranks, {})
     report.say(f"The trained model is in {path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -79,7 +80,12 @@ class Ranks:
 
 @contextmanager
 def start() -> Iterator[Ranks]:
-    """Join the processes of the run: NCCL on GPUs, gloo on the CPU."""
+    """Join the processes of the run: NCCL on GPUs, gloo on the CPU.
+
+    From here on Ctrl-C ends a process without a word, where Python would have each print a traceback.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     launched = "RANK" in os.environ
     ranks = Ranks(
         rank=int(os.environ.get("RANK", 0)),
