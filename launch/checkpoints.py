@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import files
 import storage
 import torch
 import torch.distributed as dist
@@ -60,9 +62,14 @@ def newest(folder: Path) -> Path | None:
 
 
 def _all_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, in the order of their steps."""
-    found = (path.parent for path in folder.glob(f"*/{RUN}") if path.parent.name.isdecimal())
+    """The checkpoints in a folder, in the order of their steps: whatever is named as one, be it damaged."""
+    found = (path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
     return sorted(found, key=lambda path: int(path.name))
+
+
+def _started_again() -> bool:
+    """Whether torchrun has started the processes before, and some have failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def add_arguments(parser: argparse.ArgumentParser, when: str) -> None:
@@ -98,9 +105,10 @@ def find(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Path | 
     """
     folder, resume = args.out / FOLDER, args.resume
     last = newest(folder)
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if last is not None and (again or (job() is not None and _read(last).job == job())):
-        resume = True
+    if last is not None:
+        theirs = _read_newest(last).job
+        if _started_again() or (job() is not None and theirs == job()):
+            resume = True
     if last is not None and resume is None:
         raise ValueError(
             f"{last} is of an earlier run: go on from it with --resume, or choose another --out."
@@ -125,6 +133,16 @@ def find(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Path | 
     return path, run
 
 
+def _read_newest(path: Path) -> Run:
+    try:
+        return _read(path)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{str(error).removesuffix('.')}: remove {path} to go on from what was saved before it, if "
+            "anything was."
+        ) from error
+
+
 def _read(path: Path) -> Run:
     storage.check_file(path, RUN)
     try:
@@ -136,7 +154,8 @@ def _read(path: Path) -> Run:
 class Checkpoints:
     """Those that a run writes to ``OUT/checkpoints/STEP``, one after the other, while it goes on.
 
-    Each is whole or not there, and the last few are kept.
+    Each is whole or not there, and the last few are kept. From the first of these objects on, no other
+    process can have one for the same ``OUT``.
 
     Args:
         args: The options of the command line.
@@ -158,6 +177,9 @@ class Checkpoints:
         (self._writer,) = writer
         with ranks.together():
             if ranks.rank == 0:
+                # What a dead host had locked, a file server lets go of a minute or two later.
+                patience = args.timeout / 2 if _started_again() else timedelta()
+                files.lock(args.out, patience)
                 storage.clean(self._folder)
 
     def begin(self, run: Run, model: nn.Module, optimizer: Optimizer) -> None:

@@ -46,13 +46,20 @@ def files_in(folder: Path, pattern: str) -> Iterator[Path]:
 
     Raises:
         OSError: There is no such folder.
+        ValueError: No name can match.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"--data: {folder} is not a folder")
+    try:
+        if ".." in Path(pattern).parts:
+            raise ValueError("it leads out of the folder")
+        paths = list(folder.rglob(pattern))
+    except (ValueError, NotImplementedError, IndexError) as error:  # the latter two of a path from the root
+        raise ValueError(
+            f"--pattern {pattern!r}: {error}; name files below --data, as *.txt or part/*.txt."
+        ) from error
     return (
-        path
-        for path in folder.rglob(pattern)
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 

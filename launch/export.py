@@ -56,11 +56,22 @@ def save_model(
 
 
 def write(weights: Mapping[str, Any], path: Path, suffix: str) -> None:
-    """Write a state dict to a file, in the format that goes with a suffix."""
+    """Write a state dict to a file, in the format that goes with a suffix.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     if suffix == ".pt":
-        torch.save(dict(weights), path)
+        try:
+            torch.save(dict(weights), path)
+        except RuntimeError as error:  # of a full disk, too
+            raise OSError(str(error)) from error
     else:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        # It refuses tensors that share memory, as tied weights do.
-        save_file({name: weight.detach().clone().contiguous() for name, weight in weights.items()}, path)
+        try:
+            # It refuses tensors that share memory, as tied weights do.
+            save_file({name: weight.detach().clone().contiguous() for name, weight in weights.items()}, path)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error

@@ -28,10 +28,10 @@ from checkpoints import Checkpoints, Run, job
 from corpus import Batch, Corpus, even_windows, files_in, random_windows, read, standard_library
 from export import save_model
 from gpt import GPT
-from interruption import STATUS, Interruption
+from interruption import Interruption
 from meshes import MeshShape, device_mesh, parallelize, parse_mesh
 from optimizers import averaged, step_size
-from options import Parser, natural, positive
+from options import Parser, duration, natural, positive, probability
 from ranks import Ranks, start, wait_at_most
 from report import Curve, Panel, Report
 from torch import Tensor, nn
@@ -69,11 +69,11 @@ def parse() -> argparse.Namespace:
     add("--heads", type=positive, default=4, help="default: %(default)s")
     add("--context", type=positive, default=128, help="bytes in a window; default: %(default)s")
     add("--batch-size", type=positive, default=16, help="windows, of all processes; default: %(default)s")
-    add("--dropout", type=float, default=0.0, metavar="P", help="default: %(default)s")
+    add("--dropout", type=probability, default=0.0, metavar="P", help="default: %(default)s")
     add("--seed", type=natural, default=1, help="default: %(default)s")
     optimizers.add_arguments(parser)
     add("--steps", type=positive, help="stop after this many; default: 1000, and no end with --minutes")
-    add("--minutes", type=float, help="stop after this much time, with that before --resume")
+    add("--minutes", type=duration, help="stop after this much time, with that before --resume")
     add("--log-every", type=positive, default=10, metavar="STEPS", help="default: %(default)s")
     add("--eval-every", type=positive, default=100, metavar="STEPS", help="default: %(default)s")
     add("--out", type=Path, default=Path("runs/gpt"), metavar="DIR", help="default: %(default)s")
@@ -91,10 +91,16 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         shape = parse_mesh(args.mesh, ranks.size)
         check(args, shape)
         text = read_corpus(args).to(ranks.device)
+        windows = len(text.training) - args.context
+        if args.batch_size > windows:
+            raise ValueError(
+                f"--batch-size {args.batch_size} is more than there are windows of --context {args.context} "
+                f"in the text to train on: choose at most {windows}."
+            )
         settings = {name: getattr(args, name) for name in SHARED} | {"data": text.summary}
-        saved, before = checkpoints.find(args, settings)
+        checkpoints.find(args, settings)  # what is wrong with it is told before --out is made
         torch.manual_seed(args.seed)  # every process starts with the same weights
-        model = GPT(**shape_of(args), dropout=args.dropout).to(ranks.device)
+        model = build_model(args, ranks.device)
     size = sum(p.numel() for p in model.parameters())
     if dist.is_initialized():
         mesh = device_mesh(shape, ranks.device)
@@ -103,6 +109,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     with ranks.together():
         optimizer = build_optimizer(args, model)
     written = Checkpoints(args, ranks)
+    with ranks.together():
+        saved, before = checkpoints.find(args, settings)  # no other run can write one any more
     with ranks.together():
         if not ranks.agree((text.summary, before.step)):
             raise ValueError(
@@ -133,13 +141,15 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             last, stopped = done == args.steps, interruption.heard()
             saves = last or stopped or (args.save_every is not None and done % args.save_every == 0)
             if done % args.log_every == 0 or saves:  # a checkpoint holds the log of all that was before it
-                last |= meter.log(done, step_size(optimizer), bar)
+                with ranks.together():
+                    last |= meter.log(done, step_size(optimizer), bar)
             if done % args.eval_every == 0 or last:
                 with meter.paused(), averaged(optimizer):
                     loss = evaluate(model, text.held_out, args, share, ranks)
-                    report.log("held out", step=done, minutes=meter.minutes(), **in_bits(loss))
-                    report.say(f"step {done}: held-out {in_bits(loss)['bits_per_byte']:.4f} bits/byte")
-                    report.draw(panels(args), over="step")
+                    with ranks.together():
+                        report.log("held out", step=done, minutes=meter.minutes(), **in_bits(loss))
+                        report.say(f"step {done}: held-out {in_bits(loss)['bits_per_byte']:.4f} bits/byte")
+                        report.draw(panels(args), over="step")
             if saves or last:
                 with meter.paused(), ranks.together():
                     written.begin(
@@ -150,8 +160,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         with ranks.together():
             written.finish()
     if stopped and not last:
-        report.say(f"Ended by SIGTERM after {done} steps: --resume goes on from there.")
-        raise SystemExit(STATUS)
+        report.say(f"Ended by {interruption.signal.name} after {done} steps: --resume goes on from there.")
+        raise SystemExit(interruption.status)
     with ranks.together(), averaged(optimizer):
         path = save_model(args.out, model, optimizer, ranks, shape_of(args))
     report.say(f"The trained model is in {path}")
@@ -183,6 +193,20 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     """The text that the options name."""
     paths = standard_library() if args.data is None else files_in(args.data, args.pattern)
     return read(paths, args.context)
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> GPT:
+    """The model of the command line, untrained.
+
+    Raises:
+        ValueError: There can be none.
+    """
+    shape = shape_of(args)
+    try:
+        return GPT(**shape, dropout=args.dropout).to(device)
+    except (MemoryError, RuntimeError, TypeError) as error:  # torch's, of what no memory or no number holds
+        options = " ".join(f"--{name} {size}" for name, size in shape.items())
+        raise ValueError(f"{options}: choose a smaller model: {str(error).splitlines()[0]}") from error
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> Optimizer:

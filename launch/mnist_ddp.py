@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from checkpoints import Checkpoints, Run, job
 from export import save_model
-from interruption import STATUS, Interruption
+from interruption import Interruption
 from optimizers import averaged, step_size
 from options import Parser, natural, positive
 from ranks import Ranks, start, wait_at_most
@@ -84,8 +84,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         optimizer = build_optimizer(args, net)
     with ranks.together():
         train, test = load_data(args.data or mnist_data.cache_folder(), args.limit, ranks.device)
-        saved, before = checkpoints.find(args, settings)
+        checkpoints.find(args, settings)  # what is wrong with it is told before --out is made
     written = Checkpoints(args, ranks)
+    with ranks.together():
+        saved, before = checkpoints.find(args, settings)  # no other run can write one any more
     with ranks.together():
         if not ranks.agree(before.step):
             raise ValueError("the nodes find different checkpoints: share --out among them.")
@@ -113,15 +115,16 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                 report.say(
                     f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{len(test)} ({share:.2%})"
                 )
-                report.log("test", step=step, epoch=step // training.in_epoch, loss=loss, accuracy=share)
-                report.draw(panels(args))
+                with ranks.together():
+                    report.log("test", step=step, epoch=step // training.in_epoch, loss=loss, accuracy=share)
+                    report.draw(panels(args))
             with ranks.together():
                 written.begin(Run(step, settings, report.records, job()), net, optimizer)
         with ranks.together():
             written.finish()
     if stopped and step < end:
-        report.say(f"Ended by SIGTERM after {step} steps: --resume goes on from there.")
-        raise SystemExit(STATUS)
+        report.say(f"Ended by {interruption.signal.name} after {step} steps: --resume goes on from there.")
+        raise SystemExit(interruption.status)
     with ranks.together(), averaged(optimizer):
         path = save_model(args.out, net, optimizer, ranks, {})
     report.say(f"The trained model is in {path}")
@@ -236,7 +239,8 @@ class Training:
                     mean = self._ranks.sum(torch.stack(losses).mean()).item() / self._ranks.size
                     losses.clear()
                     numbers = step_size(self._optimizer)
-                    self._report.log("train", step=step, epoch=step / self.in_epoch, loss=mean, **numbers)
+                    with self._ranks.together():
+                        self._report.log("train", step=step, epoch=step / self.in_epoch, loss=mean, **numbers)
                     lr = numbers.get("d", numbers["lr"])
                     bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.6f}", refresh=False)
                 if stopped:

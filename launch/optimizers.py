@@ -8,6 +8,7 @@ import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from options import LARGEST, rate
 from report import Curve, Panel
 from torch import nn
 from torch.optim import Optimizer
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says which optimiser to take, and how."""
     add = parser.add_argument
     add("--optimizer", choices=LEARNING_RATES, default="prodigyplus", help="default: %(default)s")
-    add("--lr", type=float, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
+    add("--lr", type=rate, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
     option_help = "of prodigyplus, as use_cautious=True; may be repeated; see docs/options.md"
     add("--muon", action="store_true", help="train hidden matrices by Muon; the rest as without")
     add("--option", type=option, action="append", default=[], metavar="NAME=VALUE", help=option_help)
@@ -52,8 +53,10 @@ def option(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(sorted(names))}")
     try:
         read = ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
         read = value
+    if isinstance(read, int) and abs(read) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{name}={value} is not between {-LARGEST} and {LARGEST}")
     # A checkpoint, which this is compared with, has lists for tuples.
     return name, list(read) if isinstance(read, tuple) else read
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ class Ranks:
         told = next((error for error in errors if error is not None), None)
         if told is not None:
             if self.rank == 0:
-                print(f"error: {told}", file=sys.stderr, flush=True)
+                tqdm.write(f"error: {told}", file=sys.stderr)  # not into the line of a progress bar
+                sys.stderr.flush()
             if dist.is_initialized():
                 dist.barrier()  # torchrun ends the others as soon as one is gone, also one that still tells
             raise SystemExit(1)
@@ -77,7 +80,12 @@ class Ranks:
 
 @contextmanager
 def start() -> Iterator[Ranks]:
-    """Join the processes of the run: NCCL on GPUs, gloo on the CPU."""
+    """Join the processes of the run: NCCL on GPUs, gloo on the CPU.
+
+    From here on Ctrl-C ends a process without a word, where Python would have each print a traceback.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     launched = "RANK" in os.environ
     ranks = Ranks(
         rank=int(os.environ.get("RANK", 0)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from files import replacing
+from files import replacing, writing
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
@@ -37,6 +37,9 @@ class Panel:
 
 class Report:
     """Tells of a run, in the process that is not ``silent``.
+
+    Every process calls its methods, and what cannot be written raises in one of them:
+    :meth:`ranks.Ranks.together` tells all.
 
     Args:
         folder: Where ``log.jsonl`` and ``progress.png`` go; it is made if need be.
@@ -67,15 +70,24 @@ class Report:
         return tqdm(steps, title, disable=self.silent, leave=False, mininterval=interval, dynamic_ncols=True)
 
     def log(self, kind: str, **numbers: float) -> None:
-        """Add a record to the log; one with what :meth:`draw` draws over can be drawn."""
+        """Add a record to the log; one with what :meth:`draw` draws over can be drawn.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         record = {"kind": kind, **numbers}
         self.records.append(record)
         if not self.silent:
-            with (self.folder / "log.jsonl").open("a") as log:
+            path = self.folder / "log.jsonl"
+            with writing(path), path.open("a") as log:
                 log.write(_line(record))
 
     def draw(self, panels: Sequence[Panel], over: str = "epoch") -> None:
-        """Draw the log so far, one plot under the other, over what the records have under ``over``."""
+        """Draw the log so far, one plot under the other, over what the records have under ``over``.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         if self.silent:
             return
         figure = Figure(figsize=(7, 2.4 * len(panels)), layout="constrained")

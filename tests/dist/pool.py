@@ -1,7 +1,8 @@
 """A pool of worker processes that run test functions as the ranks of a gloo process group.
 
 The workers are started once; each case gets a fresh process group. Every wait has a limit: a case that
-hangs fails with the stacks of its workers, and the next case gets new ones.
+hangs fails with the stacks of its workers, and the next case gets new ones. Nothing that a case does can be
+seen from here before a rank answers, so its limit is generous.
 """
 
 import contextlib
@@ -21,8 +22,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.waiting import HANG
+
 # From the first failure of a rank to giving up on the others, who may wait for it in a collective.
 GRACE = 5.0
+# For a hanging worker to write its stacks, which takes it as long as it waits for a processor.
+STACKS = 60.0
 
 
 def _worker(connection, stacks):
@@ -30,6 +35,7 @@ def _worker(connection, stacks):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Path(stacks).open("w") as file:
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
+        connection.send_bytes(b"ready")
         while True:
             try:
                 function, args, rank, size, store, limit = pickle.loads(connection.recv_bytes())
@@ -67,8 +73,11 @@ class Pool:
         self._cases = itertools.count()
         self._workers = []
 
-    def run(self, size, function, *args, limit=120):
-        """Run ``function(*args)`` on ranks 0 to ``size`` - 1; returns their results in that order."""
+    def run(self, size, function, *args, limit=HANG):
+        """Run ``function(*args)`` on ranks 0 to ``size`` - 1; returns their results in that order.
+
+        ``limit`` is how many seconds may pass without an answer.
+        """
         self._start(size)
         store = f"{self._folder.name}/store.{next(self._cases)}"
         waiting = {}
@@ -80,6 +89,8 @@ class Pool:
         while waiting and (left := end - time.monotonic()) > 0:
             for connection in wait(list(waiting), timeout=left):
                 rank = waiting.pop(connection)
+                if not errors:
+                    end = time.monotonic() + limit
                 try:
                     good, value = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionResetError):
@@ -96,6 +107,7 @@ class Pool:
         return [results[rank] for rank in range(size)]
 
     def _start(self, size):
+        started = len(self._workers)
         while len(self._workers) < size:
             ours, theirs = self._context.Pipe()
             stacks = Path(self._folder.name) / f"stacks.{len(self._workers)}"
@@ -103,13 +115,22 @@ class Pool:
             process.start()
             theirs.close()
             self._workers.append((process, ours, stacks))
+        for _, connection, _ in self._workers[started:]:
+            assert connection.poll(HANG), "a worker does not start"
+            connection.recv_bytes()
 
     def _stacks(self, ranks):
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._workers[rank][0].pid, signal.SIGUSR1)
-        time.sleep(0.5)
-        return {rank: self._workers[rank][2].read_text() for rank in ranks}
+        files, before = [self._workers[rank][2] for rank in ranks], []
+        end = time.monotonic() + STACKS
+        while (sizes := [file.stat().st_size for file in files]) != before or not all(sizes):
+            if time.monotonic() > end:
+                break
+            before = sizes
+            time.sleep(0.5)
+        return {rank: file.read_text() for rank, file in zip(ranks, files, strict=True)}
 
     def close(self):
         self._kill()

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.dist.meshes import pieces_of, whole
 from tests.single.problems import assert_same
+from tests.waiting import HANG
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Held(dcp.FileSystemWriter):
         self.released = threading.Event()
 
     def write_data(self, plan, planner):
-        assert self.released.wait(60)
+        assert self.released.wait(HANG)
         return super().write_data(plan, planner)
 
 

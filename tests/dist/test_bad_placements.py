@@ -45,7 +45,7 @@ def mismatched(kind):
     ],
 )
 def test_gradients(pool, kind, expected):
-    for text in pool.run(2, mismatched, kind, limit=20):
+    for text in pool.run(2, mismatched, kind):
         assert all(part in text for part in expected), text
 
 
@@ -61,6 +61,6 @@ def flat(optimizer_class, use_orig_params):
 @pytest.mark.parametrize("use_orig_params", [True, False])
 @pytest.mark.parametrize("optimizer_class", [ProdigyPlusScheduleFree, ShardedProdigyPlusScheduleFree])
 def test_flat_parameters_of_fsdp1(pool, optimizer_class, use_orig_params):
-    for text in pool.run(2, flat, optimizer_class, use_orig_params, limit=20):
+    for text in pool.run(2, flat, optimizer_class, use_orig_params):
         assert "FSDP1" in text
         assert "fully_shard" in text

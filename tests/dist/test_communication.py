@@ -100,9 +100,9 @@ def in_small_buckets(mesh_name, bucket_bytes):
 @pytest.mark.parametrize("mesh_name", ["uneven", "empty", "fsdp_tp_uneven", "nine"])
 def test_ranks_with_more_and_with_less_cut_the_same_buckets(pool, mesh_name):
     ranks = MESHES[mesh_name].ranks
-    whole_run = pool.run(ranks, in_small_buckets, mesh_name, 1 << 26, limit=60)
+    whole_run = pool.run(ranks, in_small_buckets, mesh_name, 1 << 26)
     for bucket_bytes in (1, 1000, 4000):
-        first, *others = pool.run(ranks, in_small_buckets, mesh_name, bucket_bytes, limit=60)
+        first, *others = pool.run(ranks, in_small_buckets, mesh_name, bucket_bytes)
         assert bucket_bytes > 1 or first[0][0] > whole_run[0][0][0]
         assert_same(first[1:], whole_run[0][1:])
         for other in others:
@@ -152,7 +152,7 @@ def unlike_stages():
 
 
 def test_stages_must_have_as_many_groups(pool):
-    pool.run(2, unlike_stages, limit=30)
+    pool.run(2, unlike_stages)
 
 
 def split(parameters):

@@ -102,7 +102,7 @@ def test_exactness(pool, mesh_name):
     mesh = MESHES[mesh_name]
     # Nine ranks are for the layouts that they make; on two cores they are slow.
     names = ("default", "groups_mean", "variants", "muon") if mesh_name == "nine" else tuple(RUNS)
-    first, *others = pool.run(mesh.ranks, on_mesh, mesh_name, names, limit=250)
+    first, *others = pool.run(mesh.ranks, on_mesh, mesh_name, names)
     for name in names:
         expected, expected_d = in_one_process(shapes_of(mesh, name), name)
         found, d = first[name]

@@ -282,7 +282,7 @@ def refused(kind):
     ],
 )
 def test_what_no_hook_could_get_right_is_refused(pool, kind, expected):
-    for text in pool.run(2, refused, kind, limit=20):
+    for text in pool.run(2, refused, kind):
         assert all(part in text for part in expected), text
 
 
@@ -310,7 +310,7 @@ def accumulated(kind):
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_accumulation_is_refused_on_every_rank(pool, kind):
-    for text in pool.run(2, accumulated, kind, limit=30):
+    for text in pool.run(2, accumulated, kind):
         assert "second gradient" in text
         assert "fused_back_pass" in text
 

@@ -361,7 +361,7 @@ def beside_other_groups():
 
 def test_ranks_that_are_in_other_groups_too(pool):
     """torch names a new group by how many a rank is in; who looks for another name would wait for ever."""
-    first, second, third, fourth, fifth = pool.run(5, beside_other_groups, limit=60)
+    first, second, third, fourth, fifth = pool.run(5, beside_other_groups)
     assert (first, second, fifth) == (1, 1, None)
     assert third == fourth == 2  # one more, of themselves alone
 
@@ -399,7 +399,7 @@ def on_some_ranks():
 
 
 def test_groups_that_are_there_serve_where_not_all_ranks_have_matrices(pool):
-    assert pool.run(3, on_some_ranks, limit=60) == [0, 0, None]
+    assert pool.run(3, on_some_ranks) == [0, 0, None]
 
 
 def owners_by_turn():

@@ -66,7 +66,7 @@ def test_missing_and_bad_gradients(pool, name, options):
     problem = Fed(*mesh.shapes)
     weights, d, metrics = play(ProdigyPlusScheduleFree(split(problem.parameters, **options)), problem)
     assert metrics[0]["skipped_steps"] == 10
-    for found in pool.run(mesh.ranks, on_mesh, name, options, limit=60):
+    for found in pool.run(mesh.ranks, on_mesh, name, options):
         assert torch.tensor(found[1]).allclose(torch.tensor(d), rtol=1e-6, atol=0)
         for ours, theirs in zip(found[2], metrics, strict=True):
             # d_hat is a quotient of sums over p0 − z, which is small beside the weights that are rounded.
@@ -92,8 +92,8 @@ def missing_on_one(name, missing, options):
 @pytest.mark.parametrize("options", [{}, {"use_muon_pp": True}], ids=str)
 @pytest.mark.parametrize("name", ["fsdp2", "uneven"])
 def test_a_gradient_missing_on_one_rank_is_zero_there(pool, name, options):
-    missing = pool.run(MESHES[name].ranks, missing_on_one, name, True, options, limit=60)
-    zeros = pool.run(MESHES[name].ranks, missing_on_one, name, False, options, limit=60)
+    missing = pool.run(MESHES[name].ranks, missing_on_one, name, True, options)
+    zeros = pool.run(MESHES[name].ranks, missing_on_one, name, False, options)
     assert_same(missing, zeros)
 
 
@@ -107,4 +107,4 @@ def nothing_to_do(name):
 
 
 def test_all_frozen(pool):
-    assert pool.run(2, nothing_to_do, "fsdp2", limit=30) == [0, 0]
+    assert pool.run(2, nothing_to_do, "fsdp2") == [0, 0]

@@ -24,7 +24,6 @@ from tests.models import Tiny, Walks, distance, fit, loss_of
 from tests.single.problems import assert_same
 
 BEFORE, AFTER = 30, 50
-LIMIT = 250  # seconds of a pool
 
 # Where a run goes on, and where it was saved. Layouts are in tests/dist/sharding.py; names end in the number
 # of ranks, but for hsdp and fsdp_tp, which are 2 × 2, and tp, of 2.
@@ -260,7 +259,7 @@ def saved(pool, tmp_path_factory):
             ways = [way for (source, _, its), way in WAY_OF.items() if (source, its) == (layout, options)]
             files = {way.file: way for way in (*PLAIN, SHARDS, *ways)}
             args = layout, options, tuple(files.values()), folder
-            runs[layout, options] = folder, pool.run(ranks(layout), uninterrupted, *args, limit=LIMIT)
+            runs[layout, options] = folder, pool.run(ranks(layout), uninterrupted, *args)
         return runs[layout, options]
 
     return get
@@ -274,7 +273,7 @@ def assert_goes_on(pool, saved, target, sources, options="default"):
         Job(options, folder, way, adamw=source != target)
         for source, (folder, _), way in zip(sources, runs, ways, strict=True)
     ]
-    results = zip(*pool.run(ranks(target), resumed, target, jobs, limit=LIMIT), strict=True)
+    results = zip(*pool.run(ranks(target), resumed, target, jobs), strict=True)
     for source, (_, expected), way, found in zip(sources, runs, ways, results, strict=True):
         case = f"{options}, {source} to {target}: {way}"
         for other in found:
@@ -285,7 +284,7 @@ def assert_goes_on(pool, saved, target, sources, options="default"):
             floor = distance(found[0]["adamw"], expected[0]["adamw"])
             assert floor <= 10 * torch.finfo(OPTIONS[options][1]).eps, case
             if options != "default":
-                alone = pool.run(ranks(target), trained, target, options, limit=LIMIT)
+                alone = pool.run(ranks(target), trained, target, options)
                 floor = max(floor, distance(alone[0], expected[0]["weights"]))
             assert distance(found[0]["weights"], expected[0]["weights"]) <= 2 * floor, case
             off = max(abs(a / b - 1) for a, b in zip(found[0]["d"], expected[0]["d"], strict=False))
@@ -318,7 +317,7 @@ def test_with_nine_ranks(pool, saved, target):
 def test_every_bit_between_any_two(pool, saved, target):
     folders = [saved(source, "default")[0] for source in LAYOUTS]
     jobs = [Job("default", folder, SHARDS, trains=False) for folder in folders]
-    pool.run(ranks(target), resumed, target, jobs, limit=LIMIT)
+    pool.run(ranks(target), resumed, target, jobs)
 
 
 @pytest.mark.parametrize("options", [options for options in OPTIONS if options != "default"])

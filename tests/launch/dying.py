@@ -20,6 +20,8 @@ import threading
 import time
 from pathlib import Path
 
+from tests.waiting import HANG
+
 PROCESSES = 4
 KINDS = {"step": signal.SIGKILL, "told": signal.SIGTERM}
 
@@ -75,7 +77,7 @@ def die_in_save(number, place):
             if place == "half":
                 os.truncate(args[0], args[0].stat().st_size // 2)
             die()
-            time.sleep(60)
+            time.sleep(HANG)
         return function(*args, **options)
 
     calls, function = [], getattr(owner, name)

@@ -2,13 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.waiting import HANG, Hung, wait_until
 
 ROOT = Path(__file__).parents[2]
 TIMED = {"minutes", "tokens_per_second"}
@@ -17,6 +22,10 @@ TIMED = {"minutes", "tokens_per_second"}
 def command(script, processes, *options):
     """Without processes, without a launcher."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun += [
+        "--shutdown-timeout",
+        str(HANG),
+    ]  # for the processes to save what they have, when told to end
     return [sys.executable, *(torchrun if processes else ()), f"launch/{script}", *map(str, options)]
 
 
@@ -25,17 +34,79 @@ def environment():
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+class Started:
+    """A process, and what it prints; as long as it prints, be it a progress bar, it does not hang.
+
+    Args:
+        command: What to start.
+        folder: Where to keep what it prints.
+    """
+
+    def __init__(self, command, folder):
+        self._printed = [folder / name for name in ("stdout", "stderr")]
+        with self._printed[0].open("w") as out, self._printed[1].open("w") as err:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=err)
+
+    @property
+    def stdout(self):
+        return self._printed[0].read_text()
+
+    @property
+    def stderr(self):
+        return self._printed[1].read_text()
+
+    @property
+    def returncode(self):
+        return self.process.poll()
+
+    def wait_until(self, is_so, what):
+        """Wait until something is so; fail with all that was printed if the process hangs or ends before."""
+
+        def over():
+            return is_so() or self.returncode is not None
+
+        try:
+            wait_until(over, lambda: [path.stat().st_size for path in self._printed], what)
+        except Hung as hung:
+            raise Hung(f"{hung}\n{self.stdout}\n{self.stderr}") from None
+        assert is_so(), f"ended before {what}\n{self.stdout}\n{self.stderr}"
+
+    def wait(self):
+        """Wait for its end."""
+        self.wait_until(lambda: self.returncode is not None, "the end")
+
+
+@contextmanager
+def started(command):
+    """A process that does not outlive the block."""
+    with TemporaryDirectory() as folder:
+        its = Started(command, Path(folder))
+        try:
+            yield its
+        finally:
+            kill(its.process.pid)
+            its.process.wait()
+
+
+def kill(pid):
+    """Kill a process, and all that it has started: what torchrun starts would go on."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for child in children.split():
+        kill(int(child))
+
+
 def launch(script, processes, *options):
-    """Run a script; a run that hangs fails."""
-    return subprocess.run(
-        command(script, processes, *options),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    """Run a script to its end."""
+    return run(command(script, processes, *options))
+
+
+def run(command):
+    """Run a command to its end; one that hangs fails."""
+    with started(command) as its:
+        its.wait()
+        return subprocess.CompletedProcess(command, its.returncode, its.stdout, its.stderr)
 
 
 def lines(folder, *kinds):

@@ -1,16 +1,20 @@
 """Checkpoints of the launch scripts, in one process: what is kept, what is refused, what may be unpickled."""
 
 import argparse
+import errno
+import fcntl
 import io
 import json
 import os
 import pickle
 import shutil
+import signal
 import threading
 from datetime import timedelta
 
 import checkpoints
 import corpus
+import files
 import gpt_fsdp2
 import pytest
 import storage
@@ -22,13 +26,14 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from prodigyplus import ProdigyPlusScheduleFree
 from tests.launch.running import assert_same
+from tests.waiting import HANG
 
 ALONE = Ranks(0, 1, 0, 1)
 TEXT = torch.arange(256, dtype=torch.uint8)
 
 
 def options(out, resume=None, keep=3):
-    return argparse.Namespace(out=out, resume=resume, keep=keep, timeout=timedelta(seconds=10))
+    return argparse.Namespace(out=out, resume=resume, keep=keep, timeout=timedelta(seconds=HANG))
 
 
 def fresh(width=16):
@@ -85,7 +90,7 @@ def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
     begin, function = threading.Event(), storage.Writer.write_data
 
     def delayed(*args):
-        assert begin.wait(30)
+        assert begin.wait(HANG)
         return function(*args)
 
     monkeypatch.setattr(storage.Writer, "write_data", delayed)
@@ -170,12 +175,25 @@ def empty(path, step=0, job=None):
     (path / "SHA256SUMS").write_text(f"{sum_}  run.json\n")
 
 
-def test_newest_checkpoint_is_whole(tmp_path):
+def test_newest_checkpoint(tmp_path):
     assert checkpoints.newest(tmp_path) is None
-    for name in ("00000200", "00000090", ".00001000"):
+    for name in ("00000200", "00000090", ".00001000", "notes"):
         empty(tmp_path / name)
-    (tmp_path / "00003000").mkdir()
+    (tmp_path / "00003000").touch()
     assert checkpoints.newest(tmp_path) == tmp_path / "00000200"
+
+
+@pytest.mark.parametrize("resume", [None, True])
+def test_a_checkpoint_without_its_run_is_damaged(tmp_path, resume):
+    """Not one that is not there: a run that began anew would write over it."""
+    for step in (10, 20):
+        empty(tmp_path / "checkpoints" / f"{step:08}", step)
+    damaged = tmp_path / "checkpoints" / "00000020"
+    (damaged / "run.json").unlink()
+    with pytest.raises(OSError, match=rf"^{damaged}/run\.json is missing: remove {damaged} to go on from"):
+        checkpoints.find(options(tmp_path, resume), {})
+    shutil.rmtree(damaged)
+    assert checkpoints.find(options(tmp_path, True), {})[1].step == 10
 
 
 def test_resume_refuses_another_run(tmp_path):
@@ -238,6 +256,56 @@ def test_a_job_without_a_name_is_no_other(monkeypatch):
     assert checkpoints.job() is None
 
 
+# ----------------------------------------------------------------------------------------- two runs
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path, capsys):
+    first = Checkpoints(options(tmp_path), ALONE)
+    model, optimizer = fresh()
+    first.begin(Run(1), model, optimizer)
+    with pytest.raises(SystemExit):
+        Checkpoints(options(tmp_path), ALONE)
+    assert capsys.readouterr().err == (
+        f"error: --out: another run is writing to {tmp_path}: wait for its end, or choose another --out.\n"
+    )
+    first.finish()
+    storage.check(checkpoints.newest(tmp_path / "checkpoints"))
+
+
+def test_a_killed_run_holds_nothing(tmp_path):
+    """Also where it is started again at once."""
+    ours, theirs = os.pipe()
+    if (killed := os.fork()) == 0:
+        try:
+            files.lock(tmp_path, timedelta())
+            os.write(theirs, b"locked")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(theirs)
+    assert os.read(ours, 6) == b"locked"
+    with pytest.raises(ValueError, match="another run is writing to"):
+        files.lock(tmp_path, timedelta())
+    threading.Timer(0.5, os.kill, (killed, signal.SIGKILL)).start()
+    files.lock(tmp_path, timedelta(seconds=HANG))
+    os.waitpid(killed, 0)
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def none(_file, _operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"):
+        Checkpoints(options(tmp_path), ALONE)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"^--out: {tmp_path / 'file'} cannot be written: File exists$"):
+        files.lock(tmp_path / "file", timedelta())
+
+
 # -------------------------------------------------------------------------------------------- damage
 
 
@@ -282,8 +350,8 @@ def test_damage_is_told(copied, capsys, name, damage):
             os.truncate(path, len(content) // 2 if damage == "truncated" else 0)
         error = assert_refused(copied)
         told = str(error) + capsys.readouterr().err
-        assert str(path if damage != "missing" or name != "run.json" else copied.parent) in told
-        assert ("damaged" if damage != "missing" else "missing") in told or name == "run.json"
+        assert str(path) in told
+        assert ("damaged" if damage != "missing" else "missing") in told
         path.write_bytes(content)
 
 

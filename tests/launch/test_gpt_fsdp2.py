@@ -1,4 +1,6 @@
 import json
+import re
+import sys
 from itertools import pairwise
 
 import corpus
@@ -98,6 +100,14 @@ def test_too_little_text_is_told(folder):
         corpus.read(corpus.files_in(folder, "*.md"), 16)
     with pytest.raises(NotADirectoryError, match="nowhere is not a folder"):
         corpus.files_in(folder / "nowhere", "*")
+
+
+@pytest.mark.parametrize("pattern", ["/etc/*", "../*", "**x"])
+def test_pattern_that_no_file_can_match_is_told(folder, pattern):
+    with pytest.raises(
+        ValueError, match=rf"^--pattern {re.escape(repr(pattern))}: .* name files below --data"
+    ):
+        corpus.files_in(folder, pattern)
 
 
 def test_standard_library_has_no_tests():
@@ -259,7 +269,7 @@ def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
     assert {"step", "loss", "bits_per_byte", "lr", "d", "d_hat", "effective_lr"} < train[-1].keys()
     assert (out / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == [
-        *("checkpoints", "log.jsonl", "model.json", "model.safetensors", "progress.png"),
+        *(".lock", "checkpoints", "log.jsonl", "model.json", "model.safetensors", "progress.png"),
     ]
     assert end == f"The trained model is in {out / 'model.safetensors'}"
 
@@ -276,6 +286,23 @@ def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
     assert "is of an earlier run" in again.stderr
 
 
+def test_a_full_disk_ends_the_run_with_a_line(folder, tmp_path, monkeypatch, capsys):
+    class Full(gpt_fsdp2.Report):
+        def __init__(self, out, *args, **options):
+            super().__init__(out, *args, **options)
+            (out / "log.jsonl").unlink()
+            (out / "log.jsonl").symlink_to("/dev/full")
+
+    monkeypatch.setattr(gpt_fsdp2, "Report", Full)
+    arguments = ["", *TINY, "--data", folder, "--pattern", "*.txt", "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    with pytest.raises(SystemExit) as end:
+        gpt_fsdp2.run(gpt_fsdp2.parse(), ALONE)
+    assert end.value.code == 1
+    told = f"error: {tmp_path / 'out' / 'log.jsonl'} cannot be written: No space left on device\n"
+    assert told in capsys.readouterr().err.split("\r")  # a line by itself, not behind the progress bar
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("gpt")
 @pytest.mark.parametrize(
@@ -285,7 +312,7 @@ def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
         (["--mesh", "tp=2", "--heads", "1"], "--heads 1 cannot be split evenly over tp=2"),
         (["--batch-size", "3"], "--batch-size 3 cannot be split evenly over the 2 processes"),
         (["--data", "nowhere"], "--data: nowhere is not a folder"),
-        (["--steps", "0"], "argument --steps: 0 is less than 1"),
+        (["--steps", "0"], "argument --steps: '0' is not a whole number from 1"),
         (["--option", "use_cautius=True"], "argument --option: 'use_cautius' is none of beta3, beta4, betas"),
         (["--option", "d0=0"], "d0=0: allowed is a finite number greater than 0"),
         (["--option", "d0=1e-5", "--optimizer", "adamw"], "only --optimizer prodigyplus has options"),

@@ -59,7 +59,7 @@ def test_run_tells_what_it_does(mnist, tmp_path):
     assert {"step", "epoch", "loss", "lr", "d", "d_hat", "effective_lr", "step_size"} < train[-1].keys()
     assert (out / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == [
-        *("checkpoints", "log.jsonl", "model.json", "model.safetensors", "progress.png"),
+        *(".lock", "checkpoints", "log.jsonl", "model.json", "model.safetensors", "progress.png"),
     ]
     assert end == f"The trained model is in {out / 'model.safetensors'}"
 

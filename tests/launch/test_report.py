@@ -1,7 +1,9 @@
+import errno
 import json
 
 import pytest
 from files import replacing
+from matplotlib.figure import Figure
 from report import Curve, Panel, Report
 
 PANELS = [
@@ -46,6 +48,21 @@ def test_silent_report_writes_nothing(tmp_path, capfd):
     assert report.records
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_is_told_by_the_file_that_it_has_no_room_for(tmp_path, monkeypatch):
+    report = Report(tmp_path, {}, silent=False)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"log\.jsonl cannot be written: No space left on device$"):
+        report.log("train", epoch=1, loss=1, d=1)
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match=r"progress\.png cannot be written: No space left on device$"):
+        report.draw(PANELS)
 
 
 def test_replacing_is_all_or_nothing(tmp_path):

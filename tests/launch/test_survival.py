@@ -1,18 +1,16 @@
-"""Processes that die, saves that are cut short, and SIGTERM: the run ends where it would have ended."""
+"""Processes that die, saves that are cut short, SIGTERM and SIGINT: the run ends as it would have ended."""
 
 import json
 import random
 import signal
-import subprocess
 import sys
-import time
 
 import mnist_data
 import pytest
 import storage
 
 from tests.launch import running
-from tests.launch.running import ROOT, assert_same, assert_same_contents, environment, lines, newest
+from tests.launch.running import assert_same, assert_same_contents, lines, newest
 
 STEPS, SAVED = 30, 5
 TINY = ["--layers", "1", "--width", "32", "--context", "32", "--batch-size", "8", "--dropout", "0.1"]
@@ -43,24 +41,15 @@ def runs(tmp_path_factory):
     """All runs, one after the other: the folder they are in."""
     out = tmp_path_factory.mktemp("runs")
     cases = {"undisturbed": None, **DEATHS, **IN_SAVE, **TOLD}
-    options = [*RUN, *PERIODIC, "--mesh", "replicate=2,fsdp=2", "--timeout", "30"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.launch.dying", json.dumps(cases), str(out), *options],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-10_000:]
+    options = [*RUN, *PERIODIC, "--mesh", "replicate=2,fsdp=2"]
+    done = running.run([sys.executable, "-m", "tests.launch.dying", json.dumps(cases), str(out), *options])
+    assert done.returncode == 0, done.stdout + done.stderr[-10_000:]
     (out / "output").write_text(done.stdout)
     return out
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(450)
+@pytest.mark.timeout(0)  # whether `runs` moves is looked after there, however many runs there are
 @pytest.mark.parametrize("name", [*DEATHS, *IN_SAVE, *TOLD])
 def test_run_ends_as_if_nobody_had_died(runs, tmp_path, name):
     assert f"{name}: began 2 times" in (runs / "output").read_text()
@@ -84,26 +73,18 @@ def test_the_run_itself_is_what_one_launch_makes(runs, tmp_path):
     assert_same_contents(newest(tmp_path / "out"), newest(runs / "undisturbed"), tmp_path)
 
 
-def interrupted(script, out, *options):
-    """A run of two processes that SIGTERM ends soon after it has begun to log; returns the steps it took."""
-    told = out.with_suffix(".log")
-    with told.open("w") as log:
-        process = subprocess.Popen(
-            running.command(script, 2, *options, "--out", out),
-            cwd=ROOT,
-            env=environment(),
-            stdout=log,
-            stderr=log,
+def interrupted(script, out, number, *options):
+    """A run of two processes that a signal ends soon after it has begun to log; returns the steps it took."""
+    with running.started(running.command(script, 2, *options, "--out", out)) as run:
+        run.wait_until(
+            lambda: (out / "log.jsonl").exists() and lines(out, "train"), "the first line of the log"
         )
-    end = time.monotonic() + 90
-    while not ((out / "log.jsonl").exists() and lines(out, "train")):
-        assert process.poll() is None, told.read_text()
-        assert time.monotonic() < end, told.read_text()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
-    steps = int(newest(out).name)
-    assert f"Ended by SIGTERM after {steps} steps" in told.read_text()
+        run.process.send_signal(number)
+        run.wait()
+        assert run.returncode != 0
+        steps = int(newest(out).name)
+        assert f"Ended by {number.name} after {steps} steps: --resume goes on from there." in run.stdout
+        assert run.stderr.count("Traceback") == 1, run.stderr  # torchrun's own
     assert not (out / "model.safetensors").exists()
     return steps
 
@@ -119,16 +100,16 @@ def assert_goes_on(script, out, whole, *options):
 @pytest.mark.slow
 def test_sigterm_saves_and_exits(tmp_path):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    steps = interrupted("gpt_fsdp2.py", out, *RUN, "--steps", 100_000)
+    steps = interrupted("gpt_fsdp2.py", out, signal.SIGTERM, *RUN, "--steps", 100_000)
     assert_goes_on("gpt_fsdp2.py", out, whole, *RUN, "--steps", steps + 7)
 
 
 @pytest.mark.slow
-def test_sigterm_within_an_epoch(tmp_path):
+def test_ctrl_c_within_an_epoch(tmp_path):
     try:
         mnist_data.fetch(mnist_data.cache_folder())
     except OSError as error:
         pytest.skip(str(error))
     out, whole, small = tmp_path / "out", tmp_path / "whole", ["--limit", 1280, "--batch-size", 16]
-    steps = interrupted("mnist_ddp.py", out, *small, "--epochs", 1000)
+    steps = interrupted("mnist_ddp.py", out, signal.SIGINT, *small, "--epochs", 1000)
     assert_goes_on("mnist_ddp.py", out, whole, *small, "--epochs", steps // 80 + 1)

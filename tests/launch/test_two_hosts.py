@@ -17,20 +17,23 @@ import ranks
 from export import SAFETENSORS
 from torch.distributed import HashStore
 
+from tests.waiting import HANG, Hung, wait_until
+
 ROOT = Path(__file__).parents[2]
 MODEL = "model.safetensors" if SAFETENSORS else "model.pt"
 TINY = ["--layers", 1, "--width", 32, "--context", 32, "--batch-size", 8, "--dropout", 0.1]
 STEPS, SAVED, CUT = 16, 5, 12  # the cable is cut some steps after the second checkpoint
 SPELLS = ["--steps", STEPS, "--save-every", SAVED, "--keep", 3, "--eval-every", 8, "--log-every", 1]
-SILENCE = 8  # seconds after which processes give up on each other; no step takes that long
-LIMIT = 360  # seconds for a test of less than 60, on a machine that may have much else to do
+# Seconds after which processes give up on each other. It is waited for, and no step takes that long, be the
+# machine busy; where one did, the run would start over once more.
+SILENCE = 20
 CABLE = "cable0"  # the name of both its ends
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def ip(*arguments):
     command = ["ip", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True).stdout
 
 
 class Host:
@@ -73,7 +76,7 @@ class Host:
                     os.kill(int(pid), signal.SIGKILL)
             time.sleep(0.05)
         if self.run is not None:
-            self.run.wait(30)
+            self.run.wait(HANG)
         ip("netns", "delete", self.name)
 
 
@@ -99,17 +102,19 @@ def hosts(tmp_path):
 
 @pytest.fixture
 def wait(hosts):
-    """Wait until something is so. A run that fails, or takes too long, is told with all that was printed."""
-    deadline = time.monotonic() + LIMIT
+    """Wait until something is so. A run that fails, or prints no more, is told with all that was printed."""
 
-    def wait_until(what, is_so):
-        while not is_so():
-            if any(host.ended() for host in hosts) or time.monotonic() > deadline:
-                logs = (f"----- {host.name}: status {host.ended()}\n{host.printed()}" for host in hosts)
-                pytest.fail("\n".join((f"waited for {what}", *logs)))
-            time.sleep(0.1)
+    def wait(what, is_so):
+        def failed():
+            return any(host.ended() for host in hosts)
 
-    return wait_until
+        with suppress(Hung):
+            wait_until(lambda: is_so() or failed(), lambda: [len(host.printed()) for host in hosts], what)
+        if failed() or not is_so():
+            logs = (f"----- {host.name}: status {host.ended()}\n{host.printed()}" for host in hosts)
+            pytest.fail("\n".join((f"waited for {what}", *logs)))
+
+    return wait
 
 
 def records(out):
@@ -120,7 +125,6 @@ def records(out):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(LIMIT + 60)  # time to tell what was printed
 def test_run_survives_a_cut_between_its_hosts(hosts, wait, tmp_path):
     one, other, alone = hosts
     text, cut, whole, is_cut = (tmp_path / name for name in ("text", "cut", "whole", "is_cut"))
@@ -136,7 +140,7 @@ def test_run_survives_a_cut_between_its_hosts(hosts, wait, tmp_path):
         launcher += ["--local-addr", host.address]
         # A torchrun ends if the first one's is silent for read_timeout. That goes on after the cut: the time
         # between TCP's attempts doubles.
-        launcher += ["--rdzv-conf", f"is_host={int(host is one)},read_timeout={LIMIT}"]
+        launcher += ["--rdzv-conf", f"is_host={int(host is one)},read_timeout={HANG}"]
         script = ["tests/launch/held.py", CUT, is_cut, *training, "--timeout", SILENCE, "--out", cut]
         host.start(
             [*launcher, *script],
