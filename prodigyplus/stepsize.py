@@ -416,8 +416,7 @@ def shared_d(d: Tensor, d0: Tensor, weight_sum: Tensor, in_mean: Tensor) -> tupl
     A start is chosen too small, so there is no evidence for a ``d`` until it has grown tenfold. And what
     comes to that when the others are far beyond it (a group that has just been added, or whose gradients are
     noise) joins them once it is near their mean. So what has nothing to learn, is frozen at its start or has
-    just
-    come does not hold the others back: it moves by their mean.
+    just come does not hold the others back: it moves by their mean.
 
     Until one has evidence, the mean is over those that have left ``d0``, and until one has, over all that
     have moved.
