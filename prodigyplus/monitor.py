@@ -30,7 +30,7 @@ class Monitor:
     """Looks at an optimiser's steps.
 
     Args:
-        warn: Tells the user something, once for each text.
+        warn: Tells the user something.
         weights: Gives the parameters that nothing but the optimiser should change, and their local tensors.
         name: Gives what to call a parameter.
     """
@@ -49,6 +49,7 @@ class Monitor:
         self._moved_at: list[
             tuple[int, int]
         ] = []  # of each group, k and skipped when k was last seen to grow
+        self._told: set[str] = set()
         self._versions: dict[Tensor, int] = {}  # of the weights, as the last step has left them
         self._changes = 0
 
@@ -78,17 +79,23 @@ class Monitor:
         """Be told that the optimiser itself changes weights between two steps."""
         self._versions = {}
 
+    def _tell(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            self._warn(message)
+
     def _compare_versions(self) -> None:
         versions, self._versions = self._versions, {}
         changed = [p for p, weight in self._weights() if versions.get(p, weight._version) != weight._version]
         self._changes += bool(changed)
         if changed and self._changes == _MOST_CHANGES:
-            self._warn(
+            self._tell(
+                "weights",
                 f"{self._name(changed[0])} was changed between two steps, several times, and not by the "
                 f"optimiser ({len(changed)} of its parameters were). What clamp_(), max_norm or a "
                 "renormalisation does to the weights does not reach the average that is evaluated, and "
                 "passes for progress: call optimizer.constrain(parameters, projection) once in its place. "
-                "See docs/constraints.md."
+                "See docs/constraints.md.",
             )
 
     def _read(self, counts: list[list[int]], step_sizes: list[float]) -> None:
@@ -105,20 +112,22 @@ class Monitor:
             if k != known_k:
                 self._moved_at[index] = k, skipped
             elif skipped - known_skipped >= _MOST_SKIPPED:
-                self._warn(
+                self._tell(
+                    "skipped",
                     f"the last {_MOST_SKIPPED} steps or more were all skipped: each met an inf or NaN in a "
                     "gradient, and nothing is trained. Look for the layer that makes it "
                     "(torch.autograd.detect_anomaly), lower the scale of the loss, or go on from an earlier "
-                    "checkpoint."
+                    "checkpoint.",
                 )
         sizes = {index: d for index, d in enumerate(step_sizes) if not math.isnan(d)}
         if sizes and max(sizes.values()) > _FURTHEST_APART * min(sizes.values()):
             low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
-            self._warn(
+            self._tell(
+                "groups",
                 f"the step sizes of parameter groups are far apart: d is {sizes[low]:.1e} in "
                 f"param_groups[{low}] and {sizes[high]:.1e} in param_groups[{high}], and both move by the "
                 "harmonic mean of all. If they are parts of one network, pass split_groups=False; if not, "
-                "split_groups_mean=False lets each move by its own."
+                "split_groups_mean=False lets each move by its own.",
             )
 
 
@@ -131,12 +140,16 @@ def _sent_to_host(groups: Sequence[GroupStep]) -> tuple[Tensor, Tensor, torch.Ev
         [torch.stack([group.numbers[name] for name in ("k", "skipped")]) for group in groups]
     )
     step_sizes = stepsize.counted(groups)
-    if home.type == "cpu":
+    if _is_on_host(home):
         return counts, step_sizes, None
     event = torch.Event(device=home)
     on_host = [tensor.to("cpu", non_blocking=True) for tensor in (counts, step_sizes)]
     event.record()
     return on_host[0], on_host[1], event
+
+
+def _is_on_host(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _is_captured(device: torch.device) -> bool:

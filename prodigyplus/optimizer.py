@@ -690,8 +690,9 @@ class ProdigyPlusScheduleFree(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._check_no_step_is_under_way()  # which a copy would not have
         self._check_average_is_not_lent()
+        # Of what torch does not know, a copy keeps the constraints: without them it would train otherwise.
         state: dict[str, Any] = super().__getstate__()
-        return state
+        return {**state, "_constraints_kept": self._constraints}
 
     def _check_no_step_is_under_way(self) -> None:
         if self._under_way is not None:

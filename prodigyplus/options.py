@@ -104,7 +104,7 @@ class Options:
     def lr_is_zero(self) -> bool:
         """Whether ``lr`` is known to be zero without waiting for a device."""
         if isinstance(self.lr, Tensor):
-            return self.lr.device.type == "cpu" and not self.lr.any()
+            return _is_on_host(self.lr) and not self.lr.any()
         return self.lr == 0
 
     @property
@@ -180,8 +180,11 @@ def _learning_rate(value: Any) -> Any:
     if value.numel() != 1 or value.dtype.is_complex:
         return None
     # The value of a tensor may live on a device that nobody should wait for. A step then looks at it there.
-    known = type(value) is Tensor and value.device.type == "cpu"
-    return value.reshape(()) if not known or _LR(value.item()) is not None else None
+    return value.reshape(()) if not _is_on_host(value) or _LR(value.item()) is not None else None
+
+
+def _is_on_host(value: Tensor) -> bool:
+    return type(value) is Tensor and value.device.type == "cpu"
 
 
 _LR = _number(0)

@@ -22,7 +22,7 @@ from prodigyplus.scalars import Constants, Packed, Scalars
 _LIMIT = 2**0.25
 
 # How many times its start a d must be to count in a mean, and how many times less than that it may be then.
-_LEAST_GROWTH, _NEAR = 10.0, 4.0
+_LEAST_GROWTH, _NEAR = 10.0, 10.0
 
 # With SPEED, d grows to this power of itself at most; it is below 1.
 _SPEED_LIMIT = 0.975
@@ -194,6 +194,12 @@ class Alike:
         zero, one = torch.zeros_like(d), torch.ones_like(d)
         beta1, beta2 = one * self._option(lambda o: o.betas[0]), one * self._option(lambda o: o.betas[1])
         lr = self._option(lambda o: o.lr)
+        # A tensor's value on a device is not known to the host, which refuses what lr cannot be.
+        self._valid = None
+        if isinstance(lr, Tensor):
+            self._valid = torch.isfinite(lr * one) & (lr * one >= 0)
+            lr = torch.where(self._valid, lr, 0.0)
+        happens = self._where_valid(happens)
         dlr, unit, rate = shared_d * lr, one, one * lr
         beta3, observes = one * self._option(lambda o: o.prodigy_beta), torch.ones_like(happens)
         if do.use_speed is True:
@@ -248,11 +254,19 @@ class Alike:
             skips: bool: whether it met a gradient that is not finite.
             adapts: bool: whether :meth:`adapt` is to move ``d``.
         """
+        skips, happens, adapts = (
+            skips if self._valid is None else skips | (happens & ~self._valid),
+            self._where_valid(happens),
+            self._where_valid(adapts),
+        )
         self._write(happens, weight_sum=self._weight_sum, effective_lr=self._effective_lr)
         for name, counts in (("k", happens), ("skipped", skips)):
             torch._foreach_add_([group.numbers[name] for group in self._groups], counts.unbind())
         for group, learns in zip(self._groups, adapts.unbind(), strict=True):
             group.learns = learns
+
+    def _where_valid(self, condition: Tensor) -> Tensor:
+        return condition if self._valid is None else condition & self._valid
 
     def adapt(self, totals: Tensor, learns: Tensor) -> None:
         """Move ``d`` by sums of the step.

@@ -1,16 +1,19 @@
 """What cannot be right is refused, in words that name it and say what to do."""
 
+import copy
 import math
 import re
 import warnings
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus import ProdigyPlusScheduleFree, options
 from prodigyplus.options import NAMES
-from tests.single.problems import assert_same, pair, run, snapshot
+from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
 NUMBERS = (math.nan, math.inf, "1", None, True)
 
@@ -125,11 +128,11 @@ def test_options_that_hold_from_the_first_step_on(before, after):
 def test_options_that_may_change_between_steps():
     problem, optimizer = pair((40, 12), (9,))
     (group,) = optimizer.param_groups
-    for options in (
+    for changes in (
         {"use_speed": True}, {"use_cautious": True}, {"use_grams": True},
         {"use_orthograd": True}, {"use_adopt": True}, {"use_bias_correction": True}, {"eps": None},
     ):  # fmt: skip
-        group.update(options)
+        group.update(changes)
         run(optimizer, problem, 3)
     assert int(optimizer.metrics()[0]["step"]) == 21
 
@@ -233,3 +236,242 @@ def test_a_state_dict_with_an_option_out_of_range():
     with pytest.raises(ValueError, match=r"d_coef=-1\.0"):
         optimizer.load_state_dict(saved)
     assert_same(snapshot(optimizer), before)
+
+
+LATER = {
+    "lr": (math.nan, -1.0, "1", torch.tensor(math.nan), torch.tensor(-1.0)),
+    "betas": ((1.5, 0.99), 0.9),
+    "beta3": (1.5,),
+    "weight_decay": (-1.0,),
+    "d0": (0.0,),
+    "d_coef": (math.nan,),
+    "use_cautious": ("yes",),
+    "prodigy_steps": (2.5,),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in LATER.items() for value in values]
+)
+def test_options_out_of_range_that_were_set_later(name, value):
+    problem, optimizer = pair((40, 12), (9,))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    run(optimizer, problem, 3)
+    before = snapshot(optimizer)
+    for index in (0, 1):
+        good = optimizer.param_groups[index][name]
+        optimizer.param_groups[index][name] = value
+        with pytest.raises(ValueError, match=name):
+            run(optimizer, problem, 1)
+        optimizer.param_groups[index][name] = good
+    assert_same(snapshot(optimizer), before)
+    run(optimizer, problem, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf])
+def test_a_tensor_lr_whose_value_turns_bad(value):
+    lr = torch.tensor(1.0)
+    problem = Fed((4, 4))
+    optimizer = ProdigyPlusScheduleFree(problem.parameters, lr=lr)
+    run(optimizer, problem, 3)
+    lr.fill_(value)
+    with pytest.raises(ValueError, match="lr=tensor"):
+        run(optimizer, problem, 1)
+    with pytest.raises(ValueError, match="lr=tensor"):
+        ProdigyPlusScheduleFree(problem.parameters, lr=lr)
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf])
+def test_a_tensor_lr_that_the_host_does_not_know(value, monkeypatch):
+    """As on a device: such a step changes nothing, and counts as skipped."""
+    monkeypatch.setattr(options, "_is_on_host", lambda lr: False)
+    lr = torch.tensor(1.0)
+    problem = Fed((4, 4), (5,))
+    optimizer = ProdigyPlusScheduleFree(
+        [{"params": problem.parameters[:1], "lr": lr}, {"params": problem.parameters[1:]}]
+    )
+    run(optimizer, problem, 3)
+    weights, state = snapshot(optimizer)
+    lr.fill_(value)
+    run(optimizer, problem, 2)
+    after, state_after = snapshot(optimizer)
+    assert_same(after[0], weights[0])
+    assert_same(state_after["state"][0], state["state"][0])
+    assert [int(group["skipped_steps"]) for group in optimizer.metrics()] == [2, 0]
+    lr.fill_(1.0)
+    run(optimizer, problem, 2)
+    assert all(p.isfinite().all() for p in problem.parameters)
+
+
+class Pair(Sequence):
+    """As OmegaConf's lists are."""
+
+    def __getitem__(self, index):
+        return (0.8, 0.95)[index]
+
+    def __len__(self):
+        return 2
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_options_of_other_types(later):
+    """Of numpy, of configuration files: they are what plain Python values are."""
+    found = {
+        "betas": Pair(),
+        "lr": np.float32(0.5),
+        "d0": np.float64(1e-3),
+        "weight_decay": np.float32(0.125),
+        "slice_p": np.int64(3),
+        "prodigy_steps": np.int32(7),
+        "use_cautious": np.bool_(True),
+        "d_coef": 2,
+    }
+    plain = {"betas": (0.8, 0.95), "lr": 0.5, "d0": 1e-3, "weight_decay": 0.125, "slice_p": 3}
+    plain |= {"prodigy_steps": 7, "use_cautious": True, "d_coef": 2.0}
+
+    def act(values):
+        problem, optimizer = pair((40, 12), (9,), **({} if later else values))
+        if later:
+            values = {name: value for name, value in values.items() if name not in ("slice_p", "d0")}
+            optimizer.param_groups[0].update(values)
+        run(optimizer, problem, 9)
+        return snapshot(optimizer)
+
+    (weights, state), (expected_weights, expected) = act(found), act(plain)
+    assert_same(weights, expected_weights)
+    assert_same(state["state"], expected["state"])
+    if not later:
+        assert_same(state, expected)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_lr_as_a_tensor_of_one_element(shape):
+    def act(lr):
+        problem = Fed((40, 12), (9,))
+        optimizer = ProdigyPlusScheduleFree(
+            [{"params": problem.parameters[:1], "lr": lr}, {"params": problem.parameters[1:], "lr": 2.0}]
+        )
+        run(optimizer, problem, 3)
+        if isinstance(lr, torch.Tensor):
+            lr.fill_(0.25)  # as schedulers do
+        else:
+            optimizer.param_groups[0]["lr"] = 0.25
+        run(optimizer, problem, 3)
+        return snapshot(optimizer)[0]
+
+    assert_same(act(torch.full(shape, 0.5)), act(0.5))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("use_muon", True, "use_muon_pp"),
+        ("use_muon", False, "use_muon_pp"),
+        ("wd", 0.0, "weight_decay"),
+        ("learning_rate", 1e-3, "lr"),
+        ("momentum", 0.9, "betas"),
+        ("weight_decays", 0.1, "weight_decay"),
+        ("nesterov", True, "this optimiser has none of that name"),
+        ("amsgrad", True, "this optimiser has none of that name"),
+        ("maximize", True, "this optimiser has none of that name"),
+    ],
+)
+def test_keys_that_nobody_reads(key, value, told):
+    with pytest.raises(ValueError, match=f"unknown option '{key}'.*{told}"):
+        ProdigyPlusScheduleFree([{"params": parameters(), key: value}])
+    optimizer = ProdigyPlusScheduleFree(parameters())
+    with pytest.raises(ValueError, match=f"unknown option '{key}'.*{told}"):
+        optimizer.add_param_group({"params": parameters(), key: value})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_keys_of_frameworks_and_of_the_owner():
+    keys = {"name": "head", "initial_lr": 1.0, "max_lr": 2.0, "min_lr": 0.0, "lr_scale": 0.5, "_mine": [1]}
+    keys |= {"foreach": None, "maximize": False, "module": "encoder"}
+    optimizer = ProdigyPlusScheduleFree([{"params": parameters(), **keys}])
+    assert optimizer.param_groups[0].items() >= keys.items()
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=5)
+    run(optimizer, problem := Fed((3,)), 0)
+    problem.parameters = optimizer.param_groups[0]["params"]
+    run(optimizer, problem, 2)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", ["meta", "float16", "uint8"])
+def test_what_is_frozen_is_not_inspected(kind, first):
+    """As the base of a LoRA is: on no device, or quantised."""
+    frozen = {
+        "meta": torch.empty(8, 8, device="meta"),
+        "float16": torch.ones(8, 8, dtype=torch.float16),
+        "uint8": torch.zeros(32, 1, dtype=torch.uint8),
+    }[kind]
+    frozen = nn.Parameter(frozen, requires_grad=False)
+    alone, optimizer_alone = pair((8, 2))
+    run(optimizer_alone, alone, 5)
+    problem = Fed((8, 2))
+    params = [frozen, *problem.parameters] if first else [*problem.parameters, frozen]
+    for make in (lambda: params, lambda: [{"params": [p], "use_muon_pp": True} for p in params]):
+        ProdigyPlusScheduleFree(make())
+    optimizer = ProdigyPlusScheduleFree(params)
+    run(optimizer, problem, 5)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_same(problem.parameters[0].detach(), alone.parameters[0].detach())
+    assert optimizer.metrics()[0]["d"] == optimizer_alone.metrics()[0]["d"]
+    if kind == "float16":  # until it is trained
+        frozen.requires_grad_()
+        frozen.grad = torch.ones_like(frozen)
+        with pytest.raises(ValueError, match=rf"parameter {0 if first else 1} .*float16"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"factored": False}, {"use_schedulefree": False}], ids=str)
+def test_a_parameter_that_was_grown(options):
+    """As Gaussian splats are: with the state of the old one, it does not fit; without it, it starts anew."""
+    problem, optimizer = pair((50, 3), **options)
+    optimizer.param_groups[0]["param_names"] = ["splats"]
+    run(optimizer, problem, 3)
+    (old,) = problem.parameters
+    new = nn.Parameter(torch.cat([old.detach(), torch.ones(30, 3)]))
+    optimizer.param_groups[0]["params"][0] = problem.parameters[0] = new
+    state = optimizer.state.pop(old)
+    optimizer.state[new] = {
+        key: torch.cat([value, torch.zeros(30, 3)]) if value.shape == old.shape else value
+        for key, value in state.items()
+    }
+    with pytest.raises(RuntimeError, match=r"'splats' is of shape \(80, 3\).*state\.pop\(old\)"):
+        run(optimizer, problem, 1)
+    optimizer.state.pop(new)
+    run(optimizer, problem, 3)
+    optimizer.load_state_dict(optimizer.state_dict())
+    run(optimizer, problem, 1)
+
+
+def test_a_parameter_whose_data_were_cut():
+    problem, optimizer = pair((50, 3))
+    run(optimizer, problem, 3)
+    problem.parameters[0].data = problem.parameters[0].data[:20].clone()
+    with pytest.raises(RuntimeError, match=r"of shape \(20, 3\), and was of shape \(50, 3\)"):
+        run(optimizer, problem, 1)
+
+
+def test_groups_that_are_removed_and_parameters_that_are_swapped():
+    """Whatever their places, states are still those of their parameters and options."""
+    problem = Fed((40, 12), (40, 12), (9,))
+    a, b, c = problem.parameters
+    optimizer = ProdigyPlusScheduleFree(
+        [{"params": [a]}, {"params": [b], "slice_p": 3}, {"params": [c], "factored": False}]
+    )
+    run(optimizer, problem, 3)
+    optimizer.param_groups.pop(0)
+    run(optimizer, problem, 2)
+    optimizer.param_groups.reverse()
+    run(optimizer, problem, 2)
+    replaced = nn.Parameter(b.detach().clone())
+    optimizer.param_groups[1]["params"][0] = replaced
+    optimizer.state[replaced] = optimizer.state.pop(b)
+    problem.parameters = [c, replaced]
+    run(optimizer, problem, 2)
+    optimizer.param_groups[1]["slice_p"] = 11
+    with pytest.raises(RuntimeError, match="slice_p=11"):
+        run(optimizer, problem, 1)

@@ -1,4 +1,4 @@
-"""The modes a caller is in do not reach into a step: autocast, inference mode, default device, compilation."""
+"""Modes of a caller do not reach into a step: autocast, inference mode, default device, compilation."""
 
 import copy
 from contextlib import nullcontext

@@ -1,0 +1,213 @@
+"""Weights that are held in a set: the average obeys, and Prodigy sees how far they have come."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from prodigyplus import ProdigyPlusScheduleFree, averaging
+from tests.single.problems import assert_same, pair, run, snapshot
+
+OPTIONS = [
+    {},
+    {"factored": False, "weight_decay": 0.1},
+    {"use_cautious": True},
+    {"use_schedulefree": False},
+    {"bfloat16_z": True},
+    {"bfloat16_z": True, "use_cautious": True},
+]
+
+
+def clamp(values):
+    return values.clamp_(-0.5, 0.5)
+
+
+def unit_rows(values):
+    return values / values.norm(dim=-1, keepdim=True)
+
+
+def outside(p, project=clamp):
+    return (project(p.detach().clone()) - p.detach()).abs().max().item()
+
+
+class Pulled:
+    """Weights that are pulled towards targets, most of which are outside the set."""
+
+    def __init__(self, dtype=torch.float32):
+        random = torch.Generator().manual_seed(0)
+        self.target = torch.randn(40, 33, generator=random)
+        self.parameters = [nn.Parameter(torch.zeros(40, 33, dtype=dtype))]
+
+    def backward(self):
+        (p,) = self.parameters
+        p.grad = (p.detach() - self.target.to(p.dtype)).mul_(0.01)
+
+
+def pulled(dtype=torch.float32, **options):
+    problem = Pulled(dtype)
+    return problem, ProdigyPlusScheduleFree(problem.parameters, d0=1e-3, **options)
+
+
+def changed_after_each_step(optimizer, problem, steps):
+    for _ in range(steps):
+        run(optimizer, problem, 1)
+        with torch.no_grad():
+            clamp(problem.parameters[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_weights_their_average_and_z_are_in_the_set(options, dtype):
+    problem, optimizer = pulled(dtype, **options)
+    (p,) = problem.parameters
+    optimizer.constrain(p, clamp)
+    run(optimizer, problem, 300)
+    state = optimizer.state[p]
+    assert outside(p) == 0
+    if averaging.is_averaged(state):
+        assert outside(averaging.base_iterate(p, state)) <= 2**-8 * (options.get("bfloat16_z", False) is True)
+    # It has come to where the targets are nearest.
+    optimizer.eval()
+    assert outside(p) == 0
+    reached = (p.float() - problem.target.clamp(-0.5, 0.5)).abs().mean()
+    assert reached < (0.05 if dtype == torch.bfloat16 or "weight_decay" in options else 0.01)
+    # No distance within the set is larger than 1.
+    assert float(optimizer.metrics()[0]["d"]) < 1
+
+
+def test_without_it_z_runs_away():
+    """What the constraint is for: changed behind the optimiser's back, d has no end."""
+    problem, optimizer = pulled()
+    with pytest.warns(UserWarning, match=r"optimizer\.constrain"):
+        changed_after_each_step(optimizer, problem, 300)
+    assert float(optimizer.metrics()[0]["d"]) > 2
+    optimizer.eval()
+    assert outside(problem.parameters[0]) > 1
+
+
+def test_x_is_the_average_of_what_z_was():
+    """Projected Schedule-Free: of a convex set, the average of the projected z."""
+    problem, optimizer = pulled(torch.float64)
+    (p,) = problem.parameters
+    optimizer.constrain([p], clamp)
+    total, weights = torch.zeros_like(p), 0.0
+    for _ in range(60):
+        weight = float(optimizer.metrics()[0]["d"]) ** 2
+        run(optimizer, problem, 1)
+        total, weights = total + weight * optimizer.state[p]["z"], weights + weight
+    optimizer.eval()
+    assert (optimizer.state[p]["z"].abs() == 0.5).any()
+    torch.testing.assert_close(p.detach(), (total / weights).detach())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_holds_already_changes_nothing(options):
+    def act(constrains):
+        problem, optimizer = pair((40, 33), (5,), **options)
+        if constrains:
+            optimizer.constrain(problem.parameters, lambda values: values.clamp_(-100, 100))
+        run(optimizer, problem, 30)
+        problem.backward()
+        problem.parameters[0].grad.fill_(torch.nan)  # a step that is skipped
+        optimizer.step()
+        optimizer.eval()
+        optimizer.train()
+        run(optimizer, problem, 2)
+        return snapshot(optimizer)
+
+    assert_same(act(constrains=True), act(constrains=False))
+
+
+def test_eval_and_train_of_a_set_that_is_not_convex():
+    """The average of rows of norm 1 is shorter, and from what is made of it y could not be found."""
+    problem, optimizer = pair((40, 33), d0=1e-2)
+    (p,) = problem.parameters
+    optimizer.constrain(p, unit_rows)
+    run(optimizer, problem, 40)
+    before = snapshot(optimizer)
+    x = optimizer.averaged_state_dict(nn.ParameterList([p]))["0"]
+    assert outside(x, unit_rows) < 1e-6
+    with optimizer.averaged_parameters():
+        assert_same(p.detach(), x.detach())
+    optimizer.eval()
+    assert_same(p.detach(), x.detach())
+    optimizer.train()
+    assert_same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_within_the_backward_pass_too(fused):
+    model = nn.Linear(20, 10)
+    optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=1e-2, fused_back_pass=fused)
+    if fused:
+        optimizer.fuse_backward(model)
+    optimizer.constrain(model.weight, lambda w: w.clamp_(-0.1, 0.1))
+    data = torch.randn(64, 20)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (model(data) - data[:, :10]).square().mean().backward()
+        optimizer.step()
+        assert model.weight.abs().max() <= 0.1
+    assert model.weight.abs().max().item() == pytest.approx(0.1)
+
+
+def test_a_handle_lifts_it_and_a_copy_keeps_it():
+    problem, optimizer = pulled()
+    handle = optimizer.constrain(problem.parameters, clamp)
+    copied = copy.deepcopy(optimizer)
+    handle.remove()
+    run(optimizer, problem, 100)
+    assert outside(problem.parameters[0]) > 0.1
+    problem.parameters = copied.param_groups[0]["params"]
+    run(copied, problem, 100)
+    assert outside(problem.parameters[0]) == 0
+
+
+def test_the_weights_are_projected_at_once():
+    problem, optimizer = pulled()
+    (p,) = problem.parameters
+    run(optimizer, problem, 200)
+    assert outside(p) > 0.1
+    optimizer.constrain(p, clamp)
+    assert outside(p) == outside(optimizer.state[p]["z"]) == 0
+
+
+def test_what_cannot_be_constrained():
+    _, optimizer = pair((4, 4))
+    (p,) = optimizer.param_groups[0]["params"]
+    for parameters in ([], nn.Parameter(torch.ones(3)), [p, torch.ones(3)]):
+        with pytest.raises(ValueError, match="pass parameters that the optimiser was given"):
+            optimizer.constrain(parameters, clamp)
+    with pytest.raises(ValueError, match=r"made a tensor of shape \(2, 4\) of a tensor of shape \(4, 4\)"):
+        optimizer.constrain(p, lambda w: w[:2])
+    with pytest.raises(ValueError, match="made 1 of"):
+        optimizer.constrain(p, lambda w: 1)
+    assert not optimizer._constraints
+
+
+def test_a_clamped_temperature_learns():
+    """CLIP's logit scale, clamped to log 100: benchmarks/constraints.py has it at length, beside others."""
+    torch.manual_seed(0)
+    latent = torch.randn(128, 8)
+    x, y = (latent @ torch.randn(8, 16) + 0.05 * torch.randn(128, 16) for _ in range(2))
+    encoders = nn.ModuleList(nn.Linear(16, 8) for _ in range(2))
+    scale = nn.Parameter(torch.tensor(math.log(10)))
+    top = math.log(30)
+    optimizer = ProdigyPlusScheduleFree([*encoders.parameters(), scale])
+    optimizer.constrain(scale, lambda w: w.clamp_(0, top))
+
+    def loss():
+        u, v = (nn.functional.normalize(f(t), dim=-1) for f, t in zip(encoders, (x, y), strict=True))
+        return nn.functional.cross_entropy(scale.exp() * u @ v.t(), torch.arange(128))
+
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert scale.item() <= top
+    optimizer.eval()
+    assert math.log(20) < scale.item() <= top
+    assert loss() < 0.1
+    assert float(optimizer.metrics()[0]["d"]) < 1

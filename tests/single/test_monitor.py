@@ -1,0 +1,164 @@
+"""What an optimiser notices of a run, and says once, without waiting for a device."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from prodigyplus import ProdigyPlusScheduleFree, monitor
+from tests.single.problems import Fed, pair, run
+from tests.single.test_no_host_wait import NoWait
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Look at the numbers at every fifth step."""
+    monkeypatch.setattr(monitor, "_NUMBERS_EVERY", 5)
+    monkeypatch.setattr(monitor, "_MOST_SKIPPED", 20)
+
+
+def poisoned(optimizer, problem, steps):
+    for _ in range(steps):
+        problem.backward()
+        problem.parameters[0].grad.fill_(torch.nan)
+        optimizer.step()
+
+
+def test_steps_skipped_in_a_row(often):
+    problem, optimizer = pair((4, 4))
+    for _ in range(10):  # not in a row
+        poisoned(optimizer, problem, 4)
+        run(optimizer, problem, 1)
+    with pytest.warns(UserWarning, match="were all skipped") as caught:
+        poisoned(optimizer, problem, 100)
+    assert len(caught) == 1
+
+
+def test_the_limit_is_500_steps():
+    problem, optimizer = pair((4,))
+    poisoned(optimizer, problem, 499)
+    with pytest.warns(UserWarning, match="were all skipped"):
+        poisoned(optimizer, problem, 110)
+
+
+@pytest.mark.parametrize("options", [{}, {"split_groups_mean": False}, {"split_groups": False}], ids=str)
+def test_step_sizes_far_apart(often, options):
+    """Of two groups that share a mean, and both have evidence."""
+    problem = Fed((40, 40), (30,))
+    groups = [{"params": [p]} for p in problem.parameters]
+    optimizer = ProdigyPlusScheduleFree(groups, **options)
+    run(optimizer, problem, 40)
+    for group in optimizer.param_groups:
+        assert group["in_mean"] == (not options)
+    optimizer.param_groups[1]["d"] = 1e4 * float(optimizer.param_groups[0]["d"])
+    if options:
+        run(optimizer, problem, 20)
+        return
+    with pytest.warns(UserWarning, match=r"d is .* in param_groups\[0\].*split_groups=False") as caught:
+        run(optimizer, problem, 20)
+    assert len(caught) == 1
+
+
+def test_a_group_without_evidence_is_not_told_of(often):
+    problem = Fed((40, 40), (30,))
+    optimizer = ProdigyPlusScheduleFree([{"params": [p]} for p in problem.parameters])
+    for _ in range(60):
+        problem.backward()
+        problem.parameters[1].grad.zero_()
+        optimizer.step()
+
+
+CHANGES = {
+    "clamp_": lambda p: p.clamp_(-0.1, 0.1),
+    "renorm_": lambda p: p.renorm_(2, 0, 0.1),
+    "copy_": lambda p: p.copy_(p / p.norm()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_weights_that_something_else_changes(change):
+    problem, optimizer = pair((40, 33), (5,))
+
+    def act():
+        for _ in range(100):
+            run(optimizer, problem, 1)
+            with torch.no_grad():
+                change(problem.parameters[0])
+
+    with pytest.warns(UserWarning, match=r"parameter 0 of param_groups\[0\].*\(1 of its") as caught:
+        act()
+    assert len(caught) == 1
+
+
+def test_an_embedding_with_max_norm():
+    words = nn.Embedding(40, 8, max_norm=1.0)
+    optimizer = ProdigyPlusScheduleFree(words.parameters())
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            words(torch.arange(10)).sum().backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"optimizer\.constrain"):
+        train(60)
+    optimizer = ProdigyPlusScheduleFree(words.parameters())
+    optimizer.constrain(words.weight, lambda w: torch.renorm(w, 2, 0, 1.0))
+    train(60)  # of which there is nothing to tell
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_the_optimiser_and_its_user_rightly_do(fused):
+    """Evaluations, loading, and a checkpoint or two in mid-run are no reason to warn."""
+    model = nn.Linear(4, 4)
+    optimizer = ProdigyPlusScheduleFree(model.parameters(), fused_back_pass=fused)
+    if fused:
+        optimizer.fuse_backward(model)
+    for step in range(120):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.eval()
+        optimizer.train()
+        with optimizer.averaged_parameters():
+            pass
+        if step % 60 == 30:
+            model.load_state_dict(model.state_dict())
+            optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_nothing_waits_for_a_device(often):
+    """What was sent to the host is read when it has come; on the CPU it is there."""
+    problem, optimizer = pair((4, 4))
+    with NoWait(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(optimizer, problem, 4)
+        sent = []
+        optimizer._monitor._read = lambda *numbers: sent.append(numbers)
+    run(optimizer, problem, 10)
+    assert [counts for counts, _ in sent] == [[[5, 0]], [[10, 0]]]
+
+
+def test_what_has_not_come_yet_is_read_later(often, monkeypatch):
+    class Event:
+        def __init__(self, device):
+            self.device, self.asked = device, 0
+
+        def record(self):
+            pass
+
+        def query(self):
+            self.asked += 1
+            return self.asked > 3
+
+    problem, optimizer = pair((4, 4))
+    seen = []
+    monkeypatch.setattr(monitor, "_is_on_host", lambda device: False)
+    monkeypatch.setattr(torch, "Event", Event)
+    run(optimizer, problem, 5)
+    optimizer._monitor._read = lambda *numbers: seen.append(numbers)
+    for step in range(6, 10):
+        assert len(seen) == 0, step
+        run(optimizer, problem, 1)
+    assert seen == [([[5, 0]], seen[0][1])]
