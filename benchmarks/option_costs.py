@@ -88,7 +88,7 @@ CHOICES: dict[str, Told] = {
     ),
     "bfloat16_z=True": Told(
         given={"bfloat16_z": True},
-        what="z in bfloat16, rounded stochastically. When state matters: [performance.md](performance.md).",
+        what="z as its distance from y, in bfloat16. When state matters: [performance.md](performance.md).",
         source="here",
     ),
     "compile=True": Told(
@@ -418,7 +418,19 @@ NOTES = """\
   the first of them.
 - `use_schedulefree`, `use_focus`, `use_muon_pp`, `use_speed="relative"`, `factored`, `factored_fp32`,
   `bfloat16_z`, `slice_p` say what state there is, and hold from a parameter's first step on. The others may
-  change between two steps; `betas[0]` not in eval mode.
+  change between two steps, and are checked when they do. Once `prodigy_steps` has passed, d stays frozen.
+- `split_groups_mean=True` (2.0.1's default is False) moves every group by the harmonic mean of d over the
+  groups with evidence: those whose d has grown tenfold from its d0 and, if the others were there before, has
+  come to a tenth of their mean. A group whose gradients are zero or say nothing, one that is frozen at its
+  start and one that has just been added do not hold the others back; they move by the mean. The optimiser
+  warns once if the step sizes that count are more than a hundredfold apart. A single network whose parameters
+  are in several groups only for their weight decay is better off with `split_groups=False`.
+- A group of a few elements has few samples, of which chance may make a step size: leave it in the mean, or
+  with others. `d_coef` far above 1 makes more of chance too. A run that goes on long after it has converged
+  is better off with `prodigy_steps`: as gradients vanish, every Adam's steps become noise of the size of its
+  step size.
+- `beta4=None` starts slowly: the limiter lets the estimate be 2^¼ of d at most, and the average takes in 1 %
+  of it.
 - SPEED is better not combined with much weight decay: it leaves the size of the evidence out, so that the
   steady pull of the decay may weigh as much as the gradients. 2.0.1's documentation warns of it for its kind.
 - FOCUS, as in 2.0.1: the average of the weights is weighted with d², so that while d grows it is one of the
@@ -444,10 +456,13 @@ DIFFERENT = """\
   d0. Here, of a `d_coef` below 1, the product is limited.
 - Factored second moments of tensors that are taller than wide: here the row factor is divided by its mean.
   2.0.1 takes that mean over a dimension of size one.
+- `p0`, from where progress is measured: here in the weight's dtype. 2.0.1 rounds it to bfloat16, and takes
+  the rounding for progress: on noise d grows a hundredfold, and from a small d0 it may never start.
+- `split_groups_mean`: here True by default, and over groups with evidence only; 2.0.1 takes all groups.
 - Muon: 2.0.1 has none any more. 1.9.0 runs the first Muon's polynomial for six iterations and divides by a
   running average of the rms; here a direction has an rms of 1, as Adam's has, and no memory.
-- `fused_back_pass`: here a call of `step()` ends each step. 2.0.1 counts parameters, and miscounts if one
-  is unused."""
+- `fused_back_pass`: here a call of `step()` ends each step. 2.0.1 counts parameters, and miscounts if one is
+  unused."""
 
 
 def compared(told: Told) -> list[Cost]:

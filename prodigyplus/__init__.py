@@ -1,7 +1,24 @@
 """Prodigy+ Schedule-Free: an optimiser without a learning rate or a schedule to choose."""
 
+from importlib import metadata
+
 from prodigyplus.grouping import describe_groups, muon_groups
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus.published import ImportReport, import_published
+from prodigyplus.reporting import warn_caller
 
 __all__ = ["ImportReport", "ProdigyPlusScheduleFree", "describe_groups", "import_published", "muon_groups"]
+
+
+def _warn_of_the_published_package() -> None:
+    try:
+        metadata.distribution("prodigy-plus-schedule-free")
+    except metadata.PackageNotFoundError:
+        return
+    warn_caller(
+        "prodigy-plus-schedule-free is installed too, into the same folder as prodigyplus-dist: what an import "
+        "finds is whichever came last, and to remove one breaks the other. Uninstall both, then install one."
+    )
+
+
+_warn_of_the_published_package()

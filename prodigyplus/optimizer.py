@@ -114,8 +114,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         muon_quintic: Orthogonalise by the first Muon's polynomial. False: by Polar Express's.
         muon_batched: Parameters of three or more dimensions are batches of matrices, their last two, as
             experts are. False: one matrix, their first dimension by all others, as convolutions are.
-        bfloat16_z: Keep z, half of the state and more, in bfloat16 for float32 weights, rounded
-            stochastically: 2.4 bytes of state per parameter in the place of 4.4.
+        bfloat16_z: Keep z as its distance from the weights of training, in bfloat16, for float32 weights, rounded
+            stochastically: 2.6 bytes of state per parameter in the place of 4.6.
         compile: Run passes over whole tensors through ``torch.compile``: those of the default options. Groups
             with Cautious, Grams, ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` run without.
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 
 import pytest
@@ -274,3 +275,159 @@ def test_warm_up_from_zero_is_a_step_like_any_other():
     optimizer.param_groups[0]["lr"] = 1.0
     run(optimizer, problem, 40)
     assert float(optimizer.metrics()[0]["d"]) > 1e-5
+
+
+def named(order, shapes=((4, 4), (4, 4))):
+    """Parameters whose weights tell them apart, in an order of their names."""
+    parameters = {name: nn.Parameter(torch.full(shape, float(i))) for i, (name, shape) in enumerate(
+        zip(("a", "b"), shapes, strict=True), 1
+    )}  # fmt: skip
+    return ProdigyPlusScheduleFree([(name, parameters[name[-1]]) for name in order]), parameters
+
+
+def steps(optimizer, parameters, count=3):
+    for _ in range(count):
+        for p in parameters.values():
+            p.grad = p.detach().clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a"), ("module.b", "module.a"), ("_orig_mod.b", "a")])
+def test_states_go_to_the_parameters_of_their_names(order):
+    optimizer, parameters = named(("a", "b"))
+    steps(optimizer, parameters)
+    other, others = named(order)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert other.param_groups[0]["param_names"] == list(order)
+    for name in "ab":
+        assert_same(other.state[others[name]], dict(optimizer.state[parameters[name]]))
+        with torch.no_grad():
+            others[name].copy_(parameters[name])
+    steps(other, others)
+    steps(optimizer, parameters)
+    for name in "ab":
+        assert_same(others[name].detach(), parameters[name].detach())
+
+
+def test_states_of_parameters_of_other_names():
+    optimizer, parameters = named(("a", "b"))
+    steps(optimizer, parameters)
+    saved = optimizer.state_dict()
+    other, _ = named(("head.a", "b"))
+    with pytest.raises(ValueError, match=r"it lacks head\.a, and it has a\. .*delete \"param_names\""):
+        other.load_state_dict(saved)
+    del saved["param_groups"][0]["param_names"]
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["param_names"] == ["head.a", "b"]
+    unnamed = ProdigyPlusScheduleFree([nn.Parameter(torch.ones(4, 4)) for _ in "ab"])
+    unnamed.load_state_dict(optimizer.state_dict())  # one side has no names
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_helpers_of_torch_and_names_in_another_order(order):
+    model = nn.ParameterDict(
+        {name: nn.Parameter(torch.full((4, 4), i)) for name, i in (("a", 1.0), ("b", 2.0))}
+    )
+    optimizer = ProdigyPlusScheduleFree(list(model.named_parameters()))
+    steps(optimizer, dict(model.items()))
+    saved = get_optimizer_state_dict(model, optimizer)
+    other = copy.deepcopy(model)
+    other_optimizer = ProdigyPlusScheduleFree([(name, other[name]) for name in order])
+    other.zero_grad()
+    set_optimizer_state_dict(other, other_optimizer, copy.deepcopy(saved))
+    for name in "ab":
+        assert_same(other_optimizer.state[other[name]], dict(optimizer.state[model[name]]))
+
+
+def test_loading_again_and_again_adds_nothing():
+    """torch adds keys of its own optimisers to an optimiser's defaults when it is loaded or copied."""
+    problem, optimizer = pair((40, 40), (5,))
+    run(optimizer, problem, 3)
+    keys = optimizer.state_dict()["param_groups"][0].keys()
+    for how in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o)), lambda o: o):
+        for _ in range(3):
+            optimizer = how(optimizer)
+            optimizer.load_state_dict(optimizer.state_dict())
+            problem.parameters = optimizer.param_groups[0]["params"]
+            run(optimizer, problem, 1)
+            assert optimizer.state_dict()["param_groups"][0].keys() == keys
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert [group.keys() for group in optimizer.state_dict()["param_groups"]] == [keys, keys]
+
+
+def test_hooks_see_what_is_saved_and_may_change_it():
+    problem, optimizer = pair((40, 40), (5,))
+    run(optimizer, problem, 3)
+    plain = optimizer.state_dict()
+    seen = []
+
+    def rename(_, saved):
+        return {"state": {f"p{key}": value for key, value in saved["state"].items()}, **{
+            key: value for key, value in saved.items() if key != "state"
+        }}  # fmt: skip
+
+    handles = [
+        optimizer.register_state_dict_post_hook(lambda _, saved: seen.append(copy.deepcopy(saved))),
+        optimizer.register_state_dict_post_hook(rename),
+    ]
+    found = optimizer.state_dict()
+    assert_same(seen, [plain])
+    assert_same(found, {**plain, "state": {f"p{key}": value for key, value in plain["state"].items()}})
+    for handle in handles:
+        handle.remove()
+    assert_same(optimizer.state_dict(), plain)
+
+
+def test_state_that_is_no_parameters_is_saved_and_loaded():
+    problem, optimizer = pair((4, 4))
+    run(optimizer, problem, 2)
+    optimizer.state["ema"] = {"decay": torch.tensor(0.5), "count": 3}
+    _, other = resumed(problem, optimizer)
+    assert_same(other.state["ema"], optimizer.state["ema"])
+    run(optimizer, problem, 1)
+    assert_same(other.state_dict()["state"]["ema"], optimizer.state["ema"])
+
+
+def test_a_state_whose_p0_was_kept_in_bfloat16():
+    problem, optimizer = pair((40, 40), (5,))
+    run(optimizer, problem, 3)
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        state["p0"] = state["p0"].bfloat16()
+    _, other = pair((40, 40), (5,))
+    other.load_state_dict(saved)
+    for state, its in zip(other.state.values(), saved["state"].values(), strict=True):
+        assert state["p0"].dtype == torch.float32
+        assert_same(
+            state["p0"],
+            optimizer.state[problem.parameters[len(its["p0"].shape) == 1]]["p0"].bfloat16().float(),
+        )
+
+
+def test_a_state_dict_of_an_earlier_version():
+    """Which did not have some entries of a group; options that came later have their defaults."""
+    problem, optimizer = pair((40, 40), (5,))
+    run(optimizer, problem, 3)
+    saved = optimizer.state_dict()
+    for name in ("in_mean", "frozen", "average_beta1", "compile"):
+        del saved["param_groups"][0][name]
+    _, other = pair((40, 40), (5,))
+    other.load_state_dict(saved)
+    assert_same(other.state_dict(), optimizer.state_dict())
+
+
+def test_the_numbers_of_a_group_are_tensors_from_the_first_moment_on():
+    problem, optimizer = pair((40, 40))
+    for act in (
+        lambda: None,
+        lambda: run(optimizer, problem, 1),
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+    ):
+        act()
+        assert isinstance(optimizer.param_groups[0]["d"], torch.Tensor)
+    assert isinstance(optimizer.state_dict()["param_groups"][0]["d"], float)
+    (numbers,) = optimizer.metrics(as_numbers=True)
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert isinstance(numbers["step"], int)
+    for name, value in optimizer.metrics()[0].items():
+        assert numbers[name] == value.item()

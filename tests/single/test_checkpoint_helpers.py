@@ -209,3 +209,30 @@ def test_back_to_a_checkpoint_from_before_it_was_freed(tmp_path, use_speed):
     train(model, optimizer, 20)
     through_helpers(tmp_path, trained, (model, optimizer))
     assert_alike(trained, (model, optimizer))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_run_that_is_rolled_back_again_and_again(tmp_path, flat):
+    """By dcp.load into what the helpers give: of keys that a load had added, the file would know nothing."""
+    how = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def states(model, optimizer):
+        return {
+            "model": get_model_state_dict(model, options=how),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=how),
+        }
+
+    model, optimizer = model_and_optimizer(ProdigyPlusScheduleFree)
+    train(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        dcp.save(states(model, optimizer), checkpoint_id=tmp_path)
+        train(model, optimizer)
+        expected = copy.deepcopy(model.state_dict())
+        for _ in range(4):
+            saved = states(model, optimizer)
+            dcp.load(saved, checkpoint_id=tmp_path)
+            set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=how)
+            set_model_state_dict(model, saved["model"], options=how)
+            train(model, optimizer)
+            assert_same(dict(model.state_dict()), dict(expected))

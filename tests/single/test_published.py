@@ -486,3 +486,23 @@ def test_the_report_in_the_documentation():
     page = (Path(__file__).parents[2] / "docs" / "published.md").read_text()
     *_, report = imported("2.0_default")
     assert str(report) in page
+
+
+def test_the_published_package_beside_this_one_is_told_of(tmp_path):
+    """Both install into the same folder, of which pip says nothing."""
+    code = "import warnings; warnings.simplefilter('error'); import prodigyplus"
+    info = tmp_path / "prodigy_plus_schedule_free-2.0.1.dist-info"
+    for expected in (0, 1):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == expected, done.stderr
+        info.mkdir()
+        (info / "METADATA").write_text("Name: prodigy-plus-schedule-free\nVersion: 2.0.1\n")
+        if expected:
+            assert "Uninstall both" in done.stderr
+            break

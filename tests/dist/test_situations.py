@@ -1,0 +1,217 @@
+"""What users do with sharded models: constraints, evaluations, parameters that are frozen, other wrappers."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from tests.dist.meshes import MESHES, Placed, whole
+from tests.single.problems import Fed, assert_same
+
+
+def unit_rows(values):
+    return values / (values * values).sum(-1, keepdim=True).sqrt()
+
+
+def constrained(optimizer_class, problem):
+    optimizer = optimizer_class(problem.parameters, d0=1e-2)
+    clamped, normed = problem.parameters[0], problem.parameters[2]
+    optimizer.constrain(clamped, lambda values: values.clamp_(-0.5, 0.5))
+    optimizer.constrain(normed, unit_rows)
+    for _ in range(20):
+        problem.backward()
+        optimizer.step()
+    found = [whole(p) for p in problem.parameters]
+    optimizer.eval()
+    found += [whole(p) for p in problem.parameters]
+    optimizer.train()
+    return found, float(optimizer.metrics()[0]["d"])
+
+
+def constrained_on_mesh(name):
+    mesh = MESHES[name]
+    return constrained(ShardedProdigyPlusScheduleFree, Placed(Fed(*mesh.shapes), mesh))
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp", "fsdp_tp", "uneven"])
+def test_constraints_on_shards(pool, name):
+    mesh = MESHES[name]
+    expected, d = constrained(ProdigyPlusScheduleFree, Fed(*mesh.shapes))
+    first, *others = pool.run(mesh.ranks, constrained_on_mesh, name)
+    assert first[1] == pytest.approx(d, rel=1e-6)
+    for found, value in zip(first[0], expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
+    for other in others:
+        assert_same(other, first)
+    assert 0.49 < expected[0].abs().max() <= 0.5
+    torch.testing.assert_close(expected[2].norm(dim=-1), torch.ones(len(expected[2])))
+
+
+def losses(evaluates, root):
+    """Of steps between which the average is evaluated, at a root that FSDP2 leaves gathered."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 5))
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh, **({} if root is None else {"reshard_after_forward": root}))
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), d0=1e-2)
+    data = torch.randn(16, 20, generator=torch.Generator().manual_seed(1))
+    found = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = (model(data) - data[:, :5]).square().mean()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+        if evaluates:
+            with torch.no_grad(), optimizer.averaged_parameters():
+                average = model(data)
+            if evaluates == "swap":
+                with torch.no_grad():
+                    optimizer.eval()
+                    again = model(data)
+                    optimizer.train()
+                torch.testing.assert_close(again, average)
+    return found
+
+
+@pytest.mark.parametrize("root", [None, True])
+@pytest.mark.parametrize("how", ["swap", "context"])
+def test_a_step_after_an_evaluation_trains_the_weights_of_training(pool, how, root):
+    plain = pool.run(2, losses, None, root)
+    # eval() and train() round; averaged_parameters() does not.
+    bound = 0 if how == "context" else 1e-5
+    for found, expected in zip(pool.run(2, losses, how, root), plain, strict=True):
+        assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= bound
+
+
+def main_copies(optimizer_class):
+    """A wrapper's own copies of weights, which require no gradient and are given some."""
+    problem = Fed((16, 16), (5,))
+    problem.parameters = [p.detach().clone() for p in problem.parameters]
+    optimizer = optimizer_class([nn.Parameter(p) for p in problem.parameters], d0=1e-2)
+    optimizer.param_groups[0]["params"] = problem.parameters
+    for _ in range(5):
+        problem.backward()
+        optimizer.step()
+    return [p.clone() for p in problem.parameters]
+
+
+def test_what_is_given_a_gradient_is_trained(pool):
+    expected = main_copies(ProdigyPlusScheduleFree)
+    assert not torch.equal(expected[0], Fed((16, 16), (5,)).parameters[0])
+    for found in pool.run(2, main_copies, ShardedProdigyPlusScheduleFree):
+        assert_same(found, expected)
+
+
+def frozen_after_backward(name, sharded):
+    """Parameters are frozen between a backward pass and its step, of which one rank has no gradient."""
+    mesh = MESHES[name]
+    problem = Fed(*mesh.shapes)
+    if sharded:
+        problem = Placed(problem, mesh)
+    optimizer = (ShardedProdigyPlusScheduleFree if sharded else ProdigyPlusScheduleFree)(
+        problem.parameters, d0=1e-2
+    )
+    for step in range(8):
+        problem.backward()
+        if step == 3:
+            for p in problem.parameters[:3]:
+                p.requires_grad_(False)
+            if sharded and dist.get_rank() == 1:
+                problem.parameters[1].grad = None
+            elif not sharded and name != "hsdp":
+                rows = mesh.shapes[1][0]
+                problem.parameters[1].grad[rows // 2 :] = 0
+        if step > 3:
+            for p in problem.parameters[:3]:
+                p.grad = None
+        optimizer.step()
+    return [whole(p) for p in problem.parameters], float(optimizer.metrics()[0]["d"])
+
+
+def test_ranks_agree_on_what_is_frozen_between_backward_and_step(pool):
+    expected, d = frozen_after_backward("fsdp2", sharded=False)
+    one, other = pool.run(2, frozen_after_backward, "fsdp2", True)
+    assert_same(other, one)
+    assert one[1] == pytest.approx(d, rel=1e-6)
+    for found, value in zip(one[0], expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
+
+
+def zero_redundancy(*args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch itself compiles at this import
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    return ZeroRedundancyOptimizer(*args, **options)
+
+
+def with_zero(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3))
+    data = torch.randn(32, 12, generator=torch.Generator().manual_seed(1))
+    try:
+        if make == "one process":
+            optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=1e-4, d_limiter=False)
+        elif make == "shared":
+            optimizer = zero_redundancy(
+                nn.parallel.DistributedDataParallel(model).parameters(),
+                functools.partial(ShardedProdigyPlusScheduleFree, process_group=dist.group.WORLD),
+                d0=1e-4,
+                d_limiter=False,
+            )
+        else:
+            zero_redundancy(model.parameters(), make)
+            return "made"
+    except ValueError as error:
+        return str(error)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(data).square().mean().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("make", [ProdigyPlusScheduleFree, ShardedProdigyPlusScheduleFree])
+def test_zero_redundancy_optimizer_is_refused(pool, make):
+    """It would give every rank a step size of its own."""
+    for found in pool.run(2, with_zero, make):
+        assert "process_group" in found
+        assert make.__name__ in found
+
+
+def test_zero_redundancy_optimizer_with_a_shared_step_size(pool):
+    expected = with_zero("one process")
+    for found in pool.run(2, with_zero, "shared"):
+        for p, value in zip(found, expected, strict=True):
+            assert (p - value).norm() <= 1e-5 * value.norm()
+
+
+def average_in_full(tied):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if tied:
+        model[1].weight = model[0].weight
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), d0=1e-2)
+    model(torch.ones(4, 8)).square().sum().backward()
+    optimizer.step()
+    saved = optimizer.averaged_state_dict(model, full=True)
+    return {name: (value.data_ptr(), value) for name, value in saved.items()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_weights_are_saved_under_each_name(pool, tied):
+    """Each in a memory of its own, as safetensors needs."""
+    saved, nothing = pool.run(2, average_in_full, tied)
+    assert nothing == {}
+    assert saved.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert len({pointer for pointer, _ in saved.values()}) == 4
+    assert torch.equal(saved["0.weight"][1], saved["1.weight"][1]) == tied
