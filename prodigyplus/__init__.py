@@ -16,8 +16,8 @@ def _warn_of_the_published_package() -> None:
     except metadata.PackageNotFoundError:
         return
     warn_caller(
-        "prodigy-plus-schedule-free is installed too, into the same folder as prodigyplus-dist: what an import "
-        "finds is whichever came last, and to remove one breaks the other. Uninstall both, then install one."
+        "prodigy-plus-schedule-free is installed too, into the same folder as prodigyplus-dist: an import "
+        "finds whichever came last, and to remove one breaks the other. Uninstall both, then install one."
     )
 
 

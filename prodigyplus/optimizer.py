@@ -62,8 +62,11 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     Every option may be set per parameter group. Those that say what state there is (``use_schedulefree``,
     ``use_focus``, ``use_muon_pp``, ``use_speed="relative"``, ``factored``, ``factored_fp32``,
-    ``bfloat16_z``, ``slice_p``) hold from a parameter's first step on, ``betas[0]`` may not change in eval
-    mode; the others may be changed between steps.
+    ``bfloat16_z``, ``slice_p``) hold from a parameter's first step on; the others may be changed between
+    steps, and are checked then.
+
+    What a training loop would do to weights after a step (clamp them, renormalise rows) goes through
+    :meth:`constrain`: otherwise the average that is evaluated knows nothing of it.
 
     Args:
         params: Parameters, named parameters, or parameter groups, as for every torch optimiser:
@@ -77,16 +80,16 @@ class ProdigyPlusScheduleFree(Optimizer):
         use_bias_correction: RAdam's correction of the second moment, and its warm-up.
         d0: First step size, to be chosen too small.
         d_coef: Multiplies the estimate of the step size.
-        prodigy_steps: Stop adapting the step size, and free the memory for it, at this call of
-            ``step`` (0 or None: never). Calls count whose step was skipped, not those with ``lr=0``.
+        prodigy_steps: Stop adapting the step size, and free the memory for it, at this call of ``step`` (0
+            or None: never), for good. Calls count whose step was skipped, not those with ``lr=0``.
         use_speed: SPEED. True: judge progress by signs alone, and let d grow to d^0.975 at most. "relative":
             by its average, over how far the weights have come (what 2.0.1 calls SPEED).
         eps: Added to the denominator, relative to the step size. None: Adam-atan2, which needs none;
             StableAdamW is then off.
         split_groups: A step size for each parameter group. False: one, from the statistics of all
             groups for which it is False, under the options of the first of these.
-        split_groups_mean: With ``split_groups``, every group moves by the harmonic mean of the
-            groups' step sizes.
+        split_groups_mean: With ``split_groups``, every group moves by the harmonic mean of the step sizes of
+            the groups with evidence: d has grown tenfold, and to a tenth of the others' mean.
         factored: Second moments of rank one for tensors of two or more dimensions.
         factored_fp32: Keep the factors in float32. False: in the gradient's dtype.
         fused_back_pass: Move parameters within the backward pass, and free each gradient at once: see
@@ -114,8 +117,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         muon_quintic: Orthogonalise by the first Muon's polynomial. False: by Polar Express's.
         muon_batched: Parameters of three or more dimensions are batches of matrices, their last two, as
             experts are. False: one matrix, their first dimension by all others, as convolutions are.
-        bfloat16_z: Keep z as its distance from the weights of training, in bfloat16, for float32 weights, rounded
-            stochastically: 2.6 bytes of state per parameter in the place of 4.6.
+        bfloat16_z: Of float32 weights, keep z as its distance from them, in bfloat16, rounded stochastically:
+            2.6 bytes of state per parameter in the place of 4.6.
         compile: Run passes over whole tensors through ``torch.compile``: those of the default options. Groups
             with Cautious, Grams, ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` run without.
 
