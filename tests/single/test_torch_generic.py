@@ -70,8 +70,7 @@ class Run:
 @each
 def test_the_loss_falls_under_schedules(cls, options):
     run = Run(cls, options)
-    o, losses = run.optimizer, []
-    rate = o.param_groups[-1]["lr"]
+    o, rate, losses = run.optimizer, run.optimizer.param_groups[-1]["lr"], []
     timed = lr_scheduler.LinearLR(o, 0.4, total_iters=4), lr_scheduler.StepLR(o, 5, gamma=0.9)
     timed += (lr_scheduler.ConstantLR(o, 0.5, total_iters=3),)
     plateau = lr_scheduler.ReduceLROnPlateau(o, factor=0.9, threshold=1.0, patience=3)
@@ -136,6 +135,8 @@ def test_names_change_nothing_and_are_saved(cls):
     named.optimizer.load_state_dict(saved)  # keeps its own
     run.optimizer.load_state_dict(saved_named)  # takes those over
     for optimizer in (named.optimizer, run.optimizer):
+        assert_same(optimizer.state_dict(), saved_named)
+        optimizer.load_state_dict(saved_named)
         assert_same(optimizer.state_dict(), saved_named)
 
 
