@@ -943,8 +943,9 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _saved_states(self) -> dict[int, dict[str, Tensor]]:
         """The states of all parameters by their numbers, Prodigy's samples as rows."""
         kept = []
+        numbers = {p: number for number, (p, _) in enumerate(self._parameters())}  # given twice, its last
         for number, (p, group) in enumerate(self._parameters()):
-            if p in self.state:
+            if p in self.state and numbers[p] == number:
                 o, state = Options.of(group), self.state[p]
                 if state and group["frozen"]:
                     state = {**state, **self._kept(p, freed_state(self._local(p), self._layout(p), o), o)}
