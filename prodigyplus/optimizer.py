@@ -22,7 +22,7 @@ from prodigyplus.layout import Layout, Sum
 from prodigyplus.monitor import Monitor
 from prodigyplus.options import Options, StateOptions
 from prodigyplus.reporting import is_called_from, warn_caller
-from prodigyplus.rule import Member, anchor, freed_state, new_state
+from prodigyplus.rule import Member, anchor, compute_dtype, freed_state, new_state
 from prodigyplus.scalars import Constants
 from prodigyplus.step import Step
 from prodigyplus.stepsize import GroupStep
@@ -192,6 +192,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         Where it is to be fused with the backward pass, call :meth:`fuse_backward` after it.
         """
         self._check_no_step_is_under_way()
+        if not isinstance(param_group, dict):
+            raise TypeError(f'add_param_group: {param_group!r} is no dict of "params" and options.')
         options.check_keys(param_group, checkpoint.ENTRIES)
         values = options.plain({**self.defaults, **param_group})
         param_group |= {name: values[name] for name in options.NAMES if name in param_group}
@@ -560,6 +562,13 @@ class ProdigyPlusScheduleFree(Optimizer):
         if not state:
             self._check_kind(place)
             self._check_parameter(p, group.options, self._name(place))
+        arithmetic = compute_dtype(p)
+        if grad.dtype not in _DTYPES or torch.promote_types(grad.dtype, arithmetic) != arithmetic:
+            raise RuntimeError(
+                f"{self._name(place)} is {p.dtype}, but its gradient {grad.dtype}: give it one of the "
+                "parameter's dtype, or of bfloat16 beside float32."
+            )
+        if not state:
             state.update(self._kept(p, new_state(weight, grad, layout, group.options), group.options))
         elif self._made_for.get(p) != made_for:
             self._check_state(place, weight, grad, layout, group)

@@ -146,6 +146,28 @@ def test_sparse_gradients():
 
 
 @pytest.mark.parametrize(
+    ("weight", "grad"),
+    [
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float64),
+        (torch.float32, torch.complex64),
+    ],
+)
+def test_gradients_of_other_dtypes(weight, grad):
+    """float16 would lose the second moment, and a wider one would leave a state that no later one fits."""
+    p = nn.Parameter(torch.ones(4, dtype=weight))
+    optimizer = ProdigyPlusScheduleFree([p])
+    p.grad_dtype = None
+    p.grad = torch.ones(4, dtype=grad)
+    with pytest.raises(RuntimeError, match=f"parameter 0 .* is {weight}, but its gradient {grad}"):
+        optimizer.step()
+    p.grad = torch.ones(4, dtype=weight)
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg_sq"].dtype == weight
+
+
+@pytest.mark.parametrize(
     ("options", "named", "left"),
     [
         ({"eps": None}, ("eps=None", "use_stableadamw"), {"eps": None, "use_stableadamw": False}),
