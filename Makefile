@@ -5,7 +5,7 @@ PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: mnist gpt test lint clean
+.PHONY: mnist gpt test parity lint clean
 
 mnist: $(VENV)/launch  ## train MNIST on two DDP processes
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/mnist_ddp.py $(ARGS)
@@ -15,6 +15,9 @@ gpt: $(VENV)/launch  ## pretrain a small GPT under FSDP2 on two processes, ten m
 
 test: $(VENV)/test  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+parity: $(VENV)/test  ## the golden runs with each set of instructions that this processor has
+	$(BIN)/python tests/golden/processors.py -n 2 $(ARGS)
 
 lint: $(VENV)/dev  ## style and types
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@ Imported by make.py beside the oracle and by the tests beside our own package; i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STEPS = 300
+STEPS = 120
+
+# What is kept of every step of a run, of each group: its step size, and the evidence that moves it.
+CURVES = ("d", "d_numerator", "d_denom")
 
 # Every number of dimensions from 0 to 4; wide, square, tall; factored and too small for it; equal sizes.
 SHAPES = ((), (1,), (50,), (12, 40), (36, 36), (64, 20), (31, 7), (3, 33, 10), (34, 6, 3, 3), (8, 6, 3, 3))
@@ -26,10 +30,16 @@ class Case:
     groups: tuple[tuple[int, dict[str, Any]], ...] = ((len(SHAPES), {}),)
     # A schedule: what lr is multiplied with at a step, from 0.
     schedule: Callable[[int], float] | None = None
+    steps: int = STEPS
     # Of each tensor, every so-manieth element is kept.
     every: int = 1
-    # A step after which the weights are kept too: before the run has turned chaotic, if it does.
-    early: int = 0
+    # The fractions of the run after which the weights are kept: some before it turns chaotic, if it does.
+    kept_at: tuple[float, ...] = (1,)
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """The numbers of steps after which the weights are kept."""
+        return [round(fraction * self.steps) for fraction in self.kept_at]
 
 
 _TWO = ((4, {}), (6, {}))
@@ -82,9 +92,11 @@ _ALONE = {
     "focus": {**_FOCUS, "d0": 2e-6},  # at which no sign hangs on a last bit
 }
 
+_OFTEN: dict[str, Any] = {"every": 7, "kept_at": (0.5, 0.75, 1)}
+
 OPTION_CASES = {
-    **{name: Case(options, every=7, early=60) for name, options in _ALONE.items()},
-    **{f"adam_{name}": Case({**_NO_SF, **options}, every=7, early=60) for name, options in _ALONE.items()},
+    **{name: Case(options, **_OFTEN) for name, options in _ALONE.items()},
+    **{f"adam_{name}": Case({**_NO_SF, **options}, **_OFTEN) for name, options in _ALONE.items()},
 }
 
 _PAIRS = {
@@ -126,8 +138,7 @@ PAIR_CASES = {
     name: Case(
         {key: value for options in pair for key, value in options.items()},
         _TWO if "groups" in name else Case().groups,
-        every=7,
-        early=60,
+        **_OFTEN,
     )
     for name, pair in _PAIRS.items()
 }
@@ -157,7 +168,7 @@ _PRODIGY = {
 def _both(
     groups: tuple[tuple[int, dict[str, Any]], ...] = Case().groups, **options: float
 ) -> tuple[Case, Case]:
-    return Case(options, groups), Case({**_PRODIGY, **options}, groups)
+    return Case(options, groups, **_OFTEN), Case({**_PRODIGY, **options}, groups, **_OFTEN)
 
 
 ANCESTOR_CASES = {
@@ -178,7 +189,7 @@ _RADAM = {
 }
 RADAM_CASES = {
     name: tuple(
-        Case({"betas": betas, **decay, **options}, every=7)
+        Case({"betas": betas, **decay, **options}, **_OFTEN)
         for options in ({"lr": 1e-3}, {**_RADAM, "d0": 1e-3})
     )
     for name, betas, decay in (
@@ -189,36 +200,83 @@ RADAM_CASES = {
 }
 
 
+class Numbers:
+    """Random numbers of which every bit is the same on every processor, and with every build of torch.
+
+    numpy promises that the words of its bit generators never change. They are made into float32 by exact
+    operations alone. ``torch.randn`` and ``exp`` are not like that: their last bits hang on the instructions
+    that a processor has.
+
+    Args:
+        seed: Of the generator.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._words = np.random.PCG64(seed)
+
+    def _bits(self, shape: Sequence[int], *counts: int) -> list[np.ndarray]:
+        """A word for each element, cut into integers of so many bits; of shape (elements,)."""
+        words, pieces = self._words.random_raw(math.prod(shape)), []
+        for bits in counts:
+            pieces.append((words & np.uint64(2**bits - 1)).astype(np.int32))
+            words >>= np.uint64(bits)
+        return pieces
+
+    def bells(self, shape: Sequence[int]) -> Tensor:
+        """Of mean 0 and standard deviation 1, within ±3: sums of three uniform numbers of 16 bits."""
+        total = sum(self._bits(shape, 16, 16, 16))
+        return torch.from_numpy(np.ldexp((2 * total - 3 * 0xFFFF).astype(np.float32), -16)).reshape(shape)
+
+    def positives(self, shape: Sequence[int]) -> Tensor:
+        """From 1/8 to 16, half of them from 2/3 to 10/3: uniform in an octave, mostly a middle one."""
+        fraction, one, another = self._bits(shape, 16, 2, 2)
+        mantissa = 1 + np.ldexp(fraction.astype(np.float32), -16)
+        return torch.from_numpy(np.ldexp(mantissa, one + another - 3)).reshape(shape)
+
+    def signs(self, shape: Sequence[int]) -> Tensor:
+        """−1, 0, 0 or 1."""
+        one, another = self._bits(shape, 1, 1)
+        return torch.from_numpy((one - another).astype(np.float32)).reshape(shape)
+
+
+class Perturbation:
+    """Puts tensors off by some last bits, up or down.
+
+    Args:
+        seed: Which way.
+        last_bits: How many.
+    """
+
+    def __init__(self, seed: int, last_bits: int) -> None:
+        self._numbers, self._last_bits = Numbers(1 + seed), last_bits
+
+    def apply_(self, values: Tensor) -> None:
+        off = self._last_bits * torch.finfo(values.dtype).eps
+        values.mul_(1 + off * self._numbers.signs(values.shape).to(values.dtype))
+
+
 class Problem:
     """A noisy quadratic in each parameter: ``g = curvature·(w − target) + noise``.
 
-    Perturbed, its gradients are off by a last bit, as if sums in them had been taken in another order; or its
-    weights too, as if the optimiser's own had. What that does to a run is the noise floor, below which two
-    runs cannot be told apart.
+    Its numbers are exact and its gradients are products and sums of two numbers each, which every processor
+    rounds alike: the same weights have the same gradients everywhere, to the bit.
 
     Args:
         dtype: Of the parameters.
-        perturbed: The seed of the perturbation; None for none.
-        weights_too: Whether it is of the weights too.
         shapes: Of the parameters.
     """
 
     def __init__(
         self,
         dtype: torch.dtype = torch.float32,
-        perturbed: int | None = None,
-        weights_too: bool = False,
         shapes: Sequence[tuple[int, ...]] = SHAPES,
     ) -> None:
-        self._perturbation = None if perturbed is None else torch.Generator().manual_seed(perturbed)
-        self._weights_too = weights_too
-        self._random = torch.Generator().manual_seed(0)
-        self.parameters = [torch.nn.Parameter(self._normal(shape).to(dtype)) for shape in shapes]
-        self._targets = [self._normal(shape) for shape in shapes]
-        self._curvatures = [self._normal(shape).exp() for shape in shapes]
-
-    def _normal(self, shape: Sequence[int]) -> Tensor:
-        return torch.randn(shape, generator=self._random)
+        self._perturbation: Perturbation | None = None
+        self._weights_too = False
+        self._numbers = Numbers(0)
+        self.parameters = [torch.nn.Parameter(self._numbers.bells(shape).to(dtype)) for shape in shapes]
+        self._targets = [self._numbers.bells(shape) for shape in shapes]
+        self._curvatures = [self._numbers.positives(shape) for shape in shapes]
 
     def groups(self, case: Case) -> list[dict[str, Any]]:
         groups, start = [], 0
@@ -227,40 +285,97 @@ class Problem:
             start += count
         return groups
 
+    def perturb(self, perturbation: Perturbation, weights_too: bool = False) -> None:
+        """From now on, gradients are off by some last bits of what is summed in them; and weights, too."""
+        self._perturbation, self._weights_too = perturbation, weights_too
+
     @torch.no_grad()
     def backward(self) -> None:
         """Put a gradient into each parameter."""
         for p, target, curvature in zip(self.parameters, self._targets, self._curvatures, strict=True):
-            noise = self._normal(p.shape)
+            noise = self._numbers.bells(p.shape)
             exact = torch.promote_types(p.dtype, torch.float32)
-            grad = (curvature * (p.to(exact) - target) + 0.3 * noise).mul_(0.01)
+            signal = curvature * (p.to(exact) - target)
             if self._perturbation is not None:
-                for values in (grad, p) if self._weights_too else (grad,):
-                    signs = torch.randint(-1, 2, p.shape, generator=self._perturbation)
-                    values.mul_(1 + 2**-23 * signs)
+                for values in (signal, p) if self._weights_too else (signal,):
+                    self._perturbation.apply_(values)
+            # Scaled by powers of two, which is exact: with or without a fused multiply-add it is the same.
+            grad = (signal + 2**-2 * noise).mul_(2**-7)
             p.grad = grad.to(p.dtype)
 
     @torch.no_grad()
     def loss(self) -> float:
-        """What the gradients, but for their noise, are those of; in units of a hundredth."""
+        """What the gradients, but for their noise, are those of; in units of 2**-7."""
         return sum(
             float((curvature * (p.to(target.dtype) - target).square()).sum()) / 2
             for p, target, curvature in zip(self.parameters, self._targets, self._curvatures, strict=True)
         )
 
 
-def set_lr(optimizer: torch.optim.Optimizer, case: Case, step: int) -> None:
-    if case.schedule is not None:
-        for group in optimizer.param_groups:
-            group["lr"] = case.schedule(step)
+def play(
+    optimizer: torch.optim.Optimizer, problem: Problem, case: Case, curves: Sequence[str] = CURVES
+) -> dict[str, np.ndarray]:
+    """Make the steps of a case, and keep of them what two packages are compared by.
+
+    Args:
+        optimizer: Of the problem's parameters, in the case's groups.
+        problem: What is played.
+        case: How.
+        curves: The numbers of a parameter group that are kept.
+
+    Returns:
+        Each curve, of shape (steps, groups); "weights" at the case's steps, (kept steps, kept elements); and
+        "z" at the end, (kept elements,), if the optimiser has one. :func:`tensors` cuts them.
+    """
+    numbers: dict[str, list[list[float]]] = {name: [] for name in curves}
+    weights = []
+    for step in range(case.steps):
+        if case.schedule is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = case.schedule(step)
+        problem.backward()
+        optimizer.step()
+        for name, rows in numbers.items():
+            rows.append([float(group[name]) for group in optimizer.param_groups])
+        if step + 1 in case.kept_steps:
+            weights.append(_kept(case, problem.parameters))
+    result = {**{name: np.array(rows) for name, rows in numbers.items()}, "weights": np.array(weights)}
+    if all("z" in optimizer.state[p] for p in problem.parameters):
+        result["z"] = _kept(case, [optimizer.state[p]["z"] for p in problem.parameters])
+    return result
 
 
-def kept(case: Case, tensor: Tensor) -> np.ndarray:
-    """What is kept of a tensor at the end of a run."""
-    tensor = tensor.detach()
-    return (tensor if case.every == 1 else tensor.flatten()[:: case.every]).numpy()
+def _kept(case: Case, tensors: Sequence[Tensor]) -> np.ndarray:
+    """What is kept of the tensors, one after another; of shape (kept elements,)."""
+    return torch.cat([tensor.detach().flatten()[:: case.every] for tensor in tensors]).numpy()
 
 
-def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The relative distance of two tensors, in the norm over all their elements."""
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+def tensors(kept: np.ndarray, case: Case) -> list[np.ndarray]:
+    """What is kept of each tensor, from what is kept of all: of shape (…, kept elements)."""
+    sizes = [-(-math.prod(shape) // case.every) for shape in SHAPES]
+    return np.split(kept, np.cumsum(sizes)[:-1], axis=-1)
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """The relative distance of two tensors, or of several pairs, in the norm over the last dimension."""
+    return np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
+
+
+def distances(
+    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], case: Case
+) -> dict[str, np.ndarray]:
+    """How far a run is from another, in units of the other.
+
+    Returns:
+        Of each curve, at each step the most of any group, in units of the largest so far; of shape (steps,).
+        Of "weights" and "z", of each tensor; of shape (kept steps, tensors) and (1, tensors).
+    """
+    result = {}
+    for name in theirs.keys() & {*CURVES}:
+        unit = np.maximum.accumulate(np.abs(theirs[name]))
+        off = np.abs(ours[name] - theirs[name])
+        result[name] = np.divide(off, unit, out=off, where=unit > 0).max(axis=1)
+    for name in theirs.keys() & {"weights", "z"}:
+        pairs = zip(tensors(ours[name], case), tensors(theirs[name], case), strict=True)
+        result[name] = np.array([distance(one, other) for one, other in pairs]).T.reshape(-1, len(SHAPES))
+    return result

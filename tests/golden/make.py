@@ -3,12 +3,15 @@
     pip install --no-deps --target ORACLE prodigy-plus-schedule-free==2.0.1
     pip install --no-deps --target ANCESTOR prodigyopt==1.1.2
     pip install --no-deps --target SCHEDULEFREE schedulefree==1.4.1
-    python tests/golden/make.py ORACLE ANCESTOR SCHEDULEFREE
+    python tests/golden/make.py ORACLE ANCESTOR SCHEDULEFREE [FILE ...]
 
 The first, the oracle, has our import name, so it runs in a process without us. It is corrected in the places
 where we differ on purpose and the numbers would show it:
 
 - the row factor of tall tensors is normalised by its true mean;
+- p0 is kept in the weight's dtype, and what it is compared with and multiplied by is in float32 at least. The
+  package rounds p0 to bfloat16, whose distance to the weights is progress that nobody made, and takes both
+  in bfloat16 where the weights are;
 - ‖s‖₁ of a tensor is summed in float32. The package rounds it to bfloat16, the dtype that s is stored in,
   which puts up to 0.4 % on a tensor's share of d's denominator, and turns a last bit of a gradient into
   as much where it tips the rounding;
@@ -17,11 +20,13 @@ where we differ on purpose and the numbers would show it:
 - without Schedule-Free, ADOPT normalises d·g, by the deviation of d·g. The package divides g by it, which is
   1/d too much and saturates ADOPT's clamp, and then moves by d times what it should: its d stays at d0.
 
-Each run is played again, several times over, with gradients that are off by a last bit, and of options with
-weights that are too. How far that takes a run at most is kept as its noise floor.
+Each run is played again, several times over, as floors.py says. How far that takes a run at most is kept
+beside it, as its noise floor; and how far one of those runs is from it, in units of the bounds that its
+others give.
 
 The others, the reference Prodigy and Schedule-Free's RAdam, are played in float64, where no storage dtype
-comes between us.
+comes between us. The first decays its weights before it moves them, we in the same product: in its perturbed
+runs, the weights are off too. Where files are named, only they are made.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ import contextlib
 import importlib
 import io
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,21 +45,19 @@ from cases import (
     ANCESTOR_CASES,
     BFLOAT16_CASES,
     CASES,
+    CURVES,
     OPTION_CASES,
     PAIR_CASES,
     RADAM_CASES,
-    STEPS,
     Case,
+    Perturbation,
     Problem,
-    distance,
-    kept,
-    set_lr,
+    distances,
+    play,
 )
+from floors import PERTURBATIONS, WINDOW, bounds, furthest, last_bits
 
 HERE = Path(__file__).parent
-
-# How many runs of each perturbation the noise floor is the furthest of.
-PERTURBATIONS = 10
 
 
 def oracle(folder: str) -> type[torch.optim.Optimizer]:
@@ -60,6 +65,12 @@ def oracle(folder: str) -> type[torch.optim.Optimizer]:
     published = importlib.import_module("prodigyplus.prodigy_plus_schedulefree").ProdigyPlusScheduleFree
 
     class Corrected(published):  # type: ignore[misc, valid-type]
+        def initialise_state_internal(self, p, group):
+            state, new = super().initialise_state_internal(p, group)
+            if new:
+                state["p0"] = self.get_sliced_tensor(p.detach()).clone()
+            return state, new
+
         def get_denom(self, state, group):
             if "exp_avg_sq_metadata" not in state:
                 return super().get_denom(state, group)
@@ -68,7 +79,7 @@ def oracle(folder: str) -> type[torch.optim.Optimizer]:
             return (rows / rows.mean(row_dim, keepdim=True).add(1e-30) * columns).sqrt()
 
         def update_prodigy(self, state, group, grad, data):
-            super().update_prodigy(state, group, grad, data)
+            super().update_prodigy(state, group, grad.float(), data.float())
             if "s" in state:
                 _, denominator = self.get_running_values_for_group(group)
                 magnitudes = state["s"].abs()
@@ -104,55 +115,46 @@ def radam(folder: str) -> type[torch.optim.Optimizer]:
     return importlib.import_module("schedulefree").RAdamScheduleFree
 
 
-def play(
+def golden(
     optimizer_class: type[torch.optim.Optimizer],
     case: Case,
     dtype: torch.dtype = torch.float32,
-    **perturbation: int,
+    curves: Sequence[str] = CURVES,
+    weights_too: bool = False,
 ) -> dict[str, np.ndarray]:
-    problem = Problem(dtype, **perturbation)
+    """A run, its noise floor under "floor.…", and "excess": see :func:`excess`.
+
+    With ``weights_too``, the weights are perturbed beside the gradients.
+    """
     options = {**case.options}
     if "use_speed" in options:
         options["use_speed"] = options["use_speed"] == "relative"
-    optimizer = optimizer_class(problem.groups(case), **options)
-    if hasattr(optimizer, "train"):
-        optimizer.train()
-    result, d = {}, []
-    for step in range(STEPS):
-        set_lr(optimizer, case, step)
-        problem.backward()
-        optimizer.step()
-        d.append([group.get("d", group["lr"]) for group in optimizer.param_groups])
-        if step + 1 == case.early:
-            for number, p in enumerate(problem.parameters):
-                result[f"early.{number}"] = kept(case, p).copy()
-    result["d"] = np.array(d)
-    for number, p in enumerate(problem.parameters):
-        result[f"weight.{number}"] = kept(case, p)
-        if "z" in optimizer.state[p]:
-            result[f"z.{number}"] = kept(case, optimizer.state[p]["z"])
-    return result
+
+    def run(perturbed: int | None = None) -> dict[str, np.ndarray]:
+        problem = Problem(dtype)
+        optimizer = optimizer_class(problem.groups(case), **options)
+        if perturbed is not None:
+            problem.perturb(Perturbation(perturbed, last_bits(case.options)), weights_too)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        return play(optimizer, problem, case, curves)
+
+    unperturbed = run()
+    others = [distances(run(seed), unperturbed, case) for seed in range(PERTURBATIONS)]
+    floor = {f"floor.{name}": values for name, values in furthest(others).items()}
+    return {**unperturbed, **floor, "excess": np.array(excess(others, dtype))}
 
 
-def noise_floor(optimizer_class: type, case: Case, run: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """How far perturbed runs are from one: in d the most at any step, in tensors the most of any tensor."""
-    gradients, weights_too = (
-        [play(optimizer_class, case, perturbed=seed, weights_too=too) for seed in range(PERTURBATIONS)]
-        for too in (False, True)
-    )
-    others = gradients + weights_too if case.early else gradients
-
-    def furthest(early: bool) -> np.ndarray:
-        keys = [key for key in run if key != "d" and key.startswith("early.") == early]
-        return np.array(
-            max((distance(other[key], run[key]) for other in others for key in keys), default=0.0)
-        )
-
-    return {
-        "floor.d": np.array(max(np.abs(other["d"] / run["d"] - 1).max() for other in gradients)),
-        "floor.early": furthest(True),
-        "floor.tensors": furthest(False),
-    }
+def excess(distances: Sequence[Mapping[str, np.ndarray]], dtype: torch.dtype) -> float:
+    """How far a perturbed run is at most, in units of the bound that the others give; 1 is within."""
+    found = 0.0
+    for number, one in enumerate(distances):
+        own = furthest([one])
+        others = furthest([other for index, other in enumerate(distances) if index != number])
+        for name, values in own.items():
+            allowed = bounds(others[name], dtype, WINDOW if name in CURVES else 0)
+            found = max(found, (values[: len(allowed)] / allowed).max(initial=0.0))
+    return float(found)
 
 
 def single_steps(optimizer_class: type[torch.optim.Optimizer], case: Case) -> dict[str, np.ndarray]:
@@ -184,21 +186,31 @@ def single_steps(optimizer_class: type[torch.optim.Optimizer], case: Case) -> di
 
 
 def main() -> None:
-    oracle_folder, ancestor_folder, schedulefree_folder = sys.argv[1:]
-    with contextlib.redirect_stdout(io.StringIO()):  # the package prints
-        optimizer_class = oracle(oracle_folder)
-        for name, case in {**CASES, **OPTION_CASES, **PAIR_CASES}.items():
-            run = play(optimizer_class, case)
-            floor = noise_floor(optimizer_class, case, run)
-            np.savez_compressed(HERE / f"{name}.npz", **run, **floor)
-        for name, case in BFLOAT16_CASES.items():
-            np.savez_compressed(HERE / f"bfloat16_{name}.npz", **single_steps(optimizer_class, case))
-        prodigy = ancestor(ancestor_folder)
-        for name, (theirs, _) in ANCESTOR_CASES.items():
-            np.savez_compressed(HERE / f"ancestor_{name}.npz", **play(prodigy, theirs, torch.float64))
-        for name, (theirs, _) in RADAM_CASES.items():
-            run = play(radam(schedulefree_folder), theirs, torch.float64)
-            np.savez_compressed(HERE / f"radam_{name}.npz", **run)
+    oracle_folder, ancestor_folder, schedulefree_folder, *files = sys.argv[1:]
+    optimizer_class = oracle(oracle_folder)
+    prodigy, radam_class = ancestor(ancestor_folder), radam(schedulefree_folder)
+    makers: dict[str, Callable[[], dict[str, np.ndarray]]] = {
+        **{
+            f"{name}.npz": partial(golden, optimizer_class, case)
+            for name, case in {**CASES, **OPTION_CASES, **PAIR_CASES}.items()
+        },
+        **{
+            f"bfloat16_{name}.npz": partial(single_steps, optimizer_class, case)
+            for name, case in BFLOAT16_CASES.items()
+        },
+        **{
+            f"ancestor_{name}.npz": partial(golden, prodigy, theirs, torch.float64, ["d"], weights_too=True)
+            for name, (theirs, _) in ANCESTOR_CASES.items()
+        },
+        **{
+            f"radam_{name}.npz": partial(golden, radam_class, theirs, torch.float64, [])
+            for name, (theirs, _) in RADAM_CASES.items()
+        },
+    }
+    for file in files or makers:
+        with contextlib.redirect_stdout(io.StringIO()):  # the package prints
+            made = makers[file]()
+        np.savez_compressed(HERE / file, **made)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@
     pip install --no-deps --target OLDER prodigy-plus-schedule-free==1.9.0
     python tests/golden/make_published.py 1.9.0 OLDER
 
-The package as it is published saves; what 2.0.1 then plays on is corrected as make.py says.
+Where cases are named after that, only they are made.
+
+The package as it is published saves; what 2.0.1 then plays on is corrected as make.py says. It is played on
+several times over, as floors.py says, for the noise floor.
 """
 
 from __future__ import annotations
@@ -18,13 +21,22 @@ import sys
 from typing import Any
 
 import torch
-from cases import Problem
+from cases import Perturbation, Problem, distance
+from floors import PERTURBATIONS, last_bits
 from make import HERE, oracle
 from published_cases import AFTER, EVERY, SAVED, SHAPES, Saved
 
 
-def play(corrected: type[torch.optim.Optimizer], saved: Saved) -> dict[str, Any]:
-    """What is saved; d and the loss of the steps that follow, and the weights after the first and last."""
+def play(
+    corrected: type[torch.optim.Optimizer], saved: Saved, perturbed: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is saved; and of the steps that follow: d, the loss, and the weights after the first and last.
+
+    Args:
+        corrected: The package, corrected; its base is the package as published.
+        saved: What is played.
+        perturbed: The seed of a perturbation of the steps that follow; None for none.
+    """
     problem = Problem(saved.dtype, shapes=SHAPES)
     parameters = problem.parameters
     for number in saved.zero_at_first:
@@ -44,29 +56,51 @@ def play(corrected: type[torch.optim.Optimizer], saved: Saved) -> dict[str, Any]
 
     steps(saved.before)
     getattr(optimizer, saved.mode)()
-    result = copy.deepcopy({"optimizer": optimizer.state_dict(), "weights": [p.data for p in parameters]})
+    state = copy.deepcopy({"optimizer": optimizer.state_dict(), "weights": [p.data for p in parameters]})
     optimizer.train()
     if saved.version == "2.0.1":
         optimizer.__class__ = corrected
-    d, losses = [], [problem.loss()]
+    if perturbed is not None:
+        problem.perturb(Perturbation(perturbed, last_bits(saved.options)))
+    d, losses, first = [], [problem.loss()], []
     for step in range(AFTER):
         steps(1)
         d.append([group["d"] for group in optimizer.param_groups])
         if step == 0:
-            result["first"] = weights()
+            first = weights()
         losses.append(problem.loss())
     numbers = {"d": torch.tensor(d, dtype=torch.float64), "loss": torch.tensor(losses)}
-    return {**result, **numbers, "last": weights()}
+    return state, {**numbers, "first": first, "last": weights()}
+
+
+def noise_floor(
+    corrected: type[torch.optim.Optimizer], saved: Saved, unperturbed: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """How far perturbed runs are at most: in d at each step, in weights of any parameter."""
+    floor = {"d": torch.zeros(AFTER), "first": torch.zeros(1), "last": torch.zeros(1)}
+    for seed in range(PERTURBATIONS):
+        _, run = play(corrected, saved, seed)
+        off = {"d": (run["d"] / unperturbed["d"] - 1).abs().amax(dim=1)}
+        for name in ("first", "last"):
+            pairs = zip(run[name], unperturbed[name], strict=True)
+            off[name] = torch.tensor([max(distance(a.float().numpy(), b.float().numpy()) for a, b in pairs)])
+        floor = {name: torch.maximum(values, off[name].float()) for name, values in floor.items()}
+    return floor
+
+
+def made(corrected: type[torch.optim.Optimizer], saved: Saved) -> dict[str, Any]:
+    state, run = play(corrected, saved)
+    return {**state, **run, "floor": noise_floor(corrected, saved, run)}
 
 
 def main() -> None:
-    version, folder = sys.argv[1:]
+    version, folder, *names = sys.argv[1:]
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints
         corrected = oracle(folder)
         for name, saved in SAVED.items():
-            if saved.version == version:
+            if saved.version == version and (not names or name in names):
                 with gzip.GzipFile(HERE / f"published_{name}.pt.gz", "wb", mtime=0) as file:
-                    torch.save(play(corrected, saved), file)
+                    torch.save(made(corrected, saved), file)
 
 
 if __name__ == "__main__":

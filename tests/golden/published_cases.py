@@ -52,6 +52,7 @@ _TWO: Groups = ((4, {}), (6, {"d_coef": 2.0, "weight_decay": 0.02}))
 _HALVES: Groups = ((4, {}), (6, {}))
 _NO_SF, _NO_STABLE = {"use_schedulefree": False}, {"use_stableadamw": False}
 _SPEED = {"use_speed": True}
+_SOON = {"d0": 1e-3}  # from where few samples, too, make progress that the rounding of p0 does not hide
 
 SAVED = {
     "2.0_default": Saved("2.0.1"),
@@ -59,9 +60,13 @@ SAVED = {
     "2.0_speed": Saved("2.0.1", {**_SPEED, "d0": 1e-3}, before=25),
     "2.0_focus": Saved("2.0.1", {"use_focus": True, "factored": False, "use_orthograd": True}),
     "2.0_adam_speed": Saved("2.0.1", {**_NO_SF, **_SPEED, "d0": 1e-3, "use_grams": True}, before=25),
-    "2.0_groups": Saved("2.0.1", {"split_groups_mean": True, "schedulefree_c": 50.0}, _TWO),
+    "2.0_groups": Saved(
+        "2.0.1", {"split_groups_mean": True, "schedulefree_c": 50.0, **_SOON}, _TWO, before=30
+    ),
     "2.0_frozen": Saved("2.0.1", {"prodigy_steps": 50, "use_adopt": True}),
-    "2.0_adam_groups": Saved("2.0.1", {**_NO_SF, **_NO_STABLE, "split_groups_mean": True, "eps": None}, _TWO),
+    "2.0_adam_groups": Saved(
+        "2.0.1", {**_NO_SF, **_NO_STABLE, **_SOON, "split_groups_mean": True, "eps": None}, _TWO, before=30
+    ),
     "2.0_unused_eval": Saved(
         "2.0.1",
         {"split_groups": False, "use_bias_correction": True},
@@ -74,8 +79,10 @@ SAVED = {
         "2.0.1", {"stochastic_rounding": False, "d0": 1e-2}, dtype=torch.bfloat16, before=10
     ),
     "1.9_default_eval": Saved("1.9.0", mode="eval", zero_at_first=(2, 5), before=22),
-    "1.9_frozen": Saved("1.9.0", {**_NO_STABLE, "prodigy_steps": 30}, before=40),
-    "1.9_groups": Saved("1.9.0", {**_NO_STABLE, "factored": False, "d_coef": 0.1}, _HALVES, before=40),
+    "1.9_frozen": Saved("1.9.0", {**_NO_STABLE, "prodigy_steps": 30}, before=32),
+    "1.9_groups": Saved(
+        "1.9.0", {**_NO_STABLE, **_SOON, "factored": False, "d_coef": 0.1}, _HALVES, before=40
+    ),
     "1.9_pooled": Saved("1.9.0", {"split_groups": False}, _HALVES, before=22),
     "1.9_speed": Saved("1.9.0", {**_NO_STABLE, **_SPEED}, before=45),
     "1.9_focus": Saved("1.9.0", {"use_focus": True, "factored": False}, before=22),

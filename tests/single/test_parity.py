@@ -1,101 +1,121 @@
 """Our numbers against those of the published packages, played by tests/golden/make.py."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
 from prodigyplus import ProdigyPlusScheduleFree
-from tests.golden import GOLDEN
+from tests.golden import GOLDEN, floors
 from tests.golden.cases import (
     ANCESTOR_CASES,
     BFLOAT16_CASES,
     CASES,
+    CURVES,
     OPTION_CASES,
     PAIR_CASES,
     RADAM_CASES,
-    STEPS,
     Problem,
-    distance,
-    kept,
-    set_lr,
+    distances,
+    play,
 )
-
-# Where the oracle itself, perturbed by a last bit, is further than half of this from its own run, that floor
-# is all that float32 allows: options that decide by signs turn chaotic at the step sizes of the end.
-BOUND = 1e-5
-
-
-def play(case, dtype=torch.float32):
-    problem = Problem(dtype)
-    optimizer = ProdigyPlusScheduleFree(problem.groups(case), **{"split_groups_mean": False, **case.options})
-    d, early = [], []
-    for step in range(STEPS):
-        set_lr(optimizer, case, step)
-        problem.backward()
-        optimizer.step()
-        d.append([group["d"] for group in optimizer.metrics()])
-        if step + 1 == case.early:
-            early = [kept(case, p).copy() for p in problem.parameters]
-    return problem, optimizer, np.array(d), early
-
 
 ALL_CASES = {**CASES, **OPTION_CASES, **PAIR_CASES}
 
 
+def run(case, dtype=torch.float32):
+    problem = Problem(dtype)
+    options = {"split_groups_mean": False, **case.options}
+    return play(ProdigyPlusScheduleFree(problem.groups(case), **options), problem, case)
+
+
+def load(name):
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def assert_within_bounds(ours, golden, case, dtype=torch.float32):
+    for name, off in distances(ours, golden, case).items():
+        allowed = floors.bounds(golden[f"floor.{name}"], dtype, floors.WINDOW if name in CURVES else 0)
+        for step, bound in enumerate(allowed):
+            assert off[step].max() <= bound, (name, step)
+
+
+def test_the_problem_is_the_same_on_every_processor():
+    """Its numbers, and the gradients of weights that move by exact steps, to the last bit."""
+    digest = hashlib.sha256()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        problem = Problem(dtype)
+        for _ in range(3):
+            problem.backward()
+            for p in problem.parameters:
+                digest.update(p.grad.flatten().view(torch.uint8).numpy().tobytes())
+                p.data.sub_(p.grad * 2**6)
+    assert digest.hexdigest() == "e3d7d4722b4ff864ac4c3068188e067f13b5969e31e790f9584bfaa3007293a0"
+
+
 @pytest.mark.parametrize("name", ALL_CASES)
 def test_oracle(name):
-    golden = np.load(GOLDEN / f"{name}.npz")
     case = ALL_CASES[name]
-    problem, optimizer, d, early = play(case)
-
-    assert (d[-1] > (3 if case.options.get("prodigy_steps") else 100) * d[0]).all()
-    assert np.abs(d / golden["d"] - 1).max() <= bound(golden["floor.d"])
-    for number, weight in enumerate(early):
-        assert distance(weight, golden[f"early.{number}"]) <= bound(golden["floor.early"]), number
-    for number, p in enumerate(problem.parameters):
-        found = {"weight": p}
-        if "z" in optimizer.state[p]:
-            found["z"] = optimizer.state[p]["z"]
-        for key, value in found.items():
-            off = distance(kept(case, value), golden[f"{key}.{number}"])
-            assert off <= bound(golden["floor.tensors"]), (key, number)
+    ours = run(case)
+    first, last = ours["d"][0], ours["d"][-1]
+    assert (last > (3 if case.options.get("prodigy_steps") else 100) * first).all()
+    assert_within_bounds(ours, load(name), case)
 
 
-def bound(floor):
-    return max(BOUND, 2 * floor)
+@pytest.mark.parametrize(
+    ("curve", "usual", "cases"), [("d", 1e-5, 60), ("d_numerator", 1e-5, 52), ("d_denom", 1e-4, 52)]
+)
+def test_most_cases_are_held_closely_and_long(curve, usual, cases):
+    """Nearly all steps of all 69 cases are compared, and in most cases half of them or more to ``usual``."""
+    found = {name: floors.bounds(load(name)[f"floor.{curve}"], window=floors.WINDOW) for name in ALL_CASES}
+    assert sum(map(len, found.values())) >= 0.95 * sum(case.steps for case in ALL_CASES.values())
+    assert sum(np.median(allowed) <= usual for allowed in found.values()) >= cases
 
 
-def test_most_cases_are_held_to_the_bound():
-    golden = {name: np.load(GOLDEN / f"{name}.npz") for name in ALL_CASES}
-    assert sum(golden[name]["floor.d"] <= BOUND / 2 for name in CASES) >= 18
-    assert sum(golden[name]["floor.d"] <= BOUND / 2 for name in ALL_CASES) >= 55
-    assert sum(golden[name]["floor.early"] <= BOUND / 2 for name in ALL_CASES) >= 60
+def test_most_weights_are_held_closely():
+    found = [floors.bounds(load(name)["floor.weights"]) for name in ALL_CASES]
+    assert all(len(allowed) for allowed in found)
+    assert sum(allowed[0] <= 1e-5 for allowed in found) >= 58
+    at_the_end = [
+        allowed[-1]
+        for allowed, case in zip(found, ALL_CASES.values(), strict=True)
+        if len(allowed) == len(case.kept_at)
+    ]
+    assert len(at_the_end) >= 55
+    assert sum(bound <= 1e-4 for bound in at_the_end) >= 43
+
+
+def test_few_runs_that_are_alike_leave_the_bounds():
+    """In two thirds of the cases, each perturbed run is within the bounds that its others give.
+
+    They are off by more last bits than our runs, and jump so much more often: see ``floors.SAFETY``.
+    """
+    assert sum(load(name)["excess"] <= 1 for name in ALL_CASES) >= 45
 
 
 @pytest.mark.parametrize("name", ANCESTOR_CASES)
 def test_ancestor(name):
-    golden = np.load(GOLDEN / f"ancestor_{name}.npz")
-    problem, _, d, _ = play(ANCESTOR_CASES[name][1], torch.float64)
-
-    assert (d[-1] > 100 * d[0]).all()
-    # Both are in float64. With eps as usual, what cases.py says is left over is what is seen.
-    bound = 1e-3 if name == "with_eps" else 1e-9
-    assert np.abs(d / golden["d"] - 1).max() <= bound
-    for number, p in enumerate(problem.parameters):
-        assert distance(p.detach().numpy(), golden[f"weight.{number}"]) <= bound, number
+    case = ANCESTOR_CASES[name][1]
+    ours, golden = run(case, torch.float64), load(f"ancestor_{name}")
+    assert (ours["d"][-1] > 100 * ours["d"][0]).all()
+    if name == "with_eps":
+        # What cases.py says is left over is a part of what eps does at all, while d grows; in most tensors.
+        without = distances(load("ancestor_default"), golden, case)
+        for key, off in distances(ours, golden, case).items():
+            assert np.median(off[-1]) <= 0.75 * np.median(without[key][-1]), key
+    else:
+        assert_within_bounds(ours, golden, case, torch.float64)
 
 
 @pytest.mark.parametrize("name", RADAM_CASES)
 def test_radam(name):
     """use_bias_correction is Schedule-Free's RAdam, where Prodigy does not move the step size."""
-    golden = np.load(GOLDEN / f"radam_{name}.npz")
-    _, case = RADAM_CASES[name]
-    problem, optimizer, d, _ = play(case, torch.float64)
-
-    np.testing.assert_allclose(d, golden["d"], rtol=1e-12)
-    for number, p in enumerate(problem.parameters):
-        assert distance(kept(case, p), golden[f"weight.{number}"]) <= 1e-9, number
-        assert distance(kept(case, optimizer.state[p]["z"]), golden[f"z.{number}"]) <= 1e-9, number
+    theirs, case = RADAM_CASES[name]
+    ours = run(case, torch.float64)
+    np.testing.assert_allclose(ours["d"], theirs.options["lr"], rtol=1e-12)
+    assert_within_bounds(ours, load(f"radam_{name}"), case, torch.float64)
 
 
 @pytest.mark.parametrize("at", [20, 60])
