@@ -89,7 +89,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         split_groups: A step size for each parameter group. False: one, from the statistics of all
             groups for which it is False, under the options of the first of these.
         split_groups_mean: With ``split_groups``, every group moves by the harmonic mean of the step sizes of
-            the groups with evidence: d has grown tenfold, and to a tenth of the others' mean.
+            the groups with evidence, whose d has grown tenfold (see docs/options.md).
         factored: Second moments of rank one for tensors of two or more dimensions.
         factored_fp32: Keep the factors in float32. False: in the gradient's dtype.
         fused_back_pass: Move parameters within the backward pass, and free each gradient at once: see

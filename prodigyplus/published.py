@@ -396,11 +396,11 @@ def _share(groups: Sequence[dict[str, Any]], saved: Sequence[Group], tally: _Tal
     """Set the step sizes in use, as :func:`prodigyplus.stepsize.close` does."""
     sharing = [group for group in groups if group["split_groups"] and group["split_groups_mean"]]
     if len(sharing) > 1:
-        d, d0, weight_sum = (
+        d, d0, weight_sum, k = (
             torch.tensor([group[name] for group in sharing], dtype=torch.float64, device="cpu")
-            for name in ("d", "d0", "weight_sum")
+            for name in ("d", "d0", "weight_sum", "k")
         )
-        mean, in_mean = stepsize.shared_d(d, d0, weight_sum, torch.zeros_like(d))
+        mean, in_mean = stepsize.shared_d(d, d0, weight_sum, k, (d > d0).double())
         for group, *numbers in zip(sharing, mean.tolist(), in_mean.tolist(), strict=True):
             group["shared_d"], group["in_mean"] = numbers
     for group, theirs in zip(groups, saved, strict=True):

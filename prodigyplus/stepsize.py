@@ -21,8 +21,9 @@ from prodigyplus.scalars import Constants, Packed, Scalars
 # How far the limiter lets d grow in one step.
 _LIMIT = 2**0.25
 
-# How many times its start a d must be to count in a mean, and how many times less than that it may be then.
-_LEAST_GROWTH, _NEAR = 10.0, 10.0
+# How many times its start a d must be to count in a mean, how many times less than that it may be when it
+# joins late, and after how many steps that is.
+_LEAST_GROWTH, _NEAR, _EARLY = 10.0, 10.0, 30
 
 # With SPEED, d grows to this power of itself at most; it is below 1.
 _SPEED_LIMIT = 0.975
@@ -397,12 +398,13 @@ def close(groups: Sequence[GroupStep], totals: Tensor) -> None:
 
     _copy("shared_d", [its["d"] for its in numbers], numbers)
     if sharing := _sharing(groups):
-        d, weight_sum, in_mean = (
-            torch.stack([group.numbers[name] for group in sharing]) for name in ("d", "weight_sum", "in_mean")
+        d, weight_sum, k, in_mean = (
+            torch.stack([group.numbers[name] for group in sharing])
+            for name in ("d", "weight_sum", "k", "in_mean")
         )
         d0 = _on_device([group.options.d0 for group in sharing], d[0])
         numbers = [group.numbers for group in sharing]
-        for name, value in zip(("shared_d", "in_mean"), shared_d(d, d0, weight_sum, in_mean), strict=True):
+        for name, value in zip(("shared_d", "in_mean"), shared_d(d, d0, weight_sum, k, in_mean), strict=True):
             _copy(name, value.unbind(), numbers)
 
 
@@ -424,28 +426,27 @@ def _copy(name: str, values: Sequence[Tensor], groups: Sequence[dict[str, Any]])
     torch._foreach_copy_([group[name] for group in groups], list(values))
 
 
-def shared_d(d: Tensor, d0: Tensor, weight_sum: Tensor, in_mean: Tensor) -> tuple[Tensor, Tensor]:
+def shared_d(d: Tensor, d0: Tensor, weight_sum: Tensor, k: Tensor, in_mean: Tensor) -> tuple[Tensor, Tensor]:
     """The step size in use in groups that share one: the harmonic mean of ``d`` over those with evidence.
 
-    A start is chosen too small, so there is no evidence for a ``d`` until it has grown tenfold. And what
-    comes to that when the others are far beyond it (a group that has just been added, or whose gradients are
-    noise) joins them once it is near their mean. So what has nothing to learn, is frozen at its start or has
-    just come does not hold the others back: it moves by their mean.
-
-    Until one has evidence, the mean is over those that have left ``d0``, and until one has, over all that
-    have moved.
+    A start is chosen too small, so what has not grown tenfold is no evidence. Groups that start together
+    count as soon as they have left ``d0``, and for good if they have grown so within their first steps. What
+    comes to that later (a group that has just been added, or whose gradients are noise) joins the others once
+    it is near their mean. So what has nothing to learn, is frozen at its start or has just come does not hold
+    the others back: it moves by their mean. Where nothing counts, the mean is over all that have moved.
 
     Args:
-        d, d0, weight_sum, in_mean: Numbers of the groups (see :func:`first_numbers`); shapes (groups,).
+        d, d0, weight_sum, k, in_mean: Numbers of the groups (see :func:`first_numbers`); shapes (groups,).
 
     Returns:
         The mean in every group that has moved, in the others their own ``d``; and the next ``in_mean``.
     """
     moved, counts = weight_sum > 0, in_mean > 0
-    joins = (d > _LEAST_GROWTH * d0) & (d * _NEAR >= _harmonic_mean(d, counts))
-    counts = moved & (counts | joins)
-    left = moved & (d > d0)
-    over = torch.where(counts.any(), counts, torch.where(left.any(), left, moved))
+    is_early = (k == k.max()) & (k <= _EARLY)
+    is_near = d * _NEAR >= _harmonic_mean(d, moved & counts)
+    counts = moved & (counts | ((d > _LEAST_GROWTH * d0) & (is_early | is_near)))
+    over = counts | (moved & is_early & (d > d0))
+    over = torch.where(over.any(), over, moved)
     return torch.where(moved, _harmonic_mean(d, over), d), counts.to(d.dtype)
 
 
