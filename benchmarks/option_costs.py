@@ -421,10 +421,11 @@ NOTES = """\
   change between two steps, and are checked when they do. Once `prodigy_steps` has passed, d stays frozen.
 - `split_groups_mean=True` (2.0.1's default is False) moves every group by the harmonic mean of d over the
   groups with evidence: those whose d has grown tenfold from its d0, within the first 30 steps or else to a
-  tenth of the others' mean (and within those steps, those that have left d0). A group whose gradients are zero or say nothing, one that is frozen at its
-  start and one that has just been added do not hold the others back; they move by the mean. The optimiser
-  warns once if the step sizes that count are more than a hundredfold apart. A single network whose parameters
-  are in several groups only for their weight decay is better off with `split_groups=False`.
+  tenth of the others' mean (and within those steps, those that have left d0). A group whose gradients are
+  zero or say nothing, one that is frozen at its start and one that has just been added do not hold the others
+  back; they move by the mean. The optimiser warns once if the step sizes that count are more than a
+  hundredfold apart. A single network whose parameters are in several groups only for their weight decay is
+  better off with `split_groups=False`.
 - A group of a few elements has few samples, of which chance may make a step size: leave it in the mean, or
   with others. `d_coef` far above 1 makes more of chance too. A run that goes on long after it has converged
   is better off with `prodigy_steps`: as gradients vanish, every Adam's steps become noise of the size of its

@@ -132,7 +132,7 @@ def muon_groups(
 
     Raises:
         ValueError: A pattern matches no parameter; ``batched`` matches a single matrix; or a parameter has
-            three or more dimensions, and nothing says of which it is a matrix.
+            three or more dimensions, is trained, and nothing says of which it is a matrix.
     """
     candidates = _candidates(model)
     for p in _heads(model) if has_head else ():
@@ -158,6 +158,8 @@ def _trained(name: str, candidate: _Candidate) -> str:
         raise ValueError(
             f"batched: {what} matches, but is no stack of matrices. Narrow the pattern, or exclude it."
         )
+    if not candidate.p.requires_grad:  # what is not trained need not be clear
+        return "elementwise"
     raise ValueError(
         f"{what} is not of a convolution, and may or may not be matrices. Declare it with batched=[{name!r}] "
         f"if it is a stack of them over its last two dimensions, or else with exclude=[{name!r}]."

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.grouping import describe_groups, muon_groups
 
 MUON = {"use_muon_pp": True}
@@ -634,3 +635,17 @@ def test_words_of_embeddings():
     )
     model.register_parameter("pos", nn.Parameter(torch.zeros(9, 8)))
     assert [name for name, _ in muon_groups(model)[0]["params"]] == ["position.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8, torch.float32])
+def test_what_is_frozen_need_not_be_clear(dtype):
+    """The base of a LoRA: quantised blocks of any shape, which nobody trains."""
+    model = nn.Module()
+    model.base = nn.Parameter(torch.zeros(4, 8, 16, dtype=dtype), requires_grad=False)
+    model.a, model.b = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+    groups = muon_groups(model)
+    assert [name for group in groups if not group["use_muon_pp"] for name, _ in group["params"]] == [
+        "base",
+        "b.weight",
+    ]
+    ProdigyPlusScheduleFree(groups)
