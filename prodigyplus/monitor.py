@@ -7,12 +7,14 @@ step once they have come. Each finding is one warning.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from prodigyplus import stepsize
+from prodigyplus.reporting import warn_caller
 from prodigyplus.stepsize import GroupStep
 
 # Every so many steps numbers are looked at, and after so many it is looked whether weights stay as they were
@@ -26,24 +28,22 @@ _MOST_SKIPPED, _FURTHEST_APART = 500, 100.0
 _MOST_CHANGES = 3
 
 
+class Watched(Protocol):
+    """What a monitor asks of an optimiser. It is handed over at each call: to keep it would keep it alive."""
+
+    def own_weights(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The parameters that nothing but the optimiser should change, and their local tensors."""
+        ...
+
+    def name_of(self, p: Tensor) -> str:
+        """What to call a parameter."""
+        ...
+
+
 class Monitor:
-    """Looks at an optimiser's steps.
+    """Looks at an optimiser's steps."""
 
-    Args:
-        warn: Tells the user something.
-        weights: Gives the parameters that nothing but the optimiser should change, and their local tensors.
-        name: Gives what to call a parameter.
-    """
-
-    def __init__(
-        self,
-        warn: Callable[[str], None],
-        weights: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-        name: Callable[[Tensor], str],
-    ) -> None:
-        self._warn = warn
-        self._weights = weights
-        self._name = name
+    def __init__(self) -> None:
         self._steps = 0
         self._sent: tuple[Tensor, Tensor, torch.Event | None] | None = None
         self._moved_at: list[
@@ -53,25 +53,26 @@ class Monitor:
         self._versions: dict[Tensor, int] = {}  # of the weights, as the last step has left them
         self._changes = 0
 
-    def begin(self) -> None:
+    def begin(self, watched: Watched) -> None:
         """Look at what steps before have left, before a step."""
         if self._versions:
-            self._compare_versions()
+            self._compare_versions(watched)
         if self._sent is not None:
             counts, step_sizes, event = self._sent
             if event is None or (not _is_captured(event.device) and event.query()):
                 self._sent = None
                 self._read(counts.tolist(), step_sizes.tolist())
 
-    def end(self, groups: Sequence[GroupStep]) -> None:
+    def end(self, watched: Watched, groups: Sequence[GroupStep]) -> None:
         """Note what is to be looked at later, after a step.
 
         Args:
+            watched: The optimiser.
             groups: The groups as the step has left them.
         """
         self._steps += 1
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:
-            self._versions = {p: weight._version for p, weight in self._weights()}
+            self._versions = {p: weight._version for p, weight in watched.own_weights()}
         if self._steps % _NUMBERS_EVERY == 0 and self._sent is None:
             self._sent = _sent_to_host(groups)
 
@@ -82,16 +83,18 @@ class Monitor:
     def _tell(self, what: str, message: str) -> None:
         if what not in self._told:
             self._told.add(what)
-            self._warn(message)
+            warn_caller(message)
 
-    def _compare_versions(self) -> None:
+    def _compare_versions(self, watched: Watched) -> None:
         versions, self._versions = self._versions, {}
-        changed = [p for p, weight in self._weights() if versions.get(p, weight._version) != weight._version]
+        changed = [
+            p for p, weight in watched.own_weights() if versions.get(p, weight._version) != weight._version
+        ]
         self._changes += bool(changed)
         if changed and self._changes == _MOST_CHANGES:
             self._tell(
                 "weights",
-                f"{self._name(changed[0])} was changed between two steps, several times, and not by the "
+                f"{watched.name_of(changed[0])} was changed between two steps, several times, and not by the "
                 f"optimiser ({len(changed)} of its parameters were). What clamp_(), max_norm or a "
                 "renormalisation does to the weights does not reach the average that is evaluated, and "
                 "passes for progress: call optimizer.constrain(parameters, projection) once in its place. "

@@ -287,7 +287,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             step.close(members)
             if not step.only_makes_state:
                 self._hold(step)
-                self._monitor.end(step.groups)
+                self._monitor.end(self, step.groups)
         for group in fused:
             for p in group["params"]:
                 p.grad = None
@@ -298,7 +298,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _begin(self, *, in_backward: bool) -> Step:
         self._check_average_is_not_lent()
-        self._monitor.begin()
+        self._monitor.begin(self)
         self._lift()
         step = Step(self.param_groups, self._exchange, self._constants, in_backward=in_backward)
         for its in step.groups:
@@ -331,13 +331,10 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     @property
     def _monitor(self) -> Monitor:
-        monitor: Monitor = self.__dict__.setdefault("_monitor_kept", None) or Monitor(
-            self._warn_once, self._own_weights, self._name_of
-        )
-        self._monitor_kept = monitor
+        monitor: Monitor = self.__dict__.setdefault("_monitor_kept", Monitor())
         return monitor
 
-    def _own_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def own_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Parameters that only the optimiser should change, as its state goes with them; local tensors."""
         held = {p for constraint in self._constraints.values() for p in constraint.parameters}
         for p, state in self.state.items():
@@ -346,7 +343,8 @@ class ProdigyPlusScheduleFree(Optimizer):
                 if not weight.is_inference():
                     yield p, weight
 
-    def _name_of(self, p: Tensor) -> str:
+    def name_of(self, p: Tensor) -> str:
+        """What to call a parameter in a message."""
         return next(self._name(place) for place in self._numbered() if place.p is p)
 
     # ---------------------------------------------------------------------------------- constraints
