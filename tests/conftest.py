@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     # What starts processes stays together, so that one pool serves it and few processes run at a time.
     for item in items:
