@@ -450,7 +450,7 @@ def test_evil_numbers_are_refused(tmp_path):
     model, optimizer = fresh()
     saved = Checkpoints(options(tmp_path), ALONE)
     learn(model, optimizer, range(1))
-    optimizer.param_groups[0]["d_coef"] = Evil(tmp_path / "made")
+    optimizer.param_groups[0]["average_beta1"] = Evil(tmp_path / "made")
     saved.begin(Run(1, {"seed": 1}), model, optimizer)
     saved.finish()
     error = assert_refused(tmp_path / "checkpoints" / "00000001")
