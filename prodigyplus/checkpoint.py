@@ -35,6 +35,13 @@ def new_entries(d0: float) -> dict[str, Any]:
 
 ENTRIES = tuple(new_entries(1.0))
 
+
+def is_frozen(group: Group) -> bool:
+    """Whether the next step of a group finds its step size frozen, or freezes it."""
+    frozen: bool = group["frozen"] or Options.of(group).freezes(group["calls"])
+    return frozen
+
+
 # Those that states saved by earlier versions have not, and what they are then.
 _LATER_ENTRIES: dict[str, Callable[[Group], Any]] = {
     "in_mean": lambda group: 0.0,  # it joins at the next step, if it is to
@@ -179,7 +186,7 @@ def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str
     o, shape = Options.of(group), tuple(p.shape)
     meta = torch.empty(shape, dtype=p.dtype, device="meta")
     expected = new_state(meta, meta, Layout(shape), o).keys()
-    freed = progress.STATE if group["frozen"] else ()
+    freed = progress.STATE if is_frozen(group) else ()
     if set(saved).symmetric_difference(expected) - set(freed):
         raise ValueError(
             f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it was "

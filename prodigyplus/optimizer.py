@@ -954,7 +954,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         for number, (p, group) in enumerate(self._parameters()):
             if p in self.state and numbers[p] == number:
                 o, state = Options.of(group), self.state[p]
-                if state and group["frozen"]:
+                if state and checkpoint.is_frozen(group):
                     state = {**state, **self._kept(p, freed_state(self._local(p), self._layout(p), o), o)}
                 kept.append((number, p, o, state))
         asked: list[driver.Asked] = []
@@ -1031,7 +1031,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         self, p: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         o = Options.of(group)
-        frozen = group["frozen"]
+        frozen = checkpoint.is_frozen(group)
         needed = {key: value for key, value in saved.items() if not (frozen and key in progress.STATE)}
         pieces = {key: self._piece(p, value, key, o) for key, value in needed.items()}
         if "p0" in pieces:  # which was once kept in bfloat16

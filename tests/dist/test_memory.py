@@ -38,11 +38,11 @@ def counts_over_time(mesh_name):
     placed = Placed(Fed(*mesh.shapes), mesh)
     optimizer = ShardedProdigyPlusScheduleFree([{"params": [p]} for p in placed.parameters])
     counts = []
-    for step in range(210):
+    for step in range(260):
         placed.backward()
         optimizer.step()
         optimizer.metrics()
-        if step in (9, 209):
+        if step in (59, 259):  # once all that is looked at now and then has been
             counts.append(objects())
     return counts
 
