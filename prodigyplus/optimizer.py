@@ -238,9 +238,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _resolve(self, group: dict[str, Any]) -> None:
         for note in options.resolve_exclusions(group):
-            if note not in self._warned:
-                self._warned |= {note}
-                warn_caller(note)
+            self._warn_once(note)
 
     # ------------------------------------------------------------------------------------ the step
 
@@ -403,12 +401,8 @@ class ProdigyPlusScheduleFree(Optimizer):
             for p in constraint.parameters:
                 if p in group_of and self.state.get(p):
                     weight = self._local(p)
-                    xy = (
-                        group_of[p]
-                        .scalars(weight.device, torch.promote_types(weight.dtype, torch.float32))
-                        .xy
-                    )
-                    constraint.hold_(p, self.state[p], xy)
+                    n = group_of[p].scalars(weight.device, compute_dtype(weight))
+                    constraint.hold_(p, self.state[p], n.xy)
 
     @property
     def _constraints(self) -> OrderedDict[int, Constraint]:

@@ -205,7 +205,7 @@ def saved_form(key: str, shape: tuple[int, ...], every: int) -> tuple[tuple[int,
 
 
 def update(part: Part) -> Rule:
-    """One step of a part, as SPEC's "One step with the defaults" has it."""
+    """One step of a part, from its gradients to its new weights."""
     layout, o = part.layout, part.group.options
 
     # The raw gradient's squares. With the answer it is known whether the step happens at all.
