@@ -38,7 +38,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.multiprocessing.spawn import spawn
 
-from prodigyplus.driver import BUCKET_BYTES
+from prodigyplus.engine.driver import BUCKET_BYTES
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 WARM_UP = 4  # rounds, in which state is made and processes find one another

@@ -25,7 +25,7 @@ from scale import LAYOUTS, fsdp_sends, parameters_of, simulated
 from shapes import MODELS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prodigyplus import muon
+from prodigyplus.formulas import muon
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from prodigyplus_dist.orthogonalize import Orthogonalizer
 from prodigyplus_dist.ownership import Block, Geometry

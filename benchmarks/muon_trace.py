@@ -24,7 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
-from prodigyplus import driver, muon, muon_groups
+from prodigyplus import muon_groups
+from prodigyplus.engine import driver
+from prodigyplus.formulas import muon
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 RANKS = 2

@@ -37,7 +37,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prodigyplus import driver
+from prodigyplus.engine import driver
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 RANKS = (8, 64, 512, 4096)

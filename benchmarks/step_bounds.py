@@ -22,7 +22,9 @@ from state_bytes import shapes
 from step_time import PAUSE, THREADS, machine
 from torch import nn
 
-from prodigyplus import ProdigyPlusScheduleFree, compiled, driver, moments
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.engine import compiled, driver
+from prodigyplus.formulas import moments
 
 ADAMW_BYTES = 28  # g, and p, exp_avg and exp_avg_sq read and written
 SQUARES, PASSES, REST = "sums of g²", "samples of g and z, and the two passes", "the rest"

@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-from prodigyplus.grouping import describe_groups, muon_groups
+from prodigyplus.muon_groups import describe_groups, muon_groups
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus.published import ImportReport, import_published
 from prodigyplus.reporting import warn_caller

@@ -1,18 +1,26 @@
-"""What a state dict must be to be loaded, and how a group's numbers are put into one."""
+"""What a state dict must be to be loaded, and how states are put into one and taken out again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prodigyplus import averaging, options, progress, stepsize
-from prodigyplus.layout import Layout
+from prodigyplus import options
+from prodigyplus import state as states
+from prodigyplus.engine import columns
+from prodigyplus.engine.driver import Asked, Exchange
+from prodigyplus.formulas import schedule_free
 from prodigyplus.options import Options
+from prodigyplus.parameters import stored
+from prodigyplus.placement import Placement, locations, name_of
 from prodigyplus.reporting import warn_caller
-from prodigyplus.rule import new_state, saved_form
+from prodigyplus.state import StateOptions
+from prodigyplus.terms import samples
+from prodigyplus.terms.isolation import isolated
+from prodigyplus.terms.requests import Sum
 
 Group = Mapping[str, Any]
 """An entry of ``param_groups``."""
@@ -22,14 +30,14 @@ def new_entries(d0: float) -> dict[str, Any]:
     """What an entry of ``param_groups`` has beside parameters and options, of a group that has made no step.
 
     ==================  ==========================================================================
-    the numbers         of :func:`prodigyplus.stepsize.first_numbers`
+    the numbers         of :func:`prodigyplus.engine.columns.first_numbers`
     ``calls``           calls of ``step`` so far, but for those with ``lr=0``
     ``frozen``          whether ``prodigy_steps`` has passed
     ``train_mode``      whether the model holds y, not its average x
     ``average_beta1``   in eval mode, the β1 with which x was made of y
     ==================  ==========================================================================
     """
-    numbers = stepsize.first_numbers(d0)
+    numbers = columns.first_numbers(d0)
     return {**numbers, "calls": 0, "frozen": False, "train_mode": True, "average_beta1": None}
 
 
@@ -48,12 +56,6 @@ _LATER_ENTRIES: dict[str, Callable[[Group], Any]] = {
     "frozen": lambda group: Options.of(group).freezes(group["calls"]),
     "average_beta1": lambda group: None,
 }
-
-
-def name_of(group: Group, index: int, number: int) -> str:
-    """What to call a parameter in a message: its own name if it has one, or its place."""
-    names = group.get("param_names")
-    return f"parameter {names[number]!r}" if names else f"parameter {number} of param_groups[{index}]"
 
 
 def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> list[dict[str, Any]]:
@@ -84,7 +86,7 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
                 f"optimiser's {len(ours['params'])}: build the optimiser with the parameters that it was "
                 "saved with."
             )
-        if missing := {"d0", *stepsize.NUMBERS} - _LATER_ENTRIES.keys() - theirs.keys():
+        if missing := {"d0", *columns.NUMBERS} - _LATER_ENTRIES.keys() - theirs.keys():
             why = (
                 "it is not of this optimiser."
                 if theirs["params"]
@@ -166,7 +168,7 @@ def checked_states(
                 "gradients: call optimizer.zero_grad() before."
             )
         if theirs["bfloat16_z"] and any(
-            averaging.BASE in saved.get(key, ()) and p.dtype == torch.float32
+            schedule_free.BASE in saved.get(key, ()) and p.dtype == torch.float32
             for key, p in zip(theirs["params"], ours["params"], strict=True)
         ):
             theirs["bfloat16_z"] = False
@@ -183,17 +185,17 @@ def checked_states(
 
 
 def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str) -> None:
-    o, shape = Options.of(group), tuple(p.shape)
-    meta = torch.empty(shape, dtype=p.dtype, device="meta")
-    expected = new_state(meta, meta, Layout(shape), o).keys()
-    freed = progress.STATE if is_frozen(group) else ()
+    o, shape = StateOptions.of(Options.of(group)), tuple(p.shape)
+    subject = states.Subject(p.dtype, p.dtype, p.device, shape, o)
+    expected = [key for key, entry in states.TABLE.items() if entry.exists(subject)]
+    freed = states.EVIDENCE if is_frozen(group) else ()
     if set(saved).symmetric_difference(expected) - set(freed):
         raise ValueError(
             f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it was "
             "saved by another optimiser, or with other options."
         )
     for key, value in saved.items():
-        needed, _ = saved_form(key, shape, o.slice_p)
+        needed = states.TABLE[key].saved_shape(shape, o.slice_p)
         found = tuple(value.shape) if isinstance(value, Tensor) else None
         if found != needed:
             raise ValueError(
@@ -202,3 +204,104 @@ def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str
                 + f", but a parameter of shape {shape} needs {needed}: load it into the model it was saved "
                 "with."
             )
+
+
+class _Kept(NamedTuple):
+    """A parameter whose state is to be saved."""
+
+    number: int  # of the parameter in the state dict, from 0
+    p: Tensor
+    every: int  # the distance of two samples
+    state: Mapping[str, Tensor]
+
+
+def _kept(
+    groups: Sequence[Group], state: Mapping[Tensor, Mapping[str, Tensor]], placement: Placement
+) -> Iterator[_Kept]:
+    last = {location.p: location.number for location in locations(groups)}  # of one that was given twice
+    for location in locations(groups):
+        p, group = location.p, groups[location.group]
+        if p in state and last[p] == location.number:
+            o, its = StateOptions.of(Options.of(group)), state[p]
+            if its and is_frozen(group):
+                freed = states.freed_state(placement.local(p), placement.layout(p), o)
+                its = {**its, **stored(placement, p, freed, o.slice_p)}
+            yield _Kept(location.number - 1, p, o.slice_p, its)
+
+
+@isolated
+def saved_states(
+    groups: Sequence[Group],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    placement: Placement,
+    exchange: Exchange,
+) -> dict[int, dict[str, Tensor]]:
+    """The states of all parameters as they are saved, by the parameters' indices: samples as rows.
+
+    Args:
+        groups: ``param_groups``.
+        state: The optimiser's ``state``.
+        placement: Where the tensors lie.
+        exchange: Completes rows whose columns are on several ranks.
+    """
+    kept = list(_kept(groups, state, placement))
+    asked: list[Asked] = []
+    for _, p, every, its in kept:
+        layout = placement.layout(p)
+        rows = {key: samples.spread(its[key], layout, every) for key in states.SAMPLED if key in its}
+        asked.append((layout, {key: Sum(value, layout.dims[-1:]) for key, value in rows.items()}))
+    # Clones: where torch copies a state to write it while training goes on, it takes a DTensor without
+    # dimensions as it is, and fails at a view; rows that others have completed are views into one buffer.
+    return {
+        number: {
+            **{key: value if value.ndim else value.clone() for key, value in its.items()},
+            **{key: placement.store(p, value.clone(), key, every) for key, value in rows.items()},
+        }
+        for (number, p, every, its), rows in zip(kept, exchange.complete(asked)(), strict=True)
+    }
+
+
+@isolated
+def loaded_state(
+    p: Tensor, saved: Mapping[str, Tensor], group: Group, placement: Placement
+) -> dict[str, Tensor]:
+    """The state of a parameter as it is kept, from its saved form; undoes :func:`saved_states`."""
+    every, frozen = Options.of(group).slice_p, is_frozen(group)
+    needed = {key: value for key, value in saved.items() if not (frozen and key in states.EVIDENCE)}
+    pieces = {key: placement.load(p, value, key, every) for key, value in needed.items()}
+    if "p0" in pieces:  # which was once kept in bfloat16
+        pieces["p0"] = pieces["p0"].to(torch.promote_types(pieces["p0"].dtype, p.dtype))
+    return {
+        key: samples.collect(piece, placement.layout(p), every)
+        if key in states.SAMPLED
+        else placement.store(p, piece, key, every)
+        for key, piece in pieces.items()
+    }
+
+
+def taken_apart(
+    state_dict: Group, own: Sequence[Group], defaults: Group, placement: Placement
+) -> tuple[list[dict[str, Any]], dict[Any, Any], dict[Tensor, dict[str, Tensor]]]:
+    """A state dict, checked, as what is to be put into the optimiser.
+
+    Args:
+        state_dict, own, defaults: As for :func:`checked_groups`.
+        placement: Where the tensors lie.
+
+    Returns:
+        The groups; what of ``state`` is of no parameter; and the parameters' states as they are kept.
+
+    Raises:
+        ValueError: It cannot be loaded.
+    """
+    groups = checked_groups(state_dict, own, defaults)
+    saved = state_dict["state"]
+    states_by_index = checked_states(saved, groups, own)
+    group_of = [group for group in groups for _ in group["params"]]
+    loaded = {
+        location.p: loaded_state(location.p, states_by_index[index], group_of[index], placement)
+        for index, location in enumerate(locations(own))
+        if index in states_by_index
+    }
+    keys = {key for group in groups for key in group["params"]}
+    return groups, {key: value for key, value in saved.items() if key not in keys}, loaded

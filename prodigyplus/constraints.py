@@ -8,12 +8,15 @@ projects z, of which x is the average. As y = (1−β1) z + β1 x, it then makes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from prodigyplus import averaging
+from prodigyplus.formulas import schedule_free
+from prodigyplus.placement import Placement
 
 Projection = Callable[[Tensor], Tensor | None]
 
@@ -46,28 +49,57 @@ class Constraint(NamedTuple):
         held: Tensor = placed
         return held
 
-    def hold_(self, p: Tensor, state: Mapping[str, Tensor], xy: Tensor) -> None:
+    def hold_(self, p: Tensor, state: Mapping[str, Tensor], y_fraction: Tensor, placement: Placement) -> None:
         """Put a parameter and its base iterate, which a step has moved, back into the set.
 
         Args:
             p: The parameter, which holds y; a DTensor, if its state is.
             state: Its state.
-            xy: ``1 − β1 (1 − c)`` of the step; 0-dim.
+            y_fraction: ``1 − β1 (1 − c)`` of the step; 0-dim.
+            placement: Where they lie.
         """
-        before = p.detach().clone() if averaging.OFFSET in state else p
-        if averaging.is_averaged(state):
-            z = averaging.base_iterate(p.detach(), state)
+        local = placement.local
+        before = p.detach().clone() if schedule_free.OFFSET in state else p
+        if schedule_free.is_averaged(state):
+            z = schedule_free.base_iterate(p.detach(), state)
             moved = self.projected(z)
             change = local(moved) - local(z)
-            local(p).add_(change * xy.to(change))
+            local(p).add_(change * y_fraction.to(change))
         p.copy_(self.projected(p))
-        if averaging.BASE in state:
-            local(state[averaging.BASE]).add_(change)
-        elif averaging.OFFSET in state:
-            local(state[averaging.OFFSET]).add_(change - (local(p) - local(before)))
+        if schedule_free.BASE in state:
+            local(state[schedule_free.BASE]).add_(change)
+        elif schedule_free.OFFSET in state:
+            local(state[schedule_free.OFFSET]).add_(change - (local(p) - local(before)))
+
+    def put_in_(self, state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Project the parameters, and what ``state`` has of their base iterates."""
+        for p in self.parameters:
+            p.copy_(self.projected(p))
+            base = state.get(p, {}).get(schedule_free.BASE)
+            if base is not None:
+                base.copy_(self.projected(base))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The piece of a tensor that is here, sharing its memory."""
-    piece: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return piece
+class Constraints:
+    """The constraints of an optimiser, in the order in which they were laid on."""
+
+    def __init__(self) -> None:
+        # Ordered, since RemovableHandle keeps a weak reference, which a plain dict cannot have.
+        self._by_handle: OrderedDict[int, Constraint] = OrderedDict()
+
+    def add(self, constraint: Constraint) -> RemovableHandle:
+        """Lay one on; returns a handle that lifts it."""
+        handle = RemovableHandle(self._by_handle)
+        self._by_handle[handle.id] = constraint
+        return handle
+
+    def __iter__(self) -> Iterator[tuple[Constraint, Tensor]]:
+        """Every constraint with each of its parameters."""
+        return ((constraint, p) for constraint in self._by_handle.values() for p in constraint.parameters)
+
+    def __bool__(self) -> bool:
+        return bool(self._by_handle)
+
+    def of(self, p: Tensor) -> list[Constraint]:
+        """The constraints that hold a parameter."""
+        return [constraint for constraint, held in self if held is p]

@@ -7,15 +7,15 @@ step once they have come. Each finding is one warning.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from prodigyplus import stepsize
+from prodigyplus.engine.groups import Groups
 from prodigyplus.reporting import warn_caller
-from prodigyplus.stepsize import GroupStep
+from prodigyplus.torch_private import version_of
 
 # Every so many steps numbers are looked at, and after so many it is looked whether weights stay as they were
 # left.
@@ -63,7 +63,7 @@ class Monitor:
                 self._sent = None
                 self._read(counts.tolist(), step_sizes.tolist())
 
-    def end(self, watched: Watched, groups: Sequence[GroupStep]) -> None:
+    def end(self, watched: Watched, groups: Groups) -> None:
         """Note what is to be looked at later, after a step.
 
         Args:
@@ -72,7 +72,7 @@ class Monitor:
         """
         self._steps += 1
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:
-            self._versions = {p: weight._version for p, weight in watched.own_weights()}
+            self._versions = {p: version_of(weight) for p, weight in watched.own_weights()}
         if self._steps % _NUMBERS_EVERY == 0 and self._sent is None:
             self._sent = _sent_to_host(groups)
 
@@ -88,7 +88,7 @@ class Monitor:
     def _compare_versions(self, watched: Watched) -> None:
         versions, self._versions = self._versions, {}
         changed = [
-            p for p, weight in watched.own_weights() if versions.get(p, weight._version) != weight._version
+            p for p, weight in watched.own_weights() if versions.get(p, now := version_of(weight)) != now
         ]
         self._changes += bool(changed)
         if changed and self._changes == _MOST_CHANGES:
@@ -134,15 +134,14 @@ class Monitor:
             )
 
 
-def _sent_to_host(groups: Sequence[GroupStep]) -> tuple[Tensor, Tensor, torch.Event | None] | None:
+def _sent_to_host(groups: Groups) -> tuple[Tensor, Tensor, torch.Event | None] | None:
     """Begin to send numbers of the groups to the host, see :meth:`Monitor._read`; None if that cannot be."""
-    home = groups[0].numbers["d"].device
-    if type(groups[0].numbers["d"]) is not Tensor or home.type == "meta" or _is_captured(home):
+    columns = groups.columns
+    home = columns.device
+    if type(columns["d"]) is not Tensor or home.type == "meta" or _is_captured(home):
         return None
-    counts = torch.stack(
-        [torch.stack([group.numbers[name] for name in ("k", "skipped")]) for group in groups]
-    )
-    step_sizes = stepsize.counted(groups)
+    counts = torch.stack([columns["k"], columns["skipped"]], dim=1)
+    step_sizes = groups.in_mean_or_nan()
     if _is_on_host(home):
         return counts, step_sizes, None
     event = torch.Event(device=home)

@@ -1,34 +1,36 @@
-"""The optimiser for one process: parameter groups, ``step``, ``train``/``eval``, checkpoints."""
+"""The optimiser: what ``torch.optim`` asks of one, and what training loops ask of this one."""
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prodigyplus import averaging, checkpoint, driver, options, progress, samples, stepsize
-from prodigyplus.checkpoint import name_of
-from prodigyplus.constraints import Constraint, Projection
-from prodigyplus.isolation import isolated, isolated_from_compiler
-from prodigyplus.layout import Layout, Sum
+from prodigyplus import checkpoint, eval_mode, options
+from prodigyplus import metrics as metrics_
+from prodigyplus.constraints import Constraint, Constraints, Projection
+from prodigyplus.engine.columns import Columns, to_python_numbers_
+from prodigyplus.engine.driver import Exchange, OneProcess
+from prodigyplus.engine.in_backward import Hooks, ParameterHooks, fusable
+from prodigyplus.engine.rule import ParamStep, compute_dtype
+from prodigyplus.engine.step import Step
+from prodigyplus.eval_mode import AverageSwap, View
+from prodigyplus.formulas import schedule_free
 from prodigyplus.monitor import Monitor
-from prodigyplus.options import Options, StateOptions
+from prodigyplus.options import Options
+from prodigyplus.parameters import Parameters, check_parameter
+from prodigyplus.placement import Location, Placement, WholeTensors, locations, name_of
 from prodigyplus.reporting import is_called_from, warn_caller
-from prodigyplus.rule import Member, anchor, compute_dtype, freed_state, new_state
-from prodigyplus.scalars import Constants
-from prodigyplus.step import Step
-from prodigyplus.stepsize import GroupStep
-
-# float16 has not the range for the squares of d·g.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+from prodigyplus.state import StateOptions, restart_
+from prodigyplus.terms.isolation import isolated, isolated_from_compiler
+from prodigyplus.terms.scalars import Constants
 
 _EVALUATING = (
     "in eval mode: the model holds the averaged weights. Call optimizer.train() before the training "
@@ -36,13 +38,19 @@ _EVALUATING = (
 )
 
 
-class Place(NamedTuple):
-    """Where a parameter stands."""
+class _Cache:
+    """What an optimiser keeps from step to step, and a copy of it makes anew."""
 
-    p: Tensor
-    group: int
-    place: int  # in its group
-    number: int  # in the optimiser, from 1
+    def __init__(self) -> None:
+        self.constants = Constants()
+        self.columns: Columns | None = None
+        self.made_for: dict[Tensor, Any] = {}  # see prodigyplus/parameters.py
+        self.monitor = Monitor()
+        self.average = AverageSwap()
+        self.warned: set[str] = set()
+        self.step: Step | None = None  # a step that a backward pass has begun
+        self.locations: dict[Tensor, Location] = {}  # of the parameters, in that step
+        self.fuses_backward = False  # whether fuse_backward() has been called
 
 
 class ProdigyPlusScheduleFree(Optimizer):
@@ -126,12 +134,6 @@ class ProdigyPlusScheduleFree(Optimizer):
         ValueError: An option has a value it cannot have, or a parameter is of another dtype.
     """
 
-    _exchange: driver.Exchange = driver.OneProcess()
-    _warned: frozenset[str] = frozenset()
-    _under_way: Step | None = None  # a step that a backward pass has begun
-    _fuses = False  # whether fuse_backward() has been called
-    _lends_average = False  # whether averaged_parameters() has put the average into the model
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -171,20 +173,50 @@ class ProdigyPlusScheduleFree(Optimizer):
         bfloat16_z: bool = False,
         compile: bool = False,  # noqa: A002
     ) -> None:
-        given = locals()
-        self._check_owner()
+        given = {name: value for name, value in locals().items() if name in options.NAMES}
+        self._set_up(WholeTensors(), OneProcess(), ParameterHooks())
         # Every key of a group is a default, so that a fresh and a loaded optimiser have the same.
         super().__init__(params, {**options.plain(given), **checkpoint.new_entries(1.0)})
 
-    def _check_owner(self) -> None:
-        """Refuse to be made by what gives every process an optimiser of other parameters."""
-        if is_called_from("torch.distributed.optim.zero_redundancy_optimizer"):
+    def _set_up(
+        self, placement: Placement, exchange: Exchange, hooks: Hooks, *, shares_d: bool = False
+    ) -> None:
+        """Say where the tensors lie and who completes sums, before any group comes; the first call counts.
+
+        Args:
+            placement, exchange, hooks: See there.
+            shares_d: Whether optimisers of other parameters share the step size with this one.
+
+        Raises:
+            ValueError: What constructs it gives every process an optimiser of other parameters.
+        """
+        if "_placement" in self.__dict__:
+            return
+        if not shares_d and is_called_from("torch.distributed.optim.zero_redundancy_optimizer"):
             raise ValueError(
                 f"ZeroRedundancyOptimizer gives each rank a {type(self).__name__} of other parameters, which "
                 "finds a step size of its own. Pass optimizer_class=ShardedProdigyPlusScheduleFree (of "
                 "prodigyplus_dist) and process_group=dist.group.WORLD, by which they share one; or shard "
                 "the model with fully_shard."
             )
+        self._placement, self._exchange, self._hooks = placement, exchange, hooks
+        self._constraints = Constraints()
+        self._cache = _Cache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_no_step_is_under_way()  # which a copy would not have
+        self._check_average_is_not_lent()
+        # torch leaves out what it does not know of; without these, a copy would train otherwise.
+        names = ("_placement", "_exchange", "_hooks", "_constraints")
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, **{name: self.__dict__[name] for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # torch adds an option of its own optimisers, with which later groups would not be like those before.
+        self.defaults.pop("differentiable", None)
+        if "_cache" not in self.__dict__:  # of a copy; torch also calls it to load a state dict
+            self._cache = _Cache()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters: ``{"params": …}`` and any options that differ; see the class.
@@ -198,47 +230,19 @@ class ProdigyPlusScheduleFree(Optimizer):
         values = options.plain({**self.defaults, **param_group})
         param_group |= {name: values[name] for name in options.NAMES if name in param_group}
         # Also where the group was another optimiser's. It is in the mode of the others.
-        param_group |= checkpoint.new_entries(values["d0"]) | {"train_mode": not self._evaluating}
+        param_group |= checkpoint.new_entries(values["d0"]) | {"train_mode": not self._view.is_evaluating}
         super().add_param_group(param_group)
-        self._resolve(self.param_groups[-1])
+        group, index = self.param_groups[-1], len(self.param_groups) - 1
+        for note in options.resolve_exclusions(group):
+            self._warn_once(note)
         try:
-            self._check_parameters(len(self.param_groups) - 1)
+            for number, p in enumerate(group["params"]):
+                if p.requires_grad or p.grad is not None:  # what is frozen may be anything
+                    check_parameter(p, Options.of(group), name_of(group, index, number))
         except ValueError:
             self.param_groups.pop()
             raise
-        self._lift()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # torch adds an option of its own optimisers, with which later groups would not be like those before.
-        self.defaults.pop("differentiable", None)
-
-    def _check_parameters(self, index: int) -> None:
-        """Refuse parameters of a group that cannot be trained as it says; what is frozen may be anything."""
-        group = self.param_groups[index]
-        for number, p in enumerate(group["params"]):
-            if p.requires_grad or p.grad is not None:
-                self._check_parameter(p, Options.of(group), name_of(group, index, number))
-
-    @staticmethod
-    def _check_parameter(p: Tensor, o: Options, name: str) -> None:
-        wrong = None
-        if p.dtype not in _DTYPES:
-            wrong = (
-                f"{p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Leave it out of params, "
-                "convert it, or freeze it (requires_grad=False)."
-            )
-        elif o.use_muon_pp and p.ndim < 2:
-            wrong = (
-                f"of shape {tuple(p.shape)}, no matrix, but its group has use_muon_pp=True: put it into a "
-                "group without, as prodigyplus.muon_groups(model) does."
-            )
-        if wrong is not None:
-            raise ValueError(f"{name} is {wrong}")
-
-    def _resolve(self, group: dict[str, Any]) -> None:
-        for note in options.resolve_exclusions(group):
-            self._warn_once(note)
+        self._columns()
 
     # ------------------------------------------------------------------------------------ the step
 
@@ -270,80 +274,171 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     @isolated_from_compiler
     def _take_step(self) -> None:
-        self._finish_backward()
-        step, self._under_way = self._under_way or self._begin(in_backward=False), None
-        if self._evaluating and not step.only_makes_state:
+        self._hooks.finish()
+        step, self._cache.step = self._cache.step or self._begin(in_backward=False), None
+        if self._view.is_evaluating and not step.initializes_state:
             raise RuntimeError(f"step() {_EVALUATING}")
         fused = [group for group in self.param_groups if group["fused_back_pass"]]
-        if fused and not (self._fuses or step.only_makes_state):
+        if fused and not (self._cache.fuses_backward or step.initializes_state):
             raise RuntimeError(
                 "fused_back_pass=True, but no backward pass moves any parameter: call "
                 "optimizer.fuse_backward(model) once, when the model is wrapped as it will be trained."
             )
-        members = self._members(step)
-        if not self._evaluating:
-            step.close(members)
-            if not step.only_makes_state:
-                self._hold(step)
-                self._monitor.end(self, step.groups)
+        params = self._remaining(step)
+        if not self._view.is_evaluating:
+            step.close(params)
+            if not step.initializes_state:
+                self._hold_(step)
+                self._cache.monitor.end(self, step.groups)
         for group in fused:
             for p in group["params"]:
                 p.grad = None
 
-    @property
-    def _evaluating(self) -> bool:
-        return any(group["use_schedulefree"] and not group["train_mode"] for group in self.param_groups)
-
     def _begin(self, *, in_backward: bool) -> Step:
         self._check_average_is_not_lent()
-        self._monitor.begin(self)
-        self._lift()
-        step = Step(self.param_groups, self._exchange, self._constants, in_backward=in_backward)
-        for its in step.groups:
-            if its.numbers["frozen"] and not its.options.freezes(its.numbers["calls"]):
+        self._cache.monitor.begin(self)
+        constants = self._cache.constants
+        step = Step(self.param_groups, self._columns(), self._exchange, constants, in_backward=in_backward)
+        for group in step.groups.steps:
+            entry = group.entry
+            if entry["frozen"] and not group.options.freezes(entry["calls"]):
                 self._warn_once(
                     "prodigy_steps was raised, or set to 0, after it had passed: the step size stays "
                     "frozen, since what it would go by has been freed."
                 )
-            if its.numbers["calls"] == 0:  # state, if there is any, may be older than the weights
-                for p in its.numbers["params"]:
-                    if self.state.get(p):
-                        state = {key: self._local(value) for key, value in self.state[p].items()}
-                        anchor(self._local(p), state, self._layout(p), its.options)
+            if entry["calls"] == 0:  # state, if there is any, may be older than the weights
+                local = self._placement.local
+                for p in filter(self.state.get, entry["params"]):
+                    state = {key: local(value) for key, value in self.state[p].items()}
+                    restart_(state, local(p), self._placement.layout(p), group.options.slice_p)
         return step
 
-    @isolated
-    def _lift(self) -> None:
-        """Make the numbers of the groups tensors, where the parameters are that are trained."""
-        trained = (p for p, _ in self._parameters() if p.requires_grad or p.grad is not None)
-        others = (p for p, _ in self._parameters() if p.device.type != "meta")
-        homes = (self._local(p).device for parameters in (trained, others) for p in parameters)
-        home = next(homes, torch.device("cpu"))
-        for group in self.param_groups:
-            stepsize.lift(group, home)
+    def _remaining(self, step: Step) -> list[ParamStep]:
+        """What the parameters bring that no backward pass has moved."""
+        parameters = self._parameters
+        parameters.forget_replaced()
+        remaining = [
+            parameters.bring(location, location.p.grad, step.groups.steps[location.group])
+            for location in locations(self.param_groups)
+            if self._placement.takes_part(location.p) and location.p not in step.taken
+        ]
+        self._placement.end_step(self._view.parameters)
+        return remaining
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned |= {message}
-            warn_caller(message)
+    @isolated
+    def _columns(self) -> Columns:
+        """The groups' numbers, where the parameters are that are trained."""
+        parameters = self._view.parameters
+        trained = (p for p in parameters if p.requires_grad or p.grad is not None)
+        others = (p for p in parameters if p.device.type != "meta")
+        homes = (self._placement.local(p).device for some in (trained, others) for p in some)
+        home = next(homes, torch.device("cpu"))
+        columns = self._cache.columns
+        if columns is None or not columns.are_of(self.param_groups, home):
+            columns = self._cache.columns = Columns(self.param_groups, home)
+        return columns
 
     @property
-    def _monitor(self) -> Monitor:
-        monitor: Monitor = self.__dict__.setdefault("_monitor_kept", Monitor())
-        return monitor
+    def _parameters(self) -> Parameters:
+        return Parameters(self.param_groups, self.state, self._placement, self._cache.made_for)
+
+    @property
+    def _view(self) -> View:
+        return View(self.param_groups, self.state, self._placement, self._constraints)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._cache.warned:
+            self._cache.warned.add(message)
+            warn_caller(message)
+
+    def _check_no_step_is_under_way(self) -> None:
+        if self._cache.step is not None:
+            raise RuntimeError(
+                "a backward pass has moved parameters (fused_back_pass=True), and no step() has ended that "
+                "step yet: call optimizer.step() first."
+            )
+
+    def _check_average_is_not_lent(self) -> None:
+        if self._cache.average.is_lent:
+            raise RuntimeError(
+                "within averaged_parameters() the model holds the averaged weights, to be evaluated or saved "
+                "by itself; the optimiser goes with those of training: leave the with-block first."
+            )
+
+    def _has_changed_weights(self) -> None:
+        """The model holds other weights now: what was made of those before is out of date."""
+        self._cache.monitor.forget_weights()
+        self._placement.forget_copies(self._view.parameters)
+
+    # What a monitor asks; see prodigyplus/monitor.py.
 
     def own_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Parameters that only the optimiser should change, as its state goes with them; local tensors."""
-        held = {p for constraint in self._constraints.values() for p in constraint.parameters}
+        held = {p for _, p in self._constraints}
         for p, state in self.state.items():
-            if isinstance(p, Tensor) and p not in held and averaging.is_averaged(state):
-                weight = self._local(p)
+            if isinstance(p, Tensor) and p not in held and schedule_free.is_averaged(state):
+                weight = self._placement.local(p)
                 if not weight.is_inference():
                     yield p, weight
 
     def name_of(self, p: Tensor) -> str:
         """What to call a parameter in a message."""
-        return next(self._name(place) for place in self._numbered() if place.p is p)
+        return next(self._parameters.name(its) for its in locations(self.param_groups) if its.p is p)
+
+    # ------------------------------------------------------------------- within the backward pass
+
+    def fuse_backward(self, model: nn.Module) -> list[RemovableHandle]:
+        """Let backward passes move the parameters of ``model``, those in groups with ``fused_back_pass``.
+
+        Call it once, when the model is wrapped as it will be trained. Each gradient is then consumed and
+        freed as soon as it is there, and :meth:`step` ends the step: it moves the step size, and whatever no
+        backward pass has moved. The loop stays as it is, but every backward pass needs its :meth:`step`.
+
+        A gradient with an inf or NaN skips its parameter alone, since others have moved already, and so do
+        those of groups that are not fused; the step size then keeps its value, and the step counts as
+        skipped. What changes gradients after the backward pass, as clipping does, comes too late.
+
+        Returns:
+            A handle for each parameter's hook, whose ``remove()`` takes it off again. Under DDP there are
+            none: its communication hook stays.
+
+        Raises:
+            ValueError: No parameter of the model is in such a group, or its gradients are summed over
+                processes elsewhere than where a hook sees them.
+        """
+        # Weakly: whoever drops the optimiser is done with it, hooks or not.
+        alive = weakref.ref(self)
+
+        def take(p: Tensor, grad: Tensor) -> bool:
+            optimizer = alive()
+            return optimizer is not None and optimizer._take(p, grad)
+
+        handles = self._hooks.attach(model, fusable(model, self.param_groups), take)
+        self._cache.fuses_backward = True
+        return handles
+
+    @isolated_from_compiler
+    def _take(self, p: Tensor, grad: Tensor) -> bool:
+        """Move a parameter by its gradient, now or soon. Returns whether it is one to be moved so."""
+        cache = self._cache
+        if cache.step is None:
+            cache.locations = {location.p: location for location in locations(self.param_groups)}
+        location = cache.locations.get(p)
+        if location is None or not self.param_groups[location.group]["fused_back_pass"]:
+            return False
+        name = self._parameters.name(location)
+        if self._view.is_evaluating:
+            raise RuntimeError(f"{name} has a gradient {_EVALUATING}")
+        step = cache.step = cache.step or self._begin(in_backward=True)
+        if p in step.taken:
+            raise RuntimeError(
+                f"{name} has a second gradient, but no step() came after the first: "
+                "fused_back_pass=True moves a parameter by the gradient of one backward pass, and cannot add "
+                "up several. Call optimizer.step() after each, also after one that failed, or set "
+                "fused_back_pass=False."
+            )
+        step.take(p, self._parameters.bring(location, grad, step.groups.steps[location.group]))
+        return True
 
     # ---------------------------------------------------------------------------------- constraints
 
@@ -372,310 +467,26 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._check_no_step_is_under_way()
         self._check_average_is_not_lent()
         tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        own = {p for p, _ in self._parameters()}
-        if not tensors or any(p not in own for p in tensors):
+        if not tensors or not {*tensors} <= {*self._view.parameters}:
             raise ValueError(
                 "constrain: pass parameters that the optimiser was given, as they are after the model is "
                 "wrapped."
             )
         constraint = Constraint(tensors, project)
-        self._put_into_set(constraint)
-        handle = RemovableHandle(self._constraints)
-        self._constraints[handle.id] = constraint
-        return handle
-
-    @isolated
-    def _put_into_set(self, constraint: Constraint) -> None:
-        for p in constraint.parameters:
-            p.copy_(constraint.projected(p))
-            base = self.state.get(p, {}).get(averaging.BASE)
-            if base is not None:
-                base.copy_(constraint.projected(base))
+        isolated(constraint.put_in_)(self.state)
         self._has_changed_weights()
+        return self._constraints.add(constraint)
 
-    def _hold(self, step: Step) -> None:
+    def _hold_(self, step: Step) -> None:
         """Put what a step has moved back into the sets that hold it."""
-        if self._constraints:
-            group_of = {p: group for group in step.groups for p in group.numbers["params"]}
-        for constraint in self._constraints.values():
-            for p in constraint.parameters:
-                if p in group_of and self.state.get(p):
-                    weight = self._local(p)
-                    n = group_of[p].scalars(weight.device, compute_dtype(weight))
-                    constraint.hold_(p, self.state[p], n.xy)
-
-    @property
-    def _constraints(self) -> OrderedDict[int, Constraint]:
-        constraints: OrderedDict[int, Constraint] = self.__dict__.setdefault(
-            "_constraints_kept", OrderedDict()
-        )
-        return constraints
-
-    def _holding(self, p: Tensor) -> list[Constraint]:
-        """The constraints that hold a parameter."""
-        return [its for its in self._constraints.values() if any(held is p for held in its.parameters)]
-
-    def _has_changed_weights(self) -> None:
-        """The model holds other weights now: what was made of those before is out of date."""
-        self._monitor.forget_weights()
-
-    def fuse_backward(self, model: nn.Module) -> list[RemovableHandle]:
-        """Let backward passes move the parameters of ``model``, those in groups with ``fused_back_pass``.
-
-        Call it once, when the model is wrapped as it will be trained. Each gradient is then consumed and
-        freed as soon as it is there, and :meth:`step` ends the step: it moves the step size, and whatever no
-        backward pass has moved. The loop stays as it is, but every backward pass needs its :meth:`step`.
-
-        A gradient with an inf or NaN skips its parameter alone, since others have moved already, and so do
-        those of groups that are not fused; the step size then keeps its value, and the step counts as
-        skipped. What changes gradients after the backward pass, as clipping does, comes too late.
-
-        Returns:
-            A handle for each parameter's hook, whose ``remove()`` takes it off again. Under DDP there are
-            none: its communication hook stays.
-
-        Raises:
-            ValueError: No parameter of the model is in such a group, or its gradients are summed over
-                processes elsewhere than where a hook sees them.
-        """
-        parameters = self._fusable(model)
-        handles = self._attach(model, parameters)
-        self._fuses = True
-        return handles
-
-    def _fusable(self, model: nn.Module) -> dict[str, Tensor]:
-        """The parameters of a model, by their names, that are to be moved in a backward pass."""
-        ours = {p for p, group in self._parameters() if group["fused_back_pass"]}
-        parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p in ours}
-        if not parameters:
-            raise ValueError(
-                "fuse_backward: no parameter of the model is in a group with fused_back_pass=True. Pass "
-                "fused_back_pass=True to the optimiser, and the model whose parameters it was given."
-            )
-        return parameters
-
-    def _attach(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
-        # What sums gradients over processes after a hook has seen them; a launcher tells of it beforehand.
-        wrapped = any(hasattr(module, "register_comm_hook") for module in model.modules())
-        processes = os.environ.get("WORLD_SIZE", "1")
-        if wrapped or processes != "1":
-            raise ValueError(
-                "fuse_backward: gradients are summed over processes"
-                + (" (DistributedDataParallel)" if wrapped else f" (WORLD_SIZE={processes})")
-                + ", which a hook of a parameter does not see: use ShardedProdigyPlusScheduleFree, of the "
-                "package beside this one, which waits for it."
-            )
-        return self._hooked(parameters)
-
-    def _hooked(self, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
-        take = self._weak_take()
-
-        def consume(p: Tensor) -> None:
-            if p.grad is not None and take(p, p.grad):
-                p.grad = None
-
-        return [
-            p.register_post_accumulate_grad_hook(consume)  # type: ignore[no-untyped-call]
-            for p in parameters.values()
-        ]
-
-    def _weak_take(self) -> Callable[[Tensor, Tensor], bool]:
-        """:meth:`_take` for a hook: whoever drops the optimiser is done with it, hooks or not."""
-        optimizer = weakref.ref(self)
-
-        def take(p: Tensor, grad: Tensor) -> bool:
-            alive = optimizer()
-            return alive is not None and alive._take(p, grad)
-
-        return take
-
-    def _finish_backward(self) -> None:
-        """Take the gradients that a backward pass has left waiting."""
-
-    @isolated_from_compiler
-    def _take(self, p: Tensor, grad: Tensor) -> bool:
-        """Move a parameter by its gradient, now or soon. Returns whether it is one to be moved so."""
-        if self._under_way is None:
-            self._places = {place.p: place for place in self._numbered()}
-        place = self._places.get(p)
-        if place is None or not self.param_groups[place.group]["fused_back_pass"]:
-            return False
-        if self._evaluating:
-            raise RuntimeError(f"{self._name(place)} has a gradient {_EVALUATING}")
-        step = self._under_way = self._under_way or self._begin(in_backward=True)
-        if p in step.taken:
-            raise RuntimeError(
-                f"{self._name(place)} has a second gradient, but no step() came after the first: "
-                "fused_back_pass=True moves a parameter by the gradient of one backward pass, and cannot add "
-                "up several. Call optimizer.step() after each, also after one that failed, or set "
-                "fused_back_pass=False."
-            )
-        step.take(p, self._member(place, grad, step.groups[place.group]))
-        return True
-
-    def _numbered(self) -> Iterator[Place]:
-        number = 0
-        for index, group in enumerate(self.param_groups):
-            for place, p in enumerate(group["params"]):
-                number += 1
-                yield Place(p, index, place, number)
-
-    def _members(self, step: Step) -> list[Member]:
-        """The parameters that are left of a step, with their state, made where there is none yet."""
-        if len(self._made_for) > 2 * len(self.state):  # parameters that were replaced are not to be held
-            self._made_for.clear()
-        return [
-            self._member(place, place.p.grad, step.groups[place.group])
-            for place in self._numbered()
-            if self._takes_part(place.p) and place.p not in step.taken
-        ]
-
-    def _takes_part(self, p: Tensor) -> bool:
-        return p.grad is not None
-
-    def _member(self, place: Place, grad: Tensor | None, group: GroupStep) -> Member:
-        """What a parameter brings to a step.
-
-        Raises:
-            RuntimeError: Something cannot be right; by what every rank knows, so that none is left waiting.
-        """
-        assert grad is not None
-        return self._make_member(place, grad, group, None)
-
-    def _make_member(self, place: Place, grad: Tensor, group: GroupStep, present: bool | None) -> Member:
-        if grad.layout is not torch.strided:
-            raise RuntimeError(
-                f"{self._name(place)} has a sparse gradient, which this optimiser cannot use: build its "
-                "layer with sparse=False."
-            )
-        p, state = place.p, self.state[place.p]
-        weight, grad, layout = self._local(p), self._local(grad), self._layout(p)
-        made_for = layout, group.state_options
-        if not state:
-            self._check_kind(place)
-            self._check_parameter(p, group.options, self._name(place))
-        arithmetic = compute_dtype(p)
-        if grad.dtype not in _DTYPES or torch.promote_types(grad.dtype, arithmetic) != arithmetic:
-            raise RuntimeError(
-                f"{self._name(place)} is {p.dtype}, but its gradient {grad.dtype}: give it one of the "
-                "parameter's dtype, or of bfloat16 beside float32."
-            )
-        if not state:
-            state.update(self._kept(p, new_state(weight, grad, layout, group.options), group.options))
-        elif self._made_for.get(p) != made_for:
-            self._check_state(place, weight, grad, layout, group)
-        self._made_for[p] = made_for
-        if not group.adapts:
-            for key in progress.STATE:
-                state.pop(key, None)
-        return Member(weight, grad, self._local_state(state), layout, group, place.number, present)
-
-    @property
-    def _made_for(self) -> dict[Tensor, tuple[Layout, StateOptions]]:
-        """What the state of each parameter is known to fit: where it is, and the options that it hangs on."""
-        made_for: dict[Tensor, tuple[Layout, StateOptions]] = self.__dict__.setdefault("_made_for_kept", {})
-        return made_for
-
-    def _check_state(
-        self, place: Place, weight: Tensor, grad: Tensor, layout: Layout, group: GroupStep
-    ) -> None:
-        """Refuse a state that was made for other options, or for a parameter of another shape.
-
-        Raises:
-            RuntimeError: It was.
-        """
-        before = self._made_for.get(place.p)
-        if before is not None:
-            for name, old, new in zip(StateOptions._fields, before[1], group.state_options, strict=True):
-                if old != new:
-                    raise RuntimeError(
-                        f"{name}={self.param_groups[place.group][name]!r} in param_groups[{place.group}], "
-                        "whose state was made under another value: build another optimiser to change it."
-                    )
-        state = self._local_state(self.state[place.p])
-        like, grad_like = (torch.empty_like(tensor, device="meta") for tensor in (weight, grad))
-        needed = {
-            key: tuple(value.shape)
-            for key, value in new_state(like, grad_like, layout, group.options).items()
-            if key in state or group.adapts or key not in progress.STATE
-        }
-        found = {key: tuple(value.shape) for key, value in state.items()}
-        if found != needed:
-            key = next(key for key in [*needed, *found] if found.get(key) != needed.get(key))
-            was = "" if before is None else f", and was of shape {before[0].shape} when its state was made"
-            raise RuntimeError(
-                f"{self._name(place)} is of shape {layout.shape}{was}: it needs {key!r} of shape "
-                f"{needed.get(key)} and has {found.get(key)}. A parameter that is cut or grown starts anew: "
-                "put a new nn.Parameter in its place in param_groups, and take the state of the old one out "
-                "with optimizer.state.pop(old)."
-            )
-
-    def _check_kind(self, place: Place) -> None:
-        """Refuse a parameter that this optimiser cannot train, by what every rank knows."""
-        if getattr(place.p, "_fsdp_flattened", False):
-            raise RuntimeError(
-                f"{self._name(place)} is a flat parameter of FSDP1, which has lost the shapes of the tensors "
-                "in it: shard the model with FSDP2's fully_shard instead."
-            )
-        if hasattr(place.p, "placements"):
-            raise RuntimeError(
-                f"{self._name(place)} is a DTensor, a piece of a sharded parameter: use "
-                "ShardedProdigyPlusScheduleFree, of the package beside this one."
-            )
-
-    def _name(self, place: Place) -> str:
-        return name_of(self.param_groups[place.group], place.group, place.place)
-
-    def _kept(self, p: Tensor, local: Mapping[str, Tensor], o: Options) -> dict[str, Tensor]:
-        """Entries of the state as they are kept, from their local pieces: samples stay as they are."""
-        return {
-            key: value if key in progress.SAMPLED else self._placed(p, value, key, o)
-            for key, value in local.items()
-        }
-
-    # What a subclass whose parameters are pieces of tensors has to say about them.
-
-    def _local(self, tensor: Tensor) -> Tensor:
-        """The local tensor of a parameter, a gradient or an entry of the state, sharing its memory."""
-        return tensor
-
-    def _local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return state
-
-    def _layout_key(self, p: Tensor) -> Hashable:
-        """What says where a parameter's local tensor sits in its global one; it may change."""
-        return p.shape
-
-    def _new_layout(self, p: Tensor) -> Layout:
-        return Layout(tuple(p.shape))
-
-    def _layout(self, p: Tensor) -> Layout:
-        # Kept, since a layout may keep where its samples are, and parameters of one layout move together.
-        layouts, key = self._layouts, self._layout_key(p)
-        layout = layouts.get(key)
-        if layout is None:
-            layout = layouts[key] = self._new_layout(p)
-        return layout
-
-    @property
-    def _layouts(self) -> dict[Hashable, Layout]:
-        layouts: dict[Hashable, Layout] = self.__dict__.setdefault("_layouts_by_key", {})
-        return layouts
-
-    @property
-    def _constants(self) -> Constants:
-        constants: Constants = self.__dict__.setdefault("_constants_kept", Constants())
-        return constants
-
-    def _placed(self, p: Tensor, local: Tensor, key: str, o: Options) -> Tensor:
-        """An entry of the state in :func:`prodigyplus.rule.saved_form`, from the local piece of it."""
-        return local
-
-    def _piece(self, p: Tensor, saved: Tensor, key: str, o: Options) -> Tensor:
-        """The local piece of a saved entry of the state, new memory: undoes :meth:`_placed`."""
-        if hasattr(saved, "full_tensor"):  # a DTensor, saved by the sharded optimiser
-            saved = saved.full_tensor()
-        return saved.to(self._local(p).device, copy=True)
+        if not self._constraints:
+            return
+        group_of = {p: group for group in step.groups.steps for p in group.entry["params"]}
+        for constraint, p in self._constraints:
+            if p in group_of and self.state.get(p):
+                weight = self._placement.local(p)
+                n = group_of[p].scalars(weight.device, compute_dtype(weight))
+                constraint.hold_(p, self.state[p], n.y_fraction, self._placement)
 
     # ------------------------------------------------------------------------- train, eval, average
 
@@ -691,19 +502,12 @@ class ProdigyPlusScheduleFree(Optimizer):
         """
         self._swap(train=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        self._check_no_step_is_under_way()  # which a copy would not have
+    def _swap(self, *, train: bool) -> None:
         self._check_average_is_not_lent()
-        # Of what torch does not know, a copy keeps the constraints: without them it would train otherwise.
-        state: dict[str, Any] = super().__getstate__()
-        return {**state, "_constraints_kept": self._constraints}
-
-    def _check_no_step_is_under_way(self) -> None:
-        if self._under_way is not None:
-            raise RuntimeError(
-                "a backward pass has moved parameters (fused_back_pass=True), and no step() has ended that "
-                "step yet: call optimizer.step() first."
-            )
+        if any(group["use_schedulefree"] and group["train_mode"] != train for group in self.param_groups):
+            self._check_no_step_is_under_way()
+            self._cache.average.swap_(self._view, train=train)
+            self._has_changed_weights()
 
     @property
     def holds_average(self) -> bool:
@@ -712,60 +516,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         It does in eval mode, within :meth:`averaged_parameters`, and always without Schedule-Free.
         """
         training = any(group["use_schedulefree"] and group["train_mode"] for group in self.param_groups)
-        return self._lends_average or not training
-
-    def _check_average_is_not_lent(self) -> None:
-        if self._lends_average:
-            raise RuntimeError(
-                "within averaged_parameters() the model holds the averaged weights, to be evaluated or saved "
-                "by itself; the optimiser goes with those of training: leave the with-block first."
-            )
-
-    @isolated
-    def _swap(self, *, train: bool) -> None:
-        self._check_average_is_not_lent()
-        groups = [g for g in self.param_groups if g["use_schedulefree"] and g["train_mode"] != train]
-        if groups:
-            self._check_no_step_is_under_way()
-        for group in groups:
-            # A schedule may have moved β1 since: y comes back by what x was made with.
-            beta1 = group["average_beta1"] if train else None
-            beta1 = group["betas"][0] if beta1 is None else beta1
-            for p, state in self._averaged(group):
-                if train:
-                    self._put_back(p, state, beta1)
-                else:
-                    self._put_average(p, state, beta1)
-            group["train_mode"], group["average_beta1"] = train, None if train else beta1
-        if groups:
-            self._has_changed_weights()
-
-    def _put_average(self, p: Tensor, state: Mapping[str, Tensor], beta1: float) -> None:
-        if self._holding(p):  # from what is projected, y may not be found again
-            self._weights_of_training[p] = p.detach().clone()
-        averaging.x_from_y(self._local(p), state, beta1, out=self._local(p))
-        for constraint in self._holding(p):
-            p.copy_(constraint.projected(p))
-
-    def _put_back(self, p: Tensor, state: Mapping[str, Tensor], beta1: float) -> None:
-        before = self._weights_of_training.pop(p, None)
-        if before is not None:
-            p.copy_(before)
-        else:
-            averaging.y_from_x(self._local(p), state, beta1, out=self._local(p))
-
-    @property
-    def _weights_of_training(self) -> dict[Tensor, Tensor]:
-        """In eval mode, y of the parameters whose average was projected."""
-        weights: dict[Tensor, Tensor] = self.__dict__.setdefault("_weights_of_training_kept", {})
-        return weights
-
-    def _averaged(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
-        """The parameters of a group that are not their own average, with their local states."""
-        for p in group["params"]:
-            # Before the first step there may be state, but the weights are their own average.
-            if group["calls"] and averaging.is_averaged(self.state.get(p, {})):
-                yield p, self._local_state(self.state[p])
+        return self._cache.average.is_lent or not training
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -777,32 +528,17 @@ class ProdigyPlusScheduleFree(Optimizer):
         >>> with optimizer.averaged_parameters():
         ...     evaluate(model)
         """
-        if self._lends_average:
+        if self._cache.average.is_lent:
             yield
             return
-        before: list[tuple[Tensor, Tensor]] = []
+        self._check_no_step_is_under_way()
         try:
-            self._lend_average(before)
-            yield
+            with self._cache.average.lent(self._view):
+                self._cache.monitor.forget_weights()
+                yield
         finally:
-            self._lends_average = False
-            self._take_back(before)
+            self._cache.monitor.forget_weights()
 
-    @isolated
-    def _lend_average(self, before: list[tuple[Tensor, Tensor]]) -> None:
-        for p, x in self._averages():
-            before.append((p, p.detach().clone()))
-            p.copy_(x)
-        self._lends_average = True
-        self._has_changed_weights()
-
-    @isolated
-    def _take_back(self, before: Sequence[tuple[Tensor, Tensor]]) -> None:
-        for p, y in before:
-            p.copy_(y)
-        self._has_changed_weights()
-
-    @isolated
     def averaged_state_dict(self, model: nn.Module, *, full: bool = False) -> dict[str, Any]:
         """``model.state_dict()`` with the averaged weights x: what to save as the trained model.
 
@@ -816,34 +552,15 @@ class ProdigyPlusScheduleFree(Optimizer):
         Raises:
             ValueError: The model has none of the optimiser's parameters.
         """
-        entries = self._entries(model)
+        self._check_no_step_is_under_way()
+        eval_mode.check_model(self._view, model)
+        entries = self._cache.average.state_dict_of(self._view, model)
         if not full:
             return entries
         return {
             checkpoint.unwrapped(name): value.to("cpu", copy=True) if isinstance(value, Tensor) else value
             for name, value in entries.items()
         }
-
-    def _entries(self, model: nn.Module) -> dict[str, Any]:
-        self._check_model(model)
-        averages = {id(p): x for p, x in self._averages()}
-        entries: dict[str, Any] = {}
-        seen: set[int] = set()
-        for name, value in model.state_dict(keep_vars=True).items():
-            entry = averages.get(id(value), value.detach() if isinstance(value, Tensor) else value)
-            if isinstance(value, Tensor):
-                entry = entry.clone() if id(value) in seen else entry
-                seen.add(id(value))
-            entries[name] = entry
-        return entries
-
-    def _check_model(self, model: nn.Module) -> None:
-        own = {p for p, _ in self._parameters()}
-        if own and own.isdisjoint(model.parameters()):
-            raise ValueError(
-                "averaged_state_dict: none of the model's parameters is one of the optimiser's, which has "
-                "the average of no other: pass the model whose parameters it was given, not a copy of it."
-            )
 
     def check_replicas(self) -> None:
         """Nothing to compare in one process; see ``ShardedProdigyPlusScheduleFree``, of the package beside
@@ -861,21 +578,8 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "prodigyplus_dist.check_replicas(optimizer)."
             )
 
-    def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every parameter that does not hold x now, with its x, a new tensor."""
-        self._check_no_step_is_under_way()
-        for group in self.param_groups:
-            if group["use_schedulefree"] and group["train_mode"] and not self._lends_average:
-                for p, state in self._averaged(group):
-                    x = torch.empty_like(p, requires_grad=False)
-                    averaging.x_from_y(self._local(p), state, group["betas"][0], out=self._local(x))
-                    for constraint in self._holding(p):
-                        x = constraint.projected(x)
-                    yield p, x
+    # ----------------------------------------------------------------------- metrics, checkpoints
 
-    # ------------------------------------------------------------------------------------- metrics
-
-    @isolated
     def metrics(self, *, as_numbers: bool = False) -> list[dict[str, Any]]:
         """What the step size does: one dict for each parameter group, of tensors without dimensions.
 
@@ -894,31 +598,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         ``skipped_steps``  steps skipped for an inf or NaN in a gradient
         =================  =============================================================================
         """
-
-        def read(group: Mapping[str, Any]) -> dict[str, Any]:
-            numbers = {
-                name: value.clone()
-                if isinstance(value := group[name], Tensor)
-                else stepsize.as_number(name, value)
-                for name in stepsize.NUMBERS
-            }
-            return {
-                "d": numbers["d"],
-                "d_hat": numbers["d_hat"],
-                "effective_lr": numbers["effective_lr"],
-                "step_size": numbers["shared_d"] * numbers["effective_lr"],
-                "numerator": numbers["d_numerator"],
-                "denominator": numbers["d_denom"],
-                "step": numbers["k"],
-                "skipped_steps": numbers["skipped"],
-            }
-
-        groups = [read(group) for group in self.param_groups]
-        if as_numbers:
-            stepsize.make_plain(groups, groups[0] if groups else ())
-        return groups
-
-    # --------------------------------------------------------------------------------- checkpoints
+        return metrics_.metrics(self.param_groups, as_numbers=as_numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimiser; a group's numbers are plain Python numbers in it.
@@ -930,48 +610,16 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         # Before the hooks of others, which are to see what is saved.
         def finish(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-            stepsize.make_plain(saved["param_groups"])
+            to_python_numbers_(saved["param_groups"])
+            states = checkpoint.saved_states(self.param_groups, self.state, self._placement, self._exchange)
             others = {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
-            saved["state"] = {**self._saved_states(), **others}
+            saved["state"] = {**states, **others}
 
         hook = self.register_state_dict_post_hook(finish, prepend=True)
         try:
             return super().state_dict()
         finally:
             hook.remove()
-
-    @isolated
-    def _saved_states(self) -> dict[int, dict[str, Tensor]]:
-        """The states of all parameters by their numbers, Prodigy's samples as rows."""
-        kept = []
-        numbers = {p: number for number, (p, _) in enumerate(self._parameters())}  # given twice, its last
-        for number, (p, group) in enumerate(self._parameters()):
-            if p in self.state and numbers[p] == number:
-                o, state = Options.of(group), self.state[p]
-                if state and checkpoint.is_frozen(group):
-                    state = {**state, **self._kept(p, freed_state(self._local(p), self._layout(p), o), o)}
-                kept.append((number, p, o, state))
-        asked: list[driver.Asked] = []
-        for _, p, o, state in kept:
-            layout = self._layout(p)
-            last = layout.dims[-1:]
-            rows = {
-                key: samples.spread(state[key], layout, o.slice_p) for key in progress.SAMPLED if key in state
-            }
-            asked.append((layout, {key: Sum(value, last) for key, value in rows.items()}))
-        # Where torch copies a state to write it while training goes on, it takes a DTensor without dimensions
-        # as it is, and fails at a view; rows that others have completed are views into one buffer.
-        return {
-            number: {
-                **{key: value if value.ndim else value.clone() for key, value in state.items()},
-                **{key: self._placed(p, value.clone(), key, o) for key, value in rows.items()},
-            }
-            for (number, p, o, state), rows in zip(kept, self._exchange.complete(asked)(), strict=True)
-        }
-
-    def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Every parameter with its group, in the order of their numbers in a state dict."""
-        return ((p, group) for group in self.param_groups for p in group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, every tensor in the dtype it was saved in.
@@ -986,29 +634,25 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._check_no_step_is_under_way()
         self._check_average_is_not_lent()
         # torch's loader casts all state to the parameter's dtype. So it does not get to see it.
-        loaded: dict[int, dict[str, Tensor]] = {}
+        loaded: dict[Tensor, dict[str, Tensor]] = {}
 
         def take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            groups = checkpoint.checked_groups(state_dict, self.param_groups, self.defaults)
-            saved = state_dict["state"]
-            states = checkpoint.checked_states(saved, groups, self.param_groups)
-            group_of = [group for group in groups for _ in group["params"]]
-            for number, (p, _) in enumerate(self._parameters()):
-                if number in states:
-                    loaded[number] = self._loaded_state(p, states[number], group_of[number])
-            keys = {key for group in groups for key in group["params"]}
-            others = {key: value for key, value in saved.items() if key not in keys}
+            groups, others, states = checkpoint.taken_apart(
+                state_dict, self.param_groups, self.defaults, self._placement
+            )
+            loaded.update(states)
             return {"state": others, "param_groups": groups}
 
         def put_in(optimizer: Optimizer) -> None:
-            self._made_for.clear()
-            self._weights_of_training.clear()
+            self._cache.made_for.clear()
+            self._cache.average.forget()
             self._has_changed_weights()
-            self._lift()
-            for number, (p, group) in enumerate(self._parameters()):
-                if number in loaded:
-                    self.state[p] = loaded[number]
-                    self._made_for[p] = self._layout(p), Options.of(group).of_state
+            self._columns()
+            self.state.update(loaded)
+            for location in locations(self.param_groups):
+                if location.p in loaded:
+                    o = Options.of(self.param_groups[location.group])
+                    self._parameters.know(location.p, StateOptions.of(o))
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_out),
@@ -1019,20 +663,3 @@ class ProdigyPlusScheduleFree(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-    @isolated
-    def _loaded_state(
-        self, p: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        o = Options.of(group)
-        frozen = checkpoint.is_frozen(group)
-        needed = {key: value for key, value in saved.items() if not (frozen and key in progress.STATE)}
-        pieces = {key: self._piece(p, value, key, o) for key, value in needed.items()}
-        if "p0" in pieces:  # which was once kept in bfloat16
-            pieces["p0"] = pieces["p0"].to(torch.promote_types(pieces["p0"].dtype, p.dtype))
-        return {
-            key: samples.collect(piece, self._layout(p), o.slice_p)
-            if key in progress.SAMPLED
-            else self._placed(p, piece, key, o)
-            for key, piece in pieces.items()
-        }

@@ -15,22 +15,9 @@ import numbers
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor
-
-
-class StateOptions(NamedTuple):
-    """The options that decide which entries the state of a parameter has; see :attr:`Options.of_state`."""
-
-    use_schedulefree: bool
-    bfloat16_z: bool
-    use_focus: bool
-    use_muon_pp: bool
-    use_speed: bool  # whether it is "relative"
-    factored: bool
-    factored_fp32: bool
-    slice_p: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,20 +93,6 @@ class Options:
         if isinstance(self.lr, Tensor):
             return _is_on_host(self.lr) and not self.lr.any()
         return self.lr == 0
-
-    @property
-    def of_state(self) -> StateOptions:
-        """Those that say what a parameter keeps, and so may not change once it does."""
-        return StateOptions(
-            use_schedulefree=self.use_schedulefree,
-            bfloat16_z=self.bfloat16_z,
-            use_focus=self.use_focus,
-            use_muon_pp=self.use_muon_pp,
-            use_speed=self.use_speed == "relative",
-            factored=self.factored,
-            factored_fp32=self.factored_fp32,
-            slice_p=self.slice_p,
-        )
 
     def freezes(self, calls: int) -> bool:
         """Whether ``d`` is to be frozen in the step that follows ``calls`` earlier ones."""

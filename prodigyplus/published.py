@@ -7,7 +7,7 @@ theirs                                           version  ours
 ===============================================  =======  ==================================================
 ``k``, the number of the next step               both     ``k`` and ``calls``, steps made
 ``exp_avg_sq`` of FOCUS                          both     ``exp_avg_weight``
-``p0``, ``s``: samples; a 0-dim zero for all     both     rows (see :mod:`prodigyplus.samples`)
+``p0``, ``s``: samples; a 0-dim zero for all     both     rows (see :mod:`prodigyplus.terms.samples`)
 ``use_speed=True``                               2.0      ``use_speed="relative"``
 ``exp_avg_x0_dot``, ``max_x0_minus_l1_norm``,    2.0      ``exp_avg_product``, ``max_l1``, ``max_l2``
 ``max_x0_minus_l2_norm``: Python numbers
@@ -33,12 +33,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus import checkpoint, moments, options, progress, samples, stepsize
-from prodigyplus.checkpoint import Group, name_of
-from prodigyplus.layout import Layout, wide_dtype
+from prodigyplus import checkpoint, options
+from prodigyplus import state as states
+from prodigyplus.checkpoint import Group
+from prodigyplus.engine import columns
+from prodigyplus.engine.rule import compute_dtype
+from prodigyplus.formulas import moments, prodigy
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus.options import Options
-from prodigyplus.rule import compute_dtype, new_state
+from prodigyplus.placement import name_of
+from prodigyplus.state import StateOptions
+from prodigyplus.terms import samples
+from prodigyplus.terms.layout import Layout, wide_dtype
 
 Unit = Literal["group", "parameter"]
 
@@ -365,7 +371,7 @@ def _group(
 
 
 def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict[str, float | int]:
-    """A group's numbers (see :func:`prodigyplus.stepsize.first_numbers`)."""
+    """A group's numbers (see :func:`prodigyplus.engine.columns.first_numbers`)."""
 
     def read(name: str, default: float = 0.0) -> float:
         value = float(theirs.get(name, default))
@@ -381,7 +387,7 @@ def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict
     tally.add(Outcome.EXACT, *exact, unit="group")
     tally.add_scaled(statistic, "d_numerator", "d_denom", unit="group", note=_WEIGHTED)
     tally.add(Outcome.CONVERTED, "k", unit="group", note="the number of steps made, not of the next")
-    return stepsize.first_numbers(d) | {
+    return columns.first_numbers(d) | {
         "d_hat": numerator / norm if norm > 0 and not theirs["use_speed"] else d,
         "d_numerator": numerator,
         "max_d_numerator": read("max_d_numerator", max(0.0, numerator)),
@@ -393,14 +399,14 @@ def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict
 
 
 def _share(groups: Sequence[dict[str, Any]], saved: Sequence[Group], tally: _Tally) -> None:
-    """Set the step sizes in use, as :func:`prodigyplus.stepsize.close` does."""
+    """Set the step sizes in use, as :func:`prodigyplus.engine.groups.Groups.close` does."""
     sharing = [group for group in groups if group["split_groups"] and group["split_groups_mean"]]
     if len(sharing) > 1:
         d, d0, weight_sum, k = (
             torch.tensor([group[name] for group in sharing], dtype=torch.float64, device="cpu")
             for name in ("d", "d0", "weight_sum", "k")
         )
-        mean, in_mean = stepsize.shared_d(d, d0, weight_sum, k, (d > d0).double())
+        mean, in_mean = prodigy.shared_d(d, d0, weight_sum, k, (d > d0).double())
         for group, *numbers in zip(sharing, mean.tolist(), in_mean.tolist(), strict=True):
             group["shared_d"], group["in_mean"] = numbers
     for group, theirs in zip(groups, saved, strict=True):
@@ -414,7 +420,7 @@ def _state(
     saved: Mapping[str, Any], p: Tensor, o: Options, scales: _Scales, name: str, tally: _Tally
 ) -> dict[str, Tensor]:
     """A parameter's state in the form that it is saved in, from theirs. It may share tensors with it."""
-    translated = {*_MOMENTS, *_DROPPED, *progress.SAMPLED, *_SPEED}
+    translated = {*_MOMENTS, *_DROPPED, *states.SAMPLED, *_SPEED}
     state = {key: value for key, value in saved.items() if key not in translated}
     base = state.get("z", state.get("exp_avg"))
     if base is None or base.shape != p.shape:
@@ -437,7 +443,7 @@ def _second_moment(
     layout = Layout(tuple(base.shape))
     if saved.get("muon") and not o.use_muon_pp:
         tally.add(Outcome.ANEW, "second moment", note="Muon had none")
-        fresh = new_state(base, base, layout, o)
+        fresh = states.new_state(base, base, layout, StateOptions.of(o))
         return {key: value for key, value in fresh.items() if key.startswith("exp_avg_sq")}
     found = {key: saved[key] for key in _MOMENTS if key in saved}
     if isinstance(found.get("exp_avg_sq"), (list, tuple)):  # the factors, and which dimensions they are of
@@ -485,7 +491,7 @@ def _evidence(
         dtype = wide_dtype(p.device)
         numbers = {
             ours: torch.tensor(saved.get(theirs, 0.0), dtype=dtype, device="cpu")
-            for ours, theirs in zip(progress.NUMBERS, _SPEED, strict=True)
+            for ours, theirs in zip(prodigy.AVERAGES, _SPEED, strict=True)
         }
         return {"p0": rows("p0"), **numbers}
     tally.add_scaled(scale, "s", note=_WEIGHTED)

@@ -15,15 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prodigyplus.driver import Answer, Asked
-from prodigyplus.layout import Layout
-from prodigyplus.muon import Matrices
+from prodigyplus.engine.driver import Asked
+from prodigyplus.engine.rule import Answers
+from prodigyplus.terms.layout import Layout
+from prodigyplus.terms.requests import Matrices
 from prodigyplus_dist.layout import MeshLayout
 from prodigyplus_dist.orthogonalize import Orthogonalizer
 
 
 class MeshExchange:
-    """The exchange of a process that holds pieces of tensors; see :class:`prodigyplus.driver.Exchange`.
+    """The exchange of a process that holds pieces of tensors; see ``Exchange`` in ``engine/driver.py``.
 
     Args:
         process_group: The ranks that hold other parameters of the same optimiser, or None.
@@ -43,14 +44,14 @@ class MeshExchange:
         self.bucket_bytes = bucket_bytes
         self.replicas = replicas
         self._process_group = process_group
-        self._are_alike = False  # whether it is known that all have as many groups
+        self._stages_agree = False  # whether it is known that all have as many groups
         self._orthogonalizer = Orthogonalizer(bucket_bytes, all_to_all=all_to_all)
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeshExchange:
         return self  # the copy of an optimiser talks to the same ranks
 
-    def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answer]]:
-        answers: list[Answer] = [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
+    def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answers]]:
+        answers: list[Answers] = [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
         # By process group, since meshes may share axes. In the order in which the parameters name them, which
         # is the same on every rank.
         crossing: dict[dist.ProcessGroup, list[tuple[int, str]]] = {}
@@ -59,12 +60,12 @@ class MeshExchange:
                 for axis in layout.axes(sum_):
                     crossing.setdefault(cast("dist.ProcessGroup", axis), []).append((number, name))
 
-        def begin(number: int) -> Callable[[], None]:
-            group, places = rounds[number]
-            wait = _all_reduce([answers[n][name] for n, name in places], group)
+        def begin(index: int) -> Callable[[], None]:
+            group, sums_of = rounds[index]
+            wait = _all_reduce([answers[n][name] for n, name in sums_of], group)
 
             def end() -> None:
-                for (n, name), value in zip(places, wait(), strict=True):
+                for (n, name), value in zip(sums_of, wait(), strict=True):
                     answers[n][name] = value
 
             return end
@@ -73,11 +74,11 @@ class MeshExchange:
         rounds = list(crossing.items())
         first = begin(0) if rounds else None
 
-        def finish() -> list[Answer]:
+        def finish() -> list[Answers]:
             if first is not None:
                 first()
-            for number in range(1, len(rounds)):
-                begin(number)()
+            for index in range(1, len(rounds)):
+                begin(index)()
             return answers
 
         return finish
@@ -89,10 +90,10 @@ class MeshExchange:
             [(cast("MeshLayout", layout), matrices) for layout, matrices in asked]
         )
 
-    def everywhere(self, values: Tensor) -> Tensor:
+    def sum_over_stages(self, values: Tensor) -> Tensor:
         if self._process_group is None:
             return values
-        if not self._are_alike:
+        if not self._stages_agree:
             counts = torch.tensor([len(values), -len(values)], device=values.device)
             dist.all_reduce(counts, dist.ReduceOp.MAX, group=self._process_group)
             if int(counts.sum()):
@@ -100,7 +101,7 @@ class MeshExchange:
                     "the optimisers of process_group have different numbers of parameter groups: give all "
                     "as many, of the same options; they may be empty."
                 )
-            self._are_alike = True
+            self._stages_agree = True
         return _all_reduce([values], self._process_group)()[0]
 
 

@@ -1,4 +1,4 @@
-"""The place of a DTensor's local piece in its global tensor, read off its placements."""
+"""Where a DTensor's local piece lies in its global tensor, read off its placements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from prodigyplus.layout import Layout
+from prodigyplus.terms.layout import Layout
+from prodigyplus_dist import torch_private
 
 Indices = tuple[Sequence[int], ...]
 """What a piece holds of a tensor: in each dimension, the global indices."""
@@ -61,7 +62,7 @@ def layout_of(tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> Mesh
             return MeshLayout(shape, pieces=lambda: [whole])
         ranks = tuple((rank,) for rank in dist.get_process_group_ranks(replicas))
         place = dist.get_rank(replicas), 0
-        return MeshLayout(shape, copies=(replicas,), ranks=ranks, place=place, pieces=lambda: [whole])
+        return MeshLayout(shape, replica_axes=(replicas,), ranks=ranks, place=place, pieces=lambda: [whole])
     mesh, placements = tensor.device_mesh, tensor.placements
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a parameter on a mesh that this rank is not of"
@@ -139,10 +140,9 @@ def _pieces(shape: tuple[int, ...], cuts: Sequence[tuple[int, Placement, int]]) 
 
 def _cut(indices: Sequence[int], dim: int, placement: Placement, count: int) -> list[Sequence[int]]:
     """The indices along a dimension in ``count`` pieces, as the placement cuts."""
-    # DTensor's own way to cut a tensor, strided placements included; there is no public name for it.
+    # The indices as a tensor, which DTensor cuts as it would cut one of weights.
     along = torch.tensor(indices, dtype=torch.int64, device="cpu").view((1,) * dim + (-1,))
-    pieces, _ = placement._split_tensor(along, count, with_padding=False, contiguous=False)  # type: ignore[attr-defined]
-    return [range_if_one(piece.flatten().tolist()) for piece in pieces]
+    return [range_if_one(piece.flatten().tolist()) for piece in torch_private.split(placement, along, count)]
 
 
 def range_if_one(indices: Sequence[int]) -> Sequence[int]:

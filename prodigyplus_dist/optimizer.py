@@ -1,29 +1,20 @@
-"""The optimiser of sharded parameters: local views, layouts and the exchange; the rule is the other's."""
+"""The optimiser of sharded parameters: its placement, exchange and hooks; all else is the other's."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
-from prodigyplus import driver
-from prodigyplus.layout import Layout
-from prodigyplus.optimizer import Place, ProdigyPlusScheduleFree
-from prodigyplus.options import Options
-from prodigyplus.rule import Member, saved_form
-from prodigyplus.step import Step
-from prodigyplus.stepsize import GroupStep
+from prodigyplus.engine import driver
+from prodigyplus.eval_mode import check_model
+from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus_dist.exchange import MeshExchange
-from prodigyplus_dist.fsdp import reshard_modules_of
-from prodigyplus_dist.fused import Buckets, check_whole
-from prodigyplus_dist.layout import layout_of, placements_of
+from prodigyplus_dist.in_backward import MeshHooks
+from prodigyplus_dist.placement import MeshTensors
 from prodigyplus_dist.replicas import check_replicas
 
 
@@ -67,9 +58,6 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
             and scattering its own, for clusters where all-to-alls are unreliable.
     """
 
-    _buckets: Sequence[Buckets] = ()
-    _trained: Set[Tensor] = frozenset()  # the parameters that required gradients at the last step
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -80,19 +68,9 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         all_to_all: bool = True,
         **options: Any,
     ) -> None:
-        self._shares_step_size = process_group is not None
-        self._exchange: MeshExchange = MeshExchange(
-            process_group, bucket_bytes, replicas, all_to_all=all_to_all
-        )
+        exchange = MeshExchange(process_group, bucket_bytes, replicas, all_to_all=all_to_all)
+        self._set_up(MeshTensors(replicas), exchange, MeshHooks(), shares_d=process_group is not None)
         super().__init__(params, *args, **options)
-
-    def _check_owner(self) -> None:
-        if not self._shares_step_size:
-            super()._check_owner()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch leaves out what it does not know of; a copy must not go on alone.
-        return {**super().__getstate__(), "_exchange": self._exchange}
 
     def averaged_state_dict(self, model: nn.Module, *, full: bool = False) -> dict[str, Any]:
         """As that of one process, in shards; or whole, to be saved as the model of one process.
@@ -106,7 +84,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         """
         if not full:
             return super().averaged_state_dict(model)
-        self._check_model(model)
+        check_model(self._view, model)
         with self.averaged_parameters():
             whole = get_model_state_dict(
                 model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -118,94 +96,3 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     def check_replicas(self, replicas: dist.ProcessGroup | None = None) -> None:
         """Check that all ranks agree where they have to; see :func:`prodigyplus_dist.check_replicas`."""
         check_replicas(self, replicas)
-
-    def _has_changed_weights(self) -> None:
-        super()._has_changed_weights()
-        reshard_modules_of({p for p, _ in self._parameters() if isinstance(p, DTensor)})
-
-    def _attach(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[RemovableHandle]:
-        check_whole(model, parameters)
-        if not isinstance(model, DistributedDataParallel):
-            return self._hooked(parameters)
-        # Which parameters no rank has used, DDP knows at the end of a backward pass: then step() does all.
-        if not (model.find_unused_parameters or model.static_graph):
-            self._buckets = [*self._buckets, Buckets(model, self._weak_take())]
-        return []
-
-    def _finish_backward(self) -> None:
-        for buckets in self._buckets:
-            buckets.consume()
-
-    def _takes_part(self, p: Tensor) -> bool:
-        # Where this rank has no gradient others may have one: whether to take part is not its own to decide.
-        # One that was frozen since the last step may still have a gradient somewhere; after that, all hear of
-        # none.
-        return p.requires_grad or p.grad is not None or p in self._trained
-
-    def _members(self, step: Step) -> list[Member]:
-        members = super()._members(step)
-        self._trained = {p for p, _ in self._parameters() if p.requires_grad}
-        return members
-
-    def _member(self, place: Place, grad: Tensor | None, group: GroupStep) -> Member:
-        p, present = place.p, grad is not None
-        if grad is not None and isinstance(p, DTensor):
-            found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
-            if found != (p.device_mesh, p.placements):
-                raise RuntimeError(
-                    f"{self._name(place)} has placements {p.placements} on {p.device_mesh}, but its gradient "
-                    f"is {found}. Give it the parameter's, as FSDP2 does: "
-                    "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
-                )
-        return self._make_member(place, torch.zeros_like(p) if grad is None else grad, group, present)
-
-    def _check_kind(self, place: Place) -> None:
-        p = place.p
-        if not isinstance(p, DTensor):
-            super()._check_kind(place)
-        elif any(placement.is_partial() for placement in p.placements):
-            raise RuntimeError(
-                f"{self._name(place)} has placements {p.placements}: a Partial parameter has no value to "
-                "train."
-            )
-
-    def _local(self, tensor: Tensor) -> Tensor:
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-    def _local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key: self._local(value) for key, value in state.items()}
-
-    def _layout_key(self, p: Tensor) -> Hashable:
-        return (p.shape, p.device_mesh, p.placements) if isinstance(p, DTensor) else p.shape
-
-    def _new_layout(self, p: Tensor) -> Layout:
-        return layout_of(p, self._exchange.replicas)
-
-    def _placed(self, p: Tensor, local: Tensor, key: str, o: Options) -> Tensor:
-        if not isinstance(p, DTensor):
-            return local
-        shape, whole = saved_form(key, tuple(p.shape), o.slice_p)
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local,
-            p.device_mesh,
-            placements_of(p, whole),
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=stride,
-        )
-
-    def _piece(self, p: Tensor, saved: Tensor, key: str, o: Options) -> Tensor:
-        device = self._local(p).device
-        if not isinstance(p, DTensor):
-            return super()._piece(p, saved, key, o)
-        _, whole = saved_form(key, tuple(p.shape), o.slice_p)
-        if isinstance(saved, DTensor) and saved.device_mesh != p.device_mesh:
-            saved = saved.full_tensor()
-        if isinstance(saved, DTensor):
-            return saved.redistribute(p.device_mesh, placements_of(p, whole)).to_local().to(device, copy=True)
-        for dim, indices in enumerate(self._layout(p).indices):
-            if dim not in whole:
-                chosen = torch.tensor(indices, dtype=torch.int64, device="cpu").to(saved.device)
-                saved = saved.index_select(dim, chosen)
-        return saved.to(device, copy=True)

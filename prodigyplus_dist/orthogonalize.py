@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prodigyplus import muon
-from prodigyplus.muon import Kind, Matrices
+from prodigyplus.formulas import muon
+from prodigyplus.terms.requests import Matrices, Method
 from prodigyplus_dist import transport
 from prodigyplus_dist.layout import MeshLayout
 from prodigyplus_dist.ownership import Block, Geometry, owned
@@ -52,13 +52,15 @@ class Orthogonalizer:
         return {**self.__dict__, "_groups": {}, "_geometries": {}, "_plans": {}}  # which are made anew
 
     def orthogonalize(self, asked: Sequence[Asked]) -> Iterator[tuple[list[int], list[Tensor]]]:
-        """See :class:`prodigyplus.driver.Exchange`."""
+        """See :class:`prodigyplus.engine.driver.Exchange`."""
         sizes = []
         for layout, matrices in asked:
             self._join(layout, matrices.local.device)
             _, matrix = muon.bytes_of(layout.shape, matrices)
             # Each copy owns its share.
-            sizes.append((layout.most * matrices.kind.dtype.itemsize // len(layout.ranks), matrix))
+            sizes.append(
+                (layout.max_local_numel * matrices.method.dtype.itemsize // len(layout.ranks), matrix)
+            )
         waves = [
             Wave(self, numbers, [asked[number] for number in numbers])
             for numbers in muon.waves(sizes, self.bucket_bytes)
@@ -84,8 +86,8 @@ class Orthogonalizer:
 
         All ranks ask for theirs in the order of the parameters, which is the same for all.
         """
-        cutting = [cast("dist.ProcessGroup", axis) for axis, _ in layout.cuts]
-        copying = [cast("dist.ProcessGroup", axis) for axis in layout.copies]
+        cutting = [cast("dist.ProcessGroup", axis) for axis, _ in layout.shard_axes]
+        copying = [cast("dist.ProcessGroup", axis) for axis in layout.replica_axes]
         callers = sum(map(len, layout.ranks))
         for ranks, axes in ((layout.row, cutting), (layout.column, copying)):
             key = tuple(sorted(ranks))
@@ -95,7 +97,7 @@ class Orthogonalizer:
     def plan(self, asked: Sequence[Asked]) -> tuple[tuple[Geometry, ...], list[Block]]:
         """Where the pieces of the tensors are, and who owns their matrices."""
         geometries = tuple(self._geometry(layout, matrices.batched) for layout, matrices in asked)
-        key = geometries, asked[0][1].number
+        key = geometries, asked[0][1].parameter
         if key not in self._plans:
             self._plans[key] = owned(*key)
         return geometries, self._plans[key]
@@ -148,7 +150,7 @@ class Team:
             [[its.piece_shape(block, c) for block, its, _ in self._of(self._column)] for c in self._columns],
         )
 
-    def arrived(self) -> list[tuple[Tensor, Kind]]:
+    def arrived(self) -> list[tuple[Tensor, Method]]:
         """The matrices that this rank owns, whole; shape (count, rows, columns)."""
         pieces = self._came()
         wholes = []
@@ -157,7 +159,7 @@ class Team:
         ):
             whole = self._like.new_empty(block.size, its.rows, its.columns)
             its.put(whole, zip(self._columns, of_block, strict=True))
-            wholes.append((whole, matrices.kind))
+            wholes.append((whole, matrices.method))
         return wholes
 
     def send_back(self, results: Sequence[Tensor]) -> None:
@@ -213,14 +215,14 @@ class Wave:
         # In the order of the requests, which is that of all ranks, whoever owns what of them.
         teams: dict[tuple[tuple[int, ...], torch.dtype], Team] = {}
         for layout, matrices in self._asked:
-            key = layout.row, matrices.kind.dtype
+            key = layout.row, matrices.method.dtype
             if key not in teams:
-                like = matrices.local.new_empty(0, dtype=matrices.kind.dtype)
+                like = matrices.local.new_empty(0, dtype=matrices.method.dtype)
                 teams[key] = Team(layout, self._by.group(layout.row), like, all_to_all=self._by.all_to_all)
         for block in self._blocks:
             layout, matrices = self._asked[block.request]
             if block.row == layout.place[0]:
-                team = teams[layout.row, matrices.kind.dtype]
+                team = teams[layout.row, matrices.method.dtype]
                 team.add(block, self._geometries[block.request], matrices)
         self._teams = list(teams.values())
         for team in self._teams:
@@ -240,7 +242,9 @@ class Wave:
         by_request = defaultdict(list)
         for block in self._blocks:
             by_request[block.request].append(block)
-        sizes = [(layout.most * matrices.kind.dtype.itemsize, 0) for layout, matrices in self._asked]
+        sizes = [
+            (layout.max_local_numel * matrices.method.dtype.itemsize, 0) for layout, matrices in self._asked
+        ]
         for requests in muon.waves(sizes, self._by.bucket_bytes):
             self._share([block for request in requests for block in by_request[request]], pieces)
             results = []
@@ -248,7 +252,9 @@ class Wave:
                 _, matrices = self._asked[request]
                 its = [pieces.pop(block) for block in by_request[request]]
                 here = [piece for piece in its if piece.numel()]
-                result = here[0] if len(here) == 1 else matrices.local.new_empty(0, dtype=matrices.kind.dtype)
+                result = (
+                    here[0] if len(here) == 1 else matrices.local.new_empty(0, dtype=matrices.method.dtype)
+                )
                 results.append((torch.cat(here) if len(here) > 1 else result).view(matrices.local.shape))
             yield [self._numbers[request] for request in requests], results
 
@@ -258,7 +264,7 @@ class Wave:
         for block in blocks:
             layout, matrices = self._asked[block.request]
             if len(layout.ranks) > 1:
-                shared.setdefault((layout.column, block.row, matrices.kind.dtype), []).append(block)
+                shared.setdefault((layout.column, block.row, matrices.method.dtype), []).append(block)
         under_way = []
         for (ranks, row, dtype), its in shared.items():
             group = self._by.group(ranks)

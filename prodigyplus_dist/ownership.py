@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus import muon
+from prodigyplus.formulas import muon
 from prodigyplus_dist.layout import Indices, MeshLayout
 
 
@@ -37,7 +37,7 @@ class Geometry:
 
     Args:
         layout: The tensor's.
-        batched: See :class:`prodigyplus.muon.Matrices`.
+        batched: See :class:`prodigyplus.formulas.muon.Matrices`.
     """
 
     def __init__(self, layout: MeshLayout, *, batched: bool) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from prodigyplus import checkpoint, options
-from prodigyplus.checkpoint import name_of
-from prodigyplus.isolation import isolated
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
+from prodigyplus.placement import name_of
+from prodigyplus.terms.isolation import isolated
+from prodigyplus_dist import torch_private
 from prodigyplus_dist.exchange import MeshExchange
 from prodigyplus_dist.layout import cut_dim
 
@@ -81,7 +82,7 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
       does not cut a DTensor, and on all ``replicas``.
     - On all that hold a parameter, shard or copy, so are its shape, dtype, placements and kinds of state.
     - On all that share a mesh, replicas or the optimiser's ``process_group``, so are the options and numbers
-      of every group: ``d``, the counts of steps and the others of :mod:`prodigyplus.stepsize`.
+      of every group: ``d``, the counts of steps and the others of :mod:`prodigyplus.engine.columns`.
 
     Costs one all-reduce of 8 KiB over the default process group, a wait for the device at the end, and a read
     of all that has copies, in 12 MiB of memory. Changes nothing. Where ranks differ, they gather objects too.
@@ -110,7 +111,7 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
         problem = str(error)
     hashes = _hashes(entries)
     # Where the default group sends from: on all ranks the same, also on those without parameters.
-    sums = _sums(entries, hashes).to(dist.distributed_c10d._get_object_coll_device())
+    sums = _sums(entries, hashes).to(torch_private.object_device())
     sums[_STRUCTURE] += bool(problem)
     dist.all_reduce(sums)
     differing = [number for number, total in enumerate(sums.tolist()) if total]
@@ -145,11 +146,11 @@ def _entries(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGroup | N
             sharing |= holders
             for ranks in holders:
                 yield _Entry(name, ranks, _description(p, state), is_structure=True)
-                yield _Entry(f"the weights of {name}", _copies(p, ranks), optimizer._local(p))
+                yield _Entry(f"the weights of {name}", _copies(p, ranks), optimizer._placement.local(p))
                 for key, value in state.items():
                     # Prodigy's samples are plain tensors, and lie where their parameter does.
                     its = _copies(value if isinstance(value, DTensor) else p, ranks)
-                    yield _Entry(f"state {key!r} of {name}", its, optimizer._local(value))
+                    yield _Entry(f"state {key!r} of {name}", its, optimizer._placement.local(value))
     for ranks in sharing:
         yield _Entry("param_groups", ranks, f"{len(groups)} of them", is_structure=True)
         for index, group in enumerate(groups):

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prodigyplus_dist import torch_private
+
 Shape = Sequence[int]
 
 
@@ -49,18 +51,17 @@ def _new_group(
     axes: Sequence[dist.ProcessGroup], ranks: Sequence[int], device: torch.device
 ) -> dist.ProcessGroup:
     # torch names the new group by the number of groups that a rank is in, by which the others look for it.
-    mine = len(dist.distributed_c10d._world.pg_names)
-    most = torch.tensor(mine, device=device)
+    count = torch_private.groups_of_this_rank()
+    highest = torch.tensor(count, device=device)
     for group in axes:
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    for _ in range(int(most) - mine):
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    for _ in range(int(highest) - count):
         dist.new_group([dist.get_rank()], use_local_synchronization=True)
     # As patient as those it is made of; torch's default is half an hour.
-    options = axes[0]._get_backend(device).options  # None of torch's fake backend, which waits for nobody
-    timeout = None if options is None else options._timeout
+    timeout = torch_private.timeout_of(axes[0], device)
     made: dist.ProcessGroup = dist.new_group(list(ranks), timeout, use_local_synchronization=True)
     # What NCCL sends point to point needs a collective before it.
-    dist.all_reduce(most, group=made)
+    dist.all_reduce(highest, group=made)
     return made
 
 
@@ -147,7 +148,7 @@ def packed(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     tensors = [tensor for tensor in tensors if tensor.numel()]
     buffer = like.new_empty(sum(tensor.numel() for tensor in tensors))
     if tensors:
-        torch._foreach_copy_(unpacked(buffer, [tensor.shape for tensor in tensors]), tensors)
+        torch_private.foreach_copy_(unpacked(buffer, [tensor.shape for tensor in tensors]), tensors)
     return buffer
 
 

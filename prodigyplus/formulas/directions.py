@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def adam(grad: Tensor, deviation: Tensor) -> Tensor:
+def adam_(grad: Tensor, deviation: Tensor) -> Tensor:
     """``g / (sqrt(V)/d + eps)``, in place in ``deviation``, which has eps in it already.
 
     The same as Adam's ``d·g / (sqrt(V) + d·eps)`` where V is the second moment of ``d·g``.
@@ -16,7 +16,7 @@ def adam(grad: Tensor, deviation: Tensor) -> Tensor:
     return torch.div(grad, deviation, out=deviation)
 
 
-def atan2(grad: Tensor, deviation: Tensor) -> Tensor:
+def atan2_(grad: Tensor, deviation: Tensor) -> Tensor:
     """``(4/π)·atan2(g, sqrt(V)/d)``, in place in ``deviation``: Adam-atan2 (arXiv 2407.05872, eq. 34)."""
     return torch.atan2(grad, deviation, out=deviation).mul_(4 / math.pi)
 

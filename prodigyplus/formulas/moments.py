@@ -13,14 +13,15 @@ other shards' R.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from prodigyplus import stacks
-from prodigyplus.layout import Layout, Sum
-from prodigyplus.scalars import Scalars
+from prodigyplus.terms import stacks
+from prodigyplus.terms.layout import Layout
+from prodigyplus.terms.requests import Sum
+from prodigyplus.terms.scalars import Scalars
 
 # A matrix smaller than this in every dimension is not worth factoring.
 _SMALLEST_FACTORED = 32
@@ -31,7 +32,7 @@ FACTORS = ("row", "col", "mean")
 # How many elements are squared at a time: on a CPU what its caches hold, elsewhere what is worth a launch.
 _RUN, _RUN_ON_DEVICE = 1 << 20, 1 << 24
 
-# In how many parts they are summed along what lies far apart, so that each thread sums what it has squared,
+# In how many parts they are summed along the outer dimension, so that each thread sums what it has squared,
 # which is in its own cache.
 _LANES = 8
 
@@ -51,16 +52,6 @@ def factored_dims(shape: tuple[int, ...]) -> tuple[int, int] | None:
     return row, column
 
 
-def averaged_dims(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The dimensions of a tensor of this shape that the moment ``key`` of its state is averaged over."""
-    if key not in ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq_mean"):
-        return ()
-    dims = factored_dims(shape)
-    assert dims is not None
-    row, column = dims
-    return {"exp_avg_sq_row": (column,), "exp_avg_sq_col": (row,), "exp_avg_sq_mean": (row, column)}[key]
-
-
 def factored_sizes(layout: Layout) -> tuple[int, int]:
     """How many rows and columns the global tensor has, as divisors, if it is factored."""
     dims = factored_dims(layout.shape)
@@ -73,25 +64,6 @@ def is_factored(state: Mapping[str, Tensor]) -> bool:
     return "exp_avg_sq_row" in state
 
 
-def new_state(grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Zero moments for a gradient: factors in ``dtype``, a full moment in the gradient's dtype."""
-    if not factored or factored_dims(layout.shape) is None:
-        return {"exp_avg_sq": torch.zeros_like(grad)}
-
-    def zeros(key: str, dtype: torch.dtype) -> Tensor:
-        averaged = averaged_dims(key, layout.shape)
-        return grad.new_zeros(
-            [1 if dim in averaged else size for dim, size in enumerate(grad.shape)], dtype=dtype
-        )
-
-    return {
-        "exp_avg_sq_row": zeros("exp_avg_sq_row", dtype),
-        "exp_avg_sq_col": zeros("exp_avg_sq_col", dtype),
-        # Divides every row factor: its rounding would not average out, so it is never below float32.
-        "exp_avg_sq_mean": zeros("exp_avg_sq_mean", torch.promote_types(dtype, torch.float32)),
-    }
-
-
 SquareSums = Callable[[Tensor, int, int, torch.dtype], tuple[Tensor, Tensor]]
 
 
@@ -100,7 +72,7 @@ def squares(
 ) -> dict[str, Sum]:
     """Sums of g², in ``dtype``: those per row, column and matrix that factors need, and the total.
 
-    The total says whether the gradient is finite, which copies of the tensor have to agree on.
+    The total says whether the gradient is finite, which replicas of the tensor have to agree on.
 
     Args:
         grad: A stack of local tensors; shape (count, *local shape).
@@ -111,12 +83,12 @@ def squares(
     """
     dims = factored_dims(layout.shape) if factored else None
     if dims is None:
-        return {"total": Sum(stacks.square_total(grad, dtype), layout.dims, copies=True)}
+        return {"total": Sum(stacks.square_total(grad, dtype), layout.dims, count_replicas=True)}
     row, column = dims
     rows, columns = square_sums(grad, row + 1, column + 1, dtype)
     matrix = rows.sum(row + 1, keepdim=True)
     return {
-        "total": Sum(stacks.total(matrix), layout.dims, copies=True),
+        "total": Sum(stacks.total(matrix), layout.dims, count_replicas=True),
         "row": Sum(rows, (column,)),
         "col": Sum(columns, (row,)),
         "mean": Sum(matrix, (row, column)),
@@ -152,31 +124,42 @@ def _joined(pieces: list[Tensor], dim: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
-def advance_factors(
+def advance_factors_(
     state: Mapping[str, Tensor], sums: Mapping[str, Tensor], sizes: tuple[int, int], n: Scalars
 ) -> None:
-    """Move the factors in place.
+    """Move the factors of the second moment, in place.
 
     Args:
-        state: Where they are.
-        sums: Those of g² that feed them, see :func:`squares`.
+        state: Has the factors.
+        sums: Those of g² that feed them, see :func:`squares`; whole.
         sizes: How many rows and columns the tensor has.
         n: The numbers of the step.
     """
     rows, columns = sizes
     for name, count in zip(FACTORS, (columns, rows, rows * columns), strict=True):
-        _advance(state[f"exp_avg_sq_{name}"], n.admit(sums[name]) * (n.square / count), n.beta2)
+        _average_(state[f"exp_avg_sq_{name}"], n.gated(sums[name]) * (n.sq_weight / count), n.beta2)
 
 
-def advance_full(state: Mapping[str, Tensor], grad: Tensor, n: Scalars) -> None:
-    """Move a full moment in place, by a stack of gradients."""
-    squares = n.admit(grad.to(n.d.dtype)).square_()
-    _advance(state["exp_avg_sq"], squares.mul_(n.square), n.beta2)
+def advance_full_(state: Mapping[str, Tensor], grad: Tensor, n: Scalars) -> None:
+    """Move a full second moment, in place, by a stack of gradients."""
+    squares = n.gated(grad.to(n.d.dtype)).square_()
+    _average_(state["exp_avg_sq"], squares.mul_(n.sq_weight), n.beta2)
 
 
-def advance_weight(state: Mapping[str, Tensor], weight: Tensor, keep: Tensor, take: Tensor) -> None:
-    """``w̄ ← keep·w̄ + take·w`` in place, FOCUS's average of the weights."""
-    _advance(state["exp_avg_weight"], weight * take, keep)
+def advance_weight_(state: Mapping[str, Tensor], weight: Tensor, n: Scalars) -> None:
+    """``w̄ ← β2·w̄ + (1−β2) d²·w``, in place: FOCUS's average of the weights."""
+    _average_(state["exp_avg_weight"], weight * n.sq_weight, n.beta2)
+
+
+def advance_first_(state: Mapping[str, Tensor], grad: Tensor, n: Scalars) -> Tensor:
+    """``m ← β1·m + (1−β1) d·g``, in place; returns m in the dtype of the computation."""
+    return _average_(state["exp_avg"], grad * n.grad_weight, n.beta1)
+
+
+def _average_(average: Tensor, new: Tensor, keep: Tensor) -> Tensor:
+    """``average ← keep·average + new``, in place in both; returns ``new``, in the dtype it has."""
+    average.copy_(new.addcmul_(average.to(new.dtype), keep))
+    return new
 
 
 def roots(state: Mapping[str, Tensor], d: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -193,14 +176,3 @@ def deviation(roots: tuple[Tensor, ...], d: Tensor, offset: Tensor, dtype: torch
         return roots[0].to(dtype).sqrt().div_(d).add_(offset)
     row_root, column_root = roots
     return row_root.mul(column_root).add_(offset)
-
-
-def advance_first(state: MutableMapping[str, Tensor], grad: Tensor, keep: Tensor, take: Tensor) -> Tensor:
-    """``m ← keep·m + take·g`` in place; returns m in the dtype of the computation."""
-    return _advance(state["exp_avg"], grad * take, keep)
-
-
-def _advance(average: Tensor, new: Tensor, keep: Tensor) -> Tensor:
-    """``average ← keep·average + new`` in place; returns it in the dtype of ``new``, which it overwrites."""
-    average.copy_(new.addcmul_(average.to(new.dtype), keep))
-    return new

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prodigyplus.torch_private import BATCH_OR_INSTANCE_NORM, CONVOLUTION
+
 # What trains a parameter, and the options of its group.
 _GROUPS = {
     "Muon": {"use_muon_pp": True},
@@ -21,10 +23,8 @@ _GROUPS = {
     "elementwise": {"use_muon_pp": False},
 }
 
-_CONVOLUTIONS = nn.modules.conv._ConvNd
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_BATCH_AND_INSTANCE_NORM = nn.modules.batchnorm._NormBase
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BATCH_AND_INSTANCE_NORM)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, BATCH_OR_INSTANCE_NORM)
 
 # In any part of a name, as in embed_tokens and patch_embed.proj; the others as words, as in tok_emb and pos.
 _EMBEDDING_NAME = re.compile(r"embed|(?<![^._])(emb|embd|wte|wpe|pos|conv_proj)(?![^._])", re.IGNORECASE)
@@ -57,7 +57,7 @@ class _Candidate:
     @property
     def is_depthwise(self) -> bool:
         """Whether it is a filter for each channel: no matrix, though it has the shape of one."""
-        convolutions = [owner for owner in self.owners if isinstance(owner, _CONVOLUTIONS)]
+        convolutions = [owner for owner in self.owners if isinstance(owner, CONVOLUTION)]
         return any(its.groups == its.in_channels > 1 for its in convolutions)
 
     @property
@@ -66,7 +66,7 @@ class _Candidate:
         shape: tuple[int, ...] = self.p.shape
         if self.is_batched:
             shape = shape[-2:]
-        elif self.is_of(_CONVOLUTIONS):
+        elif self.is_of(CONVOLUTION):
             shape = self.p.shape[:1].numel(), self.p.shape[1:].numel()
         return self.p.numel() == 0 or sum(size > 1 for size in shape) < 2
 
@@ -83,7 +83,7 @@ _RULES: tuple[tuple[str, Callable[[_Candidate], bool]], ...] = (
     ("elementwise", lambda c: c.is_head),
     ("Muon, batched", lambda c: c.is_batched and c.p.ndim > 2),
     ("Muon", lambda c: c.p.ndim == 2 and not c.is_batched),
-    ("Muon", lambda c: c.is_of(_CONVOLUTIONS)),
+    ("Muon", lambda c: c.is_of(CONVOLUTION)),
 )
 
 
@@ -214,7 +214,7 @@ def _matrices(module: nn.Module) -> list[Tensor]:
     return [
         p
         for name, owner, p in _places(module)
-        if (p.ndim == 2 or (isinstance(owner, _CONVOLUTIONS) and p.ndim > 2))
+        if (p.ndim == 2 or (isinstance(owner, CONVOLUTION) and p.ndim > 2))
         and not isinstance(owner, (*_EMBEDDINGS, *_NORMS))
         and not _EMBEDDING_NAME.search(name)
         and not _BIAS_NAME.search(name)

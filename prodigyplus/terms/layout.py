@@ -1,9 +1,4 @@
-"""Where a local tensor sits in its global tensor, and the sums a rule asks for across shards.
-
-Every quantity of the algorithm that spans a whole tensor is a sum over some of its dimensions. A
-rule adds up what it holds and names the dimensions; whoever drives it completes the sum. In one
-process the local tensor is the global one and the sum is complete already.
-"""
+"""Where a local tensor lies in its global tensor: the indices that it holds in each dimension."""
 
 from __future__ import annotations
 
@@ -11,10 +6,11 @@ import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from prodigyplus.terms.requests import Sum
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -22,36 +18,26 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class Sum(NamedTuple):
-    """A sum that may be incomplete: ``local``, summed over the dimensions ``dims`` of this shard.
-
-    Copies of a tensor count once, but where ``copies`` is set: there each counts, so that all hear of all.
-    """
-
-    local: Tensor
-    dims: tuple[int, ...]
-    copies: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The place of a local tensor in its global tensor: in each dimension, the indices that it holds.
+    """Where a local tensor lies in its global tensor.
 
     Args:
         shape: The shape of the global tensor.
-        indices: For each dimension, the global indices of the local tensor, ascending: a range where
-            they follow on one another. Left out, the local tensor is the global one.
-        cuts: What cuts the global tensor, as pairs of a mesh axis (known to who completes sums over it)
-            and the dimension that it cuts.
-        copies: The mesh axes along which there are copies of the tensor.
-        most: How many elements the largest local tensor of all ranks has. Left out, the local tensor's.
+        indices: For each dimension, the global indices of the local tensor, ascending: a range where they
+            are consecutive. Left out, the local tensor is the global one.
+        shard_axes: The mesh axes that shard the tensor, as pairs of an axis (known to the exchange that sums
+            over it) and the dimension that it shards.
+        replica_axes: The mesh axes along which the tensor is replicated.
+        max_local_numel: The number of elements of the largest local tensor of all ranks. Left out, the
+            number of this one's.
     """
 
     shape: tuple[int, ...]
     indices: tuple[Sequence[int], ...] = ()
-    cuts: tuple[tuple[Hashable, int], ...] = ()
-    copies: tuple[Hashable, ...] = ()
-    most: int = -1
+    shard_axes: tuple[tuple[Hashable, int], ...] = ()
+    replica_axes: tuple[Hashable, ...] = ()
+    max_local_numel: int = -1
     _samples: dict[tuple[int, torch.device], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -59,8 +45,8 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.indices:
             object.__setattr__(self, "indices", tuple(range(size) for size in self.shape))
-        if self.most < 0:
-            object.__setattr__(self, "most", math.prod(self.local_shape))
+        if self.max_local_numel < 0:
+            object.__setattr__(self, "max_local_numel", math.prod(self.local_shape))
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -69,8 +55,8 @@ class Layout:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every sum over the local tensor is complete, and nobody else has a copy."""
-        return not (self.cuts or self.copies)
+        """Whether every sum over the local tensor is complete, and there is no replica."""
+        return not (self.shard_axes or self.replica_axes)
 
     @property
     def numel(self) -> int:
@@ -79,8 +65,8 @@ class Layout:
 
     def axes(self, asked: Sum) -> list[Hashable]:
         """The mesh axes over which a local sum has to be summed to be complete."""
-        cutting = [axis for axis, dim in self.cuts if dim in asked.dims]
-        return [*cutting, *self.copies] if asked.copies else cutting
+        sharding = [axis for axis, dim in self.shard_axes if dim in asked.dims]
+        return [*sharding, *self.replica_axes] if asked.count_replicas else sharding
 
     def size(self, dim: int) -> int:
         """The size of one dimension of the global tensor, as a divisor: at least 1."""
@@ -102,26 +88,27 @@ class Layout:
             One dimension for those of the tensor, in ascending order of the index; a view where the memory
             allows it.
         """
-        flat = tensor.reshape(*tensor.shape[: tensor.ndim - len(self.shape)], math.prod(self.local_shape))
+        dims = len(self.shape)
         if self._is_one_run:
-            return flat[..., -self._first % every :: every]
+            return strided_samples(tensor, dims, -self._first % every, every)
         key = every, tensor.device
         if key not in self._samples:
             # On the host: finding them on a device would wait for how many there are.
             chosen = (self.positions().reshape(-1) % every == 0).nonzero()
             self._samples[key] = chosen.view(-1).to(torch.int32).to(tensor.device)
+        flat = tensor.reshape(*tensor.shape[: tensor.ndim - dims], math.prod(self.local_shape))
         return flat.index_select(-1, self._samples[key])
 
     def positions(self) -> Tensor:
         """The index of each local element in the row-major flattened global tensor; int64, on the host."""
         zero = torch.zeros((), dtype=torch.int64, device="cpu")
-        return functools.reduce(torch.add, self._places(torch.int64, torch.device("cpu")), zero)
+        return functools.reduce(torch.add, self._index_terms(torch.int64, torch.device("cpu")), zero)
 
-    def places(self, device: torch.device) -> list[Tensor]:
-        """The same modulo 2³², int32, as what each dimension adds to it: shapes to be added."""
-        return self._places(torch.int32, device)
+    def index_terms(self, device: torch.device) -> list[Tensor]:
+        """:meth:`positions` modulo 2³², int32, as what each dimension adds to it: shapes that broadcast."""
+        return self._index_terms(torch.int32, device)
 
-    def _places(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    def _index_terms(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         result = []
         stride = 1
         for dim in reversed(self.dims):
@@ -137,7 +124,7 @@ class Layout:
 
     @property
     def _is_one_run(self) -> bool:
-        """Whether the local elements follow on one another in the flattened global tensor."""
+        """Whether the local elements are consecutive in the flattened global tensor."""
         whole = all(
             len(indices) == size for indices, size in zip(self.indices[1:], self.shape[1:], strict=True)
         )
@@ -147,3 +134,15 @@ class Layout:
     def _first(self) -> int:
         """The position of the first local element, where they are one run."""
         return self.indices[0][0] * math.prod(self.shape[1:]) if self.shape and self.indices[0] else 0
+
+
+def strided_samples(tensor: Tensor, dims: int, start: int, every: int) -> Tensor:
+    """Every ``every``-th element of flattened tensors, from the element ``start`` on; a view where it can be.
+
+    Args:
+        tensor: A tensor of ``dims`` dimensions, or a stack of several, with more dimensions before its own.
+        dims: Its own.
+        start, every: See above.
+    """
+    stacked = tensor.shape[: tensor.ndim - dims]
+    return tensor.reshape(*stacked, math.prod(tensor.shape[tensor.ndim - dims :]))[..., start::every]

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16, with noise that depends on an element's place, not on who holds it.
+"""Stochastic rounding to bfloat16, with noise that depends on an element's global index, not on who holds it.
 
 An element is rounded up with the probability of its distance to the value below: a step that is
 smaller than the last bit of the weight is then lost on no average. The noise is a hash of the step,
@@ -29,21 +29,21 @@ def seeds(step: Tensor, parameters: Tensor) -> Tensor:
         step: Number of the step, an integer tensor without dimensions.
         parameters: Numbers of the parameters in the optimiser, int64; shape (count,).
     """
-    of_step = _hash((step * _GOLDEN).to(torch.int32))
-    return _hash(of_step + (parameters * _GOLDEN % (1 << 31)).to(torch.int32))
+    of_step = _hash_((step * _GOLDEN).to(torch.int32))
+    return _hash_(of_step + (parameters * _GOLDEN % (1 << 31)).to(torch.int32))
 
 
-def noise(places: Sequence[Tensor], seeds: Tensor) -> Tensor:
+def noise(index_terms: Sequence[Tensor], seeds: Tensor) -> Tensor:
     """Uniform 32-bit noise for a stack of parameters; int32, shape (count, *shape).
 
     Args:
-        places: Where elements are in the global tensor, see :meth:`prodigyplus.layout.Layout.places`.
+        index_terms: The elements' indices, see :meth:`prodigyplus.terms.layout.Layout.index_terms`.
         seeds: See :func:`seeds`.
     """
-    return _hash(functools.reduce(torch.add, places, seeds.view(-1, *(1,) * len(places))))
+    return _hash_(functools.reduce(torch.add, index_terms, seeds.view(-1, *(1,) * len(index_terms))))
 
 
-def _hash(bits: Tensor) -> Tensor:
+def _hash_(bits: Tensor) -> Tensor:
     bits.bitwise_xor_(_shift_right(bits, 16)).mul_(_MIX_1)
     bits.bitwise_xor_(_shift_right(bits, 15)).mul_(_MIX_2)
     return bits.bitwise_xor_(_shift_right(bits, 16))
@@ -64,7 +64,7 @@ def high_half(bits: Tensor) -> Tensor:
     return _shift_right(bits, 16)
 
 
-def write(
+def write_(
     target: Tensor, source: Tensor, bits: Tensor | None, half: Callable[[Tensor], Tensor] = low_half
 ) -> None:
     """Write ``source`` to ``target``, rounding to the nearest, or with noise stochastically.

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from prodigyplus.layout import Layout
+from prodigyplus.terms.layout import Layout
 
 
 def rows_shape(shape: tuple[int, ...], every: int) -> tuple[int, ...]:
@@ -34,20 +34,20 @@ def spread(samples: Tensor, layout: Layout, every: int) -> Tensor:
     """
     shape = _local_rows_shape(layout, every)
     rows = samples.new_zeros(math.prod(shape))
-    return rows.index_copy_(0, _places(layout, every).to(samples.device), samples).view(shape)
+    return rows.index_copy_(0, _row_indices(layout, every).to(samples.device), samples).view(shape)
 
 
 def collect(rows: Tensor, layout: Layout, every: int) -> Tensor:
     """The samples of a local tensor from its rows, whole in the last dimension: undoes :func:`spread`."""
-    return rows.reshape(-1).index_select(0, _places(layout, every).to(rows.device))
+    return rows.reshape(-1).index_select(0, _row_indices(layout, every).to(rows.device))
 
 
 def _local_rows_shape(layout: Layout, every: int) -> tuple[int, ...]:
     return (*layout.local_shape[:-1], rows_shape(layout.shape, every)[-1])
 
 
-def _places(layout: Layout, every: int) -> Tensor:
-    """Where each sample stands in the flattened rows; int64, on the host."""
+def _row_indices(layout: Layout, every: int) -> Tensor:
+    """The index of each sample in the flattened rows; int64, on the host."""
     elements = torch.arange(math.prod(layout.local_shape), device="cpu").view(layout.local_shape)
     chosen = layout.sample(elements, every)
     columns, local_columns = (layout.shape or (1,))[-1], (layout.local_shape or (1,))[-1]

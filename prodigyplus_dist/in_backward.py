@@ -4,18 +4,22 @@ Under FSDP2 that is where its own hooks run, after the reduce-scatter. Under DDP
 the average, since DDP sums gradients bucket by bucket: what sees it is DDP's communication hook.
 """
 
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
-from prodigyplus_dist.fsdp import groups_of
+from prodigyplus.engine.in_backward import Take, hook_parameters
+from prodigyplus_dist.torch_private import fsdp_groups_of
 
-Average: TypeAlias = torch.futures.Future[Tensor]
+Average: TypeAlias = "torch.futures.Future[Tensor]"
 
 
 def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
@@ -33,7 +37,7 @@ def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
                 "beside them, so that nothing is won: pass it gradient_as_bucket_view=True."
             )
         return
-    groups = groups_of(model.modules())
+    groups = fsdp_groups_of(model.modules())
     managed = {p.sharded_param for group in groups for p in group.fsdp_params}
     for name, p in parameters.items():
         if isinstance(p, DTensor) and p not in managed:
@@ -67,7 +71,7 @@ class Buckets:
         take: Moves a parameter by its gradient.
     """
 
-    def __init__(self, model: DistributedDataParallel, take: Callable[[Tensor, Tensor], object]) -> None:
+    def __init__(self, model: DistributedDataParallel, take: Take) -> None:
         self._take = take
         self._waiting: list[tuple[Average, list[Tensor], list[Tensor]]] = []
         group = model.process_group
@@ -89,3 +93,29 @@ class Buckets:
             average.wait()
             for p, grad in zip(parameters, gradients, strict=True):
                 self._take(p, grad)
+
+
+class MeshHooks:
+    """Hooks where gradients are whole; see :class:`prodigyplus.engine.in_backward.Hooks`."""
+
+    def __init__(self) -> None:
+        self._buckets: list[Buckets] = []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> MeshHooks:
+        return MeshHooks()  # those of a model move the parameters of one optimiser
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_buckets": []}
+
+    def attach(self, model: nn.Module, parameters: Mapping[str, Tensor], take: Take) -> list[RemovableHandle]:
+        check_whole(model, parameters)
+        if not isinstance(model, DistributedDataParallel):
+            return hook_parameters(parameters, take)
+        # Which parameters no rank has used, DDP knows at the end of a backward pass: then step() does all.
+        if not (model.find_unused_parameters or model.static_graph):
+            self._buckets.append(Buckets(model, take))
+        return []
+
+    def finish(self) -> None:
+        for buckets in self._buckets:
+            buckets.consume()

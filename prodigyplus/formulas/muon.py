@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prodigyplus import directions
-from prodigyplus.isolation import isolated
-from prodigyplus.layout import wide_dtype
+from prodigyplus.formulas import directions
+from prodigyplus.terms.isolation import isolated
+from prodigyplus.terms.layout import wide_dtype
+from prodigyplus.terms.requests import Matrices, Method
+from prodigyplus.torch_private import foreach_copy_
 
 # arXiv 2505.16932, algorithm 1: five polynomials, each the best after those before it, for singular values
 # from 1e-3 of the norm on. In bfloat16 values may overshoot, so they are made for 1.02 times the norm.
@@ -41,31 +42,6 @@ _HEADROOM = 1.02
 
 # A matrix with a smaller norm counts as zero: the norm in this dtype, or its inverse, could not be trusted.
 _LEAST = {torch.float64: 1e-30, torch.float32: 1e-16}
-
-
-class Kind(NamedTuple):
-    """How matrices are orthogonalised; those of one kind and shape may be so together."""
-
-    dtype: torch.dtype  # that they are computed in, and sent in
-    quintic: bool
-    stable: bool  # whether StableAdamW holds the rms of u to 1
-
-
-class Matrices(NamedTuple):
-    """A request for the matrices of a whole tensor, orthogonalised: the answer is this piece of them.
-
-    Args:
-        local: The local piece of the tensor, of any dtype; it is read when it is sent.
-        batched: Whether it is a batch of matrices, its last two dimensions. Otherwise it is one: the first
-            dimension, by all others.
-        kind: How.
-        number: That of the parameter in the optimiser, by which those who share the work take turns.
-    """
-
-    local: Tensor
-    batched: bool
-    kind: Kind
-    number: int = 0
 
 
 def sizes(shape: Sequence[int], *, batched: bool) -> tuple[int, int, int]:
@@ -114,10 +90,10 @@ def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
     return x
 
 
-def orthogonalized(matrices: Tensor, kind: Kind) -> Tensor:
+def orthogonalized(matrices: Tensor, method: Method) -> Tensor:
     """What ``unit_rms`` makes u of, with StableAdamW's scale; shapes and dtype as in ``newton_schulz``."""
-    x = newton_schulz(matrices, quintic=kind.quintic)
-    if kind.stable:
+    x = newton_schulz(matrices, quintic=method.quintic)
+    if method.stable:
         rows, columns = x.shape[-2:]
         wide = torch.promote_types(x.dtype, torch.float32)
         square = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).square()
@@ -125,27 +101,27 @@ def orthogonalized(matrices: Tensor, kind: Kind) -> Tensor:
     return x
 
 
-def orthogonalize_(batches: Sequence[tuple[Tensor, Kind]], limit: int) -> None:
-    """Orthogonalise all batches, in place; those of one shape and kind together.
+def orthogonalize_(batches: Sequence[tuple[Tensor, Method]], limit: int) -> None:
+    """Orthogonalise all batches, in place; those of one shape and method together.
 
     Args:
-        batches: Pairs of a batch (count, rows, columns), in the dtype of its kind, and its kind.
+        batches: Pairs of a batch (count, rows, columns), in the dtype of its method, and its method.
         limit: How many bytes of matrices may be computed on at once; one matrix may have more.
     """
-    alike: dict[tuple[torch.Size, Kind], list[Tensor]] = {}
-    for batch, kind in batches:
+    alike: dict[tuple[torch.Size, Method], list[Tensor]] = {}
+    for batch, method in batches:
         if batch.numel():
-            alike.setdefault((batch.shape[1:], kind), []).extend(torch.split(batch, 1))
-    for (shape, kind), matrices in alike.items():
+            alike.setdefault((batch.shape[1:], method), []).extend(torch.split(batch, 1))
+    for (shape, method), matrices in alike.items():
         # On the host more at once win nothing, and in bfloat16 a product's last bit depends on how many they
         # are: then it would depend on how matrices are shared among ranks.
         on_host = matrices[0].device.type == "cpu"
-        at_once = 1 if on_host else max(1, limit // (shape.numel() * kind.dtype.itemsize))
+        at_once = 1 if on_host else max(1, limit // (shape.numel() * method.dtype.itemsize))
         for first in range(0, len(matrices), at_once):
             chosen = matrices[first : first + at_once]
             together = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
-            results = torch.split(orthogonalized(together, kind), 1)
-            torch._foreach_copy_(chosen, results)
+            results = torch.split(orthogonalized(together, method), 1)
+            foreach_copy_(chosen, list(results))
 
 
 def in_one_process(
@@ -163,9 +139,9 @@ def in_one_process(
     for wave in waves([bytes_of(shape, matrices) for shape, matrices in asked], limit):
         results, batches = [], []
         for number in wave:
-            _, (local, batched, kind, _) = asked[number]
-            results.append(local.to(kind.dtype, memory_format=torch.contiguous_format, copy=True))
-            batches.append((results[-1].view(sizes(local.shape, batched=batched)), kind))
+            _, (local, batched, method, _) = asked[number]
+            results.append(local.to(method.dtype, memory_format=torch.contiguous_format, copy=True))
+            batches.append((results[-1].view(sizes(local.shape, batched=batched)), method))
         orthogonalize_(batches, limit)
         yield wave, results
 
@@ -173,7 +149,7 @@ def in_one_process(
 def bytes_of(shape: Sequence[int], matrices: Matrices) -> tuple[int, int]:
     """How many bytes a whole tensor has when it is sent, and how many each of its matrices."""
     count, rows, columns = sizes(shape, batched=matrices.batched)
-    matrix = rows * columns * matrices.kind.dtype.itemsize
+    matrix = rows * columns * matrices.method.dtype.itemsize
     return count * matrix, matrix
 
 

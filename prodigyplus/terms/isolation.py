@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from typing import TypeVar, cast
 
 import torch
-from torch._compile import _disable_dynamo
+
+from prodigyplus.torch_private import disable_compiler
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -47,6 +48,4 @@ def _device_types() -> tuple[str, ...]:
 
 def isolated_from_compiler(function: F) -> F:
     """:func:`isolated`, and left as it is by ``torch.compile`` of what calls it."""
-    # As torch.optim does with its own methods. The public torch.compiler.disable would import the compiler,
-    # which takes a second, with the package.
-    return cast("F", _disable_dynamo(isolated(function)))
+    return disable_compiler(isolated(function))

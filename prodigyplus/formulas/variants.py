@@ -1,6 +1,7 @@
 """Changes to a direction that another option asks for: pure functions on tensors.
 
 ========================  ================================================================
+``use_adopt``             ADOPT, arXiv 2411.02853
 ``use_cautious``          Cautious Optimizers, arXiv 2411.16085, algorithm 1
 ``use_grams``             Grams, arXiv 2412.17107, algorithm 1
 ``use_orthograd``         OrthoGrad, arXiv 2501.04697, eq. 9
@@ -15,14 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus import stacks
-from prodigyplus.layout import wide_dtype
+from prodigyplus.terms import stacks
+from prodigyplus.terms.layout import wide_dtype
 
 # FOCUS: how strongly the weights' average attracts, against the gradient's sign.
 _ATTRACTION = 0.1
 
-# Cautious: at least this share of the elements is taken to agree, or the few that do would take huge steps.
-_SMALLEST_SHARE = 1e-3
+# Cautious: at least this fraction of the elements is taken to agree, or the few that do would step far.
+_SMALLEST_FRACTION = 1e-3
 
 # OrthoGrad: what is left of a direction counts in full from this many roundings on.
 _ROUNDINGS = 128
@@ -34,7 +35,7 @@ _SMALLEST_NORM = 1e-30
 _RUN = 1 << 20
 
 
-def drop_disagreeing(proposed: Tensor, gradient: Tensor) -> Tensor:
+def cautious_(proposed: Tensor, gradient: Tensor) -> Tensor:
     """Cautious, in place in ``proposed``: zero where it has not the gradient's sign. Overwrites ``gradient``.
 
     Returns:
@@ -45,14 +46,30 @@ def drop_disagreeing(proposed: Tensor, gradient: Tensor) -> Tensor:
     return stacks.total(agrees)
 
 
-def share(agreeing: Tensor, numel: int) -> Tensor:
-    """Cautious: the share of a tensor's elements that agree, which what is left of it is divided by."""
-    return (agreeing / numel).clamp_(min=_SMALLEST_SHARE)
+def scale_up_(masked: Tensor, agreeing: Tensor, numel: int) -> None:
+    """Cautious, in place: divide what :func:`cautious_` has left by the fraction of elements that agree.
+
+    Args:
+        masked: A stack of local tensors.
+        agreeing: How many elements of each whole tensor agree; shape (count,).
+        numel: How many elements a whole tensor has.
+    """
+    masked.div_(stacks.across((agreeing / numel).clamp_(min=_SMALLEST_FRACTION), masked))
 
 
-def grams(proposed: Tensor, gradient: Tensor) -> Tensor:
+def grams_(proposed: Tensor, gradient: Tensor) -> Tensor:
     """Grams, in place in ``proposed``: its magnitudes, the signs of the gradient. Overwrites ``gradient``."""
     return proposed.abs_().mul_(gradient.sign_())
+
+
+def adopt_observes(step: Tensor) -> Tensor:
+    """ADOPT: bool, False at the first step, whose gradient starts the second moment and does nothing else."""
+    return step > 1
+
+
+def adopt_clip_(normalised: Tensor, clip: Tensor) -> Tensor:
+    """ADOPT, in place: hold a normalised gradient, before it enters the first moment, to ±k^¼."""
+    return normalised.clamp_(-clip, clip)
 
 
 def focus(numerator: Tensor, average: Tensor, weight: Tensor) -> Tensor:

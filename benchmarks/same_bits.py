@@ -1,0 +1,1135 @@
+"""Whether two checkouts compute the same to the bit: every option, on one process and on several.
+
+    python benchmarks/same_bits.py --old CHECKOUT [--new CHECKOUT] [--only PATTERN] [--without-compile]
+
+For each checkout it starts itself in processes that import the packages from there, plays every case for a
+few steps, and hashes all that a user can see: weights after every step, averaged weights, the state dict,
+metrics. Then it prints a line for each case that differs, with what differs first and by how much, and how
+many cases are the same. It ends with 1 if any is not, or raises. ``--new`` is the checkout that this file is
+in, if it is not given; PATTERN is a regular expression that is searched for in the names of cases;
+``--list`` prints them.
+
+Only public names are used, so that the insides may change. Weights and gradients are made of integers. In
+the steps of a case a gradient has a NaN, a parameter has no gradient, the average is evaluated, and the
+optimiser is saved and loaded into a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:  # what starts the processes runs also where a checkout does not
+    from prodigyplus import ProdigyPlusScheduleFree
+
+HERE = Path(__file__).resolve()
+LONGEST = 1200  # seconds that the processes of one checkout may take
+
+SHAPES = ((48, 33), (48, 33), (60,), (60,), (), (12, 4, 3, 5), (0, 7), (40, 1, 37), (300, 260))
+SMALL_SHAPES = ((16, 11), (16, 11), (20,), (20,), (), (6, 4, 3, 5), (0, 7), (10, 1, 9), (35, 24))
+LARGE_SHAPES = ((400, 400), (400, 400), (131, 1030), (30,))  # too large to be moved together
+COMPILED_SHAPES = ((48, 33), (48, 33), (60,), (60,), (), (12, 4, 3, 5))
+
+FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
+WIDTHS = {FLOAT32: "float32", BFLOAT16: "bfloat16", FLOAT64: "float64"}
+
+STEPS = 8
+NAN_AT, MISSING_AT, EVAL_AFTER, RELOAD_AFTER = 2, 3, 4, 5
+
+Options = Mapping[str, Any]
+Shapes = Sequence[tuple[int, ...]]
+
+# ------------------------------------------------------------------------------------------ what is recorded
+
+
+@dataclass
+class Record:
+    """What a case shows: hashes by what they are of, in order, and the tensors of some."""
+
+    hashes: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def note(self, what: str, value: Any, *, keep: bool = False) -> None:
+        """Record a value: tensors by their bytes, dicts and lists entry by entry, all else by its text."""
+        if isinstance(value, Mapping):
+            for key in value:
+                self.note(f"{what}.{key}", value[key], keep=keep)
+        elif isinstance(value, list):
+            for number, entry in enumerate(value):
+                self.note(f"{what}.{number}", entry, keep=keep)
+        elif isinstance(value, DTensor):
+            self.note(f"{what}:placements", f"{value.placements} {tuple(value.shape)}")
+            self.note(what, value.to_local(), keep=keep)
+        elif isinstance(value, Tensor):
+            value = value.detach()
+            about = f"{value.dtype} {tuple(value.shape)} {value.device}".encode()
+            self.hashes[what] = hashlib.sha256(about + bytes_of(value)).hexdigest()
+            if keep:
+                self.tensors[what] = value.clone()
+        else:
+            self.hashes[what] = hashlib.sha256(repr(value).encode()).hexdigest()
+            if isinstance(value, (int, float)):
+                self.tensors[what] = torch.tensor(value, dtype=FLOAT64)
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The bytes of the elements of a tensor, in their order."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+# ------------------------------------------------------------------------------------------ what is fed
+
+
+@functools.lru_cache(maxsize=512)
+def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Numbers in [-1, 1) that float32 holds exactly, from a hash of integers. Not to be changed."""
+    bits = torch.arange(torch.Size(shape).numel(), dtype=torch.int64).add_(seed * 0x9E3779B1)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x2C1B3C6D)):
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    bits ^= bits >> 16
+    return ((bits & 0xFFFFFF).to(FLOAT32) / (1 << 23) - 1).reshape(shape)
+
+
+def weight(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The first weights of a parameter."""
+    return drawn(shape, 1 + number).to(dtype, copy=True)
+
+
+def gradient(number: int, shape: tuple[int, ...], step: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of a parameter at a step; it leans one way, so that Prodigy finds progress to make."""
+    grad = ((drawn(shape, 1000 * (step + 1) + number) + 0.25) * 0.125).to(dtype)
+    if step == NAN_AT and number == 0 and grad.numel():
+        grad.view(-1)[-1] = torch.nan
+    return grad
+
+
+def is_missing(number: int, step: int) -> bool:
+    """Whether a parameter has no gradient at a step."""
+    return step == MISSING_AT and number == 1
+
+
+class Held(nn.Module):
+    """A model of nothing but parameters, whose gradients are what is fed."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(parameters)
+
+    def forward(self, grads: Sequence[Tensor | None]) -> Tensor:
+        terms = [(p * grad).sum() for p, grad in zip(self.weights, grads, strict=True) if grad is not None]
+        return torch.stack([term.to(FLOAT32) for term in terms]).sum()
+
+
+# ------------------------------------------------------------------------------------------ how it is played
+
+Place = Callable[[int, Tensor], Tensor]
+Make = Callable[[nn.Module, list[nn.Parameter], int], "ProdigyPlusScheduleFree"]
+Between = Callable[[int, "ProdigyPlusScheduleFree", list[nn.Parameter]], None]
+
+
+def as_it_is(number: int, tensor: Tensor) -> Tensor:
+    """A parameter of one process."""
+    return tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Play:
+    """Some steps on parameters that are fed.
+
+    Args:
+        make: Makes the optimiser of a model, its parameters, and the number of its first step.
+        place: Puts a tensor where its parameter, by its number, is to be.
+        between: What is done before a step, given its number.
+        lacks: Whether a parameter, by its number, has no gradient at a step.
+        in_eval: Whether it is saved and loaded in eval mode.
+        in_backward: Whether gradients come by a backward pass, for what is fused with it.
+    """
+
+    make: Make
+    shapes: Shapes = SHAPES
+    dtype: torch.dtype = FLOAT32
+    place: Place = as_it_is
+    between: Between | None = None
+    lacks: Callable[[int, int], bool] = is_missing
+    steps: int = STEPS
+    in_eval: bool = False
+    in_backward: bool = False
+    grad_dtype: torch.dtype | None = None
+
+    def __call__(self, record: Record) -> None:
+        """Play it, and record what it shows."""
+        weights = (weight(number, shape, self.dtype) for number, shape in enumerate(self.shapes))
+        parameters = [nn.Parameter(self.place(number, tensor)) for number, tensor in enumerate(weights)]
+        model = Held(parameters)
+        optimizer = self.make(model, parameters, 0)
+        for step in range(self.steps):
+            if self.between is not None:
+                self.between(step, optimizer, parameters)
+            self.feed(model, parameters, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            record.note(f"step {step}: weights", [p.detach() for p in parameters])
+            if step == EVAL_AFTER:
+                note_metrics(record, f"step {step}", optimizer)
+                optimizer.eval()
+                record.note("in eval", [p.detach() for p in parameters])
+                optimizer.train()
+                record.note("in train again", [p.detach() for p in parameters])
+            if step == RELOAD_AFTER:
+                model, parameters, optimizer = self.reloaded(record, optimizer, parameters, step)
+        note_end(record, model, optimizer)
+
+    def feed(self, model: nn.Module, parameters: Sequence[nn.Parameter], step: int) -> None:
+        """Give the parameters their gradients of a step."""
+        grads = [
+            None
+            if self.lacks(number, step) or not p.requires_grad
+            else self.place(number, gradient(number, tuple(p.shape), step, self.grad_dtype or p.dtype))
+            for number, p in enumerate(parameters)
+        ]
+        if self.in_backward:
+            model(grads).backward()
+            return
+        for p, grad in zip(parameters, grads, strict=True):
+            if self.grad_dtype is not None:
+                p.grad_dtype = self.grad_dtype
+            p.grad = grad
+
+    def reloaded(
+        self, record: Record, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter], step: int
+    ) -> tuple[Held, list[nn.Parameter], ProdigyPlusScheduleFree]:
+        """The same in a new model and optimiser, by way of a state dict."""
+        if self.in_eval:
+            optimizer.eval()
+        saved = copy.deepcopy(optimizer.state_dict())
+        record.note("saved", saved)
+        parameters = [nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in parameters]
+        model = Held(parameters)
+        optimizer = self.make(model, parameters, step + 1)
+        optimizer.load_state_dict(saved)
+        if self.in_eval:
+            optimizer.train()
+        record.note("loaded: weights", [p.detach() for p in parameters])
+        return model, parameters, optimizer
+
+
+def note_metrics(record: Record, when: str, optimizer: ProdigyPlusScheduleFree) -> None:
+    """Record the metrics, as tensors and as numbers."""
+    record.note(f"{when}: metrics", optimizer.metrics(), keep=True)
+    record.note(f"{when}: metrics as numbers", optimizer.metrics(as_numbers=True))
+
+
+def note_end(record: Record, model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> None:
+    """Record all that there is at the end of a case."""
+    record.note("weights", dict(model.named_parameters()), keep=True)
+    note_metrics(record, "end", optimizer)
+    record.note("state_dict", optimizer.state_dict(), keep=True)
+    record.note("averaged", optimizer.averaged_state_dict(model), keep=True)
+    with optimizer.averaged_parameters():
+        record.note("average lent", dict(model.named_parameters()))
+    record.note("weights as before", dict(model.named_parameters()))
+    optimizer.eval()
+    record.note("end in eval", dict(model.named_parameters()))
+    record.note("state_dict in eval", optimizer.state_dict())
+
+
+# ------------------------------------------------------------------------------------------ options
+
+# A first step size that moves the weights by as much as they are.
+LARGE = {"d0": 1e-2}
+
+ADAM, MUON, DECAY = {"use_schedulefree": False}, {"use_muon_pp": True}, {"weight_decay": 0.1}
+DECAY_BY_ITSELF = {"weight_decay": 0.01, "weight_decay_by_lr": False}
+CAUTIOUS, GRAMS, ADOPT = {"use_cautious": True}, {"use_grams": True}, {"use_adopt": True}
+FOCUS, ORTHOGRAD = {"use_focus": True}, {"use_orthograd": True}
+ATAN2: Options = {"eps": None, "use_stableadamw": False}
+SPEED: Options = {"use_speed": True}
+RELATIVE: Options = {"use_speed": "relative"}
+RADAM = {"use_bias_correction": True, "betas": (0.9, 0.9)}
+HALF_Z, FREEZES = {"bfloat16_z": True}, {"prodigy_steps": 3}
+FULL, NARROW = {"factored": False}, {"factored_fp32": False}
+BETA4: Options = {"beta4": 0.5}
+C = {"schedulefree_c": 50.0}
+
+# Of which all pairs are played.
+SETTINGS: tuple[Options, ...] = (
+    *(ADAM, MUON, DECAY, DECAY_BY_ITSELF, CAUTIOUS, GRAMS, ADOPT, FOCUS, ORTHOGRAD, ATAN2, SPEED, RELATIVE),
+    *(RADAM, HALF_Z, FREEZES, FULL, NARROW, BETA4, C),
+    {"use_stableadamw": False},
+    {"split_groups": False},
+    {"split_groups_mean": False},
+    {"stochastic_rounding": False},
+    {"d_limiter": False},
+    {"slice_p": 3},
+)
+
+ALONE: tuple[Options, ...] = (
+    {},
+    *SETTINGS,
+    {"lr": 0.5},
+    {"lr": torch.tensor(0.7)},
+    {"lr": torch.tensor([0.7], dtype=FLOAT64)},
+    {"betas": (0.8, 0.95)},
+    {"betas": (0.95, 0.999)},
+    {"betas": (0.0, 0.9), **ADAM},
+    {"beta3": 0.9},
+    {"beta3": 0.0},
+    {"use_bias_correction": True},
+    {"d0": 1e-6},
+    {"d0": 1e-4},
+    {"d_coef": 2.0},
+    {"d_coef": 0.5},
+    {"prodigy_steps": 1},
+    {"prodigy_steps": None},
+    {"eps": 1e-3},
+    {"eps": None},
+    {"beta4": None},
+    {"slice_p": 1},
+    {"slice_p": 1000},
+    {"fused_back_pass": False},
+    {"compile": False},
+)
+
+
+def merged(*options: Options) -> dict[str, Any]:
+    """Options, one upon the other."""
+    return {name: value for its in options for name, value in its.items()}
+
+
+def subsets(*options: Options) -> Iterator[dict[str, Any]]:
+    """What comes of every choice of them."""
+    for count in range(len(options) + 1):
+        for chosen in itertools.combinations(options, count):
+            yield merged(*chosen)
+
+
+def products(*factors: Sequence[Options]) -> list[dict[str, Any]]:
+    """What comes of one of each."""
+    return [merged(*chosen) for chosen in itertools.product(*factors)]
+
+
+MUON_KINDS = ({"muon_quintic": True}, {"muon_batched": True}, {"muon_fp32": True})
+
+TOGETHER: tuple[Options, ...] = (
+    *products([ADAM], [*SETTINGS[2:], {"beta4": None}, {"slice_p": 1}]),
+    *products([CAUTIOUS, GRAMS], [DECAY, DECAY_BY_ITSELF], [{}, ADAM, HALF_Z, MUON, ATAN2, ORTHOGRAD]),
+    *products([HALF_Z], [CAUTIOUS, GRAMS], [DECAY, DECAY_BY_ITSELF], [C, RADAM, ADOPT, FREEZES]),
+    *products([MUON], list(subsets(*MUON_KINDS))[1:], [{}, ADAM, HALF_Z]),
+    *products([MUON], [{"use_stableadamw": False}], [{}, ADAM, {"muon_fp32": True}]),
+    *products(
+        [{}, ADAM, HALF_Z, RADAM, ATAN2], [its for its in subsets(ADOPT, FOCUS, ORTHOGRAD) if len(its) > 1]
+    ),
+    *products([SPEED, RELATIVE], [RADAM, FREEZES, HALF_Z, {"d_coef": 2.0}, {"d_limiter": False}], [{}, ADAM]),
+    *products([FREEZES], [MUON, FOCUS, RELATIVE], [ADAM, HALF_Z]),
+    *products([RADAM], [ADOPT, ATAN2, CAUTIOUS], [DECAY, C, FULL]),
+    merged(ADOPT, {"use_stableadamw": False}, FULL, DECAY_BY_ITSELF, GRAMS, C, BETA4),
+    merged(RADAM, SPEED, CAUTIOUS, HALF_Z, DECAY, ORTHOGRAD, NARROW, {"slice_p": 1}),
+)
+
+COMPILED: tuple[Options, ...] = (
+    {},
+    DECAY,
+    DECAY_BY_ITSELF,
+    ATAN2,
+    SPEED,
+    RELATIVE,
+    {"use_stableadamw": False},
+    {**FULL, **FREEZES},
+    HALF_Z,
+    {**RADAM, **C},
+    CAUTIOUS,  # which runs without
+)
+
+# Those that are played on meshes.
+SHARDED: tuple[Options, ...] = (
+    *({}, ADAM, DECAY_BY_ITSELF, ATAN2, SPEED, RELATIVE, RADAM, HALF_Z, FULL, BETA4, C, FREEZES),
+    {**NARROW, "slice_p": 1},
+    *({**ADAM, **CAUTIOUS, **DECAY}, {**CAUTIOUS, **HALF_Z, **DECAY}, {**GRAMS, **DECAY_BY_ITSELF}),
+    *(ADOPT, {**ADOPT, **ORTHOGRAD}, {**ORTHOGRAD, **ADAM}, FOCUS, {**FOCUS, **ADAM}, {**FOCUS, **ORTHOGRAD}),
+    *({"split_groups": False, **SPEED}, {"split_groups_mean": False, "slice_p": 3}),
+    *(MUON, {**MUON, **ADAM, "muon_fp32": True}, {**MUON, **CAUTIOUS, "muon_batched": True}),
+    {**MUON, **HALF_Z, "muon_quintic": True, **DECAY},
+    {**MUON, **ADAM, **GRAMS, "use_stableadamw": False, "muon_batched": True},
+)
+
+
+def text_of(options: Options) -> str:
+    """Options as a name."""
+
+    def short(value: Any) -> str:
+        return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else str(value).replace(" ", "")
+
+    return " ".join(f"{name}={short(value)}" for name, value in options.items()) or "default"
+
+
+def groups_of(parameters: Sequence[nn.Parameter], options: Options) -> list[dict[str, Any]]:
+    """Groups for options: Muon's have matrices only, and those that are about several have two."""
+    if options.get("use_muon_pp"):
+        matrices = [p for p in parameters if p.ndim > 1]
+        others = [p for p in parameters if p.ndim < 2]
+        return [{"params": matrices}, {"params": others, "use_muon_pp": False}]
+    if "split_groups" in options or "split_groups_mean" in options:
+        return [{"params": parameters[::2]}, {"params": parameters[1::2], "lr": 0.5}]
+    return [{"params": list(parameters)}]
+
+
+def optimizer_of(groups: Any, options: Options, **others: Any) -> ProdigyPlusScheduleFree:
+    """The optimiser of one process."""
+    from prodigyplus import ProdigyPlusScheduleFree
+
+    return ProdigyPlusScheduleFree(groups, **copied({**LARGE, **options, **others}))
+
+
+def sharded_optimizer_of(groups: Any, options: Options, **others: Any) -> ProdigyPlusScheduleFree:
+    """The optimiser of sharded parameters."""
+    from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+
+    return ShardedProdigyPlusScheduleFree(groups, **copied({**LARGE, **options, **others}))
+
+
+def copied(options: Options) -> dict[str, Any]:
+    """Options whose tensors are not another optimiser's."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
+
+
+def made(options: Options) -> Make:
+    """What makes the optimiser of one process with these options."""
+    return lambda model, parameters, step: optimizer_of(groups_of(parameters, options), options)
+
+
+# ------------------------------------------------------------------------------------------ cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is played, on how many processes."""
+
+    name: str
+    play: Callable[[Record], None]
+    ranks: int = 1
+    compiles: bool = False
+
+
+def tables() -> Iterator[Case]:
+    """Every option and what comes together, on one process."""
+    for number, options in enumerate((*ALONE, *TOGETHER)):
+        # Large matrices are orthogonalised slowly in bfloat16.
+        shapes = SHAPES if number < len(ALONE) and not options.get("use_muon_pp") else SMALL_SHAPES
+        for dtype, width in WIDTHS.items():
+            if dtype != FLOAT64 or number <= len(SETTINGS):
+                yield Case(
+                    f"{width} {text_of(options)}", Play(make=made(options), dtype=dtype, shapes=shapes)
+                )
+    for number, (one, other) in enumerate(itertools.combinations(SETTINGS, 2)):
+        if not one.keys() & other.keys():
+            both = merged(one, other)
+            dtype = FLOAT32 if number % 2 or "bfloat16_z" in both else BFLOAT16
+            dtype = BFLOAT16 if "stochastic_rounding" in both else dtype  # of nothing else
+            play = Play(make=made(both), dtype=dtype, shapes=SMALL_SHAPES)
+            yield Case(f"pair {WIDTHS[dtype]} {text_of(both)}", play)
+    muon = {**MUON, "muon_fp32": True}
+    for options in ({}, ADAM, HALF_Z, ADOPT, {**FOCUS, **ORTHOGRAD}, {**CAUTIOUS, **DECAY}, RELATIVE, muon):
+        play = Play(make=made(options), shapes=LARGE_SHAPES, steps=7)
+        yield Case(f"large {text_of(options)}", play)
+    for options in ({}, ADAM, ADOPT, NARROW, {**MUON, **CAUTIOUS}):
+        play = Play(make=made(options), shapes=SMALL_SHAPES, grad_dtype=BFLOAT16)
+        yield Case(f"gradients in bfloat16 {text_of(options)}", play)
+    for options in ({}, ADAM, HALF_Z, FREEZES, RADAM):
+        for dtype in (FLOAT32, BFLOAT16):
+            play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, in_eval=True)
+            yield Case(f"saved in eval {WIDTHS[dtype]} {text_of(options)}", play)
+    for options in COMPILED:
+        for dtype in (FLOAT32, BFLOAT16) if options in ({}, DECAY) else (FLOAT32,):
+            play = Play(make=made({**options, "compile": True}), dtype=dtype, shapes=COMPILED_SHAPES)
+            yield Case(f"compiled {WIDTHS[dtype]} {text_of(options)}", play, compiles=True)
+
+
+DIFFERENT: tuple[Options, ...] = (
+    {"lr": 0.5},
+    {**DECAY, "betas": (0.8, 0.95)},
+    SPEED,
+    {**ADAM, "betas": (0.9, 0.95)},
+    {**RELATIVE, **HALF_Z},
+)
+
+
+def several(parameters: Sequence[nn.Parameter], kinds: Sequence[Options] = DIFFERENT) -> list[dict[str, Any]]:
+    """Groups that differ, of all parameters in turn."""
+    count = len(kinds)
+    return [{"params": list(parameters[i::count]), **options} for i, options in enumerate(kinds)]
+
+
+def groups() -> Iterator[Case]:
+    """Several groups, and what happens to groups while a run goes on."""
+    shared: dict[str, Options] = {
+        "mean": {},
+        "apart": {"split_groups_mean": False},
+        "pooled": {"split_groups": False},
+    }
+    growing: Options = {"d0": 1e-4, "d_limiter": False}
+    pooled: Options = {"split_groups": False}
+    mixed: tuple[Options, ...] = ({}, pooled, {"split_groups_mean": False}, pooled, DECAY)
+    for dtype, width in list(WIDTHS.items())[:2]:
+        for name, how in shared.items():
+            for d, numbers in {"": {}, " growing": growing}.items():
+                make = functools.partial(make_different, options={**how, **numbers})
+                play = Play(make=make, dtype=dtype, shapes=SMALL_SHAPES, steps=40 if d else 12)
+                yield Case(f"groups {name}{d} {width}", play)
+
+        def make_mixed(
+            model: nn.Module, parameters: list[nn.Parameter], step: int
+        ) -> ProdigyPlusScheduleFree:
+            return optimizer_of(several(parameters, mixed), {})
+
+        yield Case(
+            f"groups of all kinds {width}", Play(make=make_mixed, dtype=dtype, shapes=SMALL_SHAPES, steps=15)
+        )
+        for name, how in shared.items():
+            yield Case(f"groups {name}, one late {width}", late_group(how, dtype))
+            yield Case(f"groups {name}, one frozen {width}", frozen_group(how, dtype))
+        for options in ({}, ADAM, HALF_Z, RADAM):
+            yield Case(f"schedule {width} {text_of(options)}", scheduled(options, dtype))
+            play = Play(
+                make=made(options), dtype=dtype, shapes=SMALL_SHAPES, lacks=lambda n, step: step < 2 * (n % 4)
+            )
+            yield Case(f"gradients that come late {width} {text_of(options)}", play)
+
+
+def late_group(options: Options, dtype: torch.dtype) -> Play:
+    """A group that is added before step 4."""
+
+    def added(parameters: list[nn.Parameter]) -> dict[str, Any]:
+        return {"params": parameters[5:], "lr": 0.5, **DECAY}
+
+    def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
+        optimizer = optimizer_of(parameters[:5], options)
+        if step > 4:
+            optimizer.add_param_group(added(parameters))
+        return optimizer
+
+    def between(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
+        if step == 4:
+            optimizer.add_param_group(added(parameters))
+
+    return Play(make=make, dtype=dtype, between=between, shapes=SMALL_SHAPES, steps=12)
+
+
+def frozen_group(options: Options, dtype: torch.dtype) -> Play:
+    """A group that is trained from step 4 on, and another until then."""
+
+    def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
+        return optimizer_of(several(parameters, ({}, DECAY, {"lr": 0.5})), options)
+
+    def between(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
+        for number, p in enumerate(parameters):
+            p.requires_grad_(number % 3 != (1 if step < 4 else 2))
+
+    return Play(make=make, dtype=dtype, between=between, shapes=SMALL_SHAPES, steps=12)
+
+
+def scheduled(options: Options, dtype: torch.dtype) -> Play:
+    """Options that move in a run: a warm-up from zero, a pause, β1, and a step size that freezes."""
+
+    def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
+        return optimizer_of(several(parameters, ({}, DECAY)), options)
+
+    def between(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = (0.0, 0.25, 0.5, 1.0, 1.0, 0.0, 1.0, 0.5, 0.5)[min(step, 8)]
+            group["betas"] = (0.9 if step < 7 else 0.95, 0.95)
+            group["prodigy_steps"] = 10 if step > 6 else 0
+
+    return Play(make=make, dtype=dtype, between=between, shapes=SMALL_SHAPES, steps=13)
+
+
+class Small(nn.Module):
+    """A model with a layer of each kind, and sizes that no number of processes divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 9)
+        self.blocks = nn.ModuleList(nn.Linear(9, 9) for _ in range(2))
+        self.up = nn.Linear(9, 15)
+        self.conv = nn.Conv1d(1, 3, 3, padding=1)
+        self.down = nn.Linear(45, 7, bias=False)
+        self.norm = nn.LayerNorm(7)
+        self.head = nn.Linear(7, 5)
+        for number, p in enumerate(self.parameters()):
+            with torch.no_grad():
+                p.copy_(drawn(tuple(p.shape), 500 + number) / 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embed(tokens)
+        for block in self.blocks:
+            x = x + torch.relu(block(x))
+        x = torch.relu(self.up(x))
+        x = self.norm(self.down(torch.relu(self.conv(x.unsqueeze(1))).flatten(1)))
+        loss: Tensor = self.head(x).float().square().mean()
+        return loss
+
+
+def tokens_of(step: int, rank: int = 0) -> Tensor:
+    """What a model is trained on in a step."""
+    return (torch.arange(6) * 5 + 3 * step + 7 * rank) % 13
+
+
+def train_model(
+    record: Record,
+    wrapped: nn.Module,
+    model: nn.Module,
+    optimizer: ProdigyPlusScheduleFree,
+    rank: int = 0,
+    steps: int = STEPS,
+) -> None:
+    """Train a model by its own gradients, and record what that shows."""
+    for step in range(steps):
+        loss = wrapped(tokens_of(step, rank))
+        (loss * torch.nan if step == NAN_AT else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        record.note(f"step {step}: loss", loss)
+        record.note(f"step {step}: weights", [p.detach() for p in model.parameters()])
+        if step == EVAL_AFTER:
+            optimizer.eval()
+            with torch.no_grad():
+                record.note("in eval: loss", wrapped(tokens_of(step, rank)))
+            optimizer.train()
+        if step == RELOAD_AFTER:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    record.note("whole", optimizer.averaged_state_dict(model, full=True), keep=True)
+    note_end(record, model, optimizer)
+
+
+def models() -> Iterator[Case]:
+    """Models with gradients of their own, on one process."""
+
+    def with_muon_groups(record: Record, options: Options, dtype: torch.dtype) -> None:
+        from prodigyplus import muon_groups
+
+        model = Small().to(dtype)
+        record.note("groups", [sorted(its) for its in muon_groups(model)])
+        optimizer = optimizer_of(muon_groups(model), options)
+        if options.get("fused_back_pass"):
+            optimizer.fuse_backward(model)
+        train_model(record, model, model, optimizer)
+
+    def named(record: Record, options: Options, dtype: torch.dtype) -> None:
+        model = Small().to(dtype)
+        optimizer = optimizer_of(model.named_parameters(), options)
+        if options.get("fused_back_pass"):
+            optimizer.fuse_backward(model)
+        train_model(record, model, model, optimizer)
+
+    fused = {"fused_back_pass": True}
+    for dtype, width in list(WIDTHS.items())[:2]:
+        for options in (
+            {},
+            ADAM,
+            {**HALF_Z, **CAUTIOUS},
+            fused,
+            {**fused, **ADOPT},
+            {**fused, **ADAM, **GRAMS},
+        ):
+            muon = functools.partial(with_muon_groups, options=options, dtype=dtype)
+            yield Case(f"model with muon_groups {width} {text_of(options)}", muon)
+            plain = functools.partial(named, options=options, dtype=dtype)
+            yield Case(f"model {width} {text_of(options)}", plain)
+
+
+def fused() -> Iterator[Case]:
+    """Steps within the backward pass."""
+    kinds = (*SETTINGS, {"eps": None}, {**CAUTIOUS, **HALF_Z, **DECAY}, {**ADAM, **ADOPT, **ORTHOGRAD})
+    for options in ({}, *kinds):
+        for dtype in (FLOAT32, BFLOAT16):
+            for every in (True, False):
+                if every or options in ({}, ADAM, MUON, RELATIVE):
+                    kind = f"{'fused' if every else 'fused in part'} {WIDTHS[dtype]} {text_of(options)}"
+                    make = functools.partial(make_fused, options=options, every=every)
+                    yield Case(kind, Play(make=make, dtype=dtype, shapes=SMALL_SHAPES, in_backward=True))
+
+
+def make_fused(
+    model: nn.Module, parameters: list[nn.Parameter], step: int, options: Options, every: bool
+) -> ProdigyPlusScheduleFree:
+    """An optimiser that moves parameters, or those of its first group alone, in the backward pass."""
+    parts = groups_of(parameters, options) if every else groups_of(parameters[::2], options)
+    if not every:
+        parts.append({"params": parameters[1::2], "fused_back_pass": False, "use_muon_pp": False})
+    optimizer = optimizer_of(parts, options, fused_back_pass=True)
+    optimizer.fuse_backward(model)
+    return optimizer
+
+
+def clamped(w: Tensor) -> None:
+    """Hold weights between bounds, in place."""
+    w.clamp_(-0.75, 0.75)
+
+
+def unit_rows(w: Tensor) -> Tensor:
+    """Give rows the norm 1."""
+    return w / w.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+
+
+def make_held(
+    model: nn.Module, parameters: list[nn.Parameter], step: int, options: Options, sharded: bool = False
+) -> ProdigyPlusScheduleFree:
+    """An optimiser that holds some parameters in sets."""
+    optimizer = (sharded_optimizer_of if sharded else optimizer_of)(groups_of(parameters, options), options)
+    optimizer.constrain([parameters[0], parameters[2], parameters[4]], clamped)
+    if not sharded:
+        optimizer.constrain(parameters[-1], unit_rows)
+    return optimizer
+
+
+def held() -> Iterator[Case]:
+    """Weights that are held in sets."""
+    for options in (
+        {},
+        ADAM,
+        HALF_Z,
+        {**CAUTIOUS, **DECAY},
+        MUON,
+        {**ADAM, **GRAMS},
+        FOCUS,
+        RELATIVE,
+        ATAN2,
+        RADAM,
+    ):
+        for dtype in (FLOAT32, BFLOAT16):
+            make = functools.partial(make_held, options=options)
+            yield Case(
+                f"held {WIDTHS[dtype]} {text_of(options)}",
+                Play(make=make, dtype=dtype, shapes=SMALL_SHAPES, in_eval=True),
+            )
+
+
+def odd() -> Iterator[Case]:
+    """What a parameter or a loop may be beside what is usual."""
+
+    def transposed(number: int, tensor: Tensor) -> Tensor:
+        return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
+
+    def without_any(number: int, step: int) -> bool:
+        return step in (0, 3)
+
+    for options in ({}, ADAM, MUON, HALF_Z, {**ADOPT, **CAUTIOUS}, FOCUS):
+        for dtype in (FLOAT32, BFLOAT16):
+            what = f"{WIDTHS[dtype]} {text_of(options)}"
+            yield Case(
+                f"strided {what}",
+                Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, place=transposed),
+            )
+            play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, lacks=without_any)
+            yield Case(f"no gradients at all {what}", play)
+    for shapes, name in ((((5,),) * 40 + ((4, 6),) * 30, "many of a shape"), (((0,), (0, 3)), "empty")):
+        for options in ({}, ADAM, {**CAUTIOUS, **DECAY}, ADOPT, HALF_Z, ORTHOGRAD):
+            yield Case(
+                f"{name} {text_of(options)}",
+                Play(make=made(options), shapes=shapes, lacks=lambda n, step: False),
+            )
+
+
+# ------------------------------------------------------------------------------------------ cases of meshes
+
+Axes = Callable[[tuple[int, ...]], Sequence[Placement]]
+
+
+def along_first(shape: tuple[int, ...]) -> list[Placement]:
+    """As ``fully_shard``."""
+    return [Shard(0) if shape else Replicate()]
+
+
+def along_last(shape: tuple[int, ...]) -> list[Placement]:
+    """Columns."""
+    return [Shard(len(shape) - 1) if shape else Replicate()]
+
+
+def hybrid(shape: tuple[int, ...]) -> list[Placement]:
+    """As HSDP."""
+    return [Replicate(), *along_first(shape)]
+
+
+def tensor_parallel(shape: tuple[int, ...]) -> list[Placement]:
+    """As FSDP × TP: tall matrices by their rows, wide ones by their columns, the rest on all."""
+    if len(shape) < 2:
+        return [Shard(0) if shape else Replicate(), Replicate()]
+    return [_StridedShard(0, split_factor=2), Shard(0)] if shape[0] >= shape[1] else [Shard(0), Shard(1)]
+
+
+def both_dims(shape: tuple[int, ...]) -> list[Placement]:
+    """By rows and by columns."""
+    return [Shard(0), Shard(len(shape) - 1)] if len(shape) > 1 else [Replicate(), Replicate()]
+
+
+# Name: sizes of its axes, and where parameters lie.
+MESHES: dict[str, tuple[tuple[int, ...], Axes]] = {
+    "FSDP": ((2,), along_first),
+    "columns": ((2,), along_last),
+    "FSDP on 4": ((4,), along_first),
+    "HSDP": ((2, 2), hybrid),
+    "FSDP x TP": ((2, 2), tensor_parallel),
+    "rows x columns": ((2, 2), both_dims),
+}
+
+
+@functools.cache
+def mesh_of(sizes: tuple[int, ...], names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """A mesh of all processes."""
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+
+
+def placed(sizes: tuple[int, ...], axes: Axes, plain: bool) -> Place:
+    """What cuts tensors up on a mesh; with ``plain``, each third stays as it is."""
+
+    def place(number: int, tensor: Tensor) -> Tensor:
+        if plain and number % 3 == 2:
+            return tensor
+        mesh = mesh_of(sizes)
+        return distribute_tensor(tensor, mesh, axes(tuple(tensor.shape)), src_data_rank=None)
+
+    return place
+
+
+def lacks_on_first(number: int, step: int) -> bool:
+    """As on one process, and parameters 0 and 5 have a gradient on some ranks only."""
+    return is_missing(number, step) or (step == 1 and number in (0, 5) and dist.get_rank() == 0)
+
+
+def meshes() -> Iterator[Case]:
+    """The option table, cut up."""
+    for name, (sizes, axes) in MESHES.items():
+        few = name in ("columns", "FSDP on 4", "rows x columns")
+        chosen = SHARDED[1::4] if few else SHARDED if name == "FSDP" else SHARDED[::2]
+        for number, options in enumerate(chosen):
+            place = placed(sizes, axes, plain=number % 4 == 3)
+            make = functools.partial(make_sharded, options=options)
+            dtype = BFLOAT16 if number % 3 == 1 and "bfloat16_z" not in options else FLOAT32
+            play = Play(make=make, shapes=SMALL_SHAPES, dtype=dtype, place=place, lacks=lacks_on_first)
+            yield on_ranks(sizes, f"{name} {WIDTHS[dtype]} {text_of(options)}", play)
+        for options in ({**CAUTIOUS, **DECAY}, MUON):
+            others: list[dict[str, Any]] = [{"bucket_bytes": 2048}]
+            others += [{"all_to_all": False}] if options == MUON else []
+            for other in others:
+                make = functools.partial(make_sharded, options=options, others=other)
+                play = Play(make=make, shapes=SMALL_SHAPES, place=placed(sizes, axes, plain=False))
+                yield on_ranks(sizes, f"{name} {text_of({**options, **other})}", play)
+        make = functools.partial(make_different, options={"d0": 1e-4, "d_limiter": False}, sharded=True)
+        play = Play(make=make, shapes=SMALL_SHAPES, steps=12, place=placed(sizes, axes, plain=True))
+        yield on_ranks(sizes, f"{name} groups", play)
+        for options in (ADAM,) if few else (HALF_Z,):
+            make = functools.partial(make_held, options=options, sharded=True)
+            play = Play(make=make, shapes=SMALL_SHAPES, place=placed(sizes, axes, plain=False), in_eval=True)
+            yield on_ranks(sizes, f"{name} held {text_of(options)}", play)
+
+
+def on_ranks(sizes: Sequence[int], name: str, play: Callable[[Record], None]) -> Case:
+    """A case of a mesh of these sizes."""
+    count = torch.Size(sizes).numel()
+    return Case(f"{count} ranks, {name}", play, count)
+
+
+def make_sharded(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    step: int,
+    options: Options,
+    others: Options | None = None,
+) -> ProdigyPlusScheduleFree:
+    """The optimiser of sharded parameters; what it shares among all processes is told by ``True``."""
+    found = {name: dist.group.WORLD if value is True else value for name, value in (others or {}).items()}
+    return sharded_optimizer_of(groups_of(parameters, options), options, **found)
+
+
+def make_different(
+    model: nn.Module, parameters: list[nn.Parameter], step: int, options: Options, sharded: bool = False
+) -> ProdigyPlusScheduleFree:
+    """An optimiser of groups that differ."""
+    return (sharded_optimizer_of if sharded else optimizer_of)(several(parameters), options)
+
+
+def shared() -> Iterator[Case]:
+    """Plain tensors on two processes: other parameters on each, or copies that share Muon's work."""
+
+    def stage(record: Record, options: Options) -> None:
+        rank = dist.get_rank()
+        shapes = tuple((*shape, 1) if len(shape) == 1 + rank else shape for shape in SMALL_SHAPES[rank:])
+        make = functools.partial(make_sharded, options=options, others={"process_group": True})
+        Play(make=make, shapes=shapes, lacks=lambda n, step: False)(record)
+
+    for options in ({}, ADAM, MUON, SPEED, {"split_groups_mean": False}, {**CAUTIOUS, **HALF_Z}):
+        yield on_ranks((2,), f"process_group {text_of(options)}", functools.partial(stage, options=options))
+    for options in products([MUON], [{}, ADAM, CAUTIOUS, {"muon_batched": True}, {"muon_fp32": True}]):
+        make = functools.partial(make_sharded, options=options, others={"replicas": True})
+        for dtype in (FLOAT32, BFLOAT16):
+            play = Play(make=make, shapes=SMALL_SHAPES, dtype=dtype)
+            yield on_ranks((2,), f"replicas {WIDTHS[dtype]} {text_of(options)}", play)
+
+
+def wrapped() -> Iterator[Case]:
+    """Models as torch shards them, each rank with gradients of its own."""
+    chosen: tuple[Options, ...] = (
+        {},
+        {**CAUTIOUS, **HALF_Z, **DECAY},
+        {"fused_back_pass": True},
+        {"fused_back_pass": True, **ADAM, **ADOPT},
+    )
+    for name, sizes in {"fully_shard": (2,), "HSDP": (2, 2), "FSDP x TP": (2, 2), "DDP": (2,)}.items():
+        for options in chosen:
+            for muon in (False, True):
+                play = functools.partial(play_wrapped, kind=name, sizes=sizes, options=options, muon=muon)
+                of = " with muon_groups" if muon else ""
+                yield on_ranks(sizes, f"model, {name}{of} {text_of(options)}", play)
+
+
+def play_wrapped(record: Record, kind: str, sizes: tuple[int, ...], options: Options, muon: bool) -> None:
+    """Train a model that is wrapped by torch."""
+    from prodigyplus import muon_groups
+
+    model, rank = Small(), dist.get_rank()
+    outer: nn.Module = model
+    if kind == "DDP":
+        outer = DistributedDataParallel(model, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
+    elif kind == "FSDP x TP":
+        mesh = mesh_of(sizes, ("fsdp", "tp"))
+        for block in model.blocks:
+            parallelize_module(block, mesh["tp"], ColwiseParallel(output_layouts=Replicate()))
+        parallelize_module(model.head, mesh["tp"], RowwiseParallel(input_layouts=Replicate()))
+        fully_shard(model, mesh=mesh["fsdp"])
+        rank = mesh["fsdp"].get_local_rank()
+    else:
+        mesh = mesh_of(sizes)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = sharded_optimizer_of(muon_groups(model) if muon else model.parameters(), options)
+    if options.get("fused_back_pass"):
+        optimizer.fuse_backward(outer)
+    train_model(record, outer, model, optimizer, rank)
+
+
+def all_cases() -> list[Case]:
+    """Every case, in the order in which they are played.
+
+    Raises:
+        ValueError: Two have one name.
+    """
+    kinds = (tables, groups, models, fused, held, odd, meshes, shared, wrapped)
+    cases: dict[str, Case] = {}
+    for case in itertools.chain.from_iterable(kind() for kind in kinds):
+        if case.name not in cases:  # what is alone may also be among pairs
+            cases[case.name] = case
+    return list(cases.values())
+
+
+def chosen_cases(only: str, *, without_compile: bool) -> list[Case]:
+    """Those whose names match, compiled ones too or not."""
+    return [
+        case for case in all_cases() if re.search(only, case.name) and not (without_compile and case.compiles)
+    ]
+
+
+def check_options() -> None:
+    """Refuse a checkout with an option that no case sets.
+
+    Raises:
+        ValueError: It has one.
+    """
+    from prodigyplus import ProdigyPlusScheduleFree
+
+    played = {name for options in (*ALONE, *TOGETHER) for name in options}
+    options = set(inspect.signature(ProdigyPlusScheduleFree).parameters) - {"params"}
+    if options - played:
+        raise ValueError(f"no case sets {', '.join(sorted(options - played))}: add one to ALONE.")
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+def play_here(cases: Sequence[Case], folder: Path, checkout: Path, rank: int) -> None:
+    """Play cases in this process, and write what they show.
+
+    Raises:
+        RuntimeError: The packages are not those of the checkout.
+    """
+    import prodigyplus
+
+    if checkout.resolve() not in Path(prodigyplus.__file__).resolve().parents:
+        raise RuntimeError(f"imported {prodigyplus.__file__}, which is not in {checkout}")
+    check_options()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    ranks = cases[0].ranks
+    if ranks > 1:
+        where = f"file://{folder}/store{ranks}"
+        dist.init_process_group(
+            "gloo", init_method=where, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        )
+    found: dict[str, dict[str, str]] = {}
+    for number, case in enumerate(cases):
+        record, error = Record(), ""
+        try:
+            case.play(record)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}".splitlines()[0]
+            record.hashes["raised"] = error
+        found[case.name] = record.hashes
+        torch.save(record.tensors, folder / f"{ranks}.{rank}.{number}.pt")
+        if error and ranks > 1:
+            break  # others may be waiting for what will not come: they are to see this end
+    (folder / f"{ranks}.{rank}.json").write_text(json.dumps(found))
+    os._exit(0)  # a process group that has lost a member does not end by itself
+
+
+def play_all(checkout: Path, folder: Path, given: argparse.Namespace) -> None:
+    """Start the processes that play the cases of a checkout, one number of ranks at a time.
+
+    Raises:
+        SystemExit: One of them failed otherwise than within a case.
+    """
+    folder.mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(checkout),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    cases = chosen_cases(given.only, without_compile=given.without_compile)
+    for ranks in sorted({case.ranks for case in cases}):
+        started = time.monotonic()
+        processes = []
+        for rank in range(ranks):
+            command = [sys.executable, str(HERE), "--old", str(checkout), "--only", given.only]
+            command += ["--without-compile"] if given.without_compile else []
+            command += ["--play", str(folder), str(ranks), str(rank)]
+            processes.append(subprocess.Popen(command, env=environment))
+        try:
+            codes = [process.wait(LONGEST) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(codes):
+            raise SystemExit(f"{checkout}: a process of {ranks} ended with {codes}")
+        count = sum(case.ranks == ranks for case in cases)
+        print(f"{checkout}: {count} cases on {ranks} in {time.monotonic() - started:.0f} s", flush=True)
+
+
+# ------------------------------------------------------------------------------------------ comparison
+
+
+def hashes_in(folder: Path, ranks: int, rank: int) -> dict[str, dict[str, str]]:
+    """What a process has written."""
+    written: dict[str, dict[str, str]] = json.loads((folder / f"{ranks}.{rank}.json").read_text())
+    return written
+
+
+def compare(folders: Sequence[Path], cases: Sequence[Case]) -> int:
+    """Print what differs; returns how many cases are the same."""
+    same = 0
+    for ranks in sorted({case.ranks for case in cases}):
+        found = [[hashes_in(folder, ranks, rank) for rank in range(ranks)] for folder in folders]
+        for number, case in enumerate(its for its in cases if its.ranks == ranks):
+            lines = []
+            for rank in range(ranks):
+                old, new = (of_ranks[rank].get(case.name, {}) for of_ranks in found)
+                tensors = [folder / f"{ranks}.{rank}.{number}.pt" for folder in folders]
+                line = difference(old, new, tensors)
+                lines += [f"rank {rank}: {line}" if ranks > 1 else line] if line else []
+            if lines:
+                told = next((line for line in lines if "raised" in line), lines[0])
+                print(f"DIFFERS  {case.name}: {told}")
+            same += not lines
+    return same
+
+
+def difference(old: Mapping[str, str], new: Mapping[str, str], files: Sequence[Path]) -> str:
+    """What to say of a case on one rank, nothing if it is the same."""
+    for name, hashes in (("old", old), ("new", new)):
+        if "raised" in hashes:
+            return f"raised in {name}: {hashes['raised']}"
+        if not hashes:
+            return f"not played in {name}"
+    if old == new and list(old) == list(new):
+        return ""
+    missing = [what for what in (*old, *new) if (what in old) != (what in new)]
+    if missing:
+        return f"only in {'old' if missing[0] in old else 'new'}: {', '.join(missing[:4])}"
+    different = [what for what in old if old[what] != new[what]]
+    if not different:
+        return "the same, in another order"
+    kept = [torch.load(file, weights_only=True) for file in files]
+    distances = {what: distance(*(its[what] for its in kept)) for what in different if what in kept[0]}
+    finite = {what: value for what, value in distances.items() if value == value}
+    largest = max(finite, key=finite.__getitem__, default="")
+    by = f"; by {finite[largest]:.1e} at most, in {largest}" if largest else ""
+    return f"{len(different)} of {len(old)}, first {', '.join(different[:3])}{by}"
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two tensors; NaN if they cannot be compared."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return float("nan")
+    return (one.double() - other.double()).abs().max().item() if one.numel() else 0.0
+
+
+def main() -> None:
+    """Play and compare; or, in a process that was started so, play."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--old", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--new", type=Path, metavar="CHECKOUT", default=HERE.parent.parent)
+    parser.add_argument("--only", metavar="PATTERN", default="")
+    parser.add_argument("--without-compile", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--play", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    cases = chosen_cases(given.only, without_compile=given.without_compile)
+    if given.list:
+        print("\n".join(case.name for case in cases))
+        return
+    if given.old is None:
+        parser.error("--old CHECKOUT is needed")
+    if not cases:
+        parser.error(f"no case has {given.only!r} in its name")
+    if given.play:
+        folder, ranks, rank = Path(given.play[0]), int(given.play[1]), int(given.play[2])
+        play_here([case for case in cases if case.ranks == ranks], folder, given.old, rank)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / name for name in ("old", "new")]
+        for checkout, folder in zip((given.old, given.new), folders, strict=True):
+            play_all(checkout.resolve(), folder, given)
+        same = compare(folders, cases)
+    print(f"{len(cases)} cases, {same} of them the same to the bit")
+    sys.exit(same != len(cases))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One step: its order (``rule``), how many tensors take it at once (``driver``), and its groups' numbers."""

@@ -1,0 +1,99 @@
+"""The numbers of parameter groups as columns: one tensor of shape (groups,) for each number.
+
+What stands in ``param_groups`` are views of them, 0-dim tensors on the device of the parameters: either shows
+what was written to the other. No step reads one back to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prodigyplus.terms.layout import wide_dtype
+
+
+def first_numbers(d0: float) -> dict[str, float | int]:
+    """A new group's numbers, each as a plain number; the keys are those of ``param_groups``.
+
+    ===================  =============================================================================
+    ``d``                step size of the group
+    ``shared_d``         step size that multiplies ``lr``: ``d``, or a mean of several groups'
+    ``d_hat``            last estimate ``d_numerator / d_denom``, before limiter and ``d_coef``
+    ``in_mean``          1 once ``d`` counts in a mean of several groups', else 0
+    ``d_numerator``      N, the decayed sum of ⟨g, p0 − z⟩, weighted
+    ``max_d_numerator``  the largest N so far
+    ``d_denom``          ‖s‖₁ of the last step
+    ``weight_sum``       Σ dlr², the Schedule-Free weights so far
+    ``effective_lr``     lr·(1 − β1(1 − c)) of the last step, times RAdam's rectification
+    ``k``                steps that counted so far
+    ``skipped``          steps skipped for an inf or NaN in a gradient
+    ===================  =============================================================================
+    """
+    numbers = dict.fromkeys(("d", "shared_d", "d_hat"), float(d0))
+    zeros = dict.fromkeys(("d_numerator", "max_d_numerator", "d_denom", "weight_sum", "effective_lr"), 0.0)
+    return {**numbers, "in_mean": 0.0, **zeros, "k": 0, "skipped": 0}
+
+
+NUMBERS = tuple(first_numbers(1.0))
+_COUNTS = ("k", "skipped")
+
+_CPU = torch.device("cpu")
+
+
+def as_tensor(name: str, value: float | Tensor, device: torch.device = _CPU) -> Tensor:
+    """A group's number as a 0-dim tensor on ``device``: int64, or float64 where the device has it."""
+    dtype = torch.int64 if name in _COUNTS else wide_dtype(device)
+    return torch.as_tensor(value, dtype=dtype, device=device)
+
+
+def to_python_numbers_(groups: Sequence[dict[str, Any]], names: Iterable[str] = NUMBERS) -> None:
+    """Make 0-dim tensors in ``groups`` plain numbers, in place: one wait for the device, not one a number.
+
+    Args:
+        groups: Dicts with such tensors, or plain numbers already.
+        names: The keys under which they are.
+    """
+    found = [(group, name) for group in groups for name in names if isinstance(group[name], Tensor)]
+    if found:
+        values = torch.stack([group[name].double() for group, name in found]).tolist()
+        for (group, name), value in zip(found, values, strict=True):
+            group[name] = value if group[name].is_floating_point() else int(value)
+
+
+class Columns:
+    """The numbers of all groups, and what stands in ``param_groups`` made views of them.
+
+    Args:
+        groups: ``param_groups``, with plain numbers or 0-dim tensors.
+        device: Where the columns are to be.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+        self.device = device
+        self._columns = {
+            name: torch.stack([as_tensor(name, group[name], device) for group in groups]) for name in NUMBERS
+        }
+        self._views = [
+            dict(zip(NUMBERS, row, strict=True))
+            for row in zip(*(column.unbind() for column in self._columns.values()), strict=True)
+        ]
+        for group, views in zip(groups, self._views, strict=True):
+            group.update(views)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._columns[name]
+
+    def are_of(self, groups: Sequence[dict[str, Any]], device: torch.device) -> bool:
+        """Whether these are the columns of ``groups`` on ``device``; not if a user has replaced a number."""
+        return (
+            device == self.device
+            and len(groups) == len(self._views)
+            and all(
+                group[name] is view
+                for group, views in zip(groups, self._views, strict=True)
+                for name, view in views.items()
+            )
+        )

@@ -1,0 +1,157 @@
+"""The passes through ``torch.compile``: what ``compile=True`` runs, for the kinds of stacks that it admits.
+
+Run operator by operator, each operator is a pass over memory, and a direction is kept from its sums to its
+move. Compiled, there is one pass that measures and one that moves, and the direction is computed in both
+rather than written and read; the functions are those of :mod:`prodigyplus.engine.passes`.
+
+Whatever changes from step to step comes as a tensor, and sizes are symbols: after the first steps nothing is
+compiled again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from prodigyplus import torch_private
+from prodigyplus.engine import passes
+from prodigyplus.engine.passes import Kind, Moments, Noise, Samples, State
+from prodigyplus.formulas import directions, moments
+from prodigyplus.terms import stacks
+from prodigyplus.terms.layout import strided_samples
+from prodigyplus.terms.scalars import Packed
+
+F = TypeVar("F", bound=Callable[..., object])
+
+# How many rows are summed at a time.
+_LANES = 16
+
+# The fields in which a kind may differ from the default one and still be compiled. A field that is not named
+# here is not: so a new option is not ignored, but runs operator by operator until somebody has tried it.
+_ADMITTED = frozenset({"direction", "z", "is_stable", "decays", "decays_by_lr", "use_speed"})
+_DIRECTIONS = ("adam", "atan2")
+
+
+def admits(kind: Kind) -> bool:
+    """Whether the passes of a kind are compiled."""
+    others = (name for name in Kind._fields if name not in _ADMITTED)
+    default = Kind()
+    return (
+        kind.direction in _DIRECTIONS
+        and kind.z is not None
+        and all(getattr(kind, name) == getattr(default, name) for name in others)
+    )
+
+
+def _compiled(function: F) -> F:
+    """A pass, compiled: once for each number of dimensions, dtype and kind that it is called with."""
+
+    # At the first call: whoever does not compile need not wait for the import of the compiler.
+    @functools.cache
+    def compiled() -> F:
+        made: F = torch.compile(  # type: ignore[call-overload]
+            function,
+            dynamic=True,
+            fullgraph=True,
+            recompile_limit=256,
+            options=torch_private.INDUCTOR_OPTIONS,
+        )
+        return made
+
+    @functools.wraps(function)
+    def call(*args: object) -> object:
+        return compiled()(*args)
+
+    return cast("F", call)
+
+
+def square_sums(grad: Tensor, row: int, column: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :func:`prodigyplus.formulas.moments.square_sums`."""
+    outer, inner = sorted((row, column))
+    if grad.shape[outer] % _LANES:
+        return moments.square_sums(grad, row, column, dtype)
+    along_inner, along_outer = _square_sums(grad, outer, inner, dtype)
+    return (along_inner, along_outer) if outer == row else (along_outer, along_inner)
+
+
+@_compiled
+def _square_sums(grad: Tensor, outer: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    squared = grad.to(dtype).square()
+    shape = squared.shape
+    # A few rows at a time: a sum along an outer dimension reads each line of the cache for itself.
+    lanes = squared.reshape(*shape[:outer], shape[outer] // _LANES, _LANES, *shape[outer + 1 :])
+    return squared.sum(inner, keepdim=True), lanes.sum(outer + 1).sum(outer, keepdim=True)
+
+
+def _measure_(
+    y: Tensor, grad: Tensor, state: State, feed: Moments, samples: Samples | None, n: Packed, kind: Kind
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """:func:`prodigyplus.engine.passes.measure_`, without keeping the direction."""
+    return passes.measure_(y, grad, state, feed, samples, None, n, kind, keeps_direction=False)
+
+
+def _move_(
+    y: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    roots: tuple[Tensor, ...],
+    scale: Tensor,
+    n: Packed,
+    kind: Kind,
+    noise: Noise,
+) -> None:
+    """:func:`prodigyplus.engine.passes.move_`, of the direction made anew.
+
+    Args:
+        y, z, n, kind, noise: See there.
+        grad: The stack of gradients.
+        roots: As :func:`measure_` gave them.
+        scale: A factor for each direction; shape (count,), or 0-dim.
+    """
+    across = n.across(grad.ndim - 1)
+    u = passes.direction(grad, roots, across, kind)
+    passes.move_(y, z, u, stacks.across(scale, u), across, kind, noise)
+
+
+measure_, move_ = _compiled(_measure_), _compiled(_move_)
+
+
+@_compiled
+def measure_and_move_(
+    y: Tensor,
+    grad: Tensor,
+    state: State,
+    feed: Moments,
+    every: int,
+    n: Packed,
+    kind: Kind,
+    numel: int,
+    noise: Noise,
+) -> dict[str, Tensor]:
+    """Both passes on tensors that are whole here, with nothing to ask in between: one call in place of two.
+
+    Args:
+        y, grad, state, feed, n, kind, noise: As for :func:`measure_` and :func:`move_`.
+        every: The distance of two samples; 0 where the step size does not adapt.
+        numel: How many elements a tensor has.
+    """
+    assert kind.z is not None
+    z, dims, samples = state[kind.z], grad.ndim - 1, None
+    if every:
+        samples = Samples.of(lambda stack: strided_samples(stack, dims, 0, every), y, grad, z, kind)
+        samples = Samples(*map(_written, samples))
+    sums, roots = _measure_(y, grad, state, feed, samples, n, kind)
+    scale = directions.stable_scale(sums["uu"], numel) if kind.is_stable else n.across(0).unit
+    _move_(y, z, grad, roots, scale, n, kind, noise)
+    return sums
+
+
+def _written(values: Tensor) -> Tensor:
+    """``values``, in memory: else each loop that reads them computes them, from what lies far apart."""
+    values = values.contiguous()
+    # As itself; but what as_strided() is given, Inductor writes.
+    return values.as_strided(values.shape, values.stride())

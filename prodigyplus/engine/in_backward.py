@@ -1,0 +1,82 @@
+"""Moving parameters within the backward pass, as their gradients come: hooks of parameters.
+
+Whoever sums gradients over processes elsewhere than before these hooks has hooks of its own, as
+``prodigyplus_dist`` has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Take = Callable[[Tensor, Tensor], bool]
+"""Moves a parameter by its gradient, now or soon; returns whether the gradient is consumed."""
+
+
+class Hooks(Protocol):
+    """Where gradients are consumed within backward passes; see :class:`ParameterHooks`."""
+
+    def attach(self, model: nn.Module, parameters: Mapping[str, Tensor], take: Take) -> list[RemovableHandle]:
+        """Let backward passes of ``model`` give the gradients of ``parameters`` to ``take``.
+
+        Raises:
+            ValueError: Where its hooks run, gradients are not whole.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Take the gradients that a backward pass has left waiting."""
+        ...
+
+
+class ParameterHooks:
+    """The hooks of one process: a parameter's own, which run once its gradient is complete."""
+
+    def attach(self, model: nn.Module, parameters: Mapping[str, Tensor], take: Take) -> list[RemovableHandle]:
+        # DDP sums gradients over processes after a hook has seen them; a launcher tells of it beforehand.
+        wrapped = any(hasattr(module, "register_comm_hook") for module in model.modules())
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if wrapped or processes != "1":
+            raise ValueError(
+                "fuse_backward: gradients are summed over processes"
+                + (" (DistributedDataParallel)" if wrapped else f" (WORLD_SIZE={processes})")
+                + ", which a hook of a parameter does not see: use ShardedProdigyPlusScheduleFree, of the "
+                "package beside this one, which waits for it."
+            )
+        return hook_parameters(parameters, take)
+
+    def finish(self) -> None:
+        pass
+
+
+def hook_parameters(parameters: Mapping[str, Tensor], take: Take) -> list[RemovableHandle]:
+    """A hook for each parameter, which gives its gradient to ``take`` and frees it."""
+
+    def consume(p: Tensor) -> None:
+        if p.grad is not None and take(p, p.grad):
+            p.grad = None
+
+    return [
+        p.register_post_accumulate_grad_hook(consume)  # type: ignore[no-untyped-call]
+        for p in parameters.values()
+    ]
+
+
+def fusable(model: nn.Module, groups: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The parameters of a model, by their names, that are to be moved in a backward pass.
+
+    Raises:
+        ValueError: There are none.
+    """
+    ours = {p for group in groups if group["fused_back_pass"] for p in group["params"]}
+    parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p in ours}
+    if not parameters:
+        raise ValueError(
+            "fuse_backward: no parameter of the model is in a group with fused_back_pass=True. Pass "
+            "fused_back_pass=True to the optimiser, and the model whose parameters it was given."
+        )
+    return parameters

@@ -1,0 +1,310 @@
+"""The passes of a step over a stack of tensors: pure functions, whose branches hang on one small ``Kind``.
+
+``squares`` reads the gradient. ``measure_`` reads it, moves the second moment and Prodigy's evidence, and
+gives the sums that the step needs. ``move_`` reads gradient, y and z, and writes y and z; where Cautious or
+Grams mask the move, it proposes one, and ``finish_`` makes it. Without Schedule-Free there is a pass more,
+before ``measure_``: ``momentum_`` moves the first moment.
+
+Between two passes sums are completed over shards: what calls them is :mod:`prodigyplus.engine.rule`. They
+run operator by operator, and then keep the direction from ``measure_`` to ``move_``; or through
+``torch.compile``, which computes it in both (see :mod:`prodigyplus.engine.compiled`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from prodigyplus.formulas import directions, moments, prodigy, schedule_free, stochastic_rounding, variants
+from prodigyplus.options import Options
+from prodigyplus.terms import stacks
+from prodigyplus.terms.scalars import Numbers, Scalars
+
+State = Mapping[str, Tensor]
+
+Noise = tuple[Sequence[Tensor], Tensor] | None
+"""What :func:`prodigyplus.formulas.stochastic_rounding.noise` takes; None to round to the nearest."""
+
+
+class Kind(NamedTuple):
+    """Which operators the passes of a stack consist of; of the same kind are stacks that need the same."""
+
+    direction: Literal["adam", "atan2", "focus", "muon"] = "adam"
+    z: str | None = schedule_free.BASE  # the entry of the state that has z, or its offset from y
+    use_adopt: bool = False
+    use_orthograd: bool = False
+    mask: Literal["cautious", "grams"] | None = None
+    is_stable: bool = True  # StableAdamW
+    decays: bool = False
+    decays_by_lr: bool = True
+    use_speed: object = False
+
+    @classmethod
+    def of(cls, o: Options, state: State, numel: int) -> Kind:
+        """The kind of a stack.
+
+        Args:
+            o: Its group's options.
+            state: The state of one of its parameters.
+            numel: The number of elements of a whole tensor.
+        """
+        direction: Literal["adam", "atan2", "focus", "muon"] = "atan2" if o.eps is None else "adam"
+        return cls(
+            direction="muon" if o.use_muon_pp else "focus" if o.use_focus else direction,
+            z=next((key for key in (schedule_free.BASE, schedule_free.OFFSET) if key in state), None),
+            use_adopt=o.use_adopt,
+            use_orthograd=o.use_orthograd and numel > 1,
+            mask="cautious" if o.use_cautious else "grams" if o.use_grams else None,
+            is_stable=o.use_stableadamw,
+            decays=o.weight_decay > 0,
+            decays_by_lr=o.weight_decay_by_lr,
+            use_speed=o.use_speed,
+        )
+
+    @property
+    def is_offset(self) -> bool:
+        """Whether z − y is kept in the place of z."""
+        return self.z == schedule_free.OFFSET
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether there is a first moment."""
+        return self.z is None
+
+
+class Moments(NamedTuple):
+    """What feeds the second moment of a stack."""
+
+    squares: State  # the whole sums of g² by rows, columns and matrices, where it is factored
+    sizes: tuple[int, int]  # and how many rows and columns a tensor has
+
+
+class Samples(NamedTuple):
+    """The samples of a stack that are evidence; shapes (count, samples)."""
+
+    grad: Tensor
+    base: Tensor  # of the base iterates z; without Schedule-Free, of y
+
+    @classmethod
+    def of(
+        cls, sample: Callable[[Tensor], Tensor], y: Tensor, grad: Tensor, z: Tensor | None, kind: Kind
+    ) -> Samples:
+        """Those of stacks; z may be its offset from y. What ``sample`` gives are the samples of a stack."""
+        if z is None:
+            return cls(sample(grad), sample(y))
+        return cls(sample(grad), sample(y) + sample(z) if kind.is_offset else sample(z))
+
+
+def momentum_(y: Tensor, grad: Tensor, state: State, n: Scalars, kind: Kind) -> tuple[Tensor, Tensor | None]:
+    """Move the first moment.
+
+    Args:
+        y, grad: Stacks of the weights and of the gradients, (count, *local shape).
+        state: The stack's state.
+        n: The numbers of the step, in shapes that broadcast.
+        kind: The stack's.
+
+    Returns:
+        What the direction is made of, a new tensor: the first moment on the scale of g, of gradients or with
+        ADOPT of normalised ones, masked; and of Cautious, how many elements of each tensor agree.
+    """
+    raw = grad.to(n.d.dtype)
+    if kind.direction == "muon":
+        return moments.advance_first_(state, n.gated(raw), n), None
+    if kind.use_adopt:
+        u = n.gated_(_normalised(raw, denominator(state, n, kind), y, state, n, kind))
+        raw = variants.adopt_clip_(u, n.adopt_clip)
+    else:
+        raw = n.gated(raw)
+    return mask_(moments.advance_first_(state, raw, n).div_(n.d), raw, kind)
+
+
+def measure_(
+    y: Tensor,
+    grad: Tensor,
+    state: State,
+    feed: Moments,
+    samples: Samples | None,
+    momentum: Tensor | None,
+    n: Numbers,
+    kind: Kind,
+    *,
+    keeps_direction: bool,
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """Move the second moment and Prodigy's evidence, and give the sums that the step needs.
+
+    Args:
+        y, grad, state, kind: As for :func:`momentum_`.
+        feed: What feeds the second moment.
+        samples: The evidence for the step size; None where that does not adapt.
+        momentum: What :func:`momentum_` gave, overwritten; None with Schedule-Free.
+        n: The numbers of the step.
+        keeps_direction: Whether the direction is kept.
+
+    Returns:
+        Local sums by their names, of shapes (count,): those of the evidence, and of the direction ``uu``, or
+        with OrthoGrad ``uu``, ``wu`` and ``ww``. And what :func:`move_` takes for the direction: itself, or
+        what it can be made of.
+    """
+    across = n.across(grad.ndim - 1)
+    sums: dict[str, Tensor] = {}
+    kept: tuple[Tensor, ...] = ()
+    if kind.direction != "muon":
+        wide = grad.to(across.d.dtype)
+        # ADOPT normalises by the second moment of the gradients before this one.
+        before = denominator(state, across, kind) if kind.use_adopt and momentum is None else None
+        _advance_second_(y, wide, state, feed, across, kind)
+        roots = _roots(state, across, kind)
+        if kind.use_adopt and momentum is not None:
+            u = momentum
+        else:
+            by = before if before is not None else denominator(state, across, kind, roots)
+            u = _normalised(wide if momentum is None else momentum, by, y, state, across, kind)
+        if momentum is None:
+            across.gated_(u)
+        kept = (u,) if keeps_direction else roots
+        del wide, before
+        if kind.use_orthograd:
+            sums |= variants.dots(u, base(y, state, kind))._asdict()
+        elif kind.is_stable:
+            sums["uu"] = stacks.square_total(u)
+    if samples is not None:
+        over = n.across(1)
+        of_grad = over.gated(samples.grad.to(over.d.dtype))
+        sums |= prodigy.evidence_sums_(of_grad, samples.base, state, kind.use_speed, over)
+    return sums, kept
+
+
+def move_(
+    y: Tensor,
+    z: Tensor | None,
+    u: Tensor,
+    scale: Tensor,
+    n: Scalars,
+    kind: Kind,
+    noise: Noise,
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Move y and z in place; or, where the move is masked, z alone, and propose y's.
+
+    Args:
+        y, z: Stacks of the weights, and of the base iterates or their offsets; (count, *local shape).
+        u: Stacks of the directions; overwritten.
+        scale: A factor for each direction, in a shape that broadcasts.
+        n, kind: As for :func:`momentum_`.
+        noise: That of the rounding.
+
+    Returns:
+        What :func:`finish_` takes: y's decrease, how many of its elements agree (Cautious), and z in the
+        dtype of the computation. None where there is nothing to finish.
+    """
+    wide_y, step = y.to(u.dtype), n.dlr * scale
+    if z is None:
+        schedule_free.descend_(wide_y, u, step, n, decays=kind.decays)
+        write_(y, wide_y, None, None, noise)
+        return None
+    wide_z = z.to(u.dtype)
+    if kind.mask is None:
+        schedule_free.step_(wide_y, wide_z, u, step, n, decays=kind.decays, is_offset=kind.is_offset)
+        write_(y, wide_y, z, wide_z, noise)
+        return None
+    decrease = schedule_free.propose_(
+        wide_y,
+        wide_z,
+        u,
+        step,
+        n,
+        decays=kind.decays,
+        decays_by_lr=kind.decays_by_lr,
+        is_offset=kind.is_offset,
+    )
+    return *mask_(decrease, u, kind), wide_z
+
+
+def finish_(
+    y: Tensor, z: Tensor | None, decrease: Tensor, wide_z: Tensor, n: Scalars, kind: Kind, noise: Noise
+) -> None:
+    """Take the decrease that :func:`move_` proposed off y, in place, and write z; the arguments as there."""
+    wide_y = y.to(decrease.dtype)
+    schedule_free.accept_(
+        wide_y,
+        wide_z,
+        decrease,
+        n,
+        decays=kind.decays,
+        decays_by_lr=kind.decays_by_lr,
+        is_offset=kind.is_offset,
+    )
+    write_(y, wide_y, z, wide_z, noise)
+
+
+def write_(y: Tensor, wide_y: Tensor, z: Tensor | None, wide_z: Tensor | None, noise: Noise) -> None:
+    """Write y and z from what was computed in a wider dtype."""
+    bits = None if noise is None else stochastic_rounding.noise(*noise)
+    stochastic_rounding.write_(y, wide_y, bits, stochastic_rounding.low_half)
+    if z is not None and wide_z is not None:
+        stochastic_rounding.write_(z, wide_z, bits, stochastic_rounding.high_half)
+
+
+def mask_(move: Tensor, grad: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
+    """Cautious and Grams, in place: a move that agrees with a gradient in sign. Overwrites ``grad``.
+
+    Returns:
+        The move; and of Cautious, to be scaled up by the fraction that they make, how many elements of each
+        tensor are left.
+    """
+    if kind.mask == "cautious":
+        return move, variants.cautious_(move, grad)
+    return (variants.grams_(move, grad) if kind.mask == "grams" else move), None
+
+
+def denominator(state: State, n: Scalars, kind: Kind, roots: tuple[Tensor, ...] | None = None) -> Tensor:
+    """What a gradient is normalised by: its deviation, a new tensor; with FOCUS, the weights' average.
+
+    Args:
+        state, n, kind: As for :func:`momentum_`.
+        roots: What it is made of, if that is known.
+    """
+    roots = _roots(state, n, kind) if roots is None else roots
+    if kind.direction == "focus":
+        # With ADOPT it is moved before it is used.
+        return roots[0].to(n.d.dtype, copy=kind.use_adopt)
+    return moments.deviation(roots, n.d, n.eps, n.d.dtype)
+
+
+def direction(grad: Tensor, roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:
+    """Adam's direction made anew, of what :func:`measure_` gave without keeping it."""
+    by = moments.deviation(roots, n.d, n.eps, n.d.dtype)
+    return n.gated_(_normalised(grad, by, grad, {}, n, kind))
+
+
+def _roots(state: State, n: Scalars, kind: Kind) -> tuple[Tensor, ...]:
+    if kind.direction == "focus":
+        return (state["exp_avg_weight"],)
+    return moments.roots(state, n.d, n.d.dtype)
+
+
+def _advance_second_(y: Tensor, grad: Tensor, state: State, feed: Moments, n: Scalars, kind: Kind) -> None:
+    if kind.direction == "focus":
+        moments.advance_weight_(state, base(y, state, kind).to(grad.dtype), n)
+    elif feed.squares:
+        moments.advance_factors_(state, feed.squares, feed.sizes, n)
+    else:
+        moments.advance_full_(state, grad, n)
+
+
+def base(y: Tensor, state: State, kind: Kind) -> Tensor:
+    """What the weights are to FOCUS and OrthoGrad: the base iterate z, or without Schedule-Free y."""
+    return y if kind.z is None else schedule_free.base_iterate(y, state)
+
+
+def _normalised(numerator: Tensor, by: Tensor, y: Tensor, state: State, n: Scalars, kind: Kind) -> Tensor:
+    """The direction, in place in ``by``, or a new tensor."""
+    if kind.direction == "focus":
+        return variants.focus(numerator, by, base(y, state, kind).to(numerator.dtype))
+    # Where no gradient was before this one, ADOPT has nothing to divide it by.
+    unknown = by <= n.eps if kind.use_adopt else None
+    normalise_ = directions.atan2_ if kind.direction == "atan2" else directions.adam_
+    u = normalise_(numerator, by)
+    return u if unknown is None else u.masked_fill_(unknown, 0)

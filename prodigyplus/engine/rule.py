@@ -1,0 +1,360 @@
+"""One step of a stack of parameters, from their gradients to their new weights, as a generator.
+
+``update`` is the order of a step, and the only place that says it: passes over memory (see
+:mod:`prodigyplus.engine.passes`), and between them what they need to know of the whole tensors. It knows
+nothing of processes: it yields the sums over the pieces that it holds, and is sent the sums over the whole.
+
+Small parameters of one shape move as one stack, so every tensor here has a dimension more before its own,
+(count, *local shape).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus.engine import compiled, passes
+from prodigyplus.engine.groups import GroupStep
+from prodigyplus.engine.passes import Kind, Moments, Noise, Samples
+from prodigyplus.formulas import directions, moments, muon, prodigy, stochastic_rounding, variants
+from prodigyplus.terms import stacks
+from prodigyplus.terms.layout import Layout
+from prodigyplus.terms.requests import Matrices, Method, Requests, Sum
+from prodigyplus.terms.scalars import Constants, Scalars
+
+Answers = dict[str, Tensor]
+Rule = Generator[Requests, Answers, None]
+
+
+class ParamStep(NamedTuple):
+    """What a parameter brings to a step: plain local tensors, and where they lie."""
+
+    weight: Tensor  # y, changed in place
+    grad: Tensor  # of the same shape; zeros where there is none here, but may be elsewhere
+    state: dict[str, Tensor]  # see prodigyplus/state.py; changed in place
+    layout: Layout
+    group: GroupStep
+    number: int  # of the parameter in the optimiser, from 1
+    # Whether its gradient is here; None where nobody needs to ask, since every shard has one if this one has.
+    present: bool | None
+
+    @property
+    def stack_key(self) -> tuple[object, ...]:
+        """Parameters of equal keys may be stacked; the same on all ranks."""
+        dtypes = [tensor.dtype for tensor in self.state.values()]
+        weight, grad = self.weight, self.grad
+        # Groups and layouts live as long as the step, and there is one layout object for each layout.
+        return id(self.group), id(self.layout), weight.device, weight.dtype, grad.dtype, *self.state, *dtypes
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether Muon moves it, by a direction of whole matrices."""
+        return self.group.options.use_muon_pp
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its direction on the rank that has most of it."""
+        return self.layout.max_local_numel * compute_dtype(self.weight).itemsize
+
+
+@dataclass(slots=True)
+class Stack:
+    """Parameters of one stack key, or a single one, that move as one."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    layout: Layout
+    group: GroupStep
+    numbers: list[int]
+    present: list[bool] | None
+    nbytes: int
+    is_matrix: bool
+
+    @classmethod
+    def of(cls, params: Sequence[ParamStep]) -> Stack:
+        """The stack of parameters of equal stack keys."""
+        first = params[0]
+        return cls(
+            [param.weight for param in params],
+            [param.grad for param in params],
+            [param.state for param in params],
+            first.layout,
+            first.group,
+            [param.number for param in params],
+            None if first.present is None else [bool(param.present) for param in params],
+            len(params) * first.nbytes,
+            first.is_matrix,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic."""
+        return compute_dtype(self.weights[0])
+
+    @property
+    def kind(self) -> Kind:
+        """Which operators its passes consist of."""
+        return Kind.of(self.group.options, self.states[0], self.layout.numel)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the gradients are evidence for the step size; once their state is freed, they are not."""
+        return self.group.adapts and "p0" in self.states[0]
+
+    @property
+    def cost(self) -> tuple[int, int, int]:
+        """The cost of orthogonalising a matrix of it, and its shape: matrices are ordered by it."""
+        _, rows, columns = muon.sizes(self.layout.shape, batched=self.group.options.muon_batched)
+        return muon.cost(rows, columns), rows, columns
+
+    def noise(self, z: str | None, step: Tensor, constants: Constants) -> Noise:
+        """What the weights and z are rounded with; None where they are not rounded stochastically.
+
+        Args:
+            z: The entry of the state that has z, if there is any.
+            step: The number of the step.
+            constants: The optimiser's.
+        """
+        kept = [self.weights[0].dtype, *([] if z is None else [self.states[0][z].dtype])]
+        if not self.group.options.stochastic_rounding or torch.bfloat16 not in kept:
+            return None
+        numbers = constants.on(step.device, self.numbers)
+        return self.layout.index_terms(self.weights[0].device), stochastic_rounding.seeds(step, numbers)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that the arithmetic on a tensor is done in: never below float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def update(stack: Stack, constants: Constants) -> Rule:
+    """One step of a stack.
+
+    Args:
+        stack: Its weights and states are changed in place.
+        constants: The optimiser's.
+
+    Yields:
+        Requests, to be sent their answers.
+    """
+    kind = stack.kind
+    compiles = stack.group.options.compile and compiled.admits(kind)
+    # The sums of the raw gradients' squares say whether the step happens at all.
+    squares = yield _squares(stack, compiled.square_sums if compiles else moments.square_sums)
+    n = _numbers(stack, squares)
+    work = (_CompiledWork if compiles else _Work)(
+        stack, kind, squares, n, stack.noise(kind.z, n.step, constants)
+    )
+
+    if kind.has_momentum:
+        yield from work.scale_up_(work.momentum_())
+    answers = yield from _asked(work.measure_())
+    if stack.adapts:
+        evidence = prodigy.evidence_(answers, work.state, kind.use_speed, n)
+        stack.group.observe(stack.numbers, *evidence)
+    if (agreeing := work.move_(answers)) is not None:
+        yield from work.scale_up_(agreeing)
+    work.finish_()
+
+
+def _asked(requests: Requests) -> Generator[Requests, Answers, Answers]:
+    """The answers to requests, if there are any."""
+    return (yield requests) if requests else {}
+
+
+def _squares(stack: Stack, square_sums: Callable[..., tuple[Tensor, Tensor]]) -> Requests:
+    """The sums of the raw gradients' squares, and where ranks may lack gradients, how many are here."""
+    layout = stack.layout
+    requests = moments.squares(
+        stacks.stack_copy(stack.grads),
+        layout,
+        factored=moments.is_factored(stack.states[0]),
+        dtype=stack.dtype,
+        square_sums=square_sums,
+    )
+    if stack.present is not None:
+        total = requests["total"].local
+        if all(stack.present):
+            present = torch.ones_like(total)
+        else:
+            present = torch.stack([torch.full_like(total[0], here) for here in stack.present])
+        requests["present"] = Sum(present, layout.dims, count_replicas=True)
+    return requests
+
+
+def _numbers(stack: Stack, squares: Answers) -> Scalars:
+    """The numbers of the step, those of a no-op where it is one for a parameter by itself."""
+    n = stack.group.scalars(stack.weights[0].device, stack.dtype)
+    if stack.group.skips_per_param:
+        n = n.where(squares["total"].isfinite())
+    if stack.present is not None and not all(stack.present):
+        n = n.where(squares["present"] > 0)
+    return n
+
+
+class _Work:
+    """The passes of one stack, operator by operator, and what it keeps between them.
+
+    Args:
+        stack: The stack.
+        kind: Its kind.
+        squares: The whole sums of its gradients' squares.
+        n: The numbers of the step.
+        noise: That of the rounding.
+    """
+
+    def __init__(
+        self, stack: Stack, kind: Kind, squares: Mapping[str, Tensor], n: Scalars, noise: Noise
+    ) -> None:
+        self.stack, self.kind, self.noise, self.n = stack, kind, noise, n
+        self.across = n.across(len(stack.layout.shape))
+        keys = stack.states[0]
+        self.state = {key: stacks.stack_view([state[key] for state in stack.states]) for key in keys}
+        self.y = stacks.stack_copy(stack.weights)
+        self.z = None if kind.z is None else self.state[kind.z]
+        self.feed = Moments({}, (0, 0))
+        if moments.is_factored(self.state):
+            sums = {key: squares[key] for key in moments.FACTORS}
+            self.feed = Moments(sums, moments.factored_sizes(stack.layout))
+        self._grad: Tensor | None = None  # held from the first pass to the last that reads it
+        self._masked: Tensor | None = None  # what scale_up_() scales
+        self._kept: tuple[Tensor, ...] = ()  # see passes.measure_
+        self._rest: Callable[[], object] | None = None  # of a move that is masked, what remains to be done
+
+    def grad(self) -> Tensor:
+        """The stack of gradients."""
+        if self._grad is None:
+            self._grad = stacks.stack_copy(self.stack.grads)
+        return self._grad
+
+    def samples(self) -> Samples | None:
+        """The evidence for the step size, if it adapts."""
+        if not self.stack.adapts:
+            return None
+        layout, every = self.stack.layout, self.stack.group.options.slice_p
+        return Samples.of(lambda stack: layout.sample(stack, every), self.y, self.grad(), self.z, self.kind)
+
+    def momentum_(self) -> Tensor | None:
+        """Move the first moment; where it is masked, returns what :meth:`scale_up_` asks for."""
+        self._masked, agreeing = passes.momentum_(self.y, self.grad(), self.state, self.across, self.kind)
+        return agreeing
+
+    def scale_up_(self, agreeing: Tensor | None) -> Generator[Requests, Answers, None]:
+        """Scale up what Cautious has left, by the fraction of the whole tensor's elements that agree."""
+        if agreeing is not None:
+            layout = self.stack.layout
+            whole = yield {"agreeing": Sum(agreeing, layout.dims)}
+            assert self._masked is not None
+            variants.scale_up_(self._masked, whole["agreeing"], layout.numel)
+
+    def measure_(self) -> Requests:
+        """Move the second moment and the evidence; returns what the move needs to know."""
+        momentum, self._masked = self._masked, None
+        sums, self._kept = passes.measure_(
+            self.y,
+            self.grad(),
+            self.state,
+            self.feed,
+            self.samples(),
+            momentum,
+            self.n,
+            self.kind,
+            keeps_direction=True,
+        )
+        requests = self._sums(sums)
+        if self.kind.direction == "muon":
+            return {**requests, "matrices": self._matrices()}
+        self._grad = None  # a copy, if the stack is of several
+        return requests
+
+    def _sums(self, sums: Mapping[str, Tensor]) -> dict[str, Sum | Matrices]:
+        return {name: Sum(value, self.stack.layout.dims) for name, value in sums.items()}
+
+    def _matrices(self) -> Matrices:
+        o, dtype = self.stack.group.options, self.stack.dtype
+        # What is finite in float64 need not be in bfloat16.
+        computed_in = dtype if o.muon_fp32 or dtype == torch.float64 else torch.bfloat16
+        moved_by = self.state["exp_avg"] if self.kind.has_momentum else self.grad()
+        assert len(moved_by) == 1, "matrices are stacked by whoever orthogonalises them"
+        method = Method(computed_in, o.muon_quintic, o.use_stableadamw)
+        return Matrices(moved_by[0], o.muon_batched, method, self.stack.numbers[0])
+
+    def move_(self, answers: Answers) -> Tensor | None:
+        """Move y and z; where the move is masked, propose it, and return what :meth:`scale_up_` asks for."""
+        y, z, n, kind, noise = self.y, self.z, self.across, self.kind, self.noise
+        u, scale = self._direction(answers)
+        if kind.direction == "muon" and kind.has_momentum and kind.mask:
+            # Here the direction is masked, which of matrices is known only now.
+            self._masked, agreeing = passes.mask_(u, n.gated(self.grad().to(u.dtype)), kind)
+            self._rest = lambda: passes.move_(y, z, u, scale, n, kind, noise)
+            return agreeing
+        proposed = passes.move_(y, z, u, scale, n, kind, noise)
+        if proposed is None:
+            return None
+        decrease, agreeing, wide_z = proposed
+        self._masked = decrease
+        self._rest = lambda: passes.finish_(y, z, decrease, wide_z, n, kind, noise)
+        return agreeing
+
+    def _direction(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        """The direction, and a factor of it that broadcasts; what is kept of it is let go."""
+        o, layout, n, kind = self.stack.group.options, self.stack.layout, self.across, self.kind
+        kept, self._kept = self._kept, ()
+        if kind.direction == "muon":
+            _, rows, columns = muon.sizes(layout.shape, batched=o.muon_batched)
+            u = n.gated(answers.pop("matrices").unsqueeze(0).to(self.stack.dtype))
+            return u, n.unit * muon.unit_rms(rows, columns)
+        (u,), scale, square = kept, n.unit, answers.get("uu")
+        if kind.use_orthograd:
+            dots = variants.Dots(*(answers[name] for name in variants.Dots._fields))
+            along, factor, square = variants.projection(dots, u.dtype)
+            base = passes.base(self.y, self.state, kind).to(u.dtype)
+            u.addcmul_(base, stacks.across(along, u), value=-1)
+            scale = stacks.across(factor, u)
+        if kind.is_stable:
+            assert square is not None
+            scale = scale * stacks.across(directions.stable_scale(square, layout.numel), u)
+        return u, scale
+
+    def finish_(self) -> None:
+        """Make a move that was proposed, and write back what lies in copies."""
+        if self._rest is not None:
+            self._rest()
+        stacks.unstack_(self.stack.weights, self.y)
+        for key, values in self.state.items():
+            stacks.write_back_([state[key] for state in self.stack.states], values)
+
+
+class _CompiledWork(_Work):
+    """The passes of one stack, compiled."""
+
+    def measure_(self) -> Requests:
+        stack, packed = self.stack, self.n.packed
+        if stack.layout.shard_axes:
+            samples = self.samples()
+            arguments = self.y, self.grad(), self.state, self.feed, samples, packed, self.kind
+            sums, self._kept = compiled.measure_(*arguments)
+            self._grad = None
+        else:  # there is nothing to wait for: the move is made with it
+            every = stack.group.options.slice_p if stack.adapts else 0
+            state, feed, numel = self.state, self.feed, stack.layout.numel
+            sums = compiled.measure_and_move_(
+                self.y, self.grad(), state, feed, every, packed, self.kind, numel, self.noise
+            )
+        return self._sums(sums)
+
+    def move_(self, answers: Answers) -> Tensor | None:
+        if self._kept:
+            scale = self.n.unit.expand(len(self.y))
+            if self.kind.is_stable:
+                scale = scale * directions.stable_scale(answers["uu"], self.stack.layout.numel)
+            assert self.z is not None
+            compiled.move_(
+                self.y, self.z, self.grad(), self._kept, scale, self.n.packed, self.kind, self.noise
+            )
+        return None

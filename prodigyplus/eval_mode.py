@@ -1,0 +1,153 @@
+"""The weights of training y and their average x: swapped in the model, lent to it, and copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prodigyplus.constraints import Constraints
+from prodigyplus.formulas import schedule_free
+from prodigyplus.placement import Placement
+from prodigyplus.terms.isolation import isolated
+
+State = Mapping[str, Tensor]
+
+
+class View(NamedTuple):
+    """What is seen of an optimiser here."""
+
+    groups: Sequence[dict[str, Any]]
+    state: Mapping[Tensor, State]
+    placement: Placement
+    constraints: Constraints
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters of all groups."""
+        return [p for group in self.groups for p in group["params"]]
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether some group is in eval mode."""
+        return any(group["use_schedulefree"] and not group["train_mode"] for group in self.groups)
+
+    def averaged(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The parameters of a group that are not their own average, with their local states."""
+        for p in group["params"]:
+            # Before the first step there may be state, but the weights are their own average.
+            if group["calls"] and schedule_free.is_averaged(self.state.get(p, {})):
+                yield p, {key: self.placement.local(value) for key, value in self.state[p].items()}
+
+
+class AverageSwap:
+    """Puts the average into the model and takes it out again; keeps what is under way."""
+
+    def __init__(self) -> None:
+        self.is_lent = False  # whether the average is in the model for the length of a context
+        # In eval mode, y of the parameters whose average was projected: of that, y could not be found again.
+        self._held: dict[Tensor, Tensor] = {}
+
+    def forget(self) -> None:
+        """The weights in the model are others now."""
+        self._held.clear()
+
+    @isolated
+    def swap_(self, view: View, *, train: bool) -> bool:
+        """Put y into the model, or x; returns whether another was there."""
+        groups = [g for g in view.groups if g["use_schedulefree"] and g["train_mode"] != train]
+        for group in groups:
+            # A schedule may have moved β1 since: y comes back by what x was made with.
+            beta1 = group["average_beta1"] if train else None
+            beta1 = group["betas"][0] if beta1 is None else beta1
+            for p, state in view.averaged(group):
+                if train:
+                    self._put_back_(view, p, state, beta1)
+                else:
+                    self._put_average_(view, p, state, beta1)
+            group["train_mode"], group["average_beta1"] = train, None if train else beta1
+        return bool(groups)
+
+    def _put_average_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
+        constraints, local = view.constraints.of(p), view.placement.local(p)
+        if constraints:
+            self._held[p] = p.detach().clone()
+        schedule_free.x_from_y(local, state, beta1, out=local)
+        for constraint in constraints:
+            p.copy_(constraint.projected(p))
+
+    def _put_back_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
+        held, local = self._held.pop(p, None), view.placement.local(p)
+        if held is not None:
+            p.copy_(held)
+        else:
+            schedule_free.y_from_x(local, state, beta1, out=local)
+
+    def averages(self, view: View) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter that does not hold x now, with its x, a new tensor."""
+        for group in view.groups:
+            if group["use_schedulefree"] and group["train_mode"] and not self.is_lent:
+                for p, state in view.averaged(group):
+                    x, local = torch.empty_like(p, requires_grad=False), view.placement.local
+                    schedule_free.x_from_y(local(p), state, group["betas"][0], out=local(x))
+                    for constraint in view.constraints.of(p):
+                        x = constraint.projected(x)
+                    yield p, x
+
+    @contextmanager
+    def lent(self, view: View) -> Iterator[None]:
+        """A context in which the model holds x; on leaving it every weight is what it was, bit for bit."""
+        before: list[tuple[Tensor, Tensor]] = []
+        try:
+            self._lend_(view, before)
+            yield
+        finally:
+            self.is_lent = False
+            _take_back_(before)
+            view.placement.forget_copies(view.parameters)
+
+    @isolated
+    def _lend_(self, view: View, before: list[tuple[Tensor, Tensor]]) -> None:
+        for p, x in self.averages(view):
+            before.append((p, p.detach().clone()))
+            p.copy_(x)
+        self.is_lent = True
+        view.placement.forget_copies(view.parameters)
+
+    @isolated
+    def state_dict_of(self, view: View, model: nn.Module) -> dict[str, Any]:
+        """``model.state_dict()`` with the averages in the place of the weights; tied ones are cloned."""
+        averages = {id(p): x for p, x in self.averages(view)}
+        entries: dict[str, Any] = {}
+        seen: set[int] = set()
+        # By id(): with keep_vars the entries are the parameters themselves, and tensors compare by value.
+        for name, value in model.state_dict(keep_vars=True).items():
+            entry = averages.get(id(value), value.detach() if isinstance(value, Tensor) else value)
+            if isinstance(value, Tensor):
+                entry = entry.clone() if id(value) in seen else entry
+                seen.add(id(value))
+            entries[name] = entry
+        return entries
+
+
+@isolated
+def _take_back_(before: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for p, y in before:
+        p.copy_(y)
+
+
+def check_model(view: View, model: nn.Module) -> None:
+    """Refuse a model none of whose parameters is the optimiser's.
+
+    Raises:
+        ValueError: It is one.
+    """
+    own = set(view.parameters)
+    if own and own.isdisjoint(model.parameters()):
+        raise ValueError(
+            "averaged_state_dict: none of the model's parameters is one of the optimiser's, which has "
+            "the average of no other: pass the model whose parameters it was given, not a copy of it."
+        )

@@ -1,0 +1,1 @@
+"""The formulas of the papers: pure functions on tensors, which know neither options nor processes."""

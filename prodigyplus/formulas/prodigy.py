@@ -1,0 +1,227 @@
+"""Prodigy (arXiv 2306.06101, algorithm 4): the step size ``d``, and the evidence that it goes by.
+
+Prodigy weighs the sum of ⟨g, p0 − z⟩ over the steps against a norm of the sum of the gradients, on samples:
+every ``slice_p``-th element. ``use_speed`` changes what is taken of them:
+
+================  ==========================================  =============================================
+``use_speed``     of a step's product                         of a step's norm
+================  ==========================================  =============================================
+``False``         ⟨g, p0 − z⟩                                 ‖s‖₁, with ``s ← β3 s + w·g``
+``True``          its sign                                    ‖s‖₁, with ``s ← β3 s + w·sign(g)``
+``"relative"``    its average ``m ← (1−k^-¾) m + k^-¾ ⟨…⟩``,  ‖p0 − z‖₂, the largest so far; only to look at
+                  over the largest ‖p0 − z‖₁ so far and over
+                  ``(1 + ‖p0 − z‖₂)²``
+================  ==========================================  =============================================
+
+``w`` is :func:`evidence_weight`, which multiplies the product too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus.terms import stacks
+from prodigyplus.terms.layout import wide_dtype
+from prodigyplus.terms.scalars import Scalars
+
+# How far the limiter lets d grow in one step.
+_LIMIT = 2**0.25
+
+# With SPEED, d grows to this power of itself at most; it is below 1.
+_SPEED_LIMIT = 0.975
+
+# How many times its start a d must be to count in a mean, how many times less than that it may be when it
+# joins late, and after how many steps that is.
+_LEAST_GROWTH, _NEAR, _EARLY = 10.0, 10.0, 30
+
+# Distances are not taken to be smaller.
+_SMALLEST_DISTANCE = 1e-8
+
+# What SPEED "relative" keeps of a parameter.
+AVERAGES = ("exp_avg_product", "max_l1", "max_l2")
+
+
+def evidence_sums_(
+    grad: Tensor, base: Tensor, state: Mapping[str, Tensor], use_speed: object, n: Scalars
+) -> dict[str, Tensor]:
+    """Move ``s`` in ``state``, and return the local sums that :func:`evidence_` makes evidence of.
+
+    They are taken in float64 over products rounded once, so that they hardly depend on how a tensor is cut
+    into shards.
+
+    Args:
+        grad: Samples of the raw gradients of a stack, in the dtype of the numbers, gated; (count, samples).
+        base: Samples of z (of y without Schedule-Free); the same shape.
+        state: The stack's state.
+        use_speed: The option.
+        n: The numbers of the step.
+
+    Returns:
+        Sums by their names; shapes (count,).
+    """
+    distance = state["p0"].to(grad.dtype, copy=True).sub_(base)
+    if use_speed == "relative":
+        distances = {"l1": distance.abs(), "l2_square": distance.square(), "product": distance.mul_(grad)}
+        return {name: stacks.total(values, wide_dtype(grad.device)) for name, values in distances.items()}
+    product = stacks.total(distance.mul_(grad), wide_dtype(grad.device))
+    s = state["s"].mul_(n.beta3).add_((grad.sign() if use_speed else grad) * n.prodigy_weight)
+    return {"product": product, "norm": stacks.total(s.abs(), wide_dtype(grad.device))}
+
+
+def evidence_(
+    sums: Mapping[str, Tensor], state: Mapping[str, Tensor], use_speed: object, n: Scalars
+) -> tuple[Tensor, Tensor]:
+    """Products and norms (see the module) from sums over whole tensors; shapes (count,).
+
+    Zeros where the gradient does not count. Moves what the relative kind keeps in ``state``.
+    """
+    if use_speed == "relative":
+        product, norm = _relative_(sums, state, n)
+    else:
+        product, norm = sums["product"], sums["norm"]
+    if use_speed is True:
+        product = product.sign()
+    return torch.where(n.observes, product, 0), torch.where(n.observes, norm, 0)
+
+
+def _relative_(sums: Mapping[str, Tensor], state: Mapping[str, Tensor], n: Scalars) -> tuple[Tensor, Tensor]:
+    average, l1, l2 = (state[key] for key in AVERAGES)
+    new, weight = sums["product"].to(average.dtype), n.ema_weight.to(average.dtype)
+    started = l1 > 0  # before, there is no average
+    moved = {
+        average: torch.lerp(torch.where(started, average, new), new, weight),
+        l1: sums["l1"].clamp(min=_SMALLEST_DISTANCE).maximum(l1),
+        l2: sums["l2_square"].sqrt().clamp(min=_SMALLEST_DISTANCE).maximum(l2),
+    }
+    for kept, value in moved.items():
+        kept.copy_(torch.where(n.observes, value, kept))
+    return average / (l1 * (1 + l2).square()), l2
+
+
+def evidence_weight(d: Tensor, d0: float | Tensor, sqrt_d0: float | Tensor, use_speed: object) -> Tensor:
+    """The weight of a step's gradient in Prodigy's statistics: d²/sqrt(d0), or sqrt(d)·d0 with SPEED."""
+    return d.sqrt() * d0 if use_speed is True else d.square() / sqrt_d0
+
+
+class Evidence(NamedTuple):
+    """What ``d`` goes by; shapes (groups,).
+
+    Args:
+        numerator: The decayed sum of the products, weighted.
+        largest: The largest numerator so far.
+        product, norm: This step's, summed over the group; the product weighted.
+    """
+
+    numerator: Tensor
+    largest: Tensor
+    product: Tensor
+    norm: Tensor
+
+
+class Estimator(NamedTuple):
+    """How ``d`` follows its evidence; numbers, or tensors of shape (groups,).
+
+    Args:
+        d0: The start.
+        d_coef: Multiplies the estimate.
+        beta3: Decay of the numerator.
+        beta4: Decay of a ``d`` that moves both ways; None for one that never shrinks.
+        use_speed: The option.
+        limits: Whether the estimate is limited.
+        limit, speed_coef: Numbers made of ``d_coef``, see :meth:`limit_of` and :meth:`speed_coef_of`.
+    """
+
+    d0: float | Tensor
+    d_coef: float | Tensor
+    beta3: float | Tensor
+    beta4: float | Tensor | None
+    use_speed: object
+    limits: bool
+    limit: float | Tensor
+    speed_coef: float | Tensor
+
+    @staticmethod
+    def limit_of(d_coef: float) -> float:
+        """How far the limiter lets an estimate grow in one step, before ``d_coef`` multiplies it."""
+        # Of a d_coef below 1 what it makes is limited: limited before, d would stay where it is.
+        return _LIMIT / min(1.0, d_coef)
+
+    @staticmethod
+    def speed_coef_of(d_coef: float) -> float:
+        """What multiplies an estimate of SPEED "relative"."""
+        return float(d_coef**0.125)
+
+
+def next_d(d: Tensor, evidence: Evidence, by: Estimator) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of Prodigy's step size.
+
+    Args:
+        d: Step sizes before the step; shape (groups,).
+        evidence, by: See there.
+
+    Returns:
+        The next ``d``, the estimate d̂ that it goes by, and the next numerator. Where the norm is zero,
+        nothing was observed, and ``d`` stays.
+    """
+    numerator, largest, product, norm = evidence
+    before = numerator
+    numerator = numerator * by.beta3
+    # Until progress is made, what is negative would only hold d down.
+    numerator = torch.where((d > by.d0) | (product > 0), numerator + product, numerator)
+    if by.use_speed == "relative":
+        grows = (numerator >= largest) & (numerator > 0) & (before > 0)
+        d_hat = torch.where(grows, d * (numerator / before).sqrt().clamp(max=_LIMIT), d)
+        estimate = torch.where(grows, d_hat * by.speed_coef, d)
+    else:
+        d_hat = numerator / norm
+        if by.use_speed:
+            estimate = torch.minimum(d_hat * by.d_coef, d**_SPEED_LIMIT)
+        else:
+            estimate = (torch.minimum(d_hat, d * by.limit) if by.limits else d_hat) * by.d_coef
+    if by.beta4 is None:
+        moved = torch.maximum(d, estimate)
+    else:
+        moved = d * by.beta4 + estimate.clamp(min=by.d0) * (1 - by.beta4)
+    return torch.where(norm > 0, moved, d), d_hat, numerator
+
+
+def shared_d(
+    d: Tensor, d0: float | Tensor, weight_sum: Tensor, k: Tensor, in_mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The step size in use in groups that share one: the harmonic mean of ``d`` over those with evidence.
+
+    A start is chosen too small, so what has not grown tenfold is no evidence. Groups that start together
+    count as soon as they have left ``d0``, and for good if they have grown so within their first steps. What
+    comes to that later (a group that has just been added, or whose gradients are noise) joins the others once
+    it is near their mean. So what has nothing to learn, is frozen at its start or has just come does not hold
+    the others back: it moves by their mean. Where nothing counts, the mean is over all that have moved.
+
+    Args:
+        d, d0, weight_sum, k, in_mean: Numbers of the groups (see ``engine/columns.py``); shapes (groups,).
+
+    Returns:
+        The mean in every group that has moved, in the others their own ``d``; and the next ``in_mean``.
+    """
+    moved, counts = weight_sum > 0, in_mean > 0
+    is_early = (k == k.max()) & (k <= _EARLY)
+    is_near = d * _NEAR >= _harmonic_mean(d, moved & counts)
+    counts = moved & (counts | ((d > _LEAST_GROWTH * d0) & (is_early | is_near)))
+    over = counts | (moved & is_early & (d > d0))
+    over = torch.where(over.any(), over, moved)
+    return torch.where(moved, _harmonic_mean(d, over), d), counts.to(d.dtype)
+
+
+def _harmonic_mean(d: Tensor, where: Tensor) -> Tensor:
+    """The harmonic mean of ``d`` over ``where`` (bool); 0 if that is nowhere. 0-dim."""
+    total = torch.where(where, 1 / d, 0.0).sum()
+    return torch.where(total > 0, where.sum() / total, 0.0)
+
+
+def in_mean_or_nan(d: Tensor, in_mean: Tensor, shares: Tensor) -> Tensor:
+    """The step sizes that count in a mean of several, nan in the place of the others; shape (groups,)."""
+    return torch.where((in_mean > 0) & (shares > 0), d, math.nan)

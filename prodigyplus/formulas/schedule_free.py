@@ -1,0 +1,159 @@
+"""Schedule-Free (arXiv 2405.15682): the weights of training y, of the base iterate z, the average x.
+
+    y = (1−β1) z + β1 x
+
+Only y (in the model) and z (in the state) are kept. In place of z, its offset z − y may be kept: rounded to
+bfloat16, that has a relative error of its own, where z would have one of the weights. Pure functions on
+tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from prodigyplus.terms.scalars import Scalars
+
+# The names of z in a parameter's state, and of z − y.
+BASE, OFFSET = "z", "z_minus_y"
+
+
+def averaging_weight(
+    weight: Tensor, weight_sum: Tensor, beta1: Tensor, strength: float | Tensor | None
+) -> Tensor:
+    """``c``, the weight of z in the average x.
+
+    Args:
+        weight: This step's, dlr².
+        weight_sum: The sum of the steps' weights, this one's included.
+        beta1: β1.
+        strength: ``schedulefree_c``, or None for 0: then ``c = weight / weight_sum``.
+
+    Returns:
+        ``c``, at most 1; 0 where the sum is 0.
+    """
+    c = torch.where(weight_sum > 0, weight / weight_sum, torch.zeros_like(weight))
+    if strength is not None:
+        c = (c * ((1 - beta1) * strength)).clamp_(max=1)
+    return c
+
+
+def y_fraction(beta1: Tensor, c: Tensor) -> Tensor:
+    """``1 − β1 (1 − c)``, the fraction of z's step that y makes."""
+    return 1 - beta1 * (1 - c)
+
+
+def is_averaged(state: Mapping[str, Tensor]) -> bool:
+    """Whether a parameter's state has z, in either form."""
+    return BASE in state or OFFSET in state
+
+
+def base_iterate(y: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """The base iterate z: the one in ``state`` itself, or a new tensor where its offset is kept."""
+    return state[BASE] if BASE in state else y + state[OFFSET]
+
+
+def step_(
+    y: Tensor, z: Tensor, u: Tensor, step: Tensor, n: Scalars, *, decays: bool, is_offset: bool
+) -> None:
+    """Step y and z, in place: ``y ← lerp(y, z, c) − step·(1−β1(1−c))·u``, ``z ← z − step·u``.
+
+    This moves x to ``lerp(x, z, c)``. With weight decay, which is taken at y, ``step·u`` has it added.
+
+    Args:
+        y: The weights.
+        z: The base iterates; or with ``is_offset`` z − y, which moves by
+            ``z − y ← (1−c)·(z − y) − step·β1(1−c)·u``.
+        u: The directions; overwritten.
+        step: The step size; 0-dim, or one for each tensor of a stack, in a shape that broadcasts.
+        n: The numbers of the step.
+        decays: Whether there is weight decay.
+        is_offset: See ``z``.
+    """
+    if decays:
+        u.mul_(step).addcmul_(y, n.decay)
+        step = n.unit
+    if is_offset:
+        y.addcmul_(z, n.c).addcmul_(u, step * n.y_fraction, value=-1)
+        z.addcmul_(z, n.c, value=-1).addcmul_(u, step * (1 - n.y_fraction), value=-1)
+    else:
+        y.lerp_(z, n.c).addcmul_(u, step * n.y_fraction, value=-1)
+        z.addcmul_(u, step, value=-1)
+
+
+def propose_(
+    y: Tensor,
+    z: Tensor,
+    u: Tensor,
+    step: Tensor,
+    n: Scalars,
+    *,
+    decays: bool,
+    decays_by_lr: bool,
+    is_offset: bool,
+) -> Tensor:
+    """Step z, and return y's decrease, for Cautious or Grams to mask before :func:`accept_`.
+
+    Args:
+        y, z, u, step, n, decays, is_offset: As for :func:`step_`; y is not changed. With ``is_offset``, z
+            becomes the offset of the new z from y as it is.
+        decays_by_lr: Whether weight decay is part of what is masked, as ``weight_decay_by_lr`` makes it.
+
+    Returns:
+        The decrease, ``c·(y − z) + step·(1−β1(1−c))·u``; a new tensor.
+    """
+    if decays and decays_by_lr:
+        u.mul_(step).addcmul_(y, n.decay)
+        step = n.unit
+    away = -z if is_offset else y - z
+    decrease = away.mul_(n.c).addcmul_(u, step * n.y_fraction)
+    z.addcmul_(u, step, value=-1)
+    if decays and not decays_by_lr:
+        z.addcmul_(y, n.decay, value=-1)
+    return decrease
+
+
+def accept_(
+    y: Tensor, z: Tensor, decrease: Tensor, n: Scalars, *, decays: bool, decays_by_lr: bool, is_offset: bool
+) -> None:
+    """Take a decrease that :func:`propose_` gave off y, in place; an offset z follows y."""
+    if decays and not decays_by_lr:
+        if is_offset:
+            z.addcmul_(y, n.decay * n.y_fraction)
+        y.mul_(1 - n.decay * n.y_fraction)
+    if is_offset:
+        z.add_(decrease)
+    y.sub_(decrease)
+
+
+def descend_(y: Tensor, u: Tensor, step: Tensor, n: Scalars, *, decays: bool) -> None:
+    """Without Schedule-Free: ``y ← (1 − decay)·y − step·u``, in place in y."""
+    if decays:
+        y.mul_(1 - n.decay)
+    y.addcmul_(u, step, value=-1)
+
+
+def x_from_y(y: Tensor, state: Mapping[str, Tensor], beta1: float, out: Tensor) -> None:
+    """Write the average ``x = lerp(y, z, 1 − 1/β1)`` to ``out``, which may be ``y``."""
+    if BASE in state:
+        _lerp(y, state[BASE], 1 - 1 / beta1, out)
+    else:
+        torch.add(y, state[OFFSET], alpha=1 - 1 / beta1, out=out)
+
+
+def y_from_x(x: Tensor, state: Mapping[str, Tensor], beta1: float, out: Tensor) -> None:
+    """Write the weights of training ``y = lerp(x, z, 1 − β1)`` to ``out``, which may be ``x``."""
+    if BASE in state:
+        _lerp(x, state[BASE], 1 - beta1, out)
+    else:  # z − y is β1·(z − x)
+        torch.add(x, state[OFFSET], alpha=1 / beta1 - 1, out=out)
+
+
+def _lerp(start: Tensor, end: Tensor, weight: float, out: Tensor) -> None:
+    if start.dtype == end.dtype:
+        torch.lerp(start, end, weight, out=out)
+    else:
+        wide = torch.promote_types(torch.promote_types(start.dtype, end.dtype), torch.float32)
+        out.copy_(torch.lerp(start.to(wide), end.to(wide), weight))

@@ -1,0 +1,177 @@
+"""What each parameter brings to a step: its local tensors, and its state, made where there is none yet.
+
+What cannot be trained is refused here, by what every rank knows: none is left waiting for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus import state as states
+from prodigyplus.engine.groups import GroupStep
+from prodigyplus.engine.rule import ParamStep, compute_dtype
+from prodigyplus.options import Options
+from prodigyplus.placement import Location, Placement, name_of
+from prodigyplus.state import StateOptions
+from prodigyplus.terms.layout import Layout
+
+# float16 has not the range for the squares of d·g.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class _MadeFor(NamedTuple):
+    """What the state of a parameter is known to fit."""
+
+    layout: Layout
+    options: StateOptions
+
+
+class Parameters:
+    """The parameters of an optimiser, and their states.
+
+    Args:
+        groups: ``param_groups``.
+        state: The optimiser's ``state``.
+        placement: Where the tensors lie.
+        made_for: What is known of the states; kept from step to step.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: MutableMapping[Tensor, dict[str, Tensor]],
+        placement: Placement,
+        made_for: dict[Tensor, _MadeFor],
+    ) -> None:
+        self._groups = groups
+        self._state = state
+        self._placement = placement
+        self._made_for = made_for
+
+    def name(self, location: Location) -> str:
+        """What to call a parameter in a message."""
+        return name_of(self._groups[location.group], location.group, location.in_group)
+
+    def bring(self, location: Location, grad: Tensor | None, group: GroupStep) -> ParamStep:
+        """What a parameter brings to a step.
+
+        Args:
+            location: The parameter.
+            grad: Its gradient; None if it has none here.
+            group: Its group.
+
+        Raises:
+            RuntimeError: It cannot be trained, with this gradient or this state.
+        """
+        p, state, local = location.p, self._state[location.p], self._placement.local
+        gradient, present = self._placement.gradient(p, grad, self.name(location))
+        if gradient.layout is not torch.strided:
+            raise RuntimeError(
+                f"{self.name(location)} has a sparse gradient, which this optimiser cannot use: build its "
+                "layer with sparse=False."
+            )
+        if not state:
+            self._placement.check(p, self.name(location))
+            check_parameter(p, group.options, self.name(location))
+        arithmetic = compute_dtype(p)
+        if gradient.dtype not in _DTYPES or torch.promote_types(gradient.dtype, arithmetic) != arithmetic:
+            raise RuntimeError(
+                f"{self.name(location)} is {p.dtype}, but its gradient {gradient.dtype}: give it one of the "
+                "parameter's dtype, or of bfloat16 beside float32."
+            )
+        weight, gradient, layout = local(p), local(gradient), self._placement.layout(p)
+        made_for = _MadeFor(layout, group.state_options)
+        if not state:
+            state.update(self.new_state(p, gradient, group.state_options))
+        elif self._made_for.get(p) != made_for:
+            self._check_state(location, weight, gradient, made_for, group)
+        self._made_for[p] = made_for
+        if not group.adapts:
+            for key in states.EVIDENCE:
+                state.pop(key, None)
+        local_state = {key: local(value) for key, value in state.items()}
+        return ParamStep(weight, gradient, local_state, layout, group, location.number, present)
+
+    def new_state(self, p: Tensor, grad: Tensor, options: StateOptions) -> dict[str, Tensor]:
+        """The state of a parameter before its first step, as it is kept; samples are plain tensors."""
+        local = states.new_state(self._placement.local(p), grad, self._placement.layout(p), options)
+        return stored(self._placement, p, local, options.slice_p)
+
+    def know(self, p: Tensor, options: StateOptions) -> None:
+        """Note that the state of a parameter fits it, under these options."""
+        self._made_for[p] = _MadeFor(self._placement.layout(p), options)
+
+    def forget_replaced(self) -> None:
+        """Let go of parameters that were replaced."""
+        if len(self._made_for) > 2 * len(self._state):
+            self._made_for.clear()
+
+    def _check_state(
+        self, location: Location, weight: Tensor, grad: Tensor, now: _MadeFor, group: GroupStep
+    ) -> None:
+        """Refuse a state that was made for other options, or for a parameter of another shape.
+
+        Raises:
+            RuntimeError: It was.
+        """
+        before = self._made_for.get(location.p)
+        if before is not None:
+            for name, old, new in zip(StateOptions._fields, before.options, now.options, strict=True):
+                if old != new:
+                    value, index = group.entry[name], location.group
+                    raise RuntimeError(
+                        f"{name}={value!r} in param_groups[{index}], whose state was made under another "
+                        "value: build another optimiser to change it."
+                    )
+        state = {key: self._placement.local(value) for key, value in self._state[location.p].items()}
+        needed = {
+            key: shape
+            for key, shape in states.expected_shapes(weight, grad, now.layout, now.options).items()
+            if key in state or group.adapts or key not in states.EVIDENCE
+        }
+        found = {key: tuple(value.shape) for key, value in state.items()}
+        if found != needed:
+            key = next(key for key in [*needed, *found] if found.get(key) != needed.get(key))
+            shape = now.layout.shape
+            was = (
+                "" if before is None else f", and was of shape {before.layout.shape} when its state was made"
+            )
+            raise RuntimeError(
+                f"{self.name(location)} is of shape {shape}{was}: it needs {key!r} of shape "
+                f"{needed.get(key)} and has {found.get(key)}. A parameter that is cut or grown starts anew: "
+                "put a new nn.Parameter in its place in param_groups, and take the state of the old one out "
+                "with optimizer.state.pop(old)."
+            )
+
+
+def stored(placement: Placement, p: Tensor, local: dict[str, Tensor], every: int) -> dict[str, Tensor]:
+    """Entries of a state as they are kept, from their local pieces: samples stay as they are."""
+    return {
+        key: value if key in states.SAMPLED else placement.store(p, value, key, every)
+        for key, value in local.items()
+    }
+
+
+def check_parameter(p: Tensor, o: Options, name: str) -> None:
+    """Refuse a parameter that cannot be trained as its group says.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    wrong = None
+    if p.dtype not in _DTYPES:
+        wrong = (
+            f"{p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Leave it out of params, "
+            "convert it, or freeze it (requires_grad=False)."
+        )
+    elif o.use_muon_pp and p.ndim < 2:
+        wrong = (
+            f"of shape {tuple(p.shape)}, no matrix, but its group has use_muon_pp=True: put it into a "
+            "group without, as prodigyplus.muon_groups(model) does."
+        )
+    if wrong is not None:
+        raise ValueError(f"{name} is {wrong}")

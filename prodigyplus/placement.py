@@ -1,0 +1,158 @@
+"""Where the tensors of an optimiser lie: whole in this process, or in pieces on a mesh.
+
+Everything that is not a formula or a sum asks a :class:`Placement`: what of a tensor is here, how an entry of
+the state is kept and saved, and which parameters take part in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from prodigyplus import torch_private
+from prodigyplus.terms.layout import Layout
+
+
+class Placement(Protocol):
+    """What an optimiser asks about its tensors; see :class:`WholeTensors`."""
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The local piece of a parameter, a gradient or an entry of the state, sharing its memory."""
+        ...
+
+    def layout(self, p: Tensor) -> Layout:
+        """Where the local piece of a parameter lies in it; the same object for the same layout."""
+        ...
+
+    def store(self, p: Tensor, local: Tensor, key: str, every: int) -> Tensor:
+        """An entry of a parameter's state as it is kept and saved, from its local piece.
+
+        Args:
+            p: The parameter.
+            local: The local piece of the entry; of samples, as rows.
+            key: The entry's name in :data:`prodigyplus.state.TABLE`.
+            every: The distance of two samples.
+        """
+        ...
+
+    def load(self, p: Tensor, saved: Tensor, key: str, every: int) -> Tensor:
+        """The local piece of a saved entry, new memory: undoes :meth:`store`, whoever has stored it."""
+        ...
+
+    def takes_part(self, p: Tensor) -> bool:
+        """Whether a parameter takes part in the step that begins; the same on all ranks that hold it."""
+        ...
+
+    def end_step(self, parameters: Collection[Tensor]) -> None:
+        """Note that the step of all these, the optimiser's parameters, has begun to end."""
+        ...
+
+    def gradient(self, p: Tensor, grad: Tensor | None, name: str) -> tuple[Tensor, bool | None]:
+        """The gradient of a parameter that takes part; and whether it has one here, or None if it must have.
+
+        Raises:
+            RuntimeError: The gradient does not lie where the parameter does.
+        """
+        ...
+
+    def check(self, p: Tensor, name: str) -> None:
+        """Refuse a parameter that cannot be trained where it lies, by what every rank knows.
+
+        Raises:
+            RuntimeError: It cannot.
+        """
+        ...
+
+    def forget_copies(self, parameters: Collection[Tensor]) -> None:
+        """Let go of copies that others have made of parameters whose values have changed."""
+        ...
+
+
+class WholeTensors:
+    """Parameters that are plain tensors, whole in this process."""
+
+    def __init__(self) -> None:
+        # Kept, since a layout may keep where its samples are, and parameters of one layout move together.
+        self._layouts: dict[Hashable, Layout] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_layouts": {}}  # a copy finds its own: the key of a layout may be of this process alone
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def layout(self, p: Tensor) -> Layout:
+        layout = self._layouts.get(p.shape)
+        if layout is None:
+            layout = self._layouts[p.shape] = Layout(tuple(p.shape))
+        return layout
+
+    def store(self, p: Tensor, local: Tensor, key: str, every: int) -> Tensor:
+        return local
+
+    def load(self, p: Tensor, saved: Tensor, key: str, every: int) -> Tensor:
+        if hasattr(saved, "full_tensor"):  # a DTensor, saved by the sharded optimiser
+            saved = saved.full_tensor()
+        return saved.to(p.device, copy=True)
+
+    def takes_part(self, p: Tensor) -> bool:
+        return p.grad is not None
+
+    def end_step(self, parameters: Collection[Tensor]) -> None:
+        pass
+
+    def gradient(self, p: Tensor, grad: Tensor | None, name: str) -> tuple[Tensor, bool | None]:
+        assert grad is not None
+        return grad, None
+
+    def check(self, p: Tensor, name: str) -> None:
+        if torch_private.is_fsdp1_parameter(p):
+            raise RuntimeError(
+                f"{name} is a flat parameter of FSDP1, which has lost the shapes of the tensors "
+                "in it: shard the model with FSDP2's fully_shard instead."
+            )
+        if hasattr(p, "placements"):
+            raise RuntimeError(
+                f"{name} is a DTensor, a piece of a sharded parameter: use "
+                "ShardedProdigyPlusScheduleFree, of the package beside this one."
+            )
+
+    def forget_copies(self, parameters: Collection[Tensor]) -> None:
+        pass
+
+
+class Location(NamedTuple):
+    """Where a parameter stands in its optimiser.
+
+    Args:
+        p: The parameter.
+        group: The index of its group.
+        in_group: Its own index in the group.
+        number: Its own in the optimiser, counted from 1: it makes the noise of its rounding.
+    """
+
+    p: Tensor
+    group: int
+    in_group: int
+    number: int
+
+
+def locations(groups: Sequence[Mapping[str, Any]]) -> list[Location]:
+    """The parameters of ``param_groups`` in their order; one that was given twice is there twice."""
+    pairs = [
+        (p, group, index) for group, entry in enumerate(groups) for index, p in enumerate(entry["params"])
+    ]
+    return [Location(*pair, number) for number, pair in enumerate(pairs, 1)]
+
+
+def name_of(entry: Mapping[str, Any], group: int, in_group: int) -> str:
+    """What to call a parameter in a message: its own name if it has one, or where it stands.
+
+    Args:
+        entry: An entry of ``param_groups``.
+        group, in_group: See :class:`Location`.
+    """
+    names = entry.get("param_names")
+    return f"parameter {names[in_group]!r}" if names else f"parameter {in_group} of param_groups[{group}]"

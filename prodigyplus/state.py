@@ -1,0 +1,236 @@
+"""The state of a parameter, as a table: of every entry its name, dtype, shape, start, and how it is saved.
+
+What is new, freed, expected, saved and loaded follows from it. A new entry is one line of ``TABLE``, and, if
+an option that is not among :class:`StateOptions` decides about it, a field there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus.formulas import moments, prodigy, schedule_free
+from prodigyplus.options import Options
+from prodigyplus.terms import samples
+from prodigyplus.terms.layout import Layout, wide_dtype
+
+
+class StateOptions(NamedTuple):
+    """The options that decide which entries a parameter has; they may not change once it has any."""
+
+    use_schedulefree: bool
+    bfloat16_z: bool
+    use_focus: bool
+    use_muon_pp: bool
+    use_speed: bool  # whether it is "relative"
+    factored: bool
+    factored_fp32: bool
+    slice_p: int
+
+    @classmethod
+    def of(cls, o: Options) -> StateOptions:
+        """Those of a group's options."""
+        values = {name: getattr(o, name) for name in cls._fields}
+        return cls(**{**values, "use_speed": o.use_speed == "relative"})
+
+
+class Subject(NamedTuple):
+    """What the table is asked about: a parameter, by its dtypes, device, global shape and options."""
+
+    weight: torch.dtype
+    grad: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    options: StateOptions
+
+    @property
+    def has_moment(self) -> bool:
+        """Whether there is a second moment."""
+        return not (self.options.use_muon_pp or self.options.use_focus)
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the second moment is factored."""
+        return self.has_moment and self.options.factored and moments.factored_dims(self.shape) is not None
+
+    @property
+    def keeps_offset(self) -> bool:
+        """Whether z is kept as its offset from y."""
+        o = self.options
+        return o.use_schedulefree and o.bfloat16_z and self.weight == torch.float32
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        if self.grad == torch.float64:
+            return torch.float64
+        return torch.float32 if self.options.factored_fp32 else self.grad
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of the table.
+
+    Args:
+        exists: Whether a parameter has the entry.
+        dtype: Its dtype.
+        averaged: Of a global shape, the dimensions that it is averaged over; it has size 1 there.
+        is_sampled: Whether it is of samples: kept in one dimension, (ceil(elements / ``slice_p``),), and
+            saved as rows (see ``terms/samples.py``).
+        is_number: Whether it is one number for the parameter, without dimensions.
+        starts_at_weight: Whether it starts as the weight, or the weight's samples. Otherwise as zeros.
+        is_evidence: Whether it is Prodigy's: freed, and saved as zeros, once the step size is frozen.
+    """
+
+    exists: Callable[[Subject], bool]
+    dtype: Callable[[Subject], torch.dtype]
+    averaged: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: ()
+    is_sampled: bool = False
+    is_number: bool = False
+    starts_at_weight: bool = False
+    is_evidence: bool = False
+
+    def saved_shape(self, shape: tuple[int, ...], every: int) -> tuple[int, ...]:
+        """The global shape that it is saved in, for a parameter of this global shape."""
+        if self.is_number:
+            return ()
+        if self.is_sampled:
+            return samples.rows_shape(shape, every)
+        return tuple(1 if dim in self.averaged(shape) else size for dim, size in enumerate(shape))
+
+    def whole_dims(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The dimensions of the parameter in which every shard has the whole of what is saved."""
+        if self.is_number:
+            return tuple(range(len(shape)))
+        if self.is_sampled:
+            return (max(0, len(shape) - 1),)
+        return self.averaged(shape)
+
+
+def _row(shape: tuple[int, ...]) -> int:
+    return _factored(shape)[0]
+
+
+def _column(shape: tuple[int, ...]) -> int:
+    return _factored(shape)[1]
+
+
+def _factored(shape: tuple[int, ...]) -> tuple[int, int]:
+    dims = moments.factored_dims(shape)
+    assert dims is not None, shape
+    return dims
+
+
+def _of_statistics(s: Subject) -> torch.dtype:
+    return torch.float64 if s.weight == torch.float64 else torch.bfloat16
+
+
+def _number(s: Subject) -> torch.dtype:
+    return wide_dtype(s.device)
+
+
+def _is_relative(s: Subject) -> bool:
+    return s.options.use_speed
+
+
+TABLE = {
+    # FOCUS's average of the weights, in the place of a second moment.
+    "exp_avg_weight": Entry(lambda s: s.options.use_focus, lambda s: s.grad),
+    # The second moment of d·g; factored, its averages over columns, over rows and over both.
+    "exp_avg_sq": Entry(lambda s: s.has_moment and not s.is_factored, lambda s: s.grad),
+    "exp_avg_sq_row": Entry(
+        lambda s: s.is_factored, lambda s: s.factor_dtype, lambda shape: (_column(shape),)
+    ),
+    "exp_avg_sq_col": Entry(lambda s: s.is_factored, lambda s: s.factor_dtype, lambda shape: (_row(shape),)),
+    "exp_avg_sq_mean": Entry(
+        lambda s: s.is_factored,
+        # Divides every row factor: its rounding would not average out, so it is never below float32.
+        lambda s: torch.promote_types(s.factor_dtype, torch.float32),
+        lambda shape: (_row(shape), _column(shape)),
+    ),
+    # Schedule-Free's base iterate, or its offset from the weights; without Schedule-Free, the first moment.
+    schedule_free.OFFSET: Entry(lambda s: s.keeps_offset, lambda s: torch.bfloat16),
+    schedule_free.BASE: Entry(
+        lambda s: s.options.use_schedulefree and not s.keeps_offset,
+        lambda s: s.weight,
+        starts_at_weight=True,
+    ),
+    "exp_avg": Entry(lambda s: not s.options.use_schedulefree, lambda s: s.grad),
+    # Prodigy's evidence. p0 is in the weight's dtype: rounded, its distance to the weights would be progress
+    # that nobody made.
+    "p0": Entry(lambda s: True, lambda s: s.weight, is_sampled=True, starts_at_weight=True, is_evidence=True),
+    "s": Entry(lambda s: not _is_relative(s), _of_statistics, is_sampled=True, is_evidence=True),
+    **{key: Entry(_is_relative, _number, is_number=True, is_evidence=True) for key in prodigy.AVERAGES},
+}
+
+SAMPLED = tuple(key for key, entry in TABLE.items() if entry.is_sampled)
+EVIDENCE = tuple(key for key, entry in TABLE.items() if entry.is_evidence)
+
+
+def new_state(
+    weight: Tensor, grad: Tensor, layout: Layout, options: StateOptions, *, evidence: bool = True
+) -> dict[str, Tensor]:
+    """The state of a parameter before its first step.
+
+    Args:
+        weight, grad: Local tensors.
+        layout: Theirs.
+        options: Those that decide about the state.
+        evidence: Whether with Prodigy's.
+    """
+    subject = Subject(weight.dtype, grad.dtype, weight.device, layout.shape, options)
+    return {
+        key: _start(entry, subject, weight, layout)
+        for key, entry in TABLE.items()
+        if entry.exists(subject) and (evidence or not entry.is_evidence)
+    }
+
+
+def _start(entry: Entry, subject: Subject, weight: Tensor, layout: Layout) -> Tensor:
+    dtype = entry.dtype(subject)
+    if entry.is_number:
+        return weight.new_zeros((), dtype=dtype)
+    value = weight.detach()
+    if entry.is_sampled:
+        value = layout.sample(value, subject.options.slice_p)
+        kept = torch.empty_like(value, dtype=dtype, memory_format=torch.contiguous_format)
+    elif averaged := entry.averaged(layout.shape):
+        local = [1 if dim in averaged else size for dim, size in enumerate(weight.shape)]
+        kept = weight.new_empty(local, dtype=dtype)
+    else:
+        kept = torch.empty_like(value, dtype=dtype)
+    return kept.copy_(value) if entry.starts_at_weight else kept.zero_()
+
+
+def freed_state(weight: Tensor, layout: Layout, options: StateOptions) -> dict[str, Tensor]:
+    """What is saved in the place of evidence that was freed: zeros.
+
+    torch's checkpoint helpers fill the state of a new optimiser, and fail at what of it is not in the file.
+    """
+    state = new_state(weight, weight, layout, options)
+    return {key: torch.zeros_like(value) for key, value in state.items() if key in EVIDENCE}
+
+
+def expected_shapes(
+    weight: Tensor, grad: Tensor, layout: Layout, options: StateOptions
+) -> dict[str, tuple[int, ...]]:
+    """The local shapes of a parameter's state; the arguments as for :func:`new_state`."""
+    like, grad_like = (torch.empty_like(tensor, device="meta") for tensor in (weight, grad))
+    return {key: tuple(value.shape) for key, value in new_state(like, grad_like, layout, options).items()}
+
+
+def restart_(state: Mapping[str, Tensor], weight: Tensor, layout: Layout, slice_p: int) -> None:
+    """Start from the weights as they are now, in place, with a state that was made earlier.
+
+    torch's checkpoint helpers create state by a step with ``lr=0``, after which weights may be loaded.
+    """
+    for key, value in state.items():
+        entry = TABLE.get(key)
+        if entry is not None and entry.starts_at_weight:
+            value.copy_(layout.sample(weight, slice_p) if entry.is_sampled else weight)
+        elif key == schedule_free.OFFSET:
+            value.zero_()

@@ -1,0 +1,55 @@
+"""Every name of torch that this package uses and torch does not publish, each with what breaks without it.
+
+``tests/single/test_torch_private.py`` names what has gone when torch changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+F = TypeVar("F", bound=Callable[..., object])
+
+# Options of Inductor, torch.compile's code generator, which may be renamed. Without the first two it writes
+# and reads directions that should be computed where they are used (a compiled step then takes half as long
+# again); without the last, what is bfloat16 between two operators is not rounded there, as it is otherwise.
+_READS_OF_A_DIRECTION = 5
+INDUCTOR_OPTIONS: dict[str, object] = {
+    # What has more reads is written if it is used twice: the factors' roots are to be, directions are not.
+    "realize_reads_threshold": _READS_OF_A_DIRECTION,
+    "realize_opcount_threshold": 1000,
+    "emulate_precision_casts": True,
+}
+
+# The base classes of all convolutions, and of batch and instance norms: torch has no public ones. Without
+# them muon_groups would have to list each class of them, and would miss those of users.
+CONVOLUTION: type[Any] = nn.modules.conv._ConvNd
+BATCH_OR_INSTANCE_NORM: type[nn.Module] = nn.modules.batchnorm._NormBase
+
+
+def disable_compiler(function: F) -> F:
+    """``function``, left as it is by ``torch.compile`` of what calls it, as torch.optim does with its own.
+
+    The public ``torch.compiler.disable`` imports the compiler, which takes a second, with the package.
+    """
+    from torch._compile import _disable_dynamo
+
+    return cast("F", _disable_dynamo(function))
+
+
+def is_fsdp1_parameter(p: Tensor) -> bool:
+    """Whether a parameter is a flat one of FSDP1. Without it, such a model would train to wrong weights."""
+    return bool(getattr(p, "_fsdp_flattened", False))
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place. Without it, nobody would warn of weights changed by others."""
+    return tensor._version
+
+
+def foreach_copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """``target.copy_(source)`` of many small tensors in one call; without it, a step of many takes longer."""
+    torch._foreach_copy_(targets, sources)

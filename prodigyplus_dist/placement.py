@@ -1,0 +1,107 @@
+"""Where the tensors of the sharded optimiser lie: DTensors in pieces on a mesh, others on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Set
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from prodigyplus.placement import WholeTensors
+from prodigyplus.state import TABLE
+from prodigyplus_dist.layout import MeshLayout, layout_of, placements_of
+from prodigyplus_dist.torch_private import reshard_modules_of
+
+
+class MeshTensors:
+    """Parameters of any mesh and placement but ``Partial``; see :class:`prodigyplus.placement.Placement`.
+
+    Args:
+        replicas: The ranks that hold copies of what is no DTensor, or None.
+    """
+
+    def __init__(self, replicas: dist.ProcessGroup | None) -> None:
+        self._replicas = replicas
+        self._whole = WholeTensors()
+        self._layouts: dict[Hashable, MeshLayout] = {}  # as WholeTensors keeps them
+        self._trained: Set[Tensor] = frozenset()  # the parameters that required gradients at the last step
+
+    def __deepcopy__(self, memo: dict[int, object]) -> MeshTensors:
+        return MeshTensors(self._replicas)  # the copy of an optimiser talks to the same ranks
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layouts": {}, "_trained": frozenset()}
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def layout(self, p: Tensor) -> MeshLayout:
+        key = (p.shape, p.device_mesh, p.placements) if isinstance(p, DTensor) else p.shape
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = layout_of(p, self._replicas)
+        return layout
+
+    def store(self, p: Tensor, local: Tensor, key: str, every: int) -> Tensor:
+        if not isinstance(p, DTensor):
+            return local
+        shape = TABLE[key].saved_shape(tuple(p.shape), every)
+        return DTensor.from_local(
+            local,
+            p.device_mesh,
+            placements_of(p, TABLE[key].whole_dims(tuple(p.shape))),
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+
+    def load(self, p: Tensor, saved: Tensor, key: str, every: int) -> Tensor:
+        if not isinstance(p, DTensor):
+            return self._whole.load(p, saved, key, every)
+        device, whole = self.local(p).device, TABLE[key].whole_dims(tuple(p.shape))
+        if isinstance(saved, DTensor) and saved.device_mesh != p.device_mesh:
+            saved = saved.full_tensor()
+        if isinstance(saved, DTensor):
+            return saved.redistribute(p.device_mesh, placements_of(p, whole)).to_local().to(device, copy=True)
+        for dim, indices in enumerate(self.layout(p).indices):
+            if dim not in whole:
+                chosen = torch.tensor(indices, dtype=torch.int64, device="cpu").to(saved.device)
+                saved = saved.index_select(dim, chosen)
+        return saved.to(device, copy=True)
+
+    def takes_part(self, p: Tensor) -> bool:
+        # Where this rank has no gradient others may have one: whether to take part is not its own to decide.
+        # One that was frozen since the last step may still have a gradient somewhere; after that, all hear of
+        # none.
+        return p.requires_grad or p.grad is not None or p in self._trained
+
+    def end_step(self, parameters: Collection[Tensor]) -> None:
+        self._trained = {p for p in parameters if p.requires_grad}
+
+    def gradient(self, p: Tensor, grad: Tensor | None, name: str) -> tuple[Tensor, bool | None]:
+        if grad is None:
+            return torch.zeros_like(p), False
+        if isinstance(p, DTensor):
+            found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
+            if found != (p.device_mesh, p.placements):
+                raise RuntimeError(
+                    f"{name} has placements {p.placements} on {p.device_mesh}, but its gradient "
+                    f"is {found}. Give it the parameter's, as FSDP2 does: "
+                    "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
+                )
+        return grad, True
+
+    def check(self, p: Tensor, name: str) -> None:
+        if not isinstance(p, DTensor):
+            self._whole.check(p, name)
+        elif any(placement.is_partial() for placement in p.placements):
+            raise RuntimeError(
+                f"{name} has placements {p.placements}: a Partial parameter has no value to train."
+            )
+
+    def forget_copies(self, parameters: Collection[Tensor]) -> None:
+        # FSDP2 keeps the weights of a root module gathered after a forward pass, until a backward pass.
+        reshard_modules_of({p for p in parameters if isinstance(p, DTensor)})

@@ -1,0 +1,93 @@
+"""Every name of torch that this package uses and torch does not publish, each with what breaks without it.
+
+``tests/dist/test_torch_private.py`` names what has gone when torch changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import _composable_state
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.placement_types import Placement
+
+
+def fsdp_groups_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """FSDP2's own groups of the parameters that it manages in modules.
+
+    Each has ``fsdp_params`` with their ``sharded_param``, and ``_is_hsdp``. Without it, ``fuse_backward``
+    would accept parameters whose gradients are not whole where a hook sees them.
+    """
+    return [group for module in modules for group in _fsdp_groups(module)]
+
+
+def reshard_modules_of(parameters: Collection[Tensor]) -> None:
+    """Free what FSDP2 has gathered of sharded parameters, whose values have changed since.
+
+    Without it, a root module would go on with the weights that it gathered before they changed. FSDP2 keeps a
+    table of its modules; parameters do not know theirs.
+
+    Args:
+        parameters: As the optimiser has them, sharded.
+    """
+    for module in _fsdp_modules() if parameters else ():
+        if any(p.sharded_param in parameters for group in _fsdp_groups(module) for p in group.fsdp_params):
+            module.reshard()
+
+
+def _fsdp_modules() -> Iterator[FSDPModule]:
+    """Every module of this process that FSDP2 manages."""
+    return (module for module in [*_composable_state._module_state_mapping] if isinstance(module, FSDPModule))
+
+
+def _fsdp_groups(module: object) -> list[Any]:
+    if not isinstance(module, FSDPModule):
+        return []
+    state = module._get_fsdp_state()
+    groups: list[Any] = state._fsdp_param_groups
+    return groups
+
+
+def split(placement: Placement, tensor: Tensor, count: int) -> Sequence[Tensor]:
+    """``tensor`` in ``count`` pieces, as a placement shards it, strided ones included.
+
+    Without it, the indices of a shard would have to be worked out anew for each kind of placement.
+    """
+    pieces, _ = placement._split_tensor(tensor, count, with_padding=False, contiguous=False)  # type: ignore[attr-defined]
+    result: Sequence[Tensor] = pieces
+    return result
+
+
+def groups_of_this_rank() -> int:
+    """How many process groups this rank is in, by which torch names the next one.
+
+    Ranks that are in different numbers of groups could not make a group together without it.
+    """
+    return len(dist.distributed_c10d._world.pg_names)
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """How long a process group waits; None of torch's fake backend, which waits for nobody.
+
+    Without it, groups made of others would wait half an hour, torch's default, whatever the user chose.
+    """
+    options = group._get_backend(device).options
+    return None if options is None else options._timeout
+
+
+def object_device() -> torch.device:
+    """The device that the default group sends Python objects from; the same on all ranks.
+
+    Without it, a rank that has no parameters would not know whether to send from the host or from a device.
+    """
+    return torch.device(dist.distributed_c10d._get_object_coll_device())
+
+
+def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """``target.copy_(source)`` of many tensors in one call; without it, packing many takes longer."""
+    torch._foreach_copy_(list(targets), list(sources))
