@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -8,7 +9,17 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _launcher():
+def _heard():
+    """SIGINT, which shells have ignored by what they start in the background, and by all that it starts."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _launcher(_heard):
     """One for all of them; it ends with them."""
     from tests.launch.running import LAUNCHER
 
