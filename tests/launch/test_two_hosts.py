@@ -21,7 +21,7 @@ from tests.waiting import HANG, Hung, wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "model.safetensors" if SAFETENSORS else "model.pt"
-TINY = ["--layers", 1, "--width", 32, "--context", 32, "--batch-size", 8, "--dropout", 0.1]
+TINY = ["--layers", 1, "--width", 32, "--context", 32, "--batch-size", 32, "--dropout", 0.1]
 STEPS, SAVED, CUT = 16, 5, 12  # the cable is cut some steps after the second checkpoint
 SPELLS = ["--steps", STEPS, "--save-every", SAVED, "--keep", 3, "--eval-every", 8, "--log-every", 1]
 # Seconds after which processes give up on each other. It is waited for, and no step takes that long, be the
