@@ -7,7 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import torch
 from safetensors.torch import load_file
@@ -97,9 +97,73 @@ def kill(pid):
         kill(int(child))
 
 
+class Launcher:
+    """A launcher of this session, which starts when it is first needed: see launcher.py."""
+
+    def __init__(self):
+        self._process = None
+
+    def run(self, script, processes, options, **how):
+        """Run a script to its end; returns also how often the processes were started."""
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            its = {"script": script, "processes": processes, "options": [*map(str, options)], "folder": name}
+            files = [folder / name for name in ("stdout", "stderr", "status")]
+            for file in files:
+                file.touch()
+            self._start()
+            self._process.stdin.write(json.dumps(its | how) + "\n")
+            self._process.stdin.flush()
+
+            def over():
+                return files[2].read_text().endswith("\n") or self._process.poll() is not None
+
+            try:
+                wait_until(over, lambda: [file.stat().st_size for file in files], f"the end of {script}")
+            except Hung as hung:
+                self.stop()
+                raise Hung("\n".join((str(hung), *(file.read_text() for file in files)))) from None
+            stdout, stderr, status = (file.read_text() for file in files)
+            assert status, f"the launcher has ended\n{stdout}\n{stderr}\n{self._said()}"
+            starts = int((folder / "starts").read_text()) if status == "0\n" else None
+            return subprocess.CompletedProcess(its, int(status), stdout, stderr), starts
+
+    def _start(self):
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.stop()
+        self._log = TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.launch.launcher"],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            text=True,
+        )
+
+    def _said(self):
+        self._log.seek(0)
+        return self._log.read()
+
+    def stop(self):
+        """End it, and all that it has started."""
+        if self._process is not None:
+            kill(self._process.pid)
+            self._process.stdin.close()
+            self._process.wait()
+            self._log.close()
+            self._process = None
+
+
+LAUNCHER = Launcher()
+
+
 def launch(script, processes, *options):
-    """Run a script to its end."""
-    return run(command(script, processes, *options))
+    """Run a script to its end, by the launcher that is there; :func:`run` starts one as a user would."""
+    done, _ = LAUNCHER.run(script, processes, options)
+    return done
 
 
 def run(command):

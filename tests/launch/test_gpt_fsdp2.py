@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from functools import cache
 from itertools import pairwise
 
 import corpus
@@ -15,7 +16,8 @@ from ranks import Ranks
 from tests.launch import running
 from tests.launch.running import assert_same, assert_same_contents, lines, newest, weights
 
-TINY = ["--layers", 2, "--width", 32, "--heads", 4, "--context", 32, "--batch-size", 8, "--log-every", 1]
+# An evaluation is of 512 windows: the fewer in a batch, the more batches.
+TINY = ["--layers", 2, "--width", 32, "--heads", 4, "--context", 32, "--batch-size", 32, "--log-every", 1]
 STEPS, SAVED = 20, 10
 ALONE = Ranks(0, 1, 0, 1)
 
@@ -25,7 +27,8 @@ def launch(processes, *options):
 
 
 def trained(processes, out, *options):
-    done = launch(processes, *TINY, "--steps", STEPS, "--eval-every", SAVED, "--out", out, *options)
+    spells = ["--steps", STEPS, "--eval-every", SAVED]
+    done = launch(processes, *TINY, "--data", "prodigyplus_dist", *spells, "--out", out, *options)
     assert done.returncode == 0, done.stderr
     assert "UserWarning" not in done.stderr
     return done
@@ -181,12 +184,22 @@ def test_width_must_suit_the_heads():
 # ------------------------------------------------------------------------------------ the whole script
 
 
-@pytest.fixture(scope="module", params=["prodigyplus", "adamw"])
-def whole(request, tmp_path_factory):
-    """A run of two processes that was never stopped, with a checkpoint on its way."""
-    out = tmp_path_factory.mktemp(request.param)
-    trained(2, out, "--optimizer", request.param, "--save-every", SAVED)
-    return out, request.param
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """By its optimiser, a run of two processes that was never stopped, with a checkpoint on its way."""
+
+    @cache
+    def whole_run(optimizer):
+        out = tmp_path_factory.mktemp(optimizer)
+        trained(2, out, "--optimizer", optimizer, "--save-every", SAVED)
+        return out
+
+    return whole_run
+
+
+@pytest.fixture(params=["prodigyplus", "adamw"])
+def whole(request, whole_run):
+    return whole_run(request.param), request.param
 
 
 @pytest.mark.slow
@@ -221,15 +234,18 @@ def test_every_mesh_learns_the_same(whole, tmp_path, processes, mesh):
 @pytest.mark.slow
 @pytest.mark.xdist_group("gpt")
 @pytest.mark.parametrize(
-    ("processes", "mesh"),
+    ("whole", "processes", "mesh"),
     [
-        (0, "fsdp=1"),
-        (1, "fsdp=1"),
-        (2, "tp=2"),
-        (2, "replicate=2"),
-        (4, "fsdp=2,tp=2"),
-        (4, "replicate=2,fsdp=2"),
+        ("prodigyplus", 0, "fsdp=1"),
+        ("prodigyplus", 1, "fsdp=1"),
+        ("prodigyplus", 2, "tp=2"),
+        ("prodigyplus", 2, "replicate=2"),
+        ("prodigyplus", 4, "fsdp=2,tp=2"),
+        ("prodigyplus", 4, "replicate=2,fsdp=2"),
+        ("adamw", 0, "fsdp=1"),
+        ("adamw", 4, "fsdp=2,tp=2"),  # weights of several meshes
     ],
+    indirect=["whole"],
 )
 def test_run_goes_on_on_any_mesh(whole, tmp_path, processes, mesh):
     out, optimizer = whole
@@ -259,7 +275,7 @@ def test_options_of_the_optimizer(whole, tmp_path, options):
 def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
     out = tmp_path / "new" / "folder"
     options = ["--data", folder, "--pattern", "*.txt", "--minutes", 0.001, "--out", out]
-    done = launch(2, *TINY, *options)
+    done = running.run(running.command("gpt_fsdp2.py", 2, *TINY, *options))
     assert done.returncode == 0, done.stderr
     start, held_out, end = done.stdout.splitlines()
     assert start.endswith("processes, fsdp=2; " + corpus.read(corpus.files_in(folder, "*.txt"), 32).summary)
@@ -277,7 +293,7 @@ def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
     model = GPT(**json.loads((out / "model.json").read_text()))
     model.load_state_dict(weights(out))
     text = corpus.read(corpus.files_in(folder, "*.txt"), 32).held_out
-    args = gpt_fsdp2.argparse.Namespace(batch_size=8, context=32)
+    args = gpt_fsdp2.argparse.Namespace(batch_size=32, context=32)
     loss = gpt_fsdp2.evaluate(model, text, args, Share(0, 1), ALONE)
     assert loss == pytest.approx(test["loss"], rel=1e-5)
 
@@ -303,6 +319,14 @@ def test_a_full_disk_ends_the_run_with_a_line(folder, tmp_path, monkeypatch, cap
     assert told in capsys.readouterr().err.split("\r")  # a line by itself, not behind the progress bar
 
 
+def assert_told_once(done, message, out):
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert not out.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("gpt")
 @pytest.mark.parametrize(
@@ -312,9 +336,7 @@ def test_a_full_disk_ends_the_run_with_a_line(folder, tmp_path, monkeypatch, cap
         (["--mesh", "tp=2", "--heads", "1"], "--heads 1 cannot be split evenly over tp=2"),
         (["--batch-size", "3"], "--batch-size 3 cannot be split evenly over the 2 processes"),
         (["--data", "nowhere"], "--data: nowhere is not a folder"),
-        (["--steps", "0"], "argument --steps: '0' is not a whole number from 1"),
         (["--option", "use_cautius=True"], "argument --option: 'use_cautius' is none of beta3, beta4, betas"),
-        (["--option", "d0=0"], "d0=0: allowed is a finite number greater than 0"),
         (["--option", "d0=1e-5", "--optimizer", "adamw"], "only --optimizer prodigyplus has options"),
         (["--muon", "--optimizer", "adamw"], "--muon: only --optimizer prodigyplus has it"),
         (["--resume", "nowhere"], "there is no checkpoint nowhere"),
@@ -322,9 +344,19 @@ def test_a_full_disk_ends_the_run_with_a_line(folder, tmp_path, monkeypatch, cap
 )
 def test_error_is_told_once_and_ends_all_processes(tmp_path, options, message):
     out = tmp_path / "out"
-    done = launch(2, "--out", out, *options)
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1
-    assert message in done.stderr
-    assert done.stdout == ""
-    assert not out.exists()
+    assert_told_once(launch(2, "--out", out, "--data", "prodigyplus_dist", *options), message, out)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("gpt")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "argument --steps: '0' is not a whole number from 1"),
+        (["--option", "d0=0"], "d0=0: allowed is a finite number greater than 0"),
+    ],
+)
+def test_torchrun_says_nothing_that_hides_an_error(tmp_path, options, message):
+    out = tmp_path / "out"
+    done = running.run(running.command("gpt_fsdp2.py", 2, "--out", out, *options))
+    assert_told_once(done, message, out)

@@ -1,9 +1,7 @@
 """Processes that die, saves that are cut short, SIGTERM and SIGINT: the run ends as it would have ended."""
 
-import json
 import random
 import signal
-import sys
 
 import mnist_data
 import pytest
@@ -12,10 +10,10 @@ import storage
 from tests.launch import running
 from tests.launch.running import assert_same, assert_same_contents, lines, newest
 
-STEPS, SAVED = 30, 5
-TINY = ["--layers", "1", "--width", "32", "--context", "32", "--batch-size", "8", "--dropout", "0.1"]
+STEPS, SAVED = 20, 5
+TINY = ["--layers", "1", "--width", "32", "--context", "32", "--batch-size", "32", "--dropout", "0.1"]
 RUN = [*TINY, "--data", "prodigyplus", "--log-every", str(SAVED), "--eval-every", str(STEPS)]
-PERIODIC = ["--steps", str(STEPS), "--save-every", str(SAVED)]
+PERIODIC = [*RUN, "--steps", str(STEPS), "--save-every", str(SAVED), "--mesh", "replicate=2,fsdp=2"]
 
 
 def at_random(seed):
@@ -24,7 +22,7 @@ def at_random(seed):
     return draw.randrange(4), f"step:{draw.randint(2, STEPS - 1)}:{draw.uniform(0, 0.03):.4f}"
 
 
-DEATHS = {f"seed {seed}": at_random(seed) for seed in range(10)}
+DEATHS = {f"seed {seed}": at_random(seed) for seed in range(6)}
 # In the second save; rank 0 puts together what all have written.
 IN_SAVE = {
     "before": (3, "save:2:before"),
@@ -33,44 +31,45 @@ IN_SAVE = {
     "named": (0, "save:4:named"),  # it is the second of two files, twice
     "renamed": (0, "save:2:renamed"),
 }
-TOLD = {"told": (1, f"told:{2 * SAVED + 2}:0")}  # SIGTERM, to one of four
+TOLD = {"told": (1, f"told:{SAVED + 2}:0")}  # SIGTERM, to one of four
+
+
+def survived(out, death=None):
+    """A run of which a process may die; returns how often its processes began."""
+    options = [*PERIODIC, "--out", out]
+    done, starts = running.LAUNCHER.run("gpt_fsdp2.py", 4, options, death=death, restarts=3)
+    assert done.returncode == 0, done.stdout + done.stderr[-10_000:]
+    return starts
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """All runs, one after the other: the folder they are in."""
-    out = tmp_path_factory.mktemp("runs")
-    cases = {"undisturbed": None, **DEATHS, **IN_SAVE, **TOLD}
-    options = [*RUN, *PERIODIC, "--mesh", "replicate=2,fsdp=2"]
-    done = running.run([sys.executable, "-m", "tests.launch.dying", json.dumps(cases), str(out), *options])
-    assert done.returncode == 0, done.stdout + done.stderr[-10_000:]
-    (out / "output").write_text(done.stdout)
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert survived(out) == 1
     return out
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0)  # whether `runs` moves is looked after there, however many runs there are
 @pytest.mark.parametrize("name", [*DEATHS, *IN_SAVE, *TOLD])
-def test_run_ends_as_if_nobody_had_died(runs, tmp_path, name):
-    assert f"{name}: began 2 times" in (runs / "output").read_text()
-    assert_same(running.weights(runs / name), running.weights(runs / "undisturbed"))
-    assert lines(runs / name, "train", "held out")[-1] == lines(runs / "undisturbed", "train", "held out")[-1]
-    left = sorted(path.name for path in (runs / name / "checkpoints").iterdir())
-    assert left == [f"{step:08}" for step in (20, 25, 30)]
-    for path in (runs / name / "checkpoints").iterdir():
+def test_run_ends_as_if_nobody_had_died(undisturbed, tmp_path, name):
+    out = tmp_path / "out"
+    assert survived(out, {**DEATHS, **IN_SAVE, **TOLD}[name]) == 2
+    assert_same(running.weights(out), running.weights(undisturbed))
+    assert lines(out, "train", "held out")[-1] == lines(undisturbed, "train", "held out")[-1]
+    left = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert left == [f"{step:08}" for step in (10, 15, 20)]
+    for path in (out / "checkpoints").iterdir():
         storage.check(path)
     if name not in TOLD:  # which has a line of its own where it ended
-        assert_same_contents(newest(runs / name), newest(runs / "undisturbed"), tmp_path)
+        assert_same_contents(newest(out), newest(undisturbed), tmp_path)
 
 
 @pytest.mark.slow
-def test_the_run_itself_is_what_one_launch_makes(runs, tmp_path):
+def test_the_run_itself_is_what_torchrun_makes(undisturbed, tmp_path):
     """And so are those of the other tests, which the launcher starts in another way."""
-    done = running.launch(
-        "gpt_fsdp2.py", 4, *RUN, *PERIODIC, "--mesh", "replicate=2,fsdp=2", "--out", tmp_path / "out"
-    )
+    done = running.run(running.command("gpt_fsdp2.py", 4, *PERIODIC, "--out", tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    assert_same_contents(newest(tmp_path / "out"), newest(runs / "undisturbed"), tmp_path)
+    assert_same_contents(newest(tmp_path / "out"), newest(undisturbed), tmp_path)
 
 
 def interrupted(script, out, number, *options):
@@ -110,6 +109,6 @@ def test_ctrl_c_within_an_epoch(tmp_path):
         mnist_data.fetch(mnist_data.cache_folder())
     except OSError as error:
         pytest.skip(str(error))
-    out, whole, small = tmp_path / "out", tmp_path / "whole", ["--limit", 1280, "--batch-size", 16]
+    out, whole, small = tmp_path / "out", tmp_path / "whole", ["--limit", 640, "--batch-size", 8]
     steps = interrupted("mnist_ddp.py", out, signal.SIGINT, *small, "--epochs", 1000)
     assert_goes_on("mnist_ddp.py", out, whole, *small, "--epochs", steps // 80 + 1)

@@ -17,11 +17,12 @@ import ranks
 from export import SAFETENSORS
 from torch.distributed import HashStore
 
+from tests.launch.running import launch
 from tests.waiting import HANG, Hung, wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "model.safetensors" if SAFETENSORS else "model.pt"
-TINY = ["--layers", 1, "--width", 32, "--context", 32, "--batch-size", 8, "--dropout", 0.1]
+TINY = ["--layers", 1, "--width", 32, "--context", 32, "--batch-size", 32, "--dropout", 0.1]
 STEPS, SAVED, CUT = 16, 5, 12  # the cable is cut some steps after the second checkpoint
 SPELLS = ["--steps", STEPS, "--save-every", SAVED, "--keep", 3, "--eval-every", 8, "--log-every", 1]
 # Seconds after which processes give up on each other. It is waited for, and no step takes that long, be the
@@ -82,22 +83,22 @@ class Host:
 
 @pytest.fixture
 def hosts(tmp_path):
-    """Two that are joined, and one by itself."""
+    """Two that are joined."""
     with ExitStack() as stack:
         hosts = []
         try:
-            for name in ("one", "other", "alone"):
+            for name in ("one", "other"):
                 hosts.append(Host(f"{name}-{os.getpid()}", tmp_path / f"{name}.log"))
                 stack.callback(hosts[-1].remove)
                 ip("-n", hosts[-1].name, "link", "set", "lo", "up")
-            one, other, alone = hosts
+            one, other = hosts
             end, peer = (("name", CABLE, "netns", host.name) for host in (one, other))
             ip("link", "add", *end, "type", "veth", "peer", *peer)
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"network namespaces cannot be made here: {getattr(error, 'stderr', '') or error}")
         one.plug_in("192.0.2.1")
         other.plug_in("192.0.2.2")
-        yield one, other, alone
+        yield one, other
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def records(out):
 
 @pytest.mark.slow
 def test_run_survives_a_cut_between_its_hosts(hosts, wait, tmp_path):
-    one, other, alone = hosts
+    one, other = hosts
     text, cut, whole, is_cut = (tmp_path / name for name in ("text", "cut", "whole", "is_cut"))
     text.mkdir()
     for number in range(3):
@@ -161,14 +162,14 @@ def test_run_survives_a_cut_between_its_hosts(hosts, wait, tmp_path):
     other.cable("down")
     is_cut.touch()
     # The hosts have nothing to do for a while: time for the run that is never cut.
-    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node", 4]
-    alone.start([*launcher, "launch/gpt_fsdp2.py", *training, "--out", whole])
+    done = launch("gpt_fsdp2.py", 4, *training, "--out", whole)
+    assert done.returncode == 0, done.stderr
     wait("processes to give up on those of the other host", lambda: failures(one) > before[0])
     wait("processes of the other host to do so", lambda: failures(other) > before[1])
     # That of the other host asks this one's for news, and does nothing else until it hears some.
     wait("torchrun to start over", lambda: restarts(one) > before[2])
     other.cable("up")
-    wait("the ends of all runs", lambda: all(host.ended() == 0 for host in hosts))
+    wait("the end of the run", lambda: all(host.ended() == 0 for host in hosts))
 
     assert restarts(other)
     assert f"Going on from {last}" in one.printed()
