@@ -115,7 +115,7 @@ def step(rank: int, folder: str) -> None:
         mock.patch.object(muon, "newton_schulz", trace.timed(lambda *_: ROWS[1], muon.newton_schulz)),
         mock.patch.object(dist, "all_reduce", trace.sent(ROWS[2], dist.all_reduce)),
         mock.patch.object(driver, "_ask", trace.timed(moving, driver._ask)),
-        mock.patch.object(driver, "_finish", trace.timed(finishing, driver._finish)),
+        mock.patch.object(driver, "_run_out", trace.timed(finishing, driver._run_out)),
     ):
         dist.barrier()
         start = time.perf_counter()

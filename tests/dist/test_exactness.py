@@ -5,7 +5,9 @@ import functools
 import pytest
 import torch
 
-from prodigyplus import ProdigyPlusScheduleFree, progress
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.formulas.prodigy import AVERAGES
+from prodigyplus.state import SAMPLED
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import MESHES, Placed, for_muon, whole
 from tests.single.problems import Fed
@@ -79,7 +81,7 @@ def play(optimizer_class, problem, name):
     for number, p in enumerate(parameters):
         tensors[f"weight.{number}"] = whole(p)
         for key, value in optimizer.state[p].items():
-            if key not in progress.SAMPLED:
+            if key not in SAMPLED:
                 tensors[f"{key}.{number}"] = whole(value)
     return tensors, torch.tensor(d, dtype=torch.float64)
 
@@ -113,7 +115,7 @@ def test_exactness(pool, mesh_name):
         for key, value in expected.items():
             # A z that passes through zero is no measure of itself, nor is a distance; the weight is.
             kind, number = key.split(".")
-            of_weights = kind in ("z", *progress.NUMBERS)
+            of_weights = kind in ("z", *AVERAGES)
             scale = max(value.norm(), expected[f"weight.{number}"].norm() if of_weights else 0.0)
             assert (found[key] - value).norm() <= 1e-6 * scale, (name, key)
             for other in others:

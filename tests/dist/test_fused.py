@@ -11,7 +11,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from prodigyplus import ProdigyPlusScheduleFree, progress
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.state import SAMPLED
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import pieces_of, whole
 from tests.dist.sharding import ranks, wrap
@@ -34,7 +35,7 @@ def train(called, optimizer, number, count, steps=STEPS, data=None):
 
 def result(model, optimizer):
     saved = [
-        {key: whole(value) for key, value in optimizer.state[p].items() if key not in progress.SAMPLED}
+        {key: whole(value) for key, value in optimizer.state[p].items() if key not in SAMPLED}
         for p in model.parameters()
     ]
     numbers = {name: float(value) for name, value in optimizer.metrics()[0].items()}

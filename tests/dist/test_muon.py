@@ -15,16 +15,19 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prodigyplus import ProdigyPlusScheduleFree, driver, muon
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.engine import driver
+from prodigyplus.formulas import muon
 from prodigyplus.options import Options
+from prodigyplus.terms.requests import Matrices, Method
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree, exchange, transport
 from prodigyplus_dist.ownership import Geometry, owned
 from tests.dist.meshes import EMPTY, EVEN, MESHES, UNEVEN, Mesh, Placed, along, both_dims, for_muon, whole
 from tests.models import Transformer, Walks, fit
 from tests.single.problems import Fed, assert_same
 
-KINDS = [
-    muon.Kind(dtype, quintic, stable)
+METHODS = [
+    Method(dtype, quintic, stable)
     for dtype, quintic, stable in (
         (torch.bfloat16, False, True),
         (torch.float32, False, False),
@@ -43,13 +46,13 @@ LAYOUTS = MESHES | {
 
 
 def requests(tensors):
-    """Each as a batch of matrices too, if it can be, in every kind."""
+    """Each as a batch of matrices too, if it can be, by every method."""
     return [
-        (tensor, batched, kind)
+        (tensor, batched, method)
         for tensor in tensors
         if tensor.ndim > 1
         for batched in {False, tensor.ndim > 2}
-        for kind in KINDS
+        for method in METHODS
     ]
 
 
@@ -57,8 +60,8 @@ def orthogonalized(optimizer, tensors):
     """What the exchange makes of all of them, whole, in their order."""
     asked = requests(tensors)
     matrices = [
-        (optimizer._layout(p), muon.Matrices(optimizer._local(p), batched, kind))
-        for p, batched, kind in asked
+        (optimizer._placement.layout(p), Matrices(optimizer._placement.local(p), batched, method))
+        for p, batched, method in asked
     ]
     results = {}
     for numbers, pieces in optimizer._exchange.orthogonalize(matrices):
@@ -66,9 +69,9 @@ def orthogonalized(optimizer, tensors):
     assert sorted(results) == list(range(len(asked)))
     o = Options.of(optimizer.param_groups[0])
     found = []
-    for number, (p, _, kind) in enumerate(asked):
-        assert results[number].dtype == kind.dtype
-        found.append(whole(optimizer._placed(p, results[number], "z", o)))
+    for number, (p, _, method) in enumerate(asked):
+        assert results[number].dtype == method.dtype
+        found.append(whole(optimizer._placement.store(p, results[number], "z", o.slice_p)))
     return found
 
 
@@ -220,7 +223,7 @@ def test_owners_share_evenly_and_agree(pool):
 def loads_of_owners():
     placed = Placed(Fed(*BLOCKS), SENT["fsdp4"])
     optimizer = ShardedProdigyPlusScheduleFree(placed.parameters, use_muon_pp=True)
-    geometries = [Geometry(optimizer._layout(p), batched=False) for p in placed.parameters]
+    geometries = [Geometry(optimizer._placement.layout(p), batched=False) for p in placed.parameters]
     loads = Counter()
     blocks = owned(geometries)
     for block in blocks:
@@ -405,7 +408,7 @@ def test_groups_that_are_there_serve_where_not_all_ranks_have_matrices(pool):
 def owners_by_turn():
     placed = Placed(Fed((64, 32)), MESHES["hsdp"])
     optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
-    geometry = Geometry(optimizer._layout(placed.parameters[0]), batched=False)
+    geometry = Geometry(optimizer._placement.layout(placed.parameters[0]), batched=False)
     return [geometry.layout.ranks[b.row][b.column] for turn in range(4) for b in owned([geometry], turn)]
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prodigyplus.layout import Layout
+from prodigyplus.terms.layout import Layout
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from prodigyplus_dist.layout import MeshLayout, range_if_one
 

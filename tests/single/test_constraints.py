@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from prodigyplus import ProdigyPlusScheduleFree, averaging
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.formulas import schedule_free
 from tests.single.problems import assert_same, pair, run, snapshot
 
 OPTIONS = [
@@ -66,8 +67,10 @@ def test_weights_their_average_and_z_are_in_the_set(options, dtype):
     run(optimizer, problem, 300)
     state = optimizer.state[p]
     assert outside(p) == 0
-    if averaging.is_averaged(state):
-        assert outside(averaging.base_iterate(p, state)) <= 2**-8 * (options.get("bfloat16_z", False) is True)
+    if schedule_free.is_averaged(state):
+        assert outside(schedule_free.base_iterate(p, state)) <= 2**-8 * (
+            options.get("bfloat16_z", False) is True
+        )
     # It has come to where the targets are nearest.
     optimizer.eval()
     assert outside(p) == 0

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.grouping import describe_groups, muon_groups
+from prodigyplus.muon_groups import describe_groups, muon_groups
 
 MUON = {"use_muon_pp": True}
 BATCHED = {"use_muon_pp": True, "muon_batched": True}

@@ -6,7 +6,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from prodigyplus import ProdigyPlusScheduleFree, stepsize
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.engine import groups
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
 
@@ -109,9 +110,9 @@ def test_numbers_of_groups_move_together_as_each_for_itself(tensor_lr, monkeypat
 
     together = act()
     monkeypatch.setattr(
-        stepsize.Alike,
+        groups.Alike,
         "split",
-        lambda groups: [stepsize.Alike([group], [place]) for place, group in enumerate(groups)],
+        lambda groups: [groups.Alike([group], [place]) for place, group in enumerate(groups)],
     )
     assert_same(act(), together)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from prodigyplus import ProdigyPlusScheduleFree, muon
-from prodigyplus.layout import Layout
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.formulas import muon
+from prodigyplus.terms.layout import Layout
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
 OPTIONS = [

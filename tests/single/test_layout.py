@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from prodigyplus import samples
-from prodigyplus.layout import Layout
+from prodigyplus.terms import samples
+from prodigyplus.terms.layout import Layout
 
 
 def pieces(size, count):

@@ -135,7 +135,7 @@ def test_nothing_waits_for_a_device(often):
         warnings.simplefilter("error")
         run(optimizer, problem, 4)
         sent = []
-        optimizer._monitor._read = lambda *numbers: sent.append(numbers)
+        optimizer._cache.monitor._read = lambda *numbers: sent.append(numbers)
     run(optimizer, problem, 10)
     assert [counts for counts, _ in sent] == [[[5, 0]], [[10, 0]]]
 
@@ -157,7 +157,7 @@ def test_what_has_not_come_yet_is_read_later(often, monkeypatch):
     monkeypatch.setattr(monitor, "_is_on_host", lambda device: False)
     monkeypatch.setattr(torch, "Event", Event)
     run(optimizer, problem, 5)
-    optimizer._monitor._read = lambda *numbers: seen.append(numbers)
+    optimizer._cache.monitor._read = lambda *numbers: seen.append(numbers)
     for step in range(6, 10):
         assert len(seen) == 0, step
         run(optimizer, problem, 1)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from prodigyplus import ProdigyPlusScheduleFree, muon, variants
-from prodigyplus.muon import Kind, Matrices, newton_schulz
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.formulas import muon, variants
+from prodigyplus.formulas.muon import newton_schulz
+from prodigyplus.terms.requests import Matrices, Method
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -201,7 +203,7 @@ def test_the_docstring_of_newton_schulz():
 
 # ------------------------------------------------------------------------------------- what is at the edge
 
-KINDS = list(starmap(Kind, product((F32, BF16, F64), (False, True), (True, False))))
+METHODS = list(starmap(Method, product((F32, BF16, F64), (False, True), (True, False))))
 
 
 def drawn(*shape, seed=0, dtype=F64):
@@ -209,36 +211,37 @@ def drawn(*shape, seed=0, dtype=F64):
 
 
 def orthogonalized(batches, limit=1 << 20):
-    copies = [(matrices.clone(), kind) for matrices, kind in batches]
+    copies = [(matrices.clone(), method) for matrices, method in batches]
     muon.orthogonalize_(copies, limit)
     return [matrices for matrices, _ in copies]
 
 
-def alone(matrices, kind):
-    (result,) = orthogonalized([(matrices, kind)])
+def alone(matrices, method):
+    (result,) = orthogonalized([(matrices, method)])
     return result
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_zeros_stay_zeros(kind):
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_zeros_stay_zeros(method):
     for shape in ((1, 4, 6), (2, 6, 4), (1, 1, 1)):
         assert torch.equal(
-            alone(torch.zeros(shape, dtype=kind.dtype), kind), torch.zeros(shape, dtype=kind.dtype)
+            alone(torch.zeros(shape, dtype=method.dtype), method), torch.zeros(shape, dtype=method.dtype)
         )
-    one_of_two = drawn(2, 4, 6, dtype=kind.dtype)
+    one_of_two = drawn(2, 4, 6, dtype=method.dtype)
     one_of_two[0] = 0
-    result = alone(one_of_two, kind)
+    result = alone(one_of_two, method)
     assert not result[0].any()
-    assert torch.equal(result[1:], alone(one_of_two[1:], kind))
+    assert torch.equal(result[1:], alone(one_of_two[1:], method))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 4, 0), (0, 0, 0)])
 def test_nothing_stays_nothing(shape):
-    for kind in KINDS:
+    for method in METHODS:
         empty, other = orthogonalized(
-            [(torch.empty(shape, dtype=kind.dtype), kind), (drawn(1, 3, 4, dtype=kind.dtype), kind)], 1
+            [(torch.empty(shape, dtype=method.dtype), method), (drawn(1, 3, 4, dtype=method.dtype), method)],
+            1,
         )
-        assert (empty.shape, empty.dtype) == (shape, kind.dtype)
+        assert (empty.shape, empty.dtype) == (shape, method.dtype)
         assert other.any()
 
 
@@ -255,20 +258,20 @@ def test_vectors_keep_their_direction(shape, dtype):
     assert newton_schulz(-matrix).equal(-newton_schulz(matrix))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_matrix_is_what_it_is_whatever_the_company(kind):
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_matrix_is_what_it_is_whatever_the_company(method):
     """To the bit, on the host: alone, in a batch, beside others of its shape, first or last, at any limit."""
-    matrices = [drawn(count, *shape, seed=number, dtype=kind.dtype) for number, (count, shape) in enumerate(
+    matrices = [drawn(count, *shape, seed=number, dtype=method.dtype) for number, (count, shape) in enumerate(
         ((1, (5, 9)), (3, (5, 9)), (1, (9, 5)), (2, (33, 70)), (1, (5, 9)), (4, (33, 70)), (1, (1, 7)))
     )]  # fmt: skip
     expected = [
-        torch.cat([alone(matrix[i : i + 1], kind) for i in range(len(matrix))]) for matrix in matrices
+        torch.cat([alone(matrix[i : i + 1], method) for i in range(len(matrix))]) for matrix in matrices
     ]
-    other_kind = Kind(F32 if kind.dtype == BF16 else BF16, not kind.quintic, not kind.stable)
+    other_method = Method(F32 if method.dtype == BF16 else BF16, not method.quintic, not method.stable)
     for limit in (1, 1000, 1 << 30):
         for order in (range(7), range(6, -1, -1)):
-            batches = [(matrices[i], kind) for i in order]
-            batches.insert(3, (drawn(2, 5, 9, seed=9, dtype=other_kind.dtype), other_kind))
+            batches = [(matrices[i], method) for i in order]
+            batches.insert(3, (drawn(2, 5, 9, seed=9, dtype=other_method.dtype), other_method))
             results = orthogonalized(batches, limit)
             del results[3]
             for i, result in zip(order, results, strict=True):
@@ -370,13 +373,13 @@ def test_products_are_of_the_short_side(monkeypatch):
 
 @pytest.mark.parametrize(("limit", "at_once"), [(1, 1), (2 * 48, 2), (3 * 48 - 1, 2), (1000, 5)])
 def test_how_many_are_computed_at_once(monkeypatch, limit, at_once):
-    """On an accelerator: as many as fit the limit, from several batches of a kind and a shape."""
+    """On an accelerator: as many as fit the limit, from several batches of a method and a shape."""
     sizes = []
     real = muon.orthogonalized
-    monkeypatch.setattr(muon, "orthogonalized", lambda x, kind: sizes.append(len(x)) or real(x, kind))
-    kind = Kind(BF16, quintic=False, stable=True)
-    batches = [(torch.empty(count, 4, 6, dtype=BF16, device="meta"), kind) for count in (2, 0, 3)]
-    batches.insert(1, (torch.empty(1, 6, 4, dtype=BF16, device="meta"), kind))
+    monkeypatch.setattr(muon, "orthogonalized", lambda x, method: sizes.append(len(x)) or real(x, method))
+    method = Method(BF16, quintic=False, stable=True)
+    batches = [(torch.empty(count, 4, 6, dtype=BF16, device="meta"), method) for count in (2, 0, 3)]
+    batches.insert(1, (torch.empty(1, 6, 4, dtype=BF16, device="meta"), method))
     muon.orthogonalize_(batches, limit)
     assert sizes[-1] == 1
     assert sizes[:-1] == [min(at_once, 5 - first) for first in range(0, 5, at_once)]
@@ -394,8 +397,8 @@ def test_the_rms_of_a_direction(shape, dtype):
             its = Factored(shape, values[: min(shape)])
             given = torch.from_numpy(its.matrix)[None].to(dtype)
             rms, stable_rms = (
-                (alone(given, kind).double() * muon.unit_rms(*shape)).square().mean().sqrt().item()
-                for kind in (Kind(dtype, quintic, False), Kind(dtype, quintic, True))
+                (alone(given, method).double() * muon.unit_rms(*shape)).square().mean().sqrt().item()
+                for method in (Method(dtype, quintic, False), Method(dtype, quintic, True))
             )
             exact = np.linalg.norm(what_becomes_of(its.values, quintic)) / math.sqrt(min(shape))
             rounding = (
@@ -410,7 +413,7 @@ def test_stableadamw_scales_matrices():
     """Of a matrix whose rms is above 1: all its singular values are where the polynomials overshoot."""
     its = Factored((22, 40), np.ones(22))
     given = torch.from_numpy(its.matrix)[None].bfloat16()
-    plain, found = (alone(given, Kind(BF16, quintic=False, stable=stable)) for stable in (False, True))
+    plain, found = (alone(given, Method(BF16, quintic=False, stable=stable)) for stable in (False, True))
     rms = (plain.double() * muon.unit_rms(22, 40)).square().mean().sqrt()
     assert rms > 1.05
     assert_same(found, plain * rms.rsqrt().bfloat16())
@@ -452,13 +455,13 @@ def test_waves(limit):
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_in_one_process(dtype):
     """Within its limit; changes nothing of what it is given, in whatever order that is in memory."""
-    kind = Kind(dtype, quintic=False, stable=True)
+    method = Method(dtype, quintic=False, stable=True)
     tensors = [drawn(*shape, seed=number, dtype=F32) for number, shape in enumerate(
         ((4, 6), (2, 4, 6), (8, 6), (2, 2, 3, 2), (4, 6), (0, 4), (3, 3))
     )]  # fmt: skip
     tensors[4] = tensors[4].mT.contiguous().mT
     before = [t.clone() for t in tensors]
-    asked = [(tuple(t.shape), Matrices(t, number != 3, kind)) for number, t in enumerate(tensors)]
+    asked = [(tuple(t.shape), Matrices(t, number != 3, method)) for number, t in enumerate(tensors)]
     for limit in (1, 100, 200, 10**6):
         seen = []
         for numbers, results in muon.in_one_process(asked, limit):
@@ -466,17 +469,17 @@ def test_in_one_process(dtype):
             for number, result in zip(numbers, results, strict=True):
                 shape, its = asked[number]
                 whole = tensors[number].contiguous().view(muon.sizes(shape, batched=its.batched))
-                assert_same(result, alone(whole.to(dtype), kind).view(shape))
+                assert_same(result, alone(whole.to(dtype), method).view(shape))
             seen += numbers
         assert_same(tensors, before)
         assert seen == list(range(len(asked)))
 
 
 def test_bytes_of():
-    its = Matrices(torch.empty(0), batched=True, kind=Kind(BF16, quintic=False, stable=False))
+    its = Matrices(torch.empty(0), batched=True, method=Method(BF16, quintic=False, stable=False))
     assert muon.bytes_of((3, 4, 5), its) == (120, 40)
     assert muon.bytes_of((3, 4, 5), its._replace(batched=False)) == (120, 120)
-    assert muon.bytes_of((3, 4, 5), its._replace(kind=its.kind._replace(dtype=F64))) == (480, 160)
+    assert muon.bytes_of((3, 4, 5), its._replace(method=its.method._replace(dtype=F64))) == (480, 160)
 
 
 # --------------------------------------------------------------------------------------- in the optimiser
@@ -706,8 +709,8 @@ def test_a_scale_of_gradients_changes_no_direction():
 def test_agreement_is_with_the_gradient_itself(monkeypatch):
     """Not with the first moment, which the direction was made of."""
     seen = []
-    real = variants.drop_disagreeing
-    monkeypatch.setattr(variants, "drop_disagreeing", lambda u, g: seen.append(g.clone()) or real(u, g))
+    real = variants.cautious_
+    monkeypatch.setattr(variants, "cautious_", lambda u, g: seen.append(g.clone()) or real(u, g))
     problem, optimizer = pair((8, 12), **MUON, use_schedulefree=False, use_cautious=True)
     for _ in range(3):
         run(optimizer, problem, 1)

@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from prodigyplus import muon
-from prodigyplus.muon import Kind, Matrices
+from prodigyplus.formulas import muon
+from prodigyplus.terms.requests import Matrices, Method
 from prodigyplus_dist import transport
 from prodigyplus_dist.exchange import MeshExchange
 from prodigyplus_dist.ownership import Geometry, owned
@@ -31,7 +31,7 @@ SHAPES = (
     (13, 6, 4),
 )
 
-BIG = Kind(BF16, quintic=False, stable=True)
+BIG = Method(BF16, quintic=False, stable=True)
 
 WAYS = ("even", "uneven", "strided", "scattered", "last")
 
@@ -56,10 +56,10 @@ def placements(mesh, axes, ways):
 
 def requests(batched):
     """Whole tensors, and how they are asked for: of two kinds, one more than half of the time."""
-    kinds = [Kind(BF16, quintic=False, stable=True), Kind(F32, quintic=True, stable=False)]
+    methods = [Method(BF16, quintic=False, stable=True), Method(F32, quintic=True, stable=False)]
     random = torch.Generator().manual_seed(0)
     return [
-        Matrices(torch.randn(shape, generator=random), batched, kinds[number % 3 == 2])
+        Matrices(torch.randn(shape, generator=random), batched, methods[number % 3 == 2])
         for number, shape in enumerate(SHAPES)
     ]
 
@@ -150,7 +150,7 @@ def test_a_batch_and_a_matrix_of_one_layout():
 
 def test_ranks_whose_copies_are_others():
     """Of one tensor the rows of a mesh have copies, of another its columns: teams of other ranks."""
-    whole = [Matrices(torch.randn(8, 6), batched=False, kind=BIG) for _ in range(9)]
+    whole = [Matrices(torch.randn(8, 6), batched=False, method=BIG) for _ in range(9)]
     cut, copied = (0, "even"), None
     where = [Placement((2, 2), cuts) for cuts in ((cut, copied), (copied, cut), (cut, cut))] * 3
     with Ranks(4) as ranks:
@@ -301,7 +301,7 @@ class Sent:
 
 def sent(mesh, cuts, shapes, limit, *, batched=False, kinds=(BIG,)):
     whole = [
-        Matrices(torch.randn(shape), batched, kinds[number % len(kinds)])
+        Matrices(torch.randn(shape), batched, methods[number % len(methods)])
         for number, shape in enumerate(shapes)
     ]
     with Ranks(math.prod(mesh)) as ranks:
@@ -340,7 +340,7 @@ def test_copies_of_pieces():
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_one_swap_for_each_dtype(batched):
-    kinds = (BIG, BIG._replace(quintic=True), BIG._replace(dtype=F32))
+    methods = (BIG, BIG._replace(quintic=True), BIG._replace(dtype=F32))
     for calls in sent(
         (2,), ((1, "even"),), ((4, 6), (6, 4), (4, 4, 4)) * 2, 1 << 20, batched=batched, kinds=kinds
     ):
@@ -360,7 +360,7 @@ def test_no_more_is_sent_at_once_than_the_limit(limit):
 def test_each_copy_owns_its_share_of_a_wave():
     """Of 12 matrices of 96 bytes, two at a time, one for each copy."""
     orthogonalize_, counts = muon.orthogonalize_, [[], []]
-    whole = [Matrices(torch.randn(8, 6), batched=False, kind=BIG) for _ in range(12)]
+    whole = [Matrices(torch.randn(8, 6), batched=False, method=BIG) for _ in range(12)]
     with Ranks(2) as ranks:
 
         def counted(batches, limit):
@@ -385,7 +385,7 @@ def test_each_copy_owns_its_share_of_a_wave():
 )
 def test_process_groups(mesh, cuts, groups):
     """One of each ranks that exchange something, for as long as the optimiser lives."""
-    whole = [Matrices(torch.randn(8, 6), batched=False, kind=BIG) for _ in range(4)]
+    whole = [Matrices(torch.randn(8, 6), batched=False, method=BIG) for _ in range(4)]
     with Ranks(math.prod(mesh)) as ranks:
         sharded = Sharded(ranks, [Placement(mesh, cuts)] * 4, whole, 1)
         asked = []
@@ -408,7 +408,7 @@ def test_one_wave_travels_while_another_is_computed():
     """Its pieces while the one before is, and its results while the next is."""
     events = []
     orthogonalize_, swap = muon.orthogonalize_, transport.swap
-    whole = [Matrices(torch.randn(8, 6), batched=False, kind=BIG) for _ in range(6)]
+    whole = [Matrices(torch.randn(8, 6), batched=False, method=BIG) for _ in range(6)]
     with Ranks(2) as ranks:
 
         def note(event):

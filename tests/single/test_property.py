@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from torch import nn
 
-from prodigyplus import ProdigyPlusScheduleFree, options, progress, stepsize
-from prodigyplus.rule import saved_form
+from prodigyplus import ProdigyPlusScheduleFree, options
+from prodigyplus.engine.columns import NUMBERS
+from prodigyplus.state import EVIDENCE
 from tests.single.problems import Fed
 from tests.single.simulated import OneRank, Placement, Ranks, indices_of
 
@@ -288,7 +289,8 @@ class Both:
 
     def _assembled_state(self, number, key, saved):
         parameter = self.case.parameters[number]
-        shape, whole = saved_form(key, parameter.shape, self.one.param_groups[parameter.group]["slice_p"])
+        every = self.one.param_groups[parameter.group]["slice_p"]
+        shape, whole = TABLE[key].saved_shape(parameter.shape, every), TABLE[key].whole_dims(parameter.shape)
         return self._assembled(number, [other["state"][number][key] for other in saved], shape, whole)
 
     def _assembled(self, number, pieces, shape, whole=()):
@@ -311,7 +313,7 @@ class Both:
 def assert_numbers_close(found, expected):
     """Those of groups: they are in float64 whatever the parameters are in, as are the sums they come of."""
     for theirs, ours in zip(found, expected, strict=True):
-        for name in (*stepsize.NUMBERS, "calls"):
+        for name in (*NUMBERS, "calls"):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-9, abs=0), name
 
 
@@ -322,7 +324,7 @@ def compared(number, found, expected, before):
     )
     theirs, ours, old = states
     # What Prodigy kept is freed where there is no gradient too, but by one process not before there is one.
-    assert ours.keys() - theirs.keys() <= set(progress.STATE)
+    assert ours.keys() - theirs.keys() <= set(EVIDENCE)
     tensors = {"weight": weights}
     for key in ours.keys() & theirs.keys():
         first = weights[2] if key == "z" else torch.zeros_like(ours[key])

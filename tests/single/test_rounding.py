@@ -3,18 +3,21 @@
 import pytest
 import torch
 
-from prodigyplus import ProdigyPlusScheduleFree, averaging, rounding
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.formulas import schedule_free, stochastic_rounding
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
 
 def noise_of(count, step=1, parameter=1):
     positions = torch.arange(count, dtype=torch.int32)
-    return rounding.noise([positions], rounding.seeds(torch.tensor(step), torch.tensor([parameter])))[0]
+    return stochastic_rounding.noise(
+        [positions], stochastic_rounding.seeds(torch.tensor(step), torch.tensor([parameter]))
+    )[0]
 
 
 def test_noise_is_uniform():
     bits = noise_of(1 << 18)
-    for half in (rounding.low_half(bits), rounding.high_half(bits)):
+    for half in (stochastic_rounding.low_half(bits), stochastic_rounding.high_half(bits)):
         assert half.min() >= 0
         assert half.max() < 1 << 16
         counts = torch.bincount((half >> 8).long(), minlength=256).double()
@@ -30,13 +33,13 @@ def test_noise_is_uncorrelated():
     def centred(values):
         return (values.double() - 32767.5) / 65536 * 12**0.5
 
-    base = centred(rounding.low_half(noise_of(count)))
+    base = centred(stochastic_rounding.low_half(noise_of(count)))
     others = [
         base.roll(1),
         base.roll(64),
-        centred(rounding.low_half(noise_of(count, step=2))),
-        centred(rounding.low_half(noise_of(count, parameter=2))),
-        centred(rounding.high_half(noise_of(count))),
+        centred(stochastic_rounding.low_half(noise_of(count, step=2))),
+        centred(stochastic_rounding.low_half(noise_of(count, parameter=2))),
+        centred(stochastic_rounding.high_half(noise_of(count))),
     ]
     for other in others:
         assert abs((base * other).mean()) < 5 / count**0.5
@@ -45,7 +48,7 @@ def test_noise_is_uncorrelated():
 def test_rounding_is_to_a_neighbour_and_unbiased():
     values = torch.linspace(1.0, 1.0 + 2**-7, 33)[1:-1].repeat_interleave(4096)
     target = torch.empty_like(values, dtype=torch.bfloat16)
-    rounding.write(target, values, rounding.low_half(noise_of(values.numel())))
+    stochastic_rounding.write_(target, values, stochastic_rounding.low_half(noise_of(values.numel())))
     assert set(target.tolist()) == {1.0, 1.0 + 2**-7}
     mean = target.double().view(-1, 4096).mean(1)
     assert (mean - values.double().view(-1, 4096).mean(1)).abs().max() < 5 * 2**-7 * 0.5 / 64
@@ -57,7 +60,9 @@ def test_what_needs_no_rounding_is_not_changed():
     )
     target = torch.empty_like(values)
     for step in range(50):
-        rounding.write(target, values.float(), rounding.high_half(noise_of(values.numel(), step)))
+        stochastic_rounding.write_(
+            target, values.float(), stochastic_rounding.high_half(noise_of(values.numel(), step))
+        )
         assert_same(target, values)
 
 
@@ -127,7 +132,7 @@ def test_z_in_bfloat16_is_on_average_what_it_is_in_float32():
             parameter.grad = torch.ones_like(parameter)
             optimizer.step()
         y = parameter.detach().clone()
-        z = averaging.base_iterate(y, optimizer.state[parameter])
+        z = schedule_free.base_iterate(y, optimizer.state[parameter])
         optimizer.eval()
         return [1 - values.mean().item() for values in (y, z, parameter.detach())]
 

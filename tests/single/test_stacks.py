@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prodigyplus import ProdigyPlusScheduleFree, driver, stacks
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.engine import driver
+from prodigyplus.terms import stacks
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
 # Several of each, but for one; those of four dimensions are channels_last.
@@ -532,19 +534,19 @@ def test_a_saved_state_is_no_larger_than_its_tensors(dtype):
 def test_share_moves_tensors_once():
     tensors = [torch.full((3, 2), float(number)) for number in range(4)]
     expected = torch.stack(tensors)
-    together = stacks.share(tensors)
+    together = stacks.stack_view(tensors)
     assert_same(together, expected)
     assert_same(torch.stack(tensors), expected)
-    again = stacks.share(tensors)
+    again = stacks.stack_view(tensors)
     assert again.data_ptr() == together.data_ptr() == tensors[0].data_ptr()
     assert_same(again, expected)
     again.add_(1)
     assert_same(torch.stack(tensors), expected + 1)
-    some = stacks.share(tensors[1:3])
+    some = stacks.stack_view(tensors[1:3])
     assert some.data_ptr() == tensors[1].data_ptr() != together.data_ptr()
     assert_same(some, expected[1:3] + 1)
     for few in (tensors[::-1], tensors[::2], tensors[:1]):
-        assert_same(stacks.share(few), torch.stack(few))
+        assert_same(stacks.stack_view(few), torch.stack(few))
     assert_same(torch.stack(tensors), expected + 1)
 
 
@@ -553,7 +555,7 @@ def test_neighbours_by_accident():
     memory = bytearray(64)
     tensors = [torch.frombuffer(memory, dtype=torch.float32, count=8, offset=at) for at in (0, 32)]
     assert tensors[1].data_ptr() == tensors[0].data_ptr() + 32
-    assert_same(stacks.share(tensors), torch.zeros(2, 8))
+    assert_same(stacks.stack_view(tensors), torch.zeros(2, 8))
 
 
 def test_members_that_come_and_go_leave_no_memory_behind():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from prodigyplus import ProdigyPlusScheduleFree, variants
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.formulas import variants
 from tests.single.problems import Fed, assert_same, pair, run, shapes_for
 
 
