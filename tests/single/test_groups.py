@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.engine import groups
+from prodigyplus.engine.groups import GroupBatch
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
 
@@ -110,9 +110,9 @@ def test_numbers_of_groups_move_together_as_each_for_itself(tensor_lr, monkeypat
 
     together = act()
     monkeypatch.setattr(
-        groups.Alike,
+        GroupBatch,
         "split",
-        lambda groups: [groups.Alike([group], [place]) for place, group in enumerate(groups)],
+        lambda groups, *of_all: [GroupBatch([group], *of_all) for group in groups],
     )
     assert_same(act(), together)
 

@@ -38,7 +38,7 @@ def whole_of(places):
 
 def check_positions(layout, local):
     torch.testing.assert_close(layout.positions(), local)
-    places = layout.places(torch.device("cpu"))
+    terms = layout.index_terms(torch.device("cpu"))
     assert len(places) == local.ndim
     torch.testing.assert_close(whole_of(places), local.to(torch.int32))
 
@@ -74,7 +74,7 @@ def test_indices_with_gaps():
 
 def test_positions_wrap_around():
     layout = Layout((1 << 20, 1 << 20), (range((1 << 20) - 1, 1 << 20), range(3)))
-    assert whole_of(layout.places(torch.device("cpu"))).tolist() == [[(i - (1 << 20)) for i in range(3)]]
+    assert whole_of(layout.index_terms(torch.device("cpu"))).tolist() == [[(i - (1 << 20)) for i in range(3)]]
     assert layout.positions().tolist() == [[(1 << 40) - (1 << 20) + i for i in range(3)]]
     assert layout.sample(torch.arange(3).view(1, 3), 1).tolist() == [0, 1, 2]
 

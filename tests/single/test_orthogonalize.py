@@ -299,7 +299,7 @@ class Sent:
         return self.calls[self.ranks.here]
 
 
-def sent(mesh, cuts, shapes, limit, *, batched=False, kinds=(BIG,)):
+def sent(mesh, cuts, shapes, limit, *, batched=False, methods=(BIG,)):
     whole = [
         Matrices(torch.randn(shape), batched, methods[number % len(methods)])
         for number, shape in enumerate(shapes)
@@ -342,7 +342,7 @@ def test_copies_of_pieces():
 def test_one_swap_for_each_dtype(batched):
     methods = (BIG, BIG._replace(quintic=True), BIG._replace(dtype=F32))
     for calls in sent(
-        (2,), ((1, "even"),), ((4, 6), (6, 4), (4, 4, 4)) * 2, 1 << 20, batched=batched, kinds=kinds
+        (2,), ((1, "even"),), ((4, 6), (6, 4), (4, 4, 4)) * 2, 1 << 20, batched=batched, methods=methods
     ):
         assert [name for name, *_ in calls] == ["swap"] * 4
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree, options
 from prodigyplus.engine.columns import NUMBERS
-from prodigyplus.state import EVIDENCE
+from prodigyplus.state import EVIDENCE, TABLE
 from tests.single.problems import Fed
 from tests.single.simulated import OneRank, Placement, Ranks, indices_of
 
