@@ -66,9 +66,11 @@ class Failed(AssertionError):
 
 class Pool:
     def __init__(self):
-        # Forked from a server that has imported torch: a worker is there at once.
+        # Forked from a server that has imported torch: a worker is there at once. FSDP imports torch._dynamo
+        # when it is first used, which takes as long as the rest.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp"])
+        imported = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"]
+        self._context.set_forkserver_preload(imported)
         self._folder = tempfile.TemporaryDirectory()
         self._cases = itertools.count()
         self._workers = []
