@@ -32,15 +32,15 @@ CUTS = pytest.mark.parametrize(
 )  # fmt: skip
 
 
-def whole_of(places):
-    return functools.reduce(torch.add, places, torch.zeros((), dtype=torch.int32))
+def whole_of(terms):
+    return functools.reduce(torch.add, terms, torch.zeros((), dtype=torch.int32))
 
 
 def check_positions(layout, local):
     torch.testing.assert_close(layout.positions(), local)
     terms = layout.index_terms(torch.device("cpu"))
-    assert len(places) == local.ndim
-    torch.testing.assert_close(whole_of(places), local.to(torch.int32))
+    assert len(terms) == local.ndim
+    torch.testing.assert_close(whole_of(terms), local.to(torch.int32))
 
 
 def all_layouts(shape, cuts):
