@@ -221,6 +221,10 @@ NUMBERS: dict[str, Told] = {
         given={"schedulefree_c": 8.0},
         what="Above 0: a step's weight in the average is multiplied with (1−β1) times this, and up to 1.",
     ),
+    "warmup_steps": Told(
+        given={"warmup_steps": 10},
+        what="Lets the step size grow linearly over so many steps. Prodigy's own growth is one already.",
+    ),
 }
 
 

@@ -120,6 +120,8 @@ class ProdigyPlusScheduleFree(Optimizer):
             ``min(1, c·(1−β1)·schedulefree_c)``.
         use_schedulefree: False: Adam's first moment and decoupled weight decay instead; bring a
             schedule.
+        warmup_steps: Let the step size grow linearly over so many steps of a group; its square is the weight
+            of a step in the average, as ever. 0: no warm-up.
         slice_p: Prodigy's statistics are taken of every ``slice_p``-th element.
         muon_fp32: Orthogonalise in float32. False: in bfloat16. Those of float64 weights always in float64.
         muon_quintic: Orthogonalise by the first Muon's polynomial. False: by Polar Express's.
@@ -166,6 +168,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         d_limiter: bool = True,
         schedulefree_c: float = 0.0,
         use_schedulefree: bool = True,
+        warmup_steps: int = 0,
         slice_p: int = 11,
         muon_fp32: bool = False,
         muon_quintic: bool = False,

@@ -56,6 +56,7 @@ class Options:
     d_limiter: bool
     schedulefree_c: float
     use_schedulefree: bool
+    warmup_steps: int
     slice_p: int
     compile: bool
 
@@ -178,6 +179,7 @@ _ALLOWED: dict[str, tuple[_Test, bool, str]] = {
     "prodigy_steps": (_count(0), True, "None or a whole number, 0 or greater"),
     "eps": (_POSITIVE, True, f"None (Adam-atan2) or {_POSITIVE_TEXT}"),
     "schedulefree_c": _NOT_NEGATIVE,
+    "warmup_steps": (_count(0), False, "a whole number, 0 or greater"),
     "slice_p": (_count(1), False, "a whole number, 1 or greater"),
     "use_speed": (_speed, False, "True, False or 'relative'"),
 }

@@ -87,13 +87,13 @@ class _Branches(NamedTuple):
     d_limiter: bool
     scales_c: bool
     averages_d: bool
+    warms_up: bool
 
     @classmethod
     def of(cls, o: Options) -> _Branches:
         of_step = o.use_schedulefree, o.use_bias_correction, o.use_adopt
-        return cls(
-            *of_step, o.use_speed, o.weight_decay_by_lr, o.d_limiter, o.schedulefree_c > 0, o.d_beta > 0
-        )
+        of_d = o.use_speed, o.weight_decay_by_lr, o.d_limiter
+        return cls(*of_step, *of_d, o.schedulefree_c > 0, o.d_beta > 0, o.warmup_steps > 0)
 
 
 class _Opened(NamedTuple):
@@ -157,6 +157,9 @@ class GroupBatch:
         if do.use_bias_correction:
             rectification, beta2 = radam.rectified(step, beta2)
             dlr, rate = dlr * rectification, rate * rectification
+        if do.warms_up:
+            warmup = (step.to(d.dtype) / self._option(lambda o: o.warmup_steps)).clamp_(max=1)
+            dlr, rate = dlr * warmup, rate * warmup
         if do.use_adopt:
             observes = variants.adopt_observes(step)
             dlr, unit, rate, beta2, prodigy_weight = (

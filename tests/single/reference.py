@@ -23,6 +23,7 @@ class Reference:
         self.o = {
             "lr": 1.0, "betas": (0.9, 0.99), "weight_decay": 0.0, "weight_decay_by_lr": True, "d0": 1e-6,
             "d_coef": 1.0, "eps": 1e-8, "beta4": 0.0, "d_limiter": True, "schedulefree_c": 0.0, "slice_p": 11,
+            "warmup_steps": 0,
             "factored": True, "use_stableadamw": True, "use_schedulefree": True, "use_speed": False,
             "use_bias_correction": False, "use_cautious": False, "use_grams": False, "use_adopt": False,
             "use_orthograd": False, "use_focus": False, "use_muon_pp": False, "muon_quintic": False,
@@ -168,6 +169,7 @@ class Reference:
             r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
             dlr *= math.sqrt(r) if length > 4 else 0.0
             beta2_now = 1 - (1 - beta2) / (1 - beta2**self.k)
+        dlr *= min(1.0, self.k / max(1, o["warmup_steps"]))
         self.weight_sum += dlr**2
         c = dlr**2 / self.weight_sum if self.weight_sum else 0.0
         if o["schedulefree_c"] > 0:

@@ -28,6 +28,7 @@ BAD = {
     "prodigy_steps": (-1, 2.5, True),
     "eps": (0.0, -1e-8, math.nan, True),
     "schedulefree_c": (-1.0, *NUMBERS),
+    "warmup_steps": (-1, 0.5, *NUMBERS),
     "slice_p": (0, -11, 2.0, True, None),
     "use_speed": ("fast", None, 2),
     **{

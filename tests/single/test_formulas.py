@@ -66,6 +66,7 @@ MUON = [
         {"d_coef": 0.5},
         {"d_coef": 3.0},
         {"schedulefree_c": 30.0, "betas": (0.95, 0.999)},
+        {"warmup_steps": 40, "weight_decay": 0.1},
         {"slice_p": 1, "lr": 0.3},
         {"slice_p": 4, "d0": 1e-4},
         *VARIANTS,

@@ -100,6 +100,7 @@ OPTIONS = {
     "d_limiter": (True, False),
     "schedulefree_c": (0.0, 6.0),
     "use_schedulefree": (True, True, False),
+    "warmup_steps": (0, 0, 5),
     "slice_p": (11, 1, 2),
     "muon_fp32": (False, True),
     "muon_quintic": (False, True),
