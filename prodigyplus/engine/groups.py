@@ -267,12 +267,10 @@ class GroupBatch:
             speed_coef=self._option(lambda o: prodigy.Estimator.speed_coef_of(o.d_coef)),
         )
 
-    def share_d_(self) -> None:
-        """Let the groups of this batch move by the harmonic mean of those with evidence."""
+    def shared_d(self) -> tuple[Tensor, Tensor]:
+        """The harmonic mean of those with evidence, for each of this batch; see the function of that name."""
         numbers = (self._read(name) for name in ("weight_sum", "k", "in_mean"))
-        shared, in_mean = prodigy.shared_d(self._read("d"), self._option(lambda o: o.d0), *numbers)
-        self.scatter_(self._columns["shared_d"], shared)
-        self.scatter_(self._columns["in_mean"], in_mean)
+        return prodigy.shared_d(self._read("d"), self._option(lambda o: o.d0), *numbers)
 
     def _option(self, value: Callable[[Options], float | Tensor]) -> float | Tensor:
         """Something of the options: a number where it is the same in all groups, else one for each."""
@@ -359,9 +357,17 @@ class Groups:
             rows = self.constants.on(totals.device, leaders)
             for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
                 self.columns[name].copy_(self.columns[name].index_select(0, rows))
-        self.columns["shared_d"].copy_(self.columns["d"])
+        self._share(learns.any())
+
+    def _share(self, happens: Tensor) -> None:
+        """Set the step sizes in use, where the step ``happens`` (bool, 0-dim); a skipped one changes none."""
+        shared, in_mean = self.columns["d"].clone(), self.columns["in_mean"].clone()
         if sharing := self._sharing:
-            GroupBatch(sharing, self.columns, self.constants, len(self)).share_d_()
+            batch = GroupBatch(sharing, self.columns, self.constants, len(self))
+            for column, values in zip((shared, in_mean), batch.shared_d(), strict=True):
+                batch.scatter_(column, values)
+        for name, values in (("shared_d", shared), ("in_mean", in_mean)):
+            self.columns[name].copy_(torch.where(happens, values, self.columns[name]))
 
     @property
     def _sharing(self) -> list[GroupStep]:

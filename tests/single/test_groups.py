@@ -506,3 +506,20 @@ def test_progress_is_seen_whatever_the_weights_scale(scale, d0):
         ((a @ p - targets).square().mean() / scale**2).backward()
         optimizer.step()
     assert float(optimizer.param_groups[0]["d"]) > 10 * d0 * scale
+
+
+def test_a_skipped_step_lets_no_group_join_the_mean():
+    problem = Fed((5,), (5,), (5,))
+    optimizer = ProdigyPlusScheduleFree([{"params": [p]} for p in problem.parameters])
+    run(optimizer, problem, 3)
+    # Each is near enough to the mean of those before it to join them, one at a step.
+    for group, d, in_mean in zip(optimizer.param_groups, (1.0, 0.1, 0.05), (1, 0, 0), strict=True):
+        for name, value in (("d", d), ("in_mean", in_mean), ("shared_d", 1.0), ("k", 50)):
+            group[name].fill_(value)
+    problem.backward()
+    problem.parameters[0].grad.fill_(torch.nan)
+    optimizer.step()
+    assert [float(group["shared_d"]) for group in optimizer.param_groups] == [1.0] * 3
+    assert [float(group["in_mean"]) for group in optimizer.param_groups] == [1, 0, 0]
+    run(optimizer, problem, 1)
+    assert float(optimizer.param_groups[1]["in_mean"]) == 1
