@@ -1,4 +1,4 @@
-"""SPEC's formulas again, straight from them, in numpy and float64.
+"""The formulas of docs/algorithm.md again, straight from them, in numpy and float64.
 
 Slow, plain and independent: it shares no line with the package, and keeps x where the package keeps y.
 """

@@ -1,4 +1,4 @@
-"""The package in float64 against an independent transcription of SPEC in float64, and its edges."""
+"""The package in float64 against an independent transcription of docs/algorithm.md, and its edges."""
 
 import numpy as np
 import pytest
