@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -1122,6 +1123,7 @@ def main() -> None:
         folder, ranks, rank = Path(given.play[0]), int(given.play[1]), int(given.play[2])
         play_here([case for case in cases if case.ranks == ranks], folder, given.old, rank)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without its processes and its folder
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / name for name in ("old", "new")]
         for checkout, folder in zip((given.old, given.new), folders, strict=True):
