@@ -68,7 +68,7 @@ class Parameters:
             RuntimeError: It cannot be trained, with this gradient or this state.
         """
         p, state, local = location.p, self._state[location.p], self._placement.local
-        gradient, present = self._placement.gradient(p, grad, self.name(location))
+        gradient, present = self._placement.gradient(p, grad, lambda: self.name(location))
         if gradient.layout is not torch.strided:
             raise RuntimeError(
                 f"{self.name(location)} has a sparse gradient, which this optimiser cannot use: build its "
@@ -93,7 +93,7 @@ class Parameters:
         if not group.adapts:
             for key in states.EVIDENCE:
                 state.pop(key, None)
-        local_state = {key: local(value) for key, value in state.items()}
+        local_state = self._placement.local_state(state)
         return ParamStep(weight, gradient, local_state, layout, group, location.number, present)
 
     def new_state(self, p: Tensor, grad: Tensor, options: StateOptions) -> dict[str, Tensor]:

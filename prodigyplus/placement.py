@@ -6,7 +6,7 @@ the state is kept and saved, and which parameters take part in a step.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -49,8 +49,17 @@ class Placement(Protocol):
         """Note that the step of all these, the optimiser's parameters, has begun to end."""
         ...
 
-    def gradient(self, p: Tensor, grad: Tensor | None, name: str) -> tuple[Tensor, bool | None]:
+    def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """:meth:`local` of all entries of a state."""
+        ...
+
+    def gradient(self, p: Tensor, grad: Tensor | None, name: Callable[[], str]) -> tuple[Tensor, bool | None]:
         """The gradient of a parameter that takes part; and whether it has one here, or None if it must have.
+
+        Args:
+            p: The parameter.
+            grad: Its gradient here, if it has one.
+            name: Gives what to call it in a message.
 
         Raises:
             RuntimeError: The gradient does not lie where the parameter does.
@@ -103,7 +112,10 @@ class WholeTensors:
     def end_step(self, parameters: Collection[Tensor]) -> None:
         pass
 
-    def gradient(self, p: Tensor, grad: Tensor | None, name: str) -> tuple[Tensor, bool | None]:
+    def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state
+
+    def gradient(self, p: Tensor, grad: Tensor | None, name: Callable[[], str]) -> tuple[Tensor, bool | None]:
         assert grad is not None
         return grad, None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Set
+from collections.abc import Callable, Collection, Hashable, Set
 from typing import Any
 
 import torch
@@ -81,14 +81,17 @@ class MeshTensors:
     def end_step(self, parameters: Collection[Tensor]) -> None:
         self._trained = {p for p in parameters if p.requires_grad}
 
-    def gradient(self, p: Tensor, grad: Tensor | None, name: str) -> tuple[Tensor, bool | None]:
+    def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: self.local(value) for key, value in state.items()}
+
+    def gradient(self, p: Tensor, grad: Tensor | None, name: Callable[[], str]) -> tuple[Tensor, bool | None]:
         if grad is None:
             return torch.zeros_like(p), False
         if isinstance(p, DTensor):
             found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
             if found != (p.device_mesh, p.placements):
                 raise RuntimeError(
-                    f"{name} has placements {p.placements} on {p.device_mesh}, but its gradient "
+                    f"{name()} has placements {p.placements} on {p.device_mesh}, but its gradient "
                     f"is {found}. Give it the parameter's, as FSDP2 does: "
                     "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
                 )
