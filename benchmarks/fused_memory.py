@@ -124,7 +124,7 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def restart(self) -> None:
         """Look for the most from here on."""
-        self.most_gradients, self.most = self.held()
+        self.most_gradients, self.max_local_numel = self.held()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -133,7 +133,7 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.follow(value)
         gradients, everything = self.held()
         self.most_gradients = max(self.most_gradients, gradients)
-        self.most = max(self.most, everything)
+        self.max_local_numel = max(self.max_local_numel, everything)
         return result
 
     def follow(self, tensor: Tensor, *, gradient: bool = False) -> None:
@@ -204,7 +204,7 @@ def measure(setting: Setting) -> Held:
         after_backward, _ = memory.held()
         optimizer.step()
         optimizer.zero_grad()
-        return after_backward, memory.most_gradients, memory.most - before + buckets
+        return after_backward, memory.most_gradients, memory.max_local_numel - before + buckets
 
     with memory:
         for _ in range(WARM_UP):

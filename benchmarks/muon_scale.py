@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prodigyplus.formulas import muon
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from prodigyplus_dist.orthogonalize import Orthogonalizer
-from prodigyplus_dist.ownership import Block, Geometry
+from prodigyplus_dist.ownership import Block, MatrixSharding
 
 MODEL = "Llama-3-70B"
 RANKS = (8, 64, 512, 4096)
@@ -84,7 +84,7 @@ def cost(layout: str, ranks: int) -> Cost:
         plans = []
         plan = Orthogonalizer.plan
 
-        def noted(*args: Any) -> tuple[tuple[Geometry, ...], list[Block]]:
+        def noted(*args: Any) -> tuple[tuple[MatrixSharding, ...], list[Block]]:
             plans.append(plan(*args))
             return plans[-1]
 
@@ -92,12 +92,12 @@ def cost(layout: str, ranks: int) -> Cost:
             optimizer.step()
         loads, sent, way = [0.0] * ranks, [0.0] * ranks, 0.0
         single = 0.0
-        for geometries, blocks in plans:
-            its_loads = loads_of(geometries, blocks, ranks)
+        for shardings, blocks in plans:
+            its_loads = loads_of(shardings, blocks, ranks)
             way += max(its_loads)
             loads = [a + b for a, b in zip(loads, its_loads, strict=True)]
-            sent = [a + b for a, b in zip(sent, sent_in(geometries, blocks, ranks), strict=True)]
-            single = max(single, *(muon.cost(its.rows, its.columns) for its in geometries))
+            sent = [a + b for a, b in zip(sent, sent_in(shardings, blocks, ranks), strict=True)]
+            single = max(single, *(muon.cost(its.rows, its.columns) for its in shardings))
         owned = sum(block.size for _, blocks in plans for block in blocks)
         total, rows = sum(p.numel() for p in parameters), len(plans[0][0][0].layout.ranks)
         shards = ranks // rows
@@ -115,24 +115,24 @@ def cost(layout: str, ranks: int) -> Cost:
             max(loads) / mean,
             way / mean,
             max(single, mean) / mean,
-            owned == len(weights) and all(len(blocks) == len(geometries) for geometries, blocks in plans),
+            owned == len(weights) and all(len(blocks) == len(shardings) for shardings, blocks in plans),
         )
 
 
-def loads_of(geometries: Sequence[Geometry], blocks: Sequence[Block], ranks: int) -> list[float]:
+def loads_of(shardings: Sequence[MatrixSharding], blocks: Sequence[Block], ranks: int) -> list[float]:
     """The multiplications of every rank."""
     loads = [0.0] * ranks
     for block in blocks:
-        its = geometries[block.request]
+        its = shardings[block.request]
         loads[its.layout.ranks[block.row][block.column]] += block.size * muon.cost(its.rows, its.columns)
     return loads
 
 
-def sent_in(geometries: Sequence[Geometry], blocks: Sequence[Block], ranks: int) -> list[float]:
+def sent_in(shardings: Sequence[MatrixSharding], blocks: Sequence[Block], ranks: int) -> list[float]:
     """The bytes that every rank sends: pieces to owners, those of results back, and these to other copies."""
     sent = [0.0] * ranks
     for block in blocks:
-        its = geometries[block.request]
+        its = shardings[block.request]
         copies = its.layout.ranks
         owner = copies[block.row][block.column]
         for column, rank in enumerate(copies[block.row]):

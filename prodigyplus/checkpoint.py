@@ -176,9 +176,9 @@ def checked_states(
                 f"param_groups[{index}] of the state dict has z, not its distance from the weights, which "
                 "bfloat16_z=True keeps: it goes on with z as it is, and bfloat16_z=False."
             )
-        for place, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
-            if have_state[place]:
-                _check_state(saved[key], p, theirs, name_of(ours, index, place))
+        for in_group, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
+            if have_state[in_group]:
+                _check_state(saved[key], p, theirs, name_of(ours, index, in_group))
                 states[number] = dict(saved[key])
             number += 1
     return states
@@ -222,11 +222,11 @@ def _kept(
     for location in locations(groups):
         p, group = location.p, groups[location.group]
         if p in state and last[p] == location.number:
-            o, its = StateOptions.of(Options.of(group)), state[p]
-            if its and is_frozen(group):
+            o, entries = StateOptions.of(Options.of(group)), state[p]
+            if entries and is_frozen(group):
                 freed = states.freed_state(placement.local(p), placement.layout(p), o)
-                its = {**its, **stored(placement, p, freed, o.slice_p)}
-            yield _Kept(location.number - 1, p, o.slice_p, its)
+                entries = {**entries, **stored(placement, p, freed, o.slice_p)}
+            yield _Kept(location.number - 1, p, o.slice_p, entries)
 
 
 @isolated
@@ -246,18 +246,18 @@ def saved_states(
     """
     kept = list(_kept(groups, state, placement))
     asked: list[Asked] = []
-    for _, p, every, its in kept:
+    for _, p, every, entries in kept:
         layout = placement.layout(p)
-        rows = {key: samples.spread(its[key], layout, every) for key in states.SAMPLED if key in its}
+        rows = {key: samples.spread(entries[key], layout, every) for key in states.SAMPLED if key in entries}
         asked.append((layout, {key: Sum(value, layout.dims[-1:]) for key, value in rows.items()}))
     # Clones: where torch copies a state to write it while training goes on, it takes a DTensor without
     # dimensions as it is, and fails at a view; rows that others have completed are views into one buffer.
     return {
         number: {
-            **{key: value if value.ndim else value.clone() for key, value in its.items()},
+            **{key: value if value.ndim else value.clone() for key, value in entries.items()},
             **{key: placement.store(p, value.clone(), key, every) for key, value in rows.items()},
         }
-        for (number, p, every, its), rows in zip(kept, exchange.complete(asked)(), strict=True)
+        for (number, p, every, entries), rows in zip(kept, exchange.complete(asked)(), strict=True)
     }
 
 

@@ -58,7 +58,7 @@ class _Candidate:
     def is_depthwise(self) -> bool:
         """Whether it is a filter for each channel: no matrix, though it has the shape of one."""
         convolutions = [owner for owner in self.owners if isinstance(owner, CONVOLUTION)]
-        return any(its.groups == its.in_channels > 1 for its in convolutions)
+        return any(conv.groups == conv.in_channels > 1 for conv in convolutions)
 
     @property
     def is_vector(self) -> bool:
@@ -196,8 +196,8 @@ def _candidates(model: nn.Module) -> dict[Tensor, _Candidate]:
 
 def _heads(model: nn.Module) -> list[Tensor]:
     *_, inner = path = _wrapped(model)
-    told = [getattr(module, "get_output_embeddings", lambda: None)() for module in path]
-    heads = [module for module in told if isinstance(module, nn.Module)] or [
+    declared = [getattr(module, "get_output_embeddings", lambda: None)() for module in path]
+    heads = [module for module in declared if isinstance(module, nn.Module)] or [
         module for name, module in inner.named_modules(remove_duplicate=False) if _HEAD_NAME.fullmatch(name)
     ]
     if not heads:
@@ -258,9 +258,9 @@ def describe_groups(groups: Iterable[Mapping[str, Any]]) -> str:
             sizes.setdefault(trained, []).append(p.numel())
     everything = max(1, sum(map(sum, sizes.values())))
     totals = [("trained by", "tensors", "parameters", "share")] + [
-        (trained, f"{len(its)}", f"{sum(its):,}", f"{sum(its) / everything:.1%}")
+        (trained, f"{len(counts)}", f"{sum(counts):,}", f"{sum(counts) / everything:.1%}")
         for trained in _GROUPS
-        if (its := sizes.get(trained))
+        if (counts := sizes.get(trained))
     ]
     return "\n".join([*_aligned(rows, "<<<"), "", *_aligned(totals, "<>>>")])
 

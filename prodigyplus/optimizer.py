@@ -386,7 +386,9 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def name_of(self, p: Tensor) -> str:
         """What to call a parameter in a message."""
-        return next(self._parameters.name(its) for its in locations(self.param_groups) if its.p is p)
+        return next(
+            self._parameters.name(location) for location in locations(self.param_groups) if location.p is p
+        )
 
     # ------------------------------------------------------------------- within the backward pass
 

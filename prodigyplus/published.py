@@ -61,7 +61,7 @@ class Outcome(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ReportLine:
     """A line of a report: what fared alike, and how.
 
     Args:
@@ -95,9 +95,9 @@ class ImportReport:
 
     version: str
     train_mode: bool
-    items: tuple[Item, ...]
+    items: tuple[ReportLine, ...]
 
-    def of(self, *outcomes: Outcome) -> list[Item]:
+    def of(self, *outcomes: Outcome) -> list[ReportLine]:
         """The items with these outcomes."""
         return [item for item in self.items if item.outcome in outcomes]
 
@@ -141,7 +141,7 @@ class _Package:
     Args:
         version: Its first two numbers.
         options: Those that a group of its state dict has.
-        does: Options that it has not, and the values that say what it does.
+        implied: Options that it has not, and the values that say what it does.
         speed: What ``use_speed=True`` is here.
         numbers: What a group has beside options, and we need.
         scales: What makes the units of a group, by its index, ours.
@@ -150,7 +150,7 @@ class _Package:
 
     version: str
     options: tuple[str, ...]
-    does: Mapping[str, Any]
+    implied: Mapping[str, Any]
     speed: bool | str
     numbers: tuple[str, ...]
     scales: Callable[[Sequence[Group], int], _Scales]
@@ -200,7 +200,7 @@ _1_9 = _Package(
     version="1.9",
     options=(*_OPTIONS, "use_muon_pp"),
     # Not among them: d_limiter=False. Its d grows by another rule, and ours may want the limiter.
-    does={"slice_p": _SLICE_P, "beta4": 0.0, "use_schedulefree": True, "schedulefree_c": 0.0},
+    implied={"slice_p": _SLICE_P, "beta4": 0.0, "use_schedulefree": True, "schedulefree_c": 0.0},
     speed=True,
     numbers=("d", "d_prev", "d_numerator", "d_denom", "weight_sum", "k", "train_mode"),
     scales=_scales_of_1_9,
@@ -222,7 +222,7 @@ _1_9 = _Package(
 _2_0 = _Package(
     version="2.0",
     options=(*_OPTIONS, *_SINCE_2_0),
-    does={"slice_p": _SLICE_P, "beta4": 0.0, "use_muon_pp": False},
+    implied={"slice_p": _SLICE_P, "beta4": 0.0, "use_muon_pp": False},
     speed="relative",
     numbers=("d", "d_numerator", "max_d_numerator", "d_denom", "effective_lr", "k", "train_mode"),
     scales=lambda groups, index: _Scales(),
@@ -284,8 +284,8 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
             if applies(group):
                 tally.add(Outcome.CHANGES, what, unit="group", note=how)
         o, scales = Options.of(group), package.scales(saved, index)
-        for place, (key, p) in enumerate(zip(group["params"], ours["params"], strict=True)):
-            name = name_of(ours, index, place)
+        for in_group, (key, p) in enumerate(zip(group["params"], ours["params"], strict=True)):
+            name = name_of(ours, index, in_group)
             if o.use_muon_pp and p.ndim < 2:
                 raise ValueError(
                     f"{name} has shape {tuple(p.shape)}, but use_muon_pp=True, which here is for matrices. "
@@ -299,7 +299,7 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
     items = tuple(
-        Item(outcome, names, unit, count, note) for (outcome, names, unit, note), count in tally.items()
+        ReportLine(outcome, names, unit, count, note) for (outcome, names, unit, note), count in tally.items()
     )
     report = ImportReport(package.version, all(group["train_mode"] for group in groups), items)
     if notable := report.of(Outcome.CHANGES, Outcome.ANEW):
@@ -339,24 +339,24 @@ def _group(
 ) -> dict[str, Any]:
     """A group of ours, but for the options that theirs does not tell of."""
     theirs = saved[index]
-    told = {**{name: theirs.get(name, 0.0) for name in package.options}, **package.does}
+    given = {**{name: theirs.get(name, 0.0) for name in package.options}, **package.implied}
     tally.add(Outcome.EXACT, "options", unit="group")
-    does = (f"{name}={value}" for name, value in package.does.items())
-    tally.add(Outcome.CONVERTED, *does, unit="group", note="no options there, but what it does")
+    implied = (f"{name}={value}" for name, value in package.implied.items())
+    tally.add(Outcome.CONVERTED, *implied, unit="group", note="no options there, but what it does")
     if theirs["use_speed"]:
-        told["use_speed"] = package.speed
+        given["use_speed"] = package.speed
         if package.speed is not True:
             tally.add(Outcome.CONVERTED, "use_speed", unit="group", note=f"{package.speed!r} here")
-    if "split_groups" not in told and len(saved) > 1:
-        told["split_groups"] = not _is_pooled(saved)
+    if "split_groups" not in given and len(saved) > 1:
+        given["split_groups"] = not _is_pooled(saved)
         tally.add(Outcome.CONVERTED, "split_groups", unit="group", note="told by which sums there are")
-    tally.add(Outcome.OWN, *(name for name in options.NAMES if name not in told), unit="group")
+    tally.add(Outcome.OWN, *(name for name in options.NAMES if name not in given), unit="group")
 
     numbers = _numbers(theirs, index, package.scales(saved, index).statistic, tally)
     steps, has_moved = numbers["k"], any(map(states.get, theirs["params"]))
     if not has_moved:
         numbers["k"] = 0  # there all groups count, here those with gradients
-    if has_moved and not told["use_schedulefree"]:
+    if has_moved and not given["use_schedulefree"]:
         numbers["weight_sum"] = numbers["d"] ** 2  # not kept there; here only whether it is above 0 matters
     kept = theirs.keys() - {*options.NAMES, *_BOOKKEEPING, *numbers, "params", "train_mode"}
     tally.add(Outcome.EXACT, *sorted(kept), unit="group", note="not the package's, but the group's own")
@@ -364,7 +364,7 @@ def _group(
     tally.add(Outcome.DROPPED, *bookkeeping, unit="group")
     return {
         **{name: theirs[name] for name in ("params", "train_mode", *kept)},
-        **told,
+        **given,
         **numbers,
         "calls": steps,
     }

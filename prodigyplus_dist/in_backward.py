@@ -4,8 +4,6 @@ Under FSDP2 that is where its own hooks run, after the reduce-scatter. Under DDP
 the average, since DDP sums gradients bucket by bucket: what sees it is DDP's communication hook.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -76,6 +74,7 @@ class Buckets:
         self._waiting: list[tuple[Average, list[Tensor], list[Tensor]]] = []
         group = model.process_group
 
+        # DDP looks at the annotations themselves: a module that makes them texts could register no hook.
         def add(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
             buffer = bucket.buffer().mul_(1 / group.size())  # as DDP does
             work = dist.all_reduce(buffer, group=group, async_op=True)
@@ -101,7 +100,7 @@ class MeshHooks:
     def __init__(self) -> None:
         self._buckets: list[Buckets] = []
 
-    def __deepcopy__(self, memo: dict[int, object]) -> MeshHooks:
+    def __deepcopy__(self, memo: dict[int, object]) -> "MeshHooks":
         return MeshHooks()  # those of a model move the parameters of one optimiser
 
     def __getstate__(self) -> dict[str, Any]:

@@ -26,24 +26,24 @@ class MeshLayout(Layout):
 
     Args:
         ranks: Their global ranks: a row for each copy of the tensor, a column for each piece of it.
-        place: The row and the column of this rank.
+        coordinate: The row and the column of this rank.
         pieces: Gives the indices of all pieces, in the order of the columns. A function, since on a large
             mesh they are many.
     """
 
     ranks: tuple[tuple[int, ...], ...] = ((0,),)
-    place: tuple[int, int] = (0, 0)
+    coordinate: tuple[int, int] = (0, 0)
     pieces: Callable[[], Sequence[Indices]] = field(default=lambda: (), repr=False, compare=False)
 
     @property
     def row(self) -> tuple[int, ...]:
         """The ranks that hold this rank's copy."""
-        return self.ranks[self.place[0]]
+        return self.ranks[self.coordinate[0]]
 
     @property
     def column(self) -> tuple[int, ...]:
         """The ranks that hold the same piece as this one, one of each copy."""
-        return tuple(row[self.place[1]] for row in self.ranks)
+        return tuple(row[self.coordinate[1]] for row in self.ranks)
 
 
 def layout_of(tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> MeshLayout:
@@ -61,8 +61,10 @@ def layout_of(tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> Mesh
         if replicas is None:
             return MeshLayout(shape, pieces=lambda: [whole])
         ranks = tuple((rank,) for rank in dist.get_process_group_ranks(replicas))
-        place = dist.get_rank(replicas), 0
-        return MeshLayout(shape, replica_axes=(replicas,), ranks=ranks, place=place, pieces=lambda: [whole])
+        own = dist.get_rank(replicas), 0
+        return MeshLayout(
+            shape, replica_axes=(replicas,), ranks=ranks, coordinate=own, pieces=lambda: [whole]
+        )
     mesh, placements = tensor.device_mesh, tensor.placements
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a parameter on a mesh that this rank is not of"

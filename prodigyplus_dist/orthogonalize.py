@@ -28,7 +28,7 @@ from prodigyplus.formulas import muon
 from prodigyplus.terms.requests import Matrices, Method
 from prodigyplus_dist import transport
 from prodigyplus_dist.layout import MeshLayout
-from prodigyplus_dist.ownership import Block, Geometry, owned
+from prodigyplus_dist.ownership import Block, MatrixSharding, assign_owners
 
 Asked = tuple[MeshLayout, Matrices]
 
@@ -45,11 +45,11 @@ class Orthogonalizer:
         self.bucket_bytes = bucket_bytes
         self.all_to_all = all_to_all
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-        self._geometries: dict[tuple[int, bool], Geometry] = {}
-        self._plans: dict[tuple[tuple[Geometry, ...], int], list[Block]] = {}
+        self._shardings: dict[tuple[int, bool], MatrixSharding] = {}
+        self._plans: dict[tuple[tuple[MatrixSharding, ...], int], list[Block]] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_groups": {}, "_geometries": {}, "_plans": {}}  # which are made anew
+        return {**self.__dict__, "_groups": {}, "_shardings": {}, "_plans": {}}  # which are made anew
 
     def orthogonalize(self, asked: Sequence[Asked]) -> Iterator[tuple[list[int], list[Tensor]]]:
         """See :class:`prodigyplus.engine.driver.Exchange`."""
@@ -62,13 +62,13 @@ class Orthogonalizer:
                 (layout.max_local_numel * matrices.method.dtype.itemsize // len(layout.ranks), matrix)
             )
         waves = [
-            Wave(self, numbers, [asked[number] for number in numbers])
+            MatrixBatch(self, numbers, [asked[number] for number in numbers])
             for numbers in muon.waves(sizes, self.bucket_bytes)
         ]
         waves[0].send()
         return self._finish(waves)
 
-    def _finish(self, waves: Sequence[Wave]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    def _finish(self, waves: Sequence[MatrixBatch]) -> Iterator[tuple[list[int], list[Tensor]]]:
         for number, wave in enumerate(waves):
             if number + 1 < len(waves):
                 waves[number + 1].send()
@@ -94,22 +94,22 @@ class Orthogonalizer:
             if key not in self._groups:
                 self._groups[key] = transport.group_across(axes, key, device, callers=callers)
 
-    def plan(self, asked: Sequence[Asked]) -> tuple[tuple[Geometry, ...], list[Block]]:
+    def plan(self, asked: Sequence[Asked]) -> tuple[tuple[MatrixSharding, ...], list[Block]]:
         """Where the pieces of the tensors are, and who owns their matrices."""
-        geometries = tuple(self._geometry(layout, matrices.batched) for layout, matrices in asked)
-        key = geometries, asked[0][1].parameter
+        shardings = tuple(self._sharding(layout, matrices.batched) for layout, matrices in asked)
+        key = shardings, asked[0][1].parameter
         if key not in self._plans:
-            self._plans[key] = owned(*key)
-        return geometries, self._plans[key]
+            self._plans[key] = assign_owners(*key)
+        return shardings, self._plans[key]
 
-    def _geometry(self, layout: MeshLayout, batched: bool) -> Geometry:
-        key = id(layout), batched  # of a layout that the geometry keeps alive
-        if key not in self._geometries:
-            self._geometries[key] = Geometry(layout, batched=batched)
-        return self._geometries[key]
+    def _sharding(self, layout: MeshLayout, batched: bool) -> MatrixSharding:
+        key = id(layout), batched  # of a layout that the sharding keeps alive
+        if key not in self._shardings:
+            self._shardings[key] = MatrixSharding(layout, batched=batched)
+        return self._shardings[key]
 
 
-class Team:
+class ShardGroup:
     """The ranks that hold a copy of some tensors between them, and what they exchange, in one dtype.
 
     Args:
@@ -122,22 +122,22 @@ class Team:
     def __init__(
         self, layout: MeshLayout, group: dist.ProcessGroup | None, like: Tensor, *, all_to_all: bool
     ) -> None:
-        self._column = layout.place[1]
+        self._column = layout.coordinate[1]
         # In the order of the group, which is that of the ranks.
         self._columns = sorted(range(len(layout.row)), key=layout.row.__getitem__)
         self._group = group
         self._all_to_all = all_to_all
         self._like = like
         self._travels = False
-        self._owned_by: dict[int, list[tuple[Block, Geometry, Matrices]]] = defaultdict(list)
+        self._owned_by: dict[int, list[tuple[Block, MatrixSharding, Matrices]]] = defaultdict(list)
         self._wait: Callable[[], list[list[Tensor]]]
 
-    def add(self, block: Block, geometry: Geometry, matrices: Matrices) -> None:
+    def add(self, block: Block, sharding: MatrixSharding, matrices: Matrices) -> None:
         """Take in matrices that one of the ranks owns."""
-        self._owned_by[block.column].append((block, geometry, matrices))
+        self._owned_by[block.column].append((block, sharding, matrices))
         self._travels |= block.travels
 
-    def _of(self, column: int) -> Sequence[tuple[Block, Geometry, Matrices]]:
+    def _of(self, column: int) -> Sequence[tuple[Block, MatrixSharding, Matrices]]:
         return self._owned_by.get(column, ())
 
     def send(self) -> None:
@@ -170,7 +170,7 @@ class Team:
             [[its.piece_shape(block, self._column) for block, its, _ in self._of(c)] for c in self._columns],
         )
 
-    def came_back(self) -> dict[Block, Tensor]:
+    def receive_results(self) -> dict[Block, Tensor]:
         """The pieces of the results that are of this rank."""
         pieces = self._came()
         return {
@@ -195,7 +195,7 @@ class Team:
         )
 
 
-class Wave:
+class MatrixBatch:
     """Tensors whose matrices are orthogonalised at once.
 
     Args:
@@ -211,34 +211,36 @@ class Wave:
 
     def send(self) -> None:
         """Begin to send the pieces of matrices to their owners."""
-        self._geometries, self._blocks = self._by.plan(self._asked)
+        self._shardings, self._blocks = self._by.plan(self._asked)
         # In the order of the requests, which is that of all ranks, whoever owns what of them.
-        teams: dict[tuple[tuple[int, ...], torch.dtype], Team] = {}
+        groups: dict[tuple[tuple[int, ...], torch.dtype], ShardGroup] = {}
         for layout, matrices in self._asked:
             key = layout.row, matrices.method.dtype
-            if key not in teams:
+            if key not in groups:
                 like = matrices.local.new_empty(0, dtype=matrices.method.dtype)
-                teams[key] = Team(layout, self._by.group(layout.row), like, all_to_all=self._by.all_to_all)
+                groups[key] = ShardGroup(
+                    layout, self._by.group(layout.row), like, all_to_all=self._by.all_to_all
+                )
         for block in self._blocks:
             layout, matrices = self._asked[block.request]
-            if block.row == layout.place[0]:
-                team = teams[layout.row, matrices.method.dtype]
-                team.add(block, self._geometries[block.request], matrices)
-        self._teams = list(teams.values())
-        for team in self._teams:
-            team.send()
+            if block.row == layout.coordinate[0]:
+                group = groups[layout.row, matrices.method.dtype]
+                group.add(block, self._shardings[block.request], matrices)
+        self._shard_groups = list(groups.values())
+        for group in self._shard_groups:
+            group.send()
 
     def compute(self) -> None:
         """Orthogonalise the matrices that this rank owns; begin to send the pieces of the results back."""
-        owned = [team.arrived() for team in self._teams]
-        muon.orthogonalize_([one for of_team in owned for one in of_team], self._by.bucket_bytes)
-        for team, its in zip(self._teams, owned, strict=True):
-            team.send_back([matrices for matrices, _ in its])
+        arrived = [group.arrived() for group in self._shard_groups]
+        muon.orthogonalize_([one for of_group in arrived for one in of_group], self._by.bucket_bytes)
+        for group, owned in zip(self._shard_groups, arrived, strict=True):
+            group.send_back([matrices for matrices, _ in owned])
 
     def receive(self) -> Iterator[tuple[list[int], list[Tensor]]]:
         """The pieces of the results that are here, by the numbers of the requests."""
-        pieces = {block: piece for team in self._teams for block, piece in team.came_back().items()}
-        self._teams.clear()
+        pieces = {block: piece for group in self._shard_groups for block, piece in group.receive_results().items()}
+        self._shard_groups.clear()
         by_request = defaultdict(list)
         for block in self._blocks:
             by_request[block.request].append(block)
@@ -271,7 +273,7 @@ class Wave:
             assert group is not None
             wait = transport.share(
                 [pieces[block] for block in its if block in pieces],
-                [self._geometries[block.request].own_shape(block) for block in its],
+                [self._shardings[block.request].own_shape(block) for block in its],
                 ranks[row],
                 group,
                 like=self._asked[its[0].request][1].local.new_empty(0, dtype=dtype),

@@ -33,7 +33,7 @@ class Block(NamedTuple):
         return self.end - self.first
 
 
-class Geometry:
+class MatrixSharding:
     """Where the pieces of a tensor's matrices are.
 
     Args:
@@ -72,7 +72,7 @@ class Geometry:
 
     def within(self, block: Block, piece: Tensor) -> Tensor:
         """Of this rank's piece of the tensor what is of a block."""
-        matrices, rows, columns = self.pieces[self.layout.place[1]]
+        matrices, rows, columns = self.pieces[self.layout.coordinate[1]]
         here = piece.reshape(len(matrices), len(rows), len(columns))
         if not math.prod(self.own_shape(block)):
             return here[:0, :0, :0]
@@ -81,7 +81,7 @@ class Geometry:
 
     def own_shape(self, block: Block) -> tuple[int, int, int]:
         """The shape of what this rank has of a block."""
-        return self.piece_shape(block, self.layout.place[1])
+        return self.piece_shape(block, self.layout.coordinate[1])
 
     def put(self, whole: Tensor, pieces: Iterable[tuple[int, Tensor]]) -> None:
         """Put together the whole matrices of a block, (count, rows, columns), from what the pieces have."""
@@ -141,21 +141,21 @@ def _flattened(indices: Sequence[Sequence[int]], shape: Sequence[int]) -> Sequen
     return flat
 
 
-def owned(geometries: Sequence[Geometry], turn: int = 0) -> list[Block]:
+def assign_owners(shardings: Sequence[MatrixSharding], turn: int = 0) -> list[Block]:
     """Deal all matrices to owners, the most expensive first, each to who has least to do so far.
 
     Only who holds a piece of a matrix may own it, so that no more travels than must. Matrices of one tensor
     with the same holders are dealt in as few blocks as share them evenly.
 
     Args:
-        geometries: Of the tensors.
+        shardings: Of the tensors.
         turn: With whom to begin, so that where few are dealt at a time it is not always the same.
     """
     dealt: list[tuple[int, tuple[int, ...], Block]] = []
-    for request, geometry in enumerate(geometries):
-        each = muon.cost(geometry.rows, geometry.columns)
-        for first, count, holders in geometry.runs():
-            parts = min(count, len(holders) * len(geometry.layout.ranks))
+    for request, sharding in enumerate(shardings):
+        each = muon.cost(sharding.rows, sharding.columns)
+        for first, count, holders in sharding.runs():
+            parts = min(count, len(holders) * len(sharding.layout.ranks))
             edges = [first + count * part // parts for part in range(parts + 1)]
             for start, end in pairwise(edges):
                 block = Block(request, start, end, len(holders) > 1)
@@ -165,7 +165,7 @@ def owned(geometries: Sequence[Geometry], turn: int = 0) -> list[Block]:
     loads: dict[frozenset[int], dict[int, int]] = defaultdict(lambda: defaultdict(int))
     blocks = []
     for work, holders, block in dealt:
-        ranks = geometries[block.request].layout.ranks
+        ranks = shardings[block.request].layout.ranks
         load = loads[frozenset(rank for row in ranks for rank in row)]
         # Of equals, those of other copies first, then of other pieces: what they send is shared evenly too.
         row, column = min(

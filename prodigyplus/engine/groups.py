@@ -328,8 +328,8 @@ class Groups:
     def commit(self, opened: Sequence[_Opened], moves: Tensor, skips: Tensor, learns: Tensor) -> Tensor:
         """Count the step of all groups; as :meth:`GroupBatch.commit`, with what :meth:`open` gave."""
         result = torch.empty_like(learns)
-        for batch, its in zip(self._batches, opened, strict=True):
-            batch.scatter_(result, batch.commit(its, moves, skips, learns))
+        for batch, of_batch in zip(self._batches, opened, strict=True):
+            batch.scatter_(result, batch.commit(of_batch, moves, skips, learns))
         return result
 
     def totals(self) -> Tensor:
@@ -347,7 +347,7 @@ class Groups:
         pool = [step.index for step in self.steps if not step.options.split_groups]
         leaders = [pool[0] if index in pool else index for index in range(len(self))]
         if len(pool) > 1:
-            rows, first = (self.constants.on(totals.device, its) for its in (pool, pool[:1]))
+            rows, first = (self.constants.on(totals.device, indices) for indices in (pool, pool[:1]))
             totals = totals.index_copy(0, first, totals.index_select(0, rows).sum(dim=0, keepdim=True))
             learns = learns.index_copy(0, first, learns.index_select(0, rows).any(dim=0, keepdim=True))
         adapting = [step for step in self.steps if step.adapts and leaders[step.index] == step.index]

@@ -108,11 +108,11 @@ def orthogonalize_(batches: Sequence[tuple[Tensor, Method]], limit: int) -> None
         batches: Pairs of a batch (count, rows, columns), in the dtype of its method, and its method.
         limit: How many bytes of matrices may be computed on at once; one matrix may have more.
     """
-    alike: dict[tuple[torch.Size, Method], list[Tensor]] = {}
+    by_method: dict[tuple[torch.Size, Method], list[Tensor]] = {}
     for batch, method in batches:
         if batch.numel():
-            alike.setdefault((batch.shape[1:], method), []).extend(torch.split(batch, 1))
-    for (shape, method), matrices in alike.items():
+            by_method.setdefault((batch.shape[1:], method), []).extend(torch.split(batch, 1))
+    for (shape, method), matrices in by_method.items():
         # On the host more at once win nothing, and in bfloat16 a product's last bit depends on how many they
         # are: then it would depend on how matrices are shared among ranks.
         on_host = matrices[0].device.type == "cpu"

@@ -21,7 +21,7 @@ from prodigyplus.formulas import muon
 from prodigyplus.options import Options
 from prodigyplus.terms.requests import Matrices, Method
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree, exchange, transport
-from prodigyplus_dist.ownership import Geometry, owned
+from prodigyplus_dist.ownership import MatrixSharding, assign_owners
 from tests.dist.meshes import EMPTY, EVEN, MESHES, UNEVEN, Mesh, Placed, along, both_dims, for_muon, whole
 from tests.models import Transformer, Walks, fit
 from tests.single.problems import Fed, assert_same
@@ -223,11 +223,11 @@ def test_owners_share_evenly_and_agree(pool):
 def loads_of_owners():
     placed = Placed(Fed(*BLOCKS), SENT["fsdp4"])
     optimizer = ShardedProdigyPlusScheduleFree(placed.parameters, use_muon_pp=True)
-    geometries = [Geometry(optimizer._placement.layout(p), batched=False) for p in placed.parameters]
+    shardings = [MatrixSharding(optimizer._placement.layout(p), batched=False) for p in placed.parameters]
     loads = Counter()
-    blocks = owned(geometries)
+    blocks = assign_owners(shardings)
     for block in blocks:
-        its = geometries[block.request]
+        its = shardings[block.request]
         loads[block.column] += block.size * muon.cost(its.rows, its.columns)
     return dict(loads), blocks
 
@@ -408,8 +408,10 @@ def test_groups_that_are_there_serve_where_not_all_ranks_have_matrices(pool):
 def owners_by_turn():
     placed = Placed(Fed((64, 32)), MESHES["hsdp"])
     optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
-    geometry = Geometry(optimizer._placement.layout(placed.parameters[0]), batched=False)
-    return [geometry.layout.ranks[b.row][b.column] for turn in range(4) for b in owned([geometry], turn)]
+    sharding = MatrixSharding(optimizer._placement.layout(placed.parameters[0]), batched=False)
+    return [
+        sharding.layout.ranks[b.row][b.column] for turn in range(4) for b in assign_owners([sharding], turn)
+    ]
 
 
 def test_where_matrices_come_one_at_a_time_owners_take_turns(pool):

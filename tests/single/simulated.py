@@ -286,7 +286,11 @@ class Ranks:
                 along = indices[dim]
                 owned = owners(len(along), size, way)
                 indices[dim] = range_if_one(
-                    [index for index, owner in zip(along, owned, strict=True) if owner == coordinate[axis]]
+                    [
+                        index
+                        for index, owner in zip(along, owned, strict=True)
+                        if owner == coordinate[axis]
+                    ]
                 )
                 cuts.append((seat, dim))
             found.append((tuple(indices), tuple(cuts), tuple(copies)))

@@ -12,7 +12,7 @@ from prodigyplus.formulas import muon
 from prodigyplus.terms.requests import Matrices, Method
 from prodigyplus_dist import transport
 from prodigyplus_dist.exchange import MeshExchange
-from prodigyplus_dist.ownership import Geometry, owned
+from prodigyplus_dist.ownership import MatrixSharding, assign_owners
 from tests.single.simulated import Placement, Ranks, indices_of
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -86,7 +86,7 @@ class Sharded:
         def of(rank):
             found = []
             for numbers, pieces in self.exchanges[rank].orthogonalize(self.asked[rank]):
-                most = [self.layouts[rank][n].most * self.whole[n].kind.dtype.itemsize for n in numbers]
+                most = [self.layouts[rank][n].max_local_numel * self.whole[n].method.dtype.itemsize for n in numbers]
                 assert len(numbers) == 1 or sum(most) <= self.exchanges[rank].bucket_bytes
                 found += [(number, piece.clone()) for number, piece in zip(numbers, pieces, strict=True)]
             return found
@@ -105,7 +105,7 @@ def assert_the_bits_of_one_process(sharded, whole, results):
             assert [number for number, _ in found] == list(range(len(whole)))
             for number, piece in found:
                 layout = layouts[number]
-                assert piece.dtype == whole[number].kind.dtype
+                assert piece.dtype == whole[number].method.dtype
                 assert piece.shape == layout.local_shape
                 assert torch.equal(piece, results[number][indices_of(layout, layout.shape)]), number
 
@@ -164,40 +164,40 @@ def test_owners(mesh, axes, batched):
     """All ranks know of the same; every matrix has one, who holds a piece of it; they share evenly."""
     with Ranks(math.prod(mesh)) as ranks:
         sharded = Sharded(ranks, placements(mesh, axes, WAYS), requests(batched), 1)
-    plans = [[Geometry(layout, batched=batched) for layout in layouts] for layouts in sharded.layouts]
-    blocks, *others = [owned(geometries) for geometries in plans]
+    plans = [[MatrixSharding(layout, batched=batched) for layout in layouts] for layouts in sharded.layouts]
+    blocks, *others = [assign_owners(shardings) for shardings in plans]
     assert all(other == blocks for other in others)
     assert blocks == sorted(blocks)
 
-    geometries = plans[0]
+    shardings = plans[0]
     seen = Counter((block.request, matrix) for block in blocks for matrix in range(block.first, block.end))
     assert set(seen.values()) <= {1}
     has_elements = [
-        number for number, geometry in enumerate(geometries) if geometry.rows * geometry.columns > 0
+        number for number, sharding in enumerate(shardings) if sharding.rows * sharding.columns > 0
     ]
     assert set(seen) == {
-        (number, matrix) for number in has_elements for matrix in range(geometries[number].count)
+        (number, matrix) for number in has_elements for matrix in range(shardings[number].count)
     }
     for block in blocks:
-        geometry = geometries[block.request]
-        assert 0 <= block.row < len(geometry.layout.ranks)
+        sharding = shardings[block.request]
+        assert 0 <= block.row < len(sharding.layout.ranks)
         for matrix in range(block.first, block.end):
-            holders = geometry.holders(matrix)
+            holders = sharding.holders(matrix)
             assert block.column in holders
             assert block.travels == (len(holders) > 1)
             assert holders == tuple(
                 number
-                for number, (matrices, rows, columns) in enumerate(geometry.pieces)
+                for number, (matrices, rows, columns) in enumerate(sharding.pieces)
                 if matrix in matrices and len(rows) * len(columns)
             )
 
 
-def loads(geometries):
+def loads(shardings):
     found = Counter()
-    for block in owned(geometries):
-        geometry = geometries[block.request]
-        rank = geometry.layout.ranks[block.row][block.column]
-        found[rank] += block.size * muon.cost(geometry.rows, geometry.columns)
+    for block in assign_owners(shardings):
+        sharding = shardings[block.request]
+        rank = sharding.layout.ranks[block.row][block.column]
+        found[rank] += block.size * muon.cost(sharding.rows, sharding.columns)
     return found
 
 
@@ -208,7 +208,7 @@ def test_owners_share_the_work(mesh, axes):
     where = Placement(mesh, tuple((0, "even") if cuts else None for cuts in axes))
     with Ranks(math.prod(mesh)) as ranks:
         layouts = [ranks.layouts(shape, where)[0] for shape in shapes]
-    found = loads([Geometry(layout, batched=False) for layout in layouts])
+    found = loads([MatrixSharding(layout, batched=False) for layout in layouts])
     assert len(found) == math.prod(mesh)
     assert max(found.values()) - min(found.values()) <= muon.cost(8, 8)
 
@@ -220,10 +220,10 @@ def test_a_batch_is_shared_among_its_holders(mesh, axes, dim):
     count = 2 * math.prod(mesh)
     where = Placement(mesh, tuple((dim, "even") if cuts else None for cuts in axes))
     with Ranks(math.prod(mesh)) as ranks:
-        geometry = Geometry(ranks.layouts((count, 24, 24), where)[0], batched=True)
-    blocks = owned([geometry])
+        sharding = MatrixSharding(ranks.layouts((count, 24, 24), where)[0], batched=True)
+    blocks = assign_owners([sharding])
     assert {(block.row, block.column) for block in blocks} == {
-        (row, column) for row, of_row in enumerate(geometry.layout.ranks) for column, _ in enumerate(of_row)
+        (row, column) for row, of_row in enumerate(sharding.layout.ranks) for column, _ in enumerate(of_row)
     }
     assert {block.size for block in blocks} == {2}
     assert len(blocks) == math.prod(mesh)
@@ -238,8 +238,10 @@ def test_work_is_counted_for_ranks_that_all_know_of_it():
     with Ranks(2) as ranks:
         pair = ranks.layouts((8, 8), Placement((2,), ((0, "even"),)))[0]
     assert pair.ranks == ((0, 1),)
-    alone = owned([Geometry(four, batched=False) for _ in range(3)])
-    beside = owned([Geometry(layout, batched=False) for layout in (four, pair, four, pair, pair, four)])
+    alone = assign_owners([MatrixSharding(four, batched=False) for _ in range(3)])
+    beside = assign_owners(
+        [MatrixSharding(layout, batched=False) for layout in (four, pair, four, pair, pair, four)]
+    )
     assert [block[3:] for block in alone] == [block[3:] for block in beside if block.request in (0, 2, 5)]
 
 
@@ -247,8 +249,8 @@ def test_the_expensive_are_dealt_first():
     where = Placement((2,), ((0, "even"),))
     with Ranks(2) as ranks:
         shapes = ((8, 8), (8, 8), (16, 16))
-        geometries = [Geometry(ranks.layouts(shape, where)[0], batched=False) for shape in shapes]
-    assert loads(geometries) == {0: muon.cost(16, 16), 1: 2 * muon.cost(8, 8)}
+        shardings = [MatrixSharding(ranks.layouts(shape, where)[0], batched=False) for shape in shapes]
+    assert loads(shardings) == {0: muon.cost(16, 16), 1: 2 * muon.cost(8, 8)}
 
 
 def test_a_block_is_as_expensive_as_all_of_its_matrices():
@@ -256,10 +258,10 @@ def test_a_block_is_as_expensive_as_all_of_its_matrices():
     with Ranks(2) as ranks:
         batch = ranks.layouts((3, 8, 8), Placement((2,), ((1, "even"),)))[0]
         other = ranks.layouts((1, 8, 14), Placement((2,), ((1, "even"),)))[0]
-    geometries = [Geometry(layout, batched=True) for layout in (batch, other)]
+    shardings = [MatrixSharding(layout, batched=True) for layout in (batch, other)]
     one, more = muon.cost(8, 8), muon.cost(8, 14)
     assert one < more < 2 * one
-    assert sorted(loads(geometries).values()) == [2 * one, one + more]
+    assert sorted(loads(shardings).values()) == [2 * one, one + more]
 
 
 # ------------------------------------------------------------------------------------------- what is sent
@@ -397,7 +399,7 @@ def test_process_groups(mesh, cuts, groups):
 
         with mock.patch.object(transport, "group_across", noted):
             sharded.orthogonalize()
-            with mock.patch("prodigyplus_dist.orthogonalize.owned") as planned:
+            with mock.patch("prodigyplus_dist.orthogonalize.assign_owners") as planned:
                 sharded.orthogonalize()
         assert not planned.called  # nor who owns what
         assert ranks.groups == groups
