@@ -239,7 +239,8 @@ class MatrixBatch:
 
     def receive(self) -> Iterator[tuple[list[int], list[Tensor]]]:
         """The pieces of the results that are here, by the numbers of the requests."""
-        pieces = {block: piece for group in self._shard_groups for block, piece in group.receive_results().items()}
+        received = [group.receive_results() for group in self._shard_groups]
+        pieces = {block: piece for of_group in received for block, piece in of_group.items()}
         self._shard_groups.clear()
         by_request = defaultdict(list)
         for block in self._blocks:
