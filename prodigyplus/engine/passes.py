@@ -35,6 +35,7 @@ class Kind(NamedTuple):
     z: str | None = schedule_free.BASE  # the entry of the state that has z, or its offset from y
     use_adopt: bool = False
     use_orthograd: bool = False
+    is_single: bool = False  # with OrthoGrad, whether a tensor has one element: nothing of it would be left
     mask: Literal["cautious", "grams"] | None = None
     is_stable: bool = True  # StableAdamW
     decays: bool = False
@@ -55,13 +56,19 @@ class Kind(NamedTuple):
             direction="muon" if o.use_muon_pp else "focus" if o.use_focus else direction,
             z=next((key for key in (schedule_free.BASE, schedule_free.OFFSET) if key in state), None),
             use_adopt=o.use_adopt,
-            use_orthograd=o.use_orthograd and numel > 1,
+            use_orthograd=o.use_orthograd,
+            is_single=o.use_orthograd and numel <= 1,
             mask="cautious" if o.use_cautious else "grams" if o.use_grams else None,
             is_stable=o.use_stableadamw,
             decays=o.weight_decay > 0,
             decays_by_lr=o.weight_decay_by_lr,
             use_speed=o.use_speed,
         )
+
+    @property
+    def projects(self) -> bool:
+        """Whether OrthoGrad projects the direction."""
+        return self.use_orthograd and not self.is_single
 
     @property
     def is_offset(self) -> bool:
@@ -166,7 +173,7 @@ def measure_(
             across.gated_(u)
         kept = (u,) if keeps_direction else roots
         del wide, before
-        if kind.use_orthograd:
+        if kind.projects:
             sums |= variants.dots(u, base(y, state, kind))._asdict()
         elif kind.is_stable:
             sums["uu"] = stacks.square_total(u)

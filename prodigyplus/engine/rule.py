@@ -310,7 +310,7 @@ class _Work:
             u = n.gated(answers.pop("matrices").unsqueeze(0).to(self.stack.dtype))
             return u, n.unit * muon.unit_rms(rows, columns)
         (u,), scale, square = kept, n.unit, answers.get("uu")
-        if kind.use_orthograd:
+        if kind.projects:
             dots = variants.Dots(*(answers[name] for name in variants.Dots._fields))
             along, factor, square = variants.projection(dots, u.dtype)
             base = passes.base(self.y, self.state, kind).to(u.dtype)

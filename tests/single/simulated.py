@@ -23,6 +23,7 @@ from torch import Tensor
 from prodigyplus.terms.layout import Layout
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from prodigyplus_dist.layout import MeshLayout, range_if_one
+from prodigyplus_dist.placement import MeshTensors
 
 # A rank that waits longer waits for ever.
 TIMEOUT_S = 20
@@ -286,11 +287,7 @@ class Ranks:
                 along = indices[dim]
                 owned = owners(len(along), size, way)
                 indices[dim] = range_if_one(
-                    [
-                        index
-                        for index, owner in zip(along, owned, strict=True)
-                        if owner == coordinate[axis]
-                    ]
+                    [index for index, owner in zip(along, owned, strict=True) if owner == coordinate[axis]]
                 )
                 cuts.append((seat, dim))
             found.append((tuple(indices), tuple(cuts), tuple(copies)))
@@ -332,12 +329,20 @@ class Ranks:
             return self._rings.setdefault((kind, ranks), Ring(ranks))
 
 
+class Pieces(MeshTensors):
+    """The placement of plain tensors, each a piece of another."""
+
+    def __init__(self, layouts: dict[Tensor, MeshLayout]) -> None:
+        super().__init__(None)
+        self._given = layouts
+
+    def layout(self, p: Tensor) -> MeshLayout:
+        return self._given[p]
+
+
 class OneRank(ShardedProdigyPlusScheduleFree):
-    """The optimiser of one rank, whose parameters are plain tensors, each a piece of another."""
+    """The optimiser of one rank, whose parameters are pieces."""
 
     def __init__(self, groups: list[dict], layouts: dict[Tensor, MeshLayout], **options: object) -> None:
-        self._given_layouts = layouts
         super().__init__(groups, **options)
-
-    def _layout(self, p: Tensor) -> Layout:
-        return self._given_layouts[p]
+        self._placement = Pieces(layouts)

@@ -86,7 +86,10 @@ class Sharded:
         def of(rank):
             found = []
             for numbers, pieces in self.exchanges[rank].orthogonalize(self.asked[rank]):
-                most = [self.layouts[rank][n].max_local_numel * self.whole[n].method.dtype.itemsize for n in numbers]
+                most = [
+                    self.layouts[rank][n].max_local_numel * self.whole[n].method.dtype.itemsize
+                    for n in numbers
+                ]
                 assert len(numbers) == 1 or sum(most) <= self.exchanges[rank].bucket_bytes
                 found += [(number, piece.clone()) for number, piece in zip(numbers, pieces, strict=True)]
             return found
