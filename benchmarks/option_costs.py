@@ -210,7 +210,9 @@ NUMBERS: dict[str, Told] = {
     "d_coef": Told(
         given={"d_coef": 2.0}, what="Multiplies the estimate of d: 0.5 for smaller steps, 2 for larger."
     ),
-    "d_limiter": Told(given={"d_limiter": False}, what="Lets d grow by at most 2^¼ a step."),
+    "d_limiter": Told(
+        given={"d_limiter": False}, what="Lets d grow by at most 2^¼ a step, times a d_coef above 1."
+    ),
     "weight_decay": Told(given={"weight_decay": 0.1}, what="Decoupled, taken at the training weights."),
     "weight_decay_by_lr": Told(
         given={"weight_decay_by_lr": False},

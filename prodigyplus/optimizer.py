@@ -115,7 +115,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         stochastic_rounding: Round bfloat16 weights, and z in bfloat16, stochastically.
         beta4: Decay of a step size that moves both ways, as a running average. 0: it never shrinks.
             None: β2.
-        d_limiter: Let the step size grow by at most 2^¼ a step.
+        d_limiter: Let d̂ count as at most 2^¼ times d in a step, before a ``d_coef`` above 1 multiplies it.
         schedulefree_c: Averaging strength of Schedule-Free; above 0, c is
             ``min(1, c·(1−β1)·schedulefree_c)``.
         use_schedulefree: False: Adam's first moment and decoupled weight decay instead; bring a
@@ -597,7 +597,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         ``effective_lr``   lr·(1 − β1(1 − c)): what a step moves the model, in units of the step size; times
                            RAdam's rectification with ``use_bias_correction``
         ``step_size``      the step size in use (see ``split_groups_mean``) × ``effective_lr``
-        ``numerator``      Prodigy's decayed sum of ⟨g, p0 − z⟩, weighted with d²/sqrt(d0)
+        ``numerator``      Prodigy's decayed sum of ⟨g, p0 − z⟩, weighted with d²/sqrt(d0); of signs, and
+                           with d0·sqrt(d), with ``use_speed=True``
         ``denominator``    Prodigy's ‖s‖₁
         ``step``           steps made
         ``skipped_steps``  steps skipped for an inf or NaN in a gradient

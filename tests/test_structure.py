@@ -1,6 +1,7 @@
 """What the architecture promises and a reader of the imports could check."""
 
 import ast
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,12 @@ def test_private_names_of_torch_are_in_one_file(package):
         found[path.name] = list(private_names(path))
     assert found.pop("torch_private.py")
     assert not any(found.values()), found
+
+
+def test_a_wheel_has_every_package():
+    line = next(x for x in (ROOT / "pyproject.toml").read_text().splitlines() if x.startswith("include = "))
+    patterns = ast.literal_eval(line.removeprefix("include = "))
+    for package in ("prodigyplus", "prodigyplus_dist"):
+        for path in (ROOT / package).rglob("__init__.py"):
+            name = ".".join(path.parent.relative_to(ROOT).parts)
+            assert any(fnmatch(name, pattern) for pattern in patterns), name

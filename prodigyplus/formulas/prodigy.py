@@ -10,7 +10,7 @@ every ``slice_p``-th element. ``use_speed`` changes what is taken of them:
 ``True``          its sign                                    ‖s‖₁, with ``s ← β3 s + w·sign(g)``
 ``"relative"``    its average ``m ← (1−k^-¾) m + k^-¾ ⟨…⟩``,  ‖p0 − z‖₂, the largest so far; only to look at
                   over the largest ‖p0 − z‖₁ so far and over
-                  ``(1 + ‖p0 − z‖₂)²``
+                  ``(1 + ‖p0 − z‖₂)²``, of the largest too
 ================  ==========================================  =============================================
 
 ``w`` is :func:`evidence_weight`, which multiplies the product too.
