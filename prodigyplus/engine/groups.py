@@ -166,10 +166,7 @@ class GroupBatch:
                 torch.where(observes, value, 0) for value in (dlr, unit, rate, beta2, prodigy_weight)
             )
             beta3 = torch.where(observes, beta3, 1)
-        weight = dlr.square()
-        weight_sum = self._read("weight_sum") + weight
-        strength = self._option(lambda o: o.schedulefree_c) if do.scales_c else None
-        c = schedule_free.averaging_weight(weight, weight_sum, beta1, strength)
+        weight_sum, c = self._averaging(dlr.square(), beta1)
         y_fraction = schedule_free.y_fraction(beta1, c)
         values = {
             "beta1": beta1,
@@ -194,6 +191,12 @@ class GroupBatch:
         for group, *of_group in zip(self._groups, *(column.unbind() for column in by_group), strict=True):
             group.set_numbers(Packed(*of_group))
         return _Opened(weight_sum, rate * y_fraction if do.use_schedulefree else rate, valid)
+
+    def _averaging(self, weight: Tensor, beta1: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the steps' weights in the average, this one's included, and Schedule-Free's c."""
+        weight_sum = self._read("weight_sum") + weight
+        strength = self._option(lambda o: o.schedulefree_c) if self._branches.scales_c else None
+        return weight_sum, schedule_free.averaging_weight(weight, weight_sum, beta1, strength)
 
     def _lr(self, one: Tensor) -> tuple[float | Tensor, Tensor | None]:
         """The groups' ``lr``, and where it is a number that can be, if the host does not know it."""
