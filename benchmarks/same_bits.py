@@ -126,7 +126,7 @@ def weight(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def gradient(number: int, shape: tuple[int, ...], step: int, dtype: torch.dtype) -> Tensor:
     """The gradient of a parameter at a step; it leans one way, so that Prodigy finds progress to make."""
-    grad = ((drawn(shape, 1000 * (step + 1) + number) + 0.25) * 0.125).to(dtype)
+    grad = ((drawn(shape, 1000 * (step + 1) + number) + 0.625) * 0.125).to(dtype)
     if step == NAN_AT and number == 0 and grad.numel():
         grad.view(-1)[-1] = torch.nan
     return grad
@@ -198,8 +198,8 @@ class Play:
             optimizer.step()
             optimizer.zero_grad()
             record.note(f"step {step}: weights", [p.detach() for p in parameters])
+            record.note(f"step {step}: metrics", optimizer.metrics(), keep=step == EVAL_AFTER)
             if step == EVAL_AFTER:
-                note_metrics(record, f"step {step}", optimizer)
                 optimizer.eval()
                 record.note("in eval", [p.detach() for p in parameters])
                 optimizer.train()
@@ -312,6 +312,7 @@ ALONE: tuple[Options, ...] = (
     {"d_coef": 2.0},
     {"d_coef": 0.5},
     {"prodigy_steps": 1},
+    {"prodigy_steps": 6},
     {"prodigy_steps": None},
     {"eps": 1e-3},
     {"eps": None},
@@ -459,6 +460,11 @@ def tables() -> Iterator[Case]:
             dtype = BFLOAT16 if "stochastic_rounding" in both else dtype  # of nothing else
             play = Play(make=made(both), dtype=dtype, shapes=SMALL_SHAPES)
             yield Case(f"pair {WIDTHS[dtype]} {text_of(both)}", play)
+    slow: tuple[Options, ...] = (SPEED, {**SPEED, **ADAM}, {"use_bias_correction": True}, RADAM, FOCUS, MUON)
+    for options in slow:  # in which the step size moves late
+        for dtype in (FLOAT32, BFLOAT16):
+            play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, steps=24)
+            yield Case(f"longer {WIDTHS[dtype]} {text_of(options)}", play)
     muon = {**MUON, "muon_fp32": True}
     for options in ({}, ADAM, HALF_Z, ADOPT, {**FOCUS, **ORTHOGRAD}, {**CAUTIOUS, **DECAY}, RELATIVE, muon):
         play = Play(make=made(options), shapes=LARGE_SHAPES, steps=7)
