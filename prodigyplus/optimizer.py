@@ -176,6 +176,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         bfloat16_z: bool = False,
         compile: bool = False,  # noqa: A002
     ) -> None:
+        # The signature is the one place that has the defaults: its arguments are taken by their names.
         given = {name: value for name, value in locals().items() if name in options.NAMES}
         self._set_up(WholeTensors(), OneProcess(), ParameterHooks())
         # Every key of a group is a default, so that a fresh and a loaded optimiser have the same.

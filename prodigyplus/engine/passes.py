@@ -172,7 +172,7 @@ def measure_(
         if momentum is None:
             across.gated_(u)
         kept = (u,) if keeps_direction else roots
-        del wide, before
+        del wide, before  # of bfloat16 gradients a copy, which the sums below need not find alive
         if kind.projects:
             sums |= variants.dots(u, base(y, state, kind))._asdict()
         elif kind.is_stable:
