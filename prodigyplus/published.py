@@ -200,7 +200,10 @@ _1_9 = _Package(
     version="1.9",
     options=(*_OPTIONS, "use_muon_pp"),
     # Not among them: d_limiter=False. Its d grows by another rule, and ours may want the limiter.
-    implied={"slice_p": _SLICE_P, "beta4": 0.0, "use_schedulefree": True, "schedulefree_c": 0.0},
+    implied={
+        **{"slice_p": _SLICE_P, "beta4": 0.0, "warmup_steps": 0},
+        **{"use_schedulefree": True, "schedulefree_c": 0.0},
+    },
     speed=True,
     numbers=("d", "d_prev", "d_numerator", "d_denom", "weight_sum", "k", "train_mode"),
     scales=_scales_of_1_9,
@@ -222,7 +225,7 @@ _1_9 = _Package(
 _2_0 = _Package(
     version="2.0",
     options=(*_OPTIONS, *_SINCE_2_0),
-    implied={"slice_p": _SLICE_P, "beta4": 0.0, "use_muon_pp": False},
+    implied={"slice_p": _SLICE_P, "beta4": 0.0, "use_muon_pp": False, "warmup_steps": 0},
     speed="relative",
     numbers=("d", "d_numerator", "max_d_numerator", "d_denom", "effective_lr", "k", "train_mode"),
     scales=lambda groups, index: _Scales(),
