@@ -201,8 +201,11 @@ _1_9 = _Package(
     options=(*_OPTIONS, "use_muon_pp"),
     # Not among them: d_limiter=False. Its d grows by another rule, and ours may want the limiter.
     implied={
-        **{"slice_p": _SLICE_P, "beta4": 0.0, "warmup_steps": 0},
-        **{"use_schedulefree": True, "schedulefree_c": 0.0},
+        "slice_p": _SLICE_P,
+        "beta4": 0.0,
+        "warmup_steps": 0,
+        "use_schedulefree": True,
+        "schedulefree_c": 0.0,
     },
     speed=True,
     numbers=("d", "d_prev", "d_numerator", "d_denom", "weight_sum", "k", "train_mode"),
