@@ -24,6 +24,7 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -361,15 +362,12 @@ TOGETHER: tuple[Options, ...] = (
 
 COMPILED: tuple[Options, ...] = (
     {},
-    DECAY,
-    DECAY_BY_ITSELF,
-    ATAN2,
-    SPEED,
+    {**DECAY_BY_ITSELF, **ATAN2},
+    {**SPEED, **C},
     RELATIVE,
-    {"use_stableadamw": False},
+    {"use_stableadamw": False, **RADAM},
     {**FULL, **FREEZES},
     HALF_Z,
-    {**RADAM, **C},
     CAUTIOUS,  # which runs without
 )
 
@@ -443,21 +441,31 @@ class Case:
     compiles: bool = False
 
 
+def dtype_in_turn(number: int, options: Options) -> torch.dtype:
+    """One of two dtypes, where an option is not of one of them alone."""
+    if "stochastic_rounding" in options:
+        return BFLOAT16
+    return FLOAT32 if number % 2 or "bfloat16_z" in options else BFLOAT16
+
+
 def tables() -> Iterator[Case]:
     """Every option and what comes together, on one process."""
-    for number, options in enumerate((*ALONE, *TOGETHER)):
+    shapes: Shapes
+    for number, options in enumerate(ALONE):
         # Large matrices are orthogonalised slowly in bfloat16.
-        shapes = SHAPES if number < len(ALONE) and not options.get("use_muon_pp") else SMALL_SHAPES
-        for dtype, width in WIDTHS.items():
-            if dtype != FLOAT64 or number <= len(SETTINGS):
-                yield Case(
-                    f"{width} {text_of(options)}", Play(make=made(options), dtype=dtype, shapes=shapes)
-                )
+        shapes = SMALL_SHAPES if options.get("use_muon_pp") else SHAPES
+        for dtype in WIDTHS if number <= len(SETTINGS) else (FLOAT32, BFLOAT16):
+            yield Case(
+                f"{WIDTHS[dtype]} {text_of(options)}", Play(make=made(options), dtype=dtype, shapes=shapes)
+            )
+    for number, options in enumerate(TOGETHER):
+        dtype = dtype_in_turn(number, options)
+        play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES)
+        yield Case(f"{WIDTHS[dtype]} {text_of(options)}", play)
     for number, (one, other) in enumerate(itertools.combinations(SETTINGS, 2)):
-        if not one.keys() & other.keys():
-            both = merged(one, other)
-            dtype = FLOAT32 if number % 2 or "bfloat16_z" in both else BFLOAT16
-            dtype = BFLOAT16 if "stochastic_rounding" in both else dtype  # of nothing else
+        both = merged(one, other)
+        if not one.keys() & other.keys() and both not in TOGETHER:
+            dtype = dtype_in_turn(number, both)
             play = Play(make=made(both), dtype=dtype, shapes=SMALL_SHAPES)
             yield Case(f"pair {WIDTHS[dtype]} {text_of(both)}", play)
     slow: tuple[Options, ...] = (SPEED, {**SPEED, **ADAM}, {"use_bias_correction": True}, RADAM, FOCUS, MUON)
@@ -476,10 +484,12 @@ def tables() -> Iterator[Case]:
         for dtype in (FLOAT32, BFLOAT16):
             play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, in_eval=True)
             yield Case(f"saved in eval {WIDTHS[dtype]} {text_of(options)}", play)
-    for options in COMPILED:
-        for dtype in (FLOAT32, BFLOAT16) if options in ({}, DECAY) else (FLOAT32,):
-            play = Play(make=made({**options, "compile": True}), dtype=dtype, shapes=COMPILED_SHAPES)
-            yield Case(f"compiled {WIDTHS[dtype]} {text_of(options)}", play, compiles=True)
+    for options in COMPILED:  # each kind and each number of dimensions is compiled for itself
+        shapes = COMPILED_SHAPES if options == {} else COMPILED_SHAPES[1:3]
+        play = Play(make=made({**options, "compile": True}), shapes=shapes)
+        yield Case(f"compiled {text_of(options)}", play, compiles=True)
+    play = Play(make=made({**DECAY, "compile": True}), shapes=COMPILED_SHAPES[1:3], dtype=BFLOAT16)
+    yield Case(f"compiled bfloat16 {text_of(DECAY)}", play, compiles=True)
 
 
 DIFFERENT: tuple[Options, ...] = (
@@ -672,8 +682,8 @@ def models() -> Iterator[Case]:
 def fused() -> Iterator[Case]:
     """Steps within the backward pass."""
     kinds = (*SETTINGS, {"eps": None}, {**CAUTIOUS, **HALF_Z, **DECAY}, {**ADAM, **ADOPT, **ORTHOGRAD})
-    for options in ({}, *kinds):
-        for dtype in (FLOAT32, BFLOAT16):
+    for number, options in enumerate(({}, *kinds)):
+        for dtype in (dtype_in_turn(number, options),) if number > 2 else (FLOAT32, BFLOAT16):
             for every in (True, False):
                 if every or options in ({}, ADAM, MUON, RELATIVE):
                     kind = f"{'fused' if every else 'fused in part'} {WIDTHS[dtype]} {text_of(options)}"
@@ -800,11 +810,11 @@ def both_dims(shape: tuple[int, ...]) -> list[Placement]:
 # Name: sizes of its axes, where parameters lie, and which options are played: all take long.
 MESHES: dict[str, tuple[tuple[int, ...], Axes, Sequence[Options]]] = {
     "FSDP": ((2,), along_first, SHARDED),
-    "columns": ((2,), along_last, SHARDED[1::6]),
-    "FSDP on 4": ((4,), along_first, SHARDED[3::8]),
-    "HSDP": ((2, 2), hybrid, SHARDED[::4]),
-    "FSDP x TP": ((2, 2), tensor_parallel, SHARDED[2::4]),
-    "rows x columns": ((2, 2), both_dims, SHARDED[1::8]),
+    "columns": ((2,), along_last, SHARDED[1::8]),
+    "FSDP on 4": ((4,), along_first, ({}, {**MUON, "muon_batched": True})),
+    "HSDP": ((2, 2), hybrid, SHARDED[::6]),
+    "FSDP x TP": ((2, 2), tensor_parallel, SHARDED[2::6]),
+    "rows x columns": ((2, 2), both_dims, ({**CAUTIOUS, **DECAY}, MUON)),
 }
 
 
@@ -840,6 +850,8 @@ def meshes() -> Iterator[Case]:
             dtype = BFLOAT16 if number % 3 == 1 and "bfloat16_z" not in options else FLOAT32
             play = Play(make=make, shapes=SMALL_SHAPES, dtype=dtype, place=place, lacks=lacks_on_first)
             yield on_ranks(sizes, f"{name} {WIDTHS[dtype]} {text_of(options)}", play)
+        if name not in ("FSDP", "HSDP", "FSDP x TP"):
+            continue
         others: list[tuple[Options, Options]] = [
             ({**CAUTIOUS, **DECAY}, {"bucket_bytes": 2048}),
             (MUON, {"bucket_bytes": 2048, "all_to_all": False}),
@@ -848,8 +860,6 @@ def meshes() -> Iterator[Case]:
             make = functools.partial(make_sharded, options=options, others=other)
             play = Play(make=make, shapes=SMALL_SHAPES, place=placed(sizes, axes, plain=False))
             yield on_ranks(sizes, f"{name} {text_of({**options, **other})}", play)
-        if name not in ("FSDP", "HSDP", "FSDP x TP"):
-            continue
         make = functools.partial(make_different, options={"d0": 1e-4, "d_limiter": False}, sharded=True)
         play = Play(make=make, shapes=SMALL_SHAPES, steps=10, place=placed(sizes, axes, plain=True))
         yield on_ranks(sizes, f"{name} groups", play)
@@ -1087,18 +1097,23 @@ def difference(old: Mapping[str, str], new: Mapping[str, str], files: Sequence[P
             return f"not played in {name}"
     if old == new and list(old) == list(new):
         return ""
-    missing = [what for what in (*old, *new) if (what in old) != (what in new)]
-    if missing:
-        return f"only in {'old' if missing[0] in old else 'new'}: {', '.join(missing[:4])}"
-    different = [what for what in old if old[what] != new[what]]
+    said = []
+    for name, its, others in (("old", old, new), ("new", new, old)):
+        alone = [what for what in its if what not in others]
+        if alone:
+            said.append(f"{len(alone)} only in {name}: {', '.join(alone[:3])}")
+    common = [what for what in old if what in new]
+    different = [what for what in common if old[what] != new[what]]
     if not different:
-        return "the same, in another order"
+        return "; ".join([*said, "all else is the same" if said else "the same, in another order"])
     kept = [torch.load(file, weights_only=True) for file in files]
-    distances = {what: distance(*(its[what] for its in kept)) for what in different if what in kept[0]}
-    finite = {what: value for what, value in distances.items() if value == value}
+    both = [what for what in different if all(what in its for its in kept)]
+    distances = {what: distance(*(its[what] for its in kept)) for what in both}
+    finite = {what: value for what, value in distances.items() if not math.isnan(value)}
     largest = max(finite, key=finite.__getitem__, default="")
     by = f"; by {finite[largest]:.1e} at most, in {largest}" if largest else ""
-    return f"{len(different)} of {len(old)}, first {', '.join(different[:3])}{by}"
+    first = f"{len(different)} of {len(common)} differ, first {', '.join(different[:3])}{by}"
+    return "; ".join([*said, first])
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -1132,6 +1147,9 @@ def main() -> None:
         folder, ranks, rank = Path(given.play[0]), int(given.play[1]), int(given.play[2])
         play_here([case for case in cases if case.ranks == ranks], folder, given.old, rank)
         return
+    for checkout in (given.old, given.new):
+        if not (checkout / "prodigyplus").is_dir():
+            parser.error(f"{checkout} is no checkout: it has no prodigyplus/")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without its processes and its folder
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / name for name in ("old", "new")]
