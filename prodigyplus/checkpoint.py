@@ -44,12 +44,6 @@ def new_entries(d0: float) -> dict[str, Any]:
 ENTRIES = tuple(new_entries(1.0))
 
 
-def is_frozen(group: Group) -> bool:
-    """Whether the next step of a group finds its step size frozen, or freezes it."""
-    frozen: bool = group["frozen"] or Options.of(group).freezes(group["calls"])
-    return frozen
-
-
 # Those that states saved by earlier versions have not, and what they are then.
 _LATER_ENTRIES: dict[str, Callable[[Group], Any]] = {
     "in_mean": lambda group: 0.0,  # it joins at the next step, if it is to
@@ -157,7 +151,7 @@ def checked_states(
     Raises:
         ValueError: A state is not one of the parameter that it is for.
     """
-    states = {}
+    found = {}
     number = 0
     for index, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
         have_state = [bool(saved.get(key)) for key in theirs["params"]]
@@ -179,16 +173,15 @@ def checked_states(
         for in_group, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
             if have_state[in_group]:
                 _check_state(saved[key], p, theirs, name_of(ours, index, in_group))
-                states[number] = dict(saved[key])
+                found[number] = dict(saved[key])
             number += 1
-    return states
+    return found
 
 
 def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str) -> None:
-    o, shape = StateOptions.of(Options.of(group)), tuple(p.shape)
-    subject = states.Subject(p.dtype, p.dtype, p.device, shape, o)
-    expected = [key for key, entry in states.TABLE.items() if entry.exists(subject)]
-    freed = states.EVIDENCE if is_frozen(group) else ()
+    o, shape = Options.of(group), tuple(p.shape)
+    expected = states.entries_of(states.Subject(p.dtype, p.dtype, p.device, shape, StateOptions.of(o)))
+    freed = states.EVIDENCE if o.is_frozen(group) else ()
     if set(saved).symmetric_difference(expected) - set(freed):
         raise ValueError(
             f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it was "
@@ -222,9 +215,9 @@ def _kept(
     for location in locations(groups):
         p, group = location.p, groups[location.group]
         if p in state and last[p] == location.number:
-            o, entries = StateOptions.of(Options.of(group)), state[p]
-            if entries and is_frozen(group):
-                freed = states.freed_state(placement.local(p), placement.layout(p), o)
+            o, entries = Options.of(group), state[p]
+            if entries and o.is_frozen(group):
+                freed = states.freed_state(placement.local(p), placement.layout(p), StateOptions.of(o))
                 entries = {**entries, **stored(placement, p, freed, o.slice_p)}
             yield _Kept(location.number - 1, p, o.slice_p, entries)
 
@@ -266,7 +259,8 @@ def loaded_state(
     p: Tensor, saved: Mapping[str, Tensor], group: Group, placement: Placement
 ) -> dict[str, Tensor]:
     """The state of a parameter as it is kept, from its saved form; undoes :func:`saved_states`."""
-    every, frozen = Options.of(group).slice_p, is_frozen(group)
+    o = Options.of(group)
+    every, frozen = o.slice_p, o.is_frozen(group)
     needed = {key: value for key, value in saved.items() if not (frozen and key in states.EVIDENCE)}
     pieces = {key: placement.load(p, value, key, every) for key, value in needed.items()}
     if "p0" in pieces:  # which was once kept in bfloat16

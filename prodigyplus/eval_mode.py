@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ class View(NamedTuple):
     """What is seen of an optimiser here."""
 
     groups: Sequence[dict[str, Any]]
-    state: Mapping[Tensor, State]
+    state: Mapping[Tensor, dict[str, Tensor]]
     placement: Placement
     constraints: Constraints
 
@@ -35,12 +35,16 @@ class View(NamedTuple):
         """Whether some group is in eval mode."""
         return any(group["use_schedulefree"] and not group["train_mode"] for group in self.groups)
 
+    def in_other_mode(self, *, train: bool) -> list[dict[str, Any]]:
+        """The groups that :meth:`AverageSwap.swap_` has to change."""
+        return [g for g in self.groups if g["use_schedulefree"] and g["train_mode"] != train]
+
     def averaged(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The parameters of a group that are not their own average, with their local states."""
         for p in group["params"]:
             # Before the first step there may be state, but the weights are their own average.
             if group["calls"] and schedule_free.is_averaged(self.state.get(p, {})):
-                yield p, {key: self.placement.local(value) for key, value in self.state[p].items()}
+                yield p, self.placement.local_state(self.state[p])
 
 
 class AverageSwap:
@@ -56,10 +60,9 @@ class AverageSwap:
         self._held.clear()
 
     @isolated
-    def swap_(self, view: View, *, train: bool) -> bool:
-        """Put y into the model, or x; returns whether another was there."""
-        groups = [g for g in view.groups if g["use_schedulefree"] and g["train_mode"] != train]
-        for group in groups:
+    def swap_(self, view: View, *, train: bool) -> None:
+        """Put y into the model, or x, where another is there."""
+        for group in view.in_other_mode(train=train):
             # A schedule may have moved β1 since: y comes back by what x was made with.
             beta1 = group["average_beta1"] if train else None
             beta1 = group["betas"][0] if beta1 is None else beta1
@@ -69,7 +72,6 @@ class AverageSwap:
                 else:
                     self._put_average_(view, p, state, beta1)
             group["train_mode"], group["average_beta1"] = train, None if train else beta1
-        return bool(groups)
 
     def _put_average_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
         constraints, local = view.constraints.of(p), view.placement.local(p)
@@ -98,16 +100,22 @@ class AverageSwap:
                     yield p, x
 
     @contextmanager
-    def lent(self, view: View) -> Iterator[None]:
-        """A context in which the model holds x; on leaving it every weight is what it was, bit for bit."""
+    def lent(self, view: View, has_changed: Callable[[], object]) -> Iterator[None]:
+        """A context in which the model holds x; on leaving it every weight is what it was, bit for bit.
+
+        Args:
+            view: The optimiser.
+            has_changed: Called whenever the model holds other weights.
+        """
         before: list[tuple[Tensor, Tensor]] = []
         try:
             self._lend_(view, before)
+            has_changed()
             yield
         finally:
             self.is_lent = False
             _take_back_(before)
-            view.placement.forget_copies(view.parameters)
+            has_changed()
 
     @isolated
     def _lend_(self, view: View, before: list[tuple[Tensor, Tensor]]) -> None:
@@ -115,7 +123,6 @@ class AverageSwap:
             before.append((p, p.detach().clone()))
             p.copy_(x)
         self.is_lent = True
-        view.placement.forget_copies(view.parameters)
 
     @isolated
     def state_dict_of(self, view: View, model: nn.Module) -> dict[str, Any]:

@@ -311,30 +311,30 @@ class ProdigyPlusScheduleFree(Optimizer):
                     "frozen, since what it would go by has been freed."
                 )
             if entry["calls"] == 0:  # state, if there is any, may be older than the weights
-                local = self._placement.local
                 for p in filter(self.state.get, entry["params"]):
-                    state = {key: local(value) for key, value in self.state[p].items()}
-                    restart_(state, local(p), self._placement.layout(p), group.options.slice_p)
+                    weight, state = self._placement.local(p), self._placement.local_state(self.state[p])
+                    restart_(state, weight, self._placement.layout(p), group.options.slice_p)
         return step
 
     def _remaining(self, step: Step) -> list[ParamStep]:
         """What the parameters bring that no backward pass has moved."""
         parameters = self._parameters
         parameters.forget_replaced()
+        every = locations(self.param_groups)
         remaining = [
             parameters.bring(location, location.p.grad, step.groups.steps[location.group])
-            for location in locations(self.param_groups)
+            for location in every
             if self._placement.takes_part(location.p) and location.p not in step.taken
         ]
-        self._placement.end_step(self._view.parameters)
+        self._placement.end_step(location.p for location in every)
         return remaining
 
     @isolated
     def _columns(self) -> Columns:
         """The groups' numbers, where the parameters are that are trained."""
-        parameters = self._view.parameters
-        trained = (p for p in parameters if p.requires_grad or p.grad is not None)
-        others = (p for p in parameters if p.device.type != "meta")
+        # Lazily, since the first parameter tells most often.
+        trained = (p for g in self.param_groups for p in g["params"] if p.requires_grad or p.grad is not None)
+        others = (p for g in self.param_groups for p in g["params"] if p.device.type != "meta")
         homes = (self._placement.local(p).device for some in (trained, others) for p in some)
         home = next(homes, torch.device("cpu"))
         columns = self._cache.columns
@@ -369,6 +369,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "by itself; the optimiser goes with those of training: leave the with-block first."
             )
 
+    @isolated
     def _has_changed_weights(self) -> None:
         """The model holds other weights now: what was made of those before is out of date."""
         self._cache.monitor.forget_weights()
@@ -432,16 +433,15 @@ class ProdigyPlusScheduleFree(Optimizer):
         location = cache.locations.get(p)
         if location is None or not self.param_groups[location.group]["fused_back_pass"]:
             return False
-        name = self._parameters.name(location)
         if self._view.is_evaluating:
-            raise RuntimeError(f"{name} has a gradient {_EVALUATING}")
+            raise RuntimeError(f"{self._parameters.name(location)} has a gradient {_EVALUATING}")
         step = cache.step = cache.step or self._begin(in_backward=True)
         if p in step.taken:
             raise RuntimeError(
-                f"{name} has a second gradient, but no step() came after the first: "
-                "fused_back_pass=True moves a parameter by the gradient of one backward pass, and cannot add "
-                "up several. Call optimizer.step() after each, also after one that failed, or set "
-                "fused_back_pass=False."
+                f"{self._parameters.name(location)} has a second gradient, but no step() came after the "
+                "first: fused_back_pass=True moves a parameter by the gradient of one backward pass, and "
+                "cannot add up several. Call optimizer.step() after each, also after one that failed, or "
+                "set fused_back_pass=False."
             )
         step.take(p, self._parameters.bring(location, grad, step.groups.steps[location.group]))
         return True
@@ -510,7 +510,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _swap(self, *, train: bool) -> None:
         self._check_average_is_not_lent()
-        if any(group["use_schedulefree"] and group["train_mode"] != train for group in self.param_groups):
+        if self._view.in_other_mode(train=train):
             self._check_no_step_is_under_way()
             self._cache.average.swap_(self._view, train=train)
             self._has_changed_weights()
@@ -538,12 +538,8 @@ class ProdigyPlusScheduleFree(Optimizer):
             yield
             return
         self._check_no_step_is_under_way()
-        try:
-            with self._cache.average.lent(self._view):
-                self._cache.monitor.forget_weights()
-                yield
-        finally:
-            self._cache.monitor.forget_weights()
+        with self._cache.average.lent(self._view, self._has_changed_weights):
+            yield
 
     def averaged_state_dict(self, model: nn.Module, *, full: bool = False) -> dict[str, Any]:
         """``model.state_dict()`` with the averaged weights x: what to save as the trained model.

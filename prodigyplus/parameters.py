@@ -127,7 +127,7 @@ class Parameters:
                         f"{name}={value!r} in param_groups[{index}], whose state was made under another "
                         "value: build another optimiser to change it."
                     )
-        state = {key: self._placement.local(value) for key, value in self._state[location.p].items()}
+        state = self._placement.local_state(self._state[location.p])
         needed = {
             key: shape
             for key, shape in states.expected_shapes(weight, grad, now.layout, now.options).items()

@@ -6,7 +6,7 @@ the state is kept and saved, and which parameters take part in a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -45,7 +45,7 @@ class Placement(Protocol):
         """Whether a parameter takes part in the step that begins; the same on all ranks that hold it."""
         ...
 
-    def end_step(self, parameters: Collection[Tensor]) -> None:
+    def end_step(self, parameters: Iterable[Tensor]) -> None:
         """Note that the step of all these, the optimiser's parameters, has begun to end."""
         ...
 
@@ -109,7 +109,7 @@ class WholeTensors:
     def takes_part(self, p: Tensor) -> bool:
         return p.grad is not None
 
-    def end_step(self, parameters: Collection[Tensor]) -> None:
+    def end_step(self, parameters: Iterable[Tensor]) -> None:
         pass
 
     def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

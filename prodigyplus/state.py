@@ -83,6 +83,7 @@ class Entry:
             saved as rows (see ``terms/samples.py``).
         is_number: Whether it is one number for the parameter, without dimensions.
         starts_at_weight: Whether it starts as the weight, or the weight's samples. Otherwise as zeros.
+        restarts: Whether it starts anew at the first real step, see :func:`restart_`.
         is_evidence: Whether it is Prodigy's: freed, and saved as zeros, once the step size is frozen.
     """
 
@@ -92,6 +93,7 @@ class Entry:
     is_sampled: bool = False
     is_number: bool = False
     starts_at_weight: bool = False
+    restarts: bool = False
     is_evidence: bool = False
 
     def saved_shape(self, shape: tuple[int, ...], every: int) -> tuple[int, ...]:
@@ -153,16 +155,24 @@ TABLE = {
         lambda shape: (_row(shape), _column(shape)),
     ),
     # Schedule-Free's base iterate, or its offset from the weights; without Schedule-Free, the first moment.
-    schedule_free.OFFSET: Entry(lambda s: s.keeps_offset, lambda s: torch.bfloat16),
+    schedule_free.OFFSET: Entry(lambda s: s.keeps_offset, lambda s: torch.bfloat16, restarts=True),
     schedule_free.BASE: Entry(
         lambda s: s.options.use_schedulefree and not s.keeps_offset,
         lambda s: s.weight,
         starts_at_weight=True,
+        restarts=True,
     ),
     "exp_avg": Entry(lambda s: not s.options.use_schedulefree, lambda s: s.grad),
     # Prodigy's evidence. p0 is in the weight's dtype: rounded, its distance to the weights would be progress
     # that nobody made.
-    "p0": Entry(lambda s: True, lambda s: s.weight, is_sampled=True, starts_at_weight=True, is_evidence=True),
+    "p0": Entry(
+        lambda s: True,
+        lambda s: s.weight,
+        is_sampled=True,
+        starts_at_weight=True,
+        restarts=True,
+        is_evidence=True,
+    ),
     "s": Entry(lambda s: not _is_relative(s), _of_statistics, is_sampled=True, is_evidence=True),
     **{key: Entry(_is_relative, _number, is_number=True, is_evidence=True) for key in prodigy.AVERAGES},
 }
@@ -171,23 +181,21 @@ SAMPLED = tuple(key for key, entry in TABLE.items() if entry.is_sampled)
 EVIDENCE = tuple(key for key, entry in TABLE.items() if entry.is_evidence)
 
 
-def new_state(
-    weight: Tensor, grad: Tensor, layout: Layout, options: StateOptions, *, evidence: bool = True
-) -> dict[str, Tensor]:
+def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: StateOptions) -> dict[str, Tensor]:
     """The state of a parameter before its first step.
 
     Args:
         weight, grad: Local tensors.
         layout: Theirs.
         options: Those that decide about the state.
-        evidence: Whether with Prodigy's.
     """
     subject = Subject(weight.dtype, grad.dtype, weight.device, layout.shape, options)
-    return {
-        key: _start(entry, subject, weight, layout)
-        for key, entry in TABLE.items()
-        if entry.exists(subject) and (evidence or not entry.is_evidence)
-    }
+    return {key: _start(entry, subject, weight, layout) for key, entry in entries_of(subject).items()}
+
+
+def entries_of(subject: Subject) -> dict[str, Entry]:
+    """The lines of the table that hold for a parameter."""
+    return {key: entry for key, entry in TABLE.items() if entry.exists(subject)}
 
 
 def _start(entry: Entry, subject: Subject, weight: Tensor, layout: Layout) -> Tensor:
@@ -230,7 +238,6 @@ def restart_(state: Mapping[str, Tensor], weight: Tensor, layout: Layout, slice_
     """
     for key, value in state.items():
         entry = TABLE.get(key)
-        if entry is not None and entry.starts_at_weight:
-            value.copy_(layout.sample(weight, slice_p) if entry.is_sampled else weight)
-        elif key == schedule_free.OFFSET:
-            value.zero_()
+        if entry is not None and entry.restarts:
+            start = layout.sample(weight, slice_p) if entry.is_sampled else weight
+            value.copy_(start) if entry.starts_at_weight else value.zero_()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 F = TypeVar("F", bound=Callable[..., object])
 
 # Options of Inductor, torch.compile's code generator, which may be renamed. Without the first two it writes
-# and reads directions that should be computed where they are used (a compiled step then takes half as long
-# again); without the last, what is bfloat16 between two operators is not rounded there, as it is otherwise.
+# and reads directions that should be computed where they are used; without the last, what is bfloat16 between
+# two operators is not rounded there, as it is otherwise.
 _READS_OF_A_DIRECTION = 5
 INDUCTOR_OPTIONS: dict[str, object] = {
     # What has more reads is written if it is used twice: the factors' roots are to be, directions are not.
@@ -50,6 +50,6 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-def foreach_copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """``target.copy_(source)`` of many small tensors in one call; without it, a step of many takes longer."""
-    torch._foreach_copy_(targets, sources)
+    torch._foreach_copy_(list(targets), list(sources))

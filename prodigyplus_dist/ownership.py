@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.formulas import muon
-from prodigyplus_dist import torch_private
+from prodigyplus.torch_private import foreach_copy_
 from prodigyplus_dist.layout import Indices, MeshLayout
 
 
@@ -91,7 +91,7 @@ class MatrixSharding:
                 whole[where] = values
         views = [(whole[where], values) for where, values in here if _is_view(where)]
         if views:
-            torch_private.foreach_copy_([view for view, _ in views], [values for _, values in views])
+            foreach_copy_([view for view, _ in views], [values for _, values in views])
 
     def taken(self, block: Block, whole: Tensor, piece: int) -> Tensor:
         """Of the whole matrices of a block what a piece has of them."""

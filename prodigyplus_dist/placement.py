@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Set
+from collections.abc import Callable, Collection, Hashable, Iterable, Set
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class MeshTensors:
         # none.
         return p.requires_grad or p.grad is not None or p in self._trained
 
-    def end_step(self, parameters: Collection[Tensor]) -> None:
+    def end_step(self, parameters: Iterable[Tensor]) -> None:
         self._trained = {p for p in parameters if p.requires_grad}
 
     def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -86,8 +86,3 @@ def object_device() -> torch.device:
     Without it, a rank that has no parameters would not know whether to send from the host or from a device.
     """
     return torch.device(dist.distributed_c10d._get_object_coll_device())
-
-
-def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """``target.copy_(source)`` of many tensors in one call; without it, packing many takes longer."""
-    torch._foreach_copy_(list(targets), list(sources))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prodigyplus.torch_private import foreach_copy_
 from prodigyplus_dist import torch_private
 
 Shape = Sequence[int]
@@ -148,7 +149,7 @@ def packed(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     tensors = [tensor for tensor in tensors if tensor.numel()]
     buffer = like.new_empty(sum(tensor.numel() for tensor in tensors))
     if tensors:
-        torch_private.foreach_copy_(unpacked(buffer, [tensor.shape for tensor in tensors]), tensors)
+        foreach_copy_(unpacked(buffer, [tensor.shape for tensor in tensors]), tensors)
     return buffer
 
 

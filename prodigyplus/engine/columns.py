@@ -86,6 +86,9 @@ class Columns:
     def __getitem__(self, name: str) -> Tensor:
         return self._columns[name]
 
+    def __len__(self) -> int:
+        return len(self._views)
+
     def are_of(self, groups: Sequence[dict[str, Any]], device: torch.device) -> bool:
         """Whether these are the columns of ``groups`` on ``device``; not if a user has replaced a number."""
         return (

@@ -20,7 +20,7 @@ from torch import Tensor
 from prodigyplus import torch_private
 from prodigyplus.engine import passes
 from prodigyplus.engine.passes import Kind, Moments, Noise, Samples, State
-from prodigyplus.formulas import directions, moments
+from prodigyplus.formulas import directions, moments, schedule_free
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import strided_samples
 from prodigyplus.terms.scalars import Packed
@@ -30,21 +30,23 @@ F = TypeVar("F", bound=Callable[..., object])
 # How many rows are summed at a time.
 _LANES = 16
 
-# The fields in which a kind may differ from the default one and still be compiled. A field that is not named
-# here is not: so a new option is not ignored, but runs operator by operator until somebody has tried it.
-_ADMITTED = frozenset({"direction", "z", "is_stable", "decays", "decays_by_lr", "use_speed"})
-_DIRECTIONS = ("adam", "atan2")
+# The values that the fields of a kind may have for its passes to be compiled. A field that is not named here
+# must have its default: a new option is not ignored, but runs operator by operator until somebody tries it.
+_SWITCH = (False, True)
+_ADMITTED: dict[str, tuple[object, ...]] = {
+    "direction": ("adam", "atan2"),
+    "z": (schedule_free.BASE, schedule_free.OFFSET),
+    "is_stable": _SWITCH,
+    "decays": _SWITCH,
+    "decays_by_lr": _SWITCH,
+    "use_speed": (*_SWITCH, "relative"),
+}
 
 
 def admits(kind: Kind) -> bool:
     """Whether the passes of a kind are compiled."""
-    others = (name for name in Kind._fields if name not in _ADMITTED)
-    default = Kind()
-    return (
-        kind.direction in _DIRECTIONS
-        and kind.z is not None
-        and all(getattr(kind, name) == getattr(default, name) for name in others)
-    )
+    fields = zip(Kind._fields, kind, Kind(), strict=True)
+    return all(value in _ADMITTED.get(name, (default,)) for name, value, default in fields)
 
 
 def _compiled(function: F) -> F:

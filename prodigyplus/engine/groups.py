@@ -39,7 +39,7 @@ class GroupStep:
         self.options = Options.of(entry)
         self.state_options = StateOptions.of(self.options)
         self.skips_per_param = False
-        self.adapts = not (entry["frozen"] or self.options.freezes(entry["calls"]))
+        self.adapts = not self.options.is_frozen(entry)
         self._numbers: Packed
         self._observed: list[tuple[list[int], Tensor, Tensor]] = []
         self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}
@@ -111,27 +111,22 @@ class GroupBatch:
         groups: The groups.
         columns: The numbers of all groups of the optimiser.
         constants: The optimiser's.
-        count: How many groups the optimiser has.
     """
 
-    def __init__(
-        self, groups: Sequence[GroupStep], columns: Columns, constants: Constants, count: int
-    ) -> None:
+    def __init__(self, groups: Sequence[GroupStep], columns: Columns, constants: Constants) -> None:
         self._groups = groups
         self._columns = columns
         self._branches = _Branches.of(groups[0].options)
         rows = [group.index for group in groups]
-        self._rows = None if len(rows) == count else constants.on(columns.device, rows)
+        self._rows = None if len(rows) == len(columns) else constants.on(columns.device, rows)
 
     @classmethod
-    def split(
-        cls, groups: Sequence[GroupStep], columns: Columns, constants: Constants, count: int
-    ) -> list[GroupBatch]:
+    def split(cls, groups: Sequence[GroupStep], columns: Columns, constants: Constants) -> list[GroupBatch]:
         """All ``groups``, in as many batches as there are branches; the other arguments as for the class."""
         batches: dict[_Branches, list[GroupStep]] = {}
         for group in groups:
             batches.setdefault(_Branches.of(group.options), []).append(group)
-        return [cls(batch, columns, constants, count) for batch in batches.values()]
+        return [cls(batch, columns, constants) for batch in batches.values()]
 
     def select(self, values: Tensor) -> Tensor:
         """Those of this batch's groups, of ``values`` that has one for each group of the optimiser."""
@@ -224,10 +219,7 @@ class GroupBatch:
         moves, learns = _and(moves, opened.valid), _and(learns, opened.valid)
         self._write_(moves, weight_sum=opened.weight_sum, effective_lr=opened.effective_lr)
         for name, counts in (("k", moves), ("skipped", skips)):
-            if self._rows is None:
-                self._columns[name].add_(counts)
-            else:
-                self._columns[name].index_add_(0, self._rows, counts.to(torch.int64))
+            self.scatter_(self._columns[name], self._read(name) + counts)
         return learns
 
     def scatter_(self, target: Tensor, values: Tensor) -> None:
@@ -293,7 +285,7 @@ class GroupBatch:
         before = torch.stack([self._read(name) for name in values])
         after = torch.where(condition, torch.stack(list(values.values())), before)
         if self._rows is None:
-            foreach_copy_([self._columns[name] for name in values], list(after.unbind()))
+            foreach_copy_([self._columns[name] for name in values], after.unbind())
         else:
             for name, value in zip(values, after.unbind(), strict=True):
                 self.scatter_(self._columns[name], value)
@@ -322,7 +314,7 @@ class Groups:
         return len(self.steps)
 
     def _split(self, steps: Sequence[GroupStep]) -> list[GroupBatch]:
-        return GroupBatch.split(steps, self.columns, self.constants, len(self))
+        return GroupBatch.split(steps, self.columns, self.constants)
 
     def open(self, moves: Tensor) -> list[_Opened]:
         """Set this step's numbers of all groups; ``moves`` as for :meth:`GroupBatch.open`."""
@@ -366,7 +358,7 @@ class Groups:
         """Set the step sizes in use, where the step ``happens`` (bool, 0-dim); a skipped one changes none."""
         shared, in_mean = self.columns["d"].clone(), self.columns["in_mean"].clone()
         if sharing := self._sharing:
-            batch = GroupBatch(sharing, self.columns, self.constants, len(self))
+            batch = GroupBatch(sharing, self.columns, self.constants)
             for column, values in zip((shared, in_mean), batch.shared_d(), strict=True):
                 batch.scatter_(column, values)
         for name, values in (("shared_d", shared), ("in_mean", in_mean)):

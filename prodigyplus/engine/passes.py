@@ -121,7 +121,8 @@ def momentum_(y: Tensor, grad: Tensor, state: State, n: Scalars, kind: Kind) -> 
     if kind.direction == "muon":
         return moments.advance_first_(state, n.gated(raw), n), None
     if kind.use_adopt:
-        u = n.gated_(_normalised(raw, denominator(state, n, kind), y, state, n, kind))
+        by = _denominator(_roots(state, n, kind), n, kind)
+        u = n.gated_(_normalised(raw, by, y, state, n, kind))
         raw = variants.adopt_clip_(u, n.adopt_clip)
     else:
         raw = n.gated(raw)
@@ -160,19 +161,22 @@ def measure_(
     kept: tuple[Tensor, ...] = ()
     if kind.direction != "muon":
         wide = grad.to(across.d.dtype)
-        # ADOPT normalises by the second moment of the gradients before this one.
-        before = denominator(state, across, kind) if kind.use_adopt and momentum is None else None
-        _advance_second_(y, wide, state, feed, across, kind)
-        roots = _roots(state, across, kind)
-        if kind.use_adopt and momentum is not None:
-            u = momentum
+        u = wide if momentum is None else momentum
+        if kind.use_adopt:
+            # By the second moment of the gradients before this one; a first moment is of normalised ones.
+            if momentum is None:
+                by = _denominator(_roots(state, across, kind), across, kind)
+                u = _normalised(wide, by, y, state, across, kind)
+            _advance_second_(y, wide, state, feed, across, kind)
         else:
-            by = before if before is not None else denominator(state, across, kind, roots)
-            u = _normalised(wide if momentum is None else momentum, by, y, state, across, kind)
+            _advance_second_(y, wide, state, feed, across, kind)
+            kept = _roots(state, across, kind)
+            u = _normalised(u, _denominator(kept, across, kind), y, state, across, kind)
         if momentum is None:
             across.gated_(u)
-        kept = (u,) if keeps_direction else roots
-        del wide, before  # of bfloat16 gradients a copy, which the sums below need not find alive
+        if keeps_direction:
+            kept = (u,)
+        del wide  # of bfloat16 gradients a copy, which the sums below need not find alive
         if kind.projects:
             sums |= variants.dots(u, base(y, state, kind))._asdict()
         elif kind.is_stable:
@@ -266,27 +270,20 @@ def mask_(move: Tensor, grad: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None
     return (variants.grams_(move, grad) if kind.mask == "grams" else move), None
 
 
-def denominator(state: State, n: Scalars, kind: Kind, roots: tuple[Tensor, ...] | None = None) -> Tensor:
-    """What a gradient is normalised by: its deviation, a new tensor; with FOCUS, the weights' average.
-
-    Args:
-        state, n, kind: As for :func:`momentum_`.
-        roots: What it is made of, if that is known.
-    """
-    roots = _roots(state, n, kind) if roots is None else roots
+def _denominator(roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:
+    """What a gradient is normalised by: its deviation, a new tensor; with FOCUS, the weights' average."""
     if kind.direction == "focus":
-        # With ADOPT it is moved before it is used.
-        return roots[0].to(n.d.dtype, copy=kind.use_adopt)
+        return roots[0].to(n.d.dtype)
     return moments.deviation(roots, n.d, n.eps, n.d.dtype)
 
 
 def direction(grad: Tensor, roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:
     """Adam's direction made anew, of what :func:`measure_` gave without keeping it."""
-    by = moments.deviation(roots, n.d, n.eps, n.d.dtype)
-    return n.gated_(_normalised(grad, by, grad, {}, n, kind))
+    return n.gated_(_normalised(grad, _denominator(roots, n, kind), grad, {}, n, kind))
 
 
 def _roots(state: State, n: Scalars, kind: Kind) -> tuple[Tensor, ...]:
+    """What :func:`_denominator` is made of."""
     if kind.direction == "focus":
         return (state["exp_avg_weight"],)
     return moments.roots(state, n.d, n.d.dtype)

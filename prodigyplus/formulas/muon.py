@@ -121,7 +121,7 @@ def orthogonalize_(batches: Sequence[tuple[Tensor, Method]], limit: int) -> None
             chosen = matrices[first : first + at_once]
             together = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
             results = torch.split(orthogonalized(together, method), 1)
-            foreach_copy_(chosen, list(results))
+            foreach_copy_(chosen, results)
 
 
 def in_one_process(

@@ -20,7 +20,7 @@ def stack_copy(tensors: list[Tensor]) -> Tensor:
 def unstack_(tensors: list[Tensor], values: Tensor) -> None:
     """Write the stack that :func:`stack_copy` gave back to its tensors; of a single one it is a view."""
     if len(tensors) > 1:
-        foreach_copy_(tensors, list(values.unbind()))
+        foreach_copy_(tensors, values.unbind())
 
 
 def stack_view(tensors: list[Tensor]) -> Tensor:

@@ -82,9 +82,9 @@ def run(number, script, processes, options, folder, death=None, restarts=0):
 def main():
     multiprocessing.set_forkserver_preload(["tests.launch.imported"])
     for number, line in zip(itertools.count(), sys.stdin, strict=False):
-        its = json.loads(line)
-        status = run(number, **its)
-        (Path(its["folder"]) / "status").write_text(f"{status}\n")
+        arguments = json.loads(line)
+        status = run(number, **arguments)
+        (Path(arguments["folder"]) / "status").write_text(f"{status}\n")
 
 
 if __name__ == "__main__":
