@@ -20,7 +20,6 @@ from prodigyplus.reporting import warn_caller
 from prodigyplus.state import StateOptions
 from prodigyplus.terms import samples
 from prodigyplus.terms.isolation import isolated
-from prodigyplus.terms.requests import Sum
 
 Group = Mapping[str, Any]
 """An entry of ``param_groups``."""
@@ -93,7 +92,7 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
         # Only our own keys: torch puts some of its own among the defaults.
         group = {**{name: defaults[name] for name in options.NAMES}, **theirs}
         # Where gradients are consumed, and how it is computed, is the run's, not the state's.
-        group |= {key: ours[key] for key in ("fused_back_pass", "compile")}
+        group |= {key: ours[key] for key in ("fused_back_pass", "compile", "fused")}
         group |= options.plain(group)
         group |= {name: value(group) for name, value in _LATER_ENTRIES.items() if name not in theirs}
         group |= _in_our_order(theirs, ours, index)
@@ -242,7 +241,7 @@ def saved_states(
     for _, p, every, entries in kept:
         layout = placement.layout(p)
         rows = {key: samples.spread(entries[key], layout, every) for key in states.SAMPLED if key in entries}
-        asked.append((layout, {key: Sum(value, layout.dims[-1:]) for key, value in rows.items()}))
+        asked.append({key: layout.sum(value, layout.dims[-1:]) for key, value in rows.items()})
     # Clones: where torch copies a state to write it while training goes on, it takes a DTensor without
     # dimensions as it is, and fails at a view; rows that others have completed are views into one buffer.
     return {

@@ -131,6 +131,9 @@ class ProdigyPlusScheduleFree(Optimizer):
             2.6 bytes of state per parameter in the place of 4.6.
         compile: Run passes over whole tensors through ``torch.compile``: those of the default options. Groups
             with Cautious, Grams, ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` run without.
+        fused: Move a group's parameters by Triton kernels, a handful of launches for all of them. None: where
+            they are on a GPU, of float32 or bfloat16, whole or in runs of rows, and have no Cautious, Grams,
+            ADOPT, OrthoGrad, FOCUS or Muon. True: an error where they cannot. False: never.
 
     Raises:
         ValueError: An option has a value it cannot have, or a parameter is of another dtype.
@@ -175,6 +178,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         muon_batched: bool = False,
         bfloat16_z: bool = False,
         compile: bool = False,  # noqa: A002
+        fused: bool | None = None,
     ) -> None:
         # The signature is the one place that has the defaults: its arguments are taken by their names.
         given = {name: value for name, value in locals().items() if name in options.NAMES}

@@ -59,6 +59,7 @@ class Options:
     warmup_steps: int
     slice_p: int
     compile: bool
+    fused: bool | None
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
@@ -185,6 +186,7 @@ _ALLOWED: dict[str, tuple[_Test, bool, str]] = {
     "schedulefree_c": _NOT_NEGATIVE,
     "warmup_steps": (_count(0), False, "a whole number, 0 or greater"),
     "slice_p": (_count(1), False, "a whole number, 1 or greater"),
+    "fused": (_switch, True, "None, True or False"),
     "use_speed": (_speed, False, "True, False or 'relative'"),
 }
 

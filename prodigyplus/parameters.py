@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus import state as states
+from prodigyplus.engine.batches import obstacle
 from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.rule import ParamStep, compute_dtype
 from prodigyplus.options import Options
@@ -173,5 +174,7 @@ def check_parameter(p: Tensor, o: Options, name: str) -> None:
             f"of shape {tuple(p.shape)}, no matrix, but its group has use_muon_pp=True: put it into a "
             "group without, as prodigyplus.muon_groups(model) does."
         )
+    elif o.fused and (why := obstacle(o, p.dtype, p.device)) is not None:
+        wrong = f"in a group with fused=True, but {why}: pass fused=None, to use kernels where they can be."
     if wrong is not None:
         raise ValueError(f"{name} is {wrong}")

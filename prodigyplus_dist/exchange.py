@@ -51,13 +51,13 @@ class MeshExchange:
         return self  # the copy of an optimiser talks to the same ranks
 
     def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answers]]:
-        answers: list[Answers] = [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
+        answers: list[Answers] = [{name: sum_.local for name, sum_ in sums.items()} for sums in asked]
         # By process group, since meshes may share axes. In the order in which the parameters name them, which
         # is the same on every rank.
         crossing: dict[dist.ProcessGroup, list[tuple[int, str]]] = {}
-        for number, (layout, sums) in enumerate(asked):
+        for number, sums in enumerate(asked):
             for name, sum_ in sums.items():
-                for axis in layout.axes(sum_):
+                for axis in sum_.axes:
                     crossing.setdefault(cast("dist.ProcessGroup", axis), []).append((number, name))
 
         def begin(index: int) -> Callable[[], None]:

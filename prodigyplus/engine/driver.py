@@ -6,18 +6,20 @@ while whatever is whole here moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, cast
 
 from torch import Tensor
 
-from prodigyplus.engine.rule import Answers, ParamStep, Rule, Stack, update
+from prodigyplus.engine.batches import Batch, batch_key
+from prodigyplus.engine.rule import Answers, Moving, ParamStep, Rule, Stack, update
 from prodigyplus.formulas import muon
 from prodigyplus.terms.layout import Layout
 from prodigyplus.terms.requests import Matrices, Requests, Sum
 from prodigyplus.terms.scalars import Constants
 
-Asked = tuple[Layout, dict[str, Sum]]
+Asked = Mapping[str, Sum]
+"""The sums that a rule asks for in one round, by their names."""
 
 # How many bytes of updates may be alive at once, unless it is said.
 BUCKET_BYTES = 64 << 20
@@ -63,7 +65,7 @@ class OneProcess:
     bucket_bytes = BUCKET_BYTES
 
     def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answers]]:
-        answers = [{name: sum_.local for name, sum_ in sums.items()} for _, sums in asked]
+        answers = [{name: sum_.local for name, sum_ in sums.items()} for sums in asked]
         return lambda: answers
 
     def orthogonalize(
@@ -79,7 +81,7 @@ class OneProcess:
 class Running(NamedTuple):
     """A stack in the middle of its step: its rule, which waits for the answers."""
 
-    stack: Stack
+    stack: Moving
     rule: Rule
     answers: Answers
 
@@ -87,7 +89,7 @@ class Running(NamedTuple):
 class Asking(NamedTuple):
     """Rules that have asked, and the function that waits for their answers."""
 
-    rules: list[tuple[Stack, Rule]]
+    rules: list[tuple[Moving, Rule]]
     wait: Callable[[], list[Answers]]
 
 
@@ -100,7 +102,7 @@ def start(params: Sequence[ParamStep], exchange: Exchange, constants: Constants)
     # Stacks are copies, of weights and gradients: they are small beside the updates that may be alive.
     stacks = _stacked(params, min(STACK_BYTES, exchange.bucket_bytes // 8))
     rules = [update(stack, constants) for stack in stacks]
-    asked = [(stack.layout, _sums(next(rule))) for stack, rule in zip(stacks, rules, strict=True)]
+    asked = [_sums(next(rule)) for rule in rules]
     return list(map(Running, stacks, rules, exchange.complete(asked)()))
 
 
@@ -110,10 +112,10 @@ def finish(running: Sequence[Running], exchange: Exchange) -> None:
     orthogonalized = _orthogonalize([one for one in running if one.stack.is_matrix], exchange)
     # The last first: their gradients have just been read, and may still be in a cache.
     elementwise = [one for one in reversed(running) if not one.stack.is_matrix]
-    buckets = _buckets([one for one in elementwise if one.stack.layout.shard_axes], exchange.bucket_bytes)
+    buckets = _buckets([one for one in elementwise if one.stack.is_sharded], exchange.bucket_bytes)
     under_way = _ask(next(buckets, []), exchange)
     for one in elementwise:
-        if not one.stack.layout.shard_axes:  # with nothing to wait for
+        if not one.stack.is_sharded:  # with nothing to wait for
             _run_out(_ask([one], exchange), exchange)
     for bucket in buckets:
         following = _ask(bucket, exchange)
@@ -124,21 +126,27 @@ def finish(running: Sequence[Running], exchange: Exchange) -> None:
         _run_out(_ask(bucket, exchange), exchange)
 
 
-def _stacked(params: Sequence[ParamStep], limit: int) -> list[Stack]:
-    """The parameters, small ones of one stack key in stacks of up to ``limit`` bytes: so do all ranks.
+def _stacked(params: Sequence[ParamStep], limit: int) -> list[Moving]:
+    """What moves as one: batches, for kernels; and stacks of small ones of one key, of up to ``limit`` bytes.
 
-    In the order of the first of each: buckets are then as full as that order lets them be.
+    So do all ranks; in the order of the first of each: buckets are then as full as that order lets them be.
     """
     by_key: dict[Hashable, list[int]] = {}
+    batches: dict[Hashable, list[int]] = {}
     for index, param in enumerate(params):
+        if (key := batch_key(param)) is not None:
+            batches.setdefault(key, []).append(index)
+            continue
         alone = param.layout.max_local_numel > SMALL or param.is_matrix
         by_key.setdefault(index if alone else param.stack_key, []).append(index)
-    stacks: dict[int, Stack] = {}
+    moving: dict[int, Moving] = {
+        indices[0]: Batch([params[index] for index in indices]) for indices in batches.values()
+    }
     for indices in by_key.values():
         count = max(1, limit // max(1, params[indices[0]].nbytes))
         for first in range(0, len(indices), count):
-            stacks[indices[first]] = Stack.of([params[index] for index in indices[first : first + count]])
-    return [stacks[index] for index in sorted(stacks)]
+            moving[indices[first]] = Stack.of([params[index] for index in indices[first : first + count]])
+    return [moving[index] for index in sorted(moving)]
 
 
 def _sums(asked: Requests) -> dict[str, Sum]:
@@ -150,12 +158,12 @@ def _orthogonalize(running: Sequence[Running], exchange: Exchange) -> Iterable[l
     if not running:
         return ()
     # Equal shapes together, the largest first, so that ranks share them evenly.
-    running = sorted(running, key=lambda one: one.stack.cost, reverse=True)
-    layouts = [one.stack.layout for one in running]
+    running = sorted(running, key=lambda one: cast("Stack", one.stack).cost, reverse=True)
+    layouts = [cast("Stack", one.stack).layout for one in running]
     asked = [one.rule.send(one.answers) for one in running]
     matrices = [cast("Matrices", requests["matrices"]) for requests in asked]
     done = exchange.orthogonalize(list(zip(layouts, matrices, strict=True)))
-    sums = exchange.complete(list(zip(layouts, map(_sums, asked), strict=True)))()
+    sums = exchange.complete(list(map(_sums, asked)))()
     return (
         [
             running[index]._replace(answers={**sums[index], "matrices": piece})
@@ -179,11 +187,11 @@ def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
 
 def _ask(running: Sequence[Running], exchange: Exchange) -> Asking:
     """Run rules up to their next requests, or their ends, and begin to answer those."""
-    rules: list[tuple[Stack, Rule]] = []
+    rules: list[tuple[Moving, Rule]] = []
     asked: list[Asked] = []
     for stack, rule, answers in running:
         try:
-            asked.append((stack.layout, _sums(rule.send(answers))))
+            asked.append(_sums(rule.send(answers)))
         except StopIteration:
             continue
         rules.append((stack, rule))

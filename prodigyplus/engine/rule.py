@@ -10,9 +10,9 @@ Small parameters of one shape move as one stack, so every tensor here has a dime
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,32 @@ class ParamStep(NamedTuple):
         return self.layout.max_local_numel * compute_dtype(self.weight).itemsize
 
 
+class Moving(Protocol):
+    """Parameters of one group that move as one: a :class:`Stack`, or a ``Batch`` of ``engine/batches.py``."""
+
+    weights: list[Tensor]
+    group: GroupStep
+    numbers: list[int]
+    present: list[bool] | None  # of each, whether its gradient is here; None where nobody needs to ask
+    nbytes: int  # of what is alive of them while sums are completed
+    is_matrix: bool
+
+    @property
+    def backend(self) -> type[Work]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def axes(self) -> tuple[Hashable, ...]: ...
+
+    @property
+    def is_sharded(self) -> bool: ...
+
+    @property
+    def adapts(self) -> bool: ...
+
+
 @dataclass(slots=True)
 class Stack:
     """Parameters of one stack key, or a single one, that move as one."""
@@ -102,6 +128,22 @@ class Stack:
         return Kind.of(self.group.options, self.states[0], self.layout.numel)
 
     @property
+    def backend(self) -> type[Plain]:
+        """What runs its passes."""
+        compiles = self.group.options.compile and compiled.admits(self.kind)
+        return Compiled if compiles else Plain
+
+    @property
+    def axes(self) -> tuple[Hashable, ...]:
+        """The mesh axes along which ranks hold something of its parameters, copies too."""
+        return self.layout.axes(self.layout.dims, count_replicas=True)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its sums are completed by other ranks before it moves."""
+        return bool(self.layout.shard_axes)
+
+    @property
     def adapts(self) -> bool:
         """Whether the gradients are evidence for the step size; once their state is freed, they are not."""
         return self.group.adapts and "p0" in self.states[0]
@@ -132,7 +174,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def update(stack: Stack, constants: Constants) -> Rule:
+def update(stack: Moving, constants: Constants) -> Rule:
     """One step of a stack.
 
     Args:
@@ -142,20 +184,16 @@ def update(stack: Stack, constants: Constants) -> Rule:
     Yields:
         Requests, to be sent their answers.
     """
-    kind = stack.kind
-    compiles = stack.group.options.compile and compiled.admits(kind)
+    backend = stack.backend
     # The sums of the raw gradients' squares say whether the step happens at all.
-    squares = yield _squares(stack, compiled.square_sums if compiles else moments.square_sums)
-    n = _numbers(stack, squares)
-    work = (_CompiledWork if compiles else _Work)(
-        stack, kind, squares, n, stack.noise(kind.z, n.step, constants)
-    )
+    squares = yield {**backend.squares(stack, constants), **_presence(stack)}
+    work = backend(stack, squares, _numbers(stack, squares), constants)
 
-    if kind.has_momentum:
+    if work.kind.has_momentum:
         yield from work.scale_up_(work.momentum_())
     answers = yield from _asked(work.measure_())
     if stack.adapts:
-        evidence = prodigy.evidence_(answers, work.state, kind.use_speed, n)
+        evidence = prodigy.evidence_(answers, work.state, work.kind.use_speed, work.n)
         stack.group.observe(stack.numbers, *evidence)
     if (agreeing := work.move_(answers)) is not None:
         yield from work.scale_up_(agreeing)
@@ -168,26 +206,25 @@ def _asked(requests: Requests) -> Generator[Requests, Answers, Answers]:
 
 
 def _squares(stack: Stack, square_sums: Callable[..., tuple[Tensor, Tensor]]) -> Requests:
-    """The sums of the raw gradients' squares, and where ranks may lack gradients, how many are here."""
-    layout = stack.layout
-    requests = moments.squares(
+    return moments.squares(
         stacks.stack_copy(stack.grads),
-        layout,
+        stack.layout,
         factored=moments.is_factored(stack.states[0]),
         dtype=stack.dtype,
         square_sums=square_sums,
     )
-    if stack.present is not None:
-        total = requests["total"].local
-        if all(stack.present):
-            present = torch.ones_like(total)
-        else:
-            present = torch.stack([torch.full_like(total[0], here) for here in stack.present])
-        requests["present"] = Sum(present, layout.dims, count_replicas=True)
-    return requests
 
 
-def _numbers(stack: Stack, squares: Answers) -> Scalars:
+def _presence(stack: Moving) -> Requests:
+    """Where ranks may lack gradients, on how many there are any; shape (count,)."""
+    if stack.present is None:
+        return {}
+    one = torch.ones((), dtype=stack.dtype, device=stack.weights[0].device)
+    present = torch.stack([torch.full_like(one, here) for here in stack.present])
+    return {"present": Sum(present, stack.axes)}
+
+
+def _numbers(stack: Moving, squares: Answers) -> Scalars:
     """The numbers of the step, those of a no-op where it is one for a parameter by itself."""
     n = stack.group.scalars(stack.weights[0].device, stack.dtype)
     if stack.group.skips_per_param:
@@ -197,21 +234,53 @@ def _numbers(stack: Stack, squares: Answers) -> Scalars:
     return n
 
 
-class _Work:
+class Work(Protocol):
+    """A backend: how the passes of one stack are run, and what is kept between them; see :class:`Plain`."""
+
+    kind: Kind
+    n: Scalars
+    state: Mapping[str, Tensor]
+
+    @staticmethod
+    def squares(stack: Any, constants: Constants) -> Requests:
+        """The sums of the raw gradients' squares, among them ``total``: a number for each parameter."""
+        ...
+
+    def momentum_(self) -> Tensor | None:
+        """Move the first moment; where it is masked, returns what :meth:`scale_up_` asks for."""
+        ...
+
+    def scale_up_(self, agreeing: Tensor | None) -> Generator[Requests, Answers, None]:
+        """Scale up what Cautious has left, by the fraction of the whole tensor's elements that agree."""
+        ...
+
+    def measure_(self) -> Requests:
+        """Move the second moment and the evidence; returns what the move needs to know."""
+        ...
+
+    def move_(self, answers: Answers) -> Tensor | None:
+        """Move y and z; where the move is masked, propose it, and return what :meth:`scale_up_` asks for."""
+        ...
+
+    def finish_(self) -> None:
+        """Make a move that was proposed, and write back what lies in copies."""
+        ...
+
+
+class Plain:
     """The passes of one stack, operator by operator, and what it keeps between them.
 
     Args:
         stack: The stack.
-        kind: Its kind.
         squares: The whole sums of its gradients' squares.
         n: The numbers of the step.
-        noise: That of the rounding.
+        constants: The optimiser's.
     """
 
-    def __init__(
-        self, stack: Stack, kind: Kind, squares: Mapping[str, Tensor], n: Scalars, noise: Noise
-    ) -> None:
-        self.stack, self.kind, self.noise, self.n = stack, kind, noise, n
+    def __init__(self, stack: Stack, squares: Mapping[str, Tensor], n: Scalars, constants: Constants) -> None:
+        kind = stack.kind
+        self.stack, self.kind, self.n = stack, kind, n
+        self.noise = stack.noise(kind.z, n.step, constants)
         self.across = n.across(len(stack.layout.shape))
         keys = stack.states[0]
         self.state = {key: stacks.stack_view([state[key] for state in stack.states]) for key in keys}
@@ -225,6 +294,10 @@ class _Work:
         self._masked: Tensor | None = None  # what scale_up_() scales
         self._kept: tuple[Tensor, ...] = ()  # see passes.measure_
         self._rest: Callable[[], object] | None = None  # of a move that is masked, what remains to be done
+
+    @staticmethod
+    def squares(stack: Stack, constants: Constants) -> Requests:
+        return _squares(stack, moments.square_sums)
 
     def grad(self) -> Tensor:
         """The stack of gradients."""
@@ -240,20 +313,17 @@ class _Work:
         return Samples.of(lambda stack: layout.sample(stack, every), self.y, self.grad(), self.z, self.kind)
 
     def momentum_(self) -> Tensor | None:
-        """Move the first moment; where it is masked, returns what :meth:`scale_up_` asks for."""
         self._masked, agreeing = passes.momentum_(self.y, self.grad(), self.state, self.across, self.kind)
         return agreeing
 
     def scale_up_(self, agreeing: Tensor | None) -> Generator[Requests, Answers, None]:
-        """Scale up what Cautious has left, by the fraction of the whole tensor's elements that agree."""
         if agreeing is not None:
             layout = self.stack.layout
-            whole = yield {"agreeing": Sum(agreeing, layout.dims)}
+            whole = yield {"agreeing": layout.sum(agreeing, layout.dims)}
             assert self._masked is not None
             variants.scale_up_(self._masked, whole["agreeing"], layout.numel)
 
     def measure_(self) -> Requests:
-        """Move the second moment and the evidence; returns what the move needs to know."""
         momentum, self._masked = self._masked, None
         sums, self._kept = passes.measure_(
             self.y,
@@ -273,7 +343,8 @@ class _Work:
         return requests
 
     def _sums(self, sums: Mapping[str, Tensor]) -> dict[str, Sum | Matrices]:
-        return {name: Sum(value, self.stack.layout.dims) for name, value in sums.items()}
+        layout = self.stack.layout
+        return {name: layout.sum(value, layout.dims) for name, value in sums.items()}
 
     def _matrices(self) -> Matrices:
         o, dtype = self.stack.group.options, self.stack.dtype
@@ -285,7 +356,6 @@ class _Work:
         return Matrices(moved_by[0], o.muon_batched, method, self.stack.numbers[0])
 
     def move_(self, answers: Answers) -> Tensor | None:
-        """Move y and z; where the move is masked, propose it, and return what :meth:`scale_up_` asks for."""
         y, z, n, kind, noise = self.y, self.z, self.across, self.kind, self.noise
         u, scale = self._direction(answers)
         if kind.direction == "muon" and kind.has_momentum and kind.mask:
@@ -322,7 +392,6 @@ class _Work:
         return u, scale
 
     def finish_(self) -> None:
-        """Make a move that was proposed, and write back what lies in copies."""
         if self._rest is not None:
             self._rest()
         stacks.unstack_(self.stack.weights, self.y)
@@ -330,8 +399,12 @@ class _Work:
             stacks.write_back_([state[key] for state in self.stack.states], values)
 
 
-class _CompiledWork(_Work):
+class Compiled(Plain):
     """The passes of one stack, compiled."""
+
+    @staticmethod
+    def squares(stack: Stack, constants: Constants) -> Requests:
+        return _squares(stack, compiled.square_sums)
 
     def measure_(self) -> Requests:
         stack, packed = self.stack, self.n.packed

@@ -83,15 +83,16 @@ def squares(
     """
     dims = factored_dims(layout.shape) if factored else None
     if dims is None:
-        return {"total": Sum(stacks.square_total(grad, dtype), layout.dims, count_replicas=True)}
+        total = stacks.square_total(grad, dtype)
+        return {"total": layout.sum(total, layout.dims, count_replicas=True)}
     row, column = dims
     rows, columns = square_sums(grad, row + 1, column + 1, dtype)
     matrix = rows.sum(row + 1, keepdim=True)
     return {
-        "total": Sum(stacks.total(matrix), layout.dims, count_replicas=True),
-        "row": Sum(rows, (column,)),
-        "col": Sum(columns, (row,)),
-        "mean": Sum(matrix, (row, column)),
+        "total": layout.sum(stacks.total(matrix), layout.dims, count_replicas=True),
+        "row": layout.sum(rows, (column,)),
+        "col": layout.sum(columns, (row,)),
+        "mean": layout.sum(matrix, (row, column)),
     }
 
 

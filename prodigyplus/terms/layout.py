@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,10 +63,20 @@ class Layout:
         """The number of elements of the global tensor, as a divisor: at least 1."""
         return max(1, math.prod(self.shape))
 
-    def axes(self, asked: Sum) -> list[Hashable]:
-        """The mesh axes over which a local sum has to be summed to be complete."""
-        sharding = [axis for axis, dim in self.shard_axes if dim in asked.dims]
-        return [*sharding, *self.replica_axes] if asked.count_replicas else sharding
+    def axes(self, dims: Collection[int], *, count_replicas: bool = False) -> tuple[Hashable, ...]:
+        """The mesh axes over which a local sum has to be summed to be complete.
+
+        Args:
+            dims: The dimensions of the tensor that the sum is taken over.
+            count_replicas: Whether each replica of the tensor counts, so that all hear of all. Otherwise
+                replicas count once.
+        """
+        sharding = tuple(axis for axis, dim in self.shard_axes if dim in dims)
+        return (*sharding, *self.replica_axes) if count_replicas else sharding
+
+    def sum(self, local: Tensor, dims: Collection[int], *, count_replicas: bool = False) -> Sum:
+        """A request for the whole of a sum over the local tensor; the other arguments as for :meth:`axes`."""
+        return Sum(local, self.axes(dims, count_replicas=count_replicas))
 
     def size(self, dim: int) -> int:
         """The size of one dimension of the global tensor, as a divisor: at least 1."""
@@ -89,8 +99,8 @@ class Layout:
             allows it.
         """
         dims = len(self.shape)
-        if self._is_one_run:
-            return strided_samples(tensor, dims, -self._first % every, every)
+        if self.is_run:
+            return strided_samples(tensor, dims, -self.first % every, every)
         key = every, tensor.device
         if key not in self._samples:
             # On the host: finding them on a device would wait for how many there are.
@@ -123,7 +133,7 @@ class Layout:
         return result
 
     @property
-    def _is_one_run(self) -> bool:
+    def is_run(self) -> bool:
         """Whether the local elements are consecutive in the flattened global tensor."""
         whole = all(
             len(indices) == size for indices, size in zip(self.indices[1:], self.shape[1:], strict=True)
@@ -131,7 +141,7 @@ class Layout:
         return whole and (not self.shape or isinstance(self.indices[0], range))
 
     @property
-    def _first(self) -> int:
+    def first(self) -> int:
         """The position of the first local element, where they are one run."""
         return self.indices[0][0] * math.prod(self.shape[1:]) if self.shape and self.indices[0] else 0
 

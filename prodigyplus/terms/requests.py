@@ -1,13 +1,13 @@
 """What a rule asks of those who hold the other pieces of its tensors: sums, and orthogonalised matrices.
 
 Every quantity of the algorithm that spans a whole tensor is a sum over some of its dimensions. A rule adds up
-what it holds and names the dimensions; an exchange completes the sum. In one process the local tensor is the
+what it holds and names the mesh axes that cut these dimensions; an exchange completes the sum. In one process the local tensor is the
 global one, and the sum is complete already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,15 +18,12 @@ class Sum(NamedTuple):
     """A sum that may be incomplete.
 
     Args:
-        local: The sum over the local tensor.
-        dims: The dimensions of the tensor that it is taken over.
-        count_replicas: Whether each replica of the tensor counts, so that all hear of all. Otherwise replicas
-            count once.
+        local: The sum over what is here; or a buffer of several that are incomplete alike.
+        axes: The mesh axes over which it is to be summed, see :meth:`prodigyplus.terms.layout.Layout.axes`.
     """
 
     local: Tensor
-    dims: tuple[int, ...]
-    count_replicas: bool = False
+    axes: tuple[Hashable, ...]
 
 
 class Method(NamedTuple):

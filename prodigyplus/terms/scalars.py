@@ -6,13 +6,15 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-# How many tensors of constants an optimiser keeps.
+T = TypeVar("T")
+
+# How many constants an optimiser keeps.
 _MAX_CONSTANTS = 4096
 
 # Integers as wide as the dtypes of a step's arithmetic.
@@ -121,13 +123,23 @@ Numbers: TypeAlias = "Scalars | Packed"
 
 
 class Constants:
-    """Integers that are mostly the same at every step, as tensors: sent to their device once.
+    """What is mostly the same at every step, and made once: integers on their device, and tables of them.
 
     Each optimiser has its own, since its tensors may be fake ones, of no use to others.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
+
+    def made(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` makes, as it was made when it was first asked for under this key."""
+        if key not in self._made:
+            if len(self._made) >= _MAX_CONSTANTS:
+                self._made.clear()
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     def on(self, device: torch.device, numbers: Sequence[int]) -> Tensor:
         """``numbers`` on ``device``; int64."""

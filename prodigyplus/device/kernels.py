@@ -1,0 +1,493 @@
+"""The passes of a step in Triton: each one launch for all parameters of a batch, whatever their shapes.
+
+A program reads from ``tiles`` which part of which matrix is its own, from ``matrices`` where that lies in its
+tensor, and from ``pointers`` where the tensor lies in memory (see :mod:`prodigyplus.device.plan`). A program
+writes its own partial sums, which another kernel adds up in a fixed order: no atomics, so the same step gives
+the same bits. The arithmetic is that of :mod:`prodigyplus.engine.passes`, in float32.
+
+A tile is ``ROWS`` × ``COLUMNS`` elements, of which ``STRIP`` rows are in registers at a time. A tensor that is
+not factored is a matrix too, of rows that follow on one another.
+"""
+
+# No ``from __future__ import annotations``: Triton reads the annotation of an argument itself.
+
+import triton
+import triton.language as tl
+
+# The fields of a table's row, in their order.
+GRAD, WEIGHT, BASE, FIRST, SECOND, OUTER, INNER, MEAN, START, STATISTIC = map(tl.constexpr, range(10))
+POINTERS = tl.constexpr(10)
+LOCAL, FIRST_INDEX, FIRST_PHASE, IS_ROW_OUTER = map(tl.constexpr, range(4))
+SIZES = tl.constexpr(4)
+TENSOR, OFFSET, HEIGHT, WIDTH, ROW_STRIDE, COLUMN_STRIDE, OUTER_OFFSET, OUTER_STRIDE, INNER_OFFSET = map(
+    tl.constexpr, range(9)
+)
+INNER_STRIDE, OUTER_PARTS, INNER_PARTS, MEAN_OFFSET = map(tl.constexpr, range(9, 13))
+MATRICES = tl.constexpr(13)
+
+# The places of the numbers of a step, see ``prodigyplus.terms.scalars.VALUES``.
+BETA1, BETA2, BETA3, GRAD_WEIGHT, SQ_WEIGHT, PRODIGY_WEIGHT, UNIT, DLR, DECAY, C, Y_FRACTION, D, EPS = map(
+    tl.constexpr, range(13)
+)
+
+_TINY = tl.constexpr(1e-30)
+_QUARTER_TURN = tl.constexpr(1.5707963267948966)
+_ATAN2_SCALE = tl.constexpr(1.2732395447351628)  # 4/π
+
+# SPEED's kinds.
+PLAIN, SIGNS, RELATIVE = map(tl.constexpr, range(3))
+
+
+@triton.jit
+def _tile(tiles, matrices, program, MULTIPLE: tl.constexpr):
+    """The program's tile: its matrix's row of the table, its place in it, and how the matrix lies in memory."""
+    tile = tiles + program * 3
+    row = matrices + tl.load(tile).to(tl.int64) * MATRICES
+    offset = tl.multiple_of(tl.load(row + OFFSET).to(tl.int32), MULTIPLE)
+    height = tl.load(row + HEIGHT).to(tl.int32)
+    width = tl.multiple_of(tl.load(row + WIDTH).to(tl.int32), MULTIPLE)
+    row_stride = tl.multiple_of(tl.load(row + ROW_STRIDE).to(tl.int32), MULTIPLE)
+    column_stride = tl.load(row + COLUMN_STRIDE).to(tl.int32)
+    return row, tl.load(tile + 1), tl.load(tile + 2), offset, height, width, row_stride, column_stride
+
+
+@triton.jit
+def _elements(
+    offset, row, column, height, width, row_stride, column_stride, local,
+    FACTORED: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The indices of a strip's elements in their tensor, and which of them there are."""
+    columns = column[None, :] if FAST else column[None, :] * column_stride
+    index = offset + row[:, None] * row_stride + columns
+    exists = (row[:, None] < height) & (column[None, :] < width)
+    if not FACTORED:
+        exists = exists & (index < local)
+    if FAST:
+        # What Triton cannot see, since offsets and lengths come from tables: that it may read 16 bytes at a time.
+        index = tl.max_contiguous(tl.multiple_of(index, (1, 16)), (1, 16))
+        exists = tl.max_constancy(exists, (1, 16))
+    return index, exists
+
+
+@triton.jit
+def squares(
+    pointers, sizes, matrices, tiles, outer_parts, inner_parts,
+    DTYPE: tl.constexpr, FACTORED: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    """Sums of g² of each tile: along its rows and along its columns; not factored, one for each tile."""
+    program = tl.program_id(0)
+    MULTIPLE: tl.constexpr = 16 if FAST else 1
+    matrix, down, across, offset, height, width, row_stride, column_stride = _tile(
+        tiles, matrices, program, MULTIPLE
+    )
+    tensor = tl.load(matrix + TENSOR)
+    size, address = sizes + tensor * SIZES, pointers + tensor * POINTERS
+    grad = tl.multiple_of(tl.load(address + GRAD), MULTIPLE).to(tl.pointer_type(DTYPE))
+    local = tl.multiple_of(tl.load(size + LOCAL).to(tl.int32), MULTIPLE)
+    column = across * COLUMNS + tl.arange(0, COLUMNS)
+    of_columns = tl.zeros((COLUMNS,), tl.float32)
+    rows_out = outer_parts + tl.load(matrix + OUTER_PARTS) + across * height
+    columns_out = inner_parts + tl.load(matrix + INNER_PARTS) + down * width
+    for start in range(0, ROWS, STRIP):
+        row = down * ROWS + start + tl.arange(0, STRIP)
+        index, exists = _elements(
+            offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST
+        )
+        g = tl.load(grad + index, mask=exists, other=0.0).to(tl.float32)
+        square = g * g
+        of_columns += tl.sum(square, 0)
+        if FACTORED:
+            tl.store(rows_out + row, tl.sum(square, 1), mask=row < height)
+    if FACTORED:
+        tl.store(columns_out + column, of_columns, mask=column < width)
+    else:
+        tl.store(inner_parts + tl.load(matrix + INNER_PARTS) + down, tl.sum(of_columns, 0))
+
+
+@triton.jit
+def add_parts(outer_parts, inner_parts, sums, segments, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Add up the partial sums of rows and columns, in the order of the tiles.
+
+    A row of ``segments``: whether of columns, the first part, where the sum goes and its stride, the length
+    of a part, how many parts there are, and the number of the block.
+    """
+    segment = segments + tl.program_id(0) * 7
+    is_inner, first, out, stride = (
+        tl.load(segment), tl.load(segment + 1), tl.load(segment + 2), tl.load(segment + 3)
+    )  # fmt: skip
+    length, count, block = tl.load(segment + 4), tl.load(segment + 5), tl.load(segment + 6)
+    parts = inner_parts + first if is_inner != 0 else outer_parts + first
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, AT_ONCE):
+        part = start + tl.arange(0, AT_ONCE)
+        exists = (part[:, None] < count) & (column[None, :] < length)
+        total += tl.sum(tl.load(parts + part[:, None] * length + column[None, :], mask=exists, other=0.0), 0)
+    tl.store(sums + out + column * stride, total, mask=column < length)
+
+
+@triton.jit
+def add_up(values, values_stride, out, out_stride, segments, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of runs of ``values``, several rows of them (the second axis of the grid).
+
+    A row of ``segments``: the first value, the distance of two, how many, and the index of the sum.
+    """
+    segment = segments + tl.program_id(0) * 4
+    first, stride = tl.load(segment), tl.load(segment + 1)
+    count, target = tl.load(segment + 2), tl.load(segment + 3)
+    row = tl.program_id(1).to(tl.int64)
+    values += row * values_stride + first
+    total = tl.zeros((BLOCK,), DTYPE)
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        total += tl.load(values + index * stride, mask=index < count, other=0.0)
+    tl.store(out + row * out_stride + target, tl.sum(total, 0))
+
+
+@triton.jit
+def factors(
+    pointers, pieces, sums, numbers, number_stride, tensor_stride, gate, gate_stride,
+    FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Move the factors of the second moment by the sums of g².
+
+    A row of ``pieces``: the tensor, the field of its pointer, where its sums begin, how many they are, how
+    many elements are in each, and the number of the block.
+    """
+    piece = pieces + tl.program_id(0) * 6
+    tensor, field, first = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
+    length, count, block = tl.load(piece + 3), tl.load(piece + 4), tl.load(piece + 5)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    exists = index < length
+    numbers += tensor * tensor_stride
+    weight = tl.load(numbers + SQ_WEIGHT * number_stride) / count.to(tl.float32)
+    keep = tl.load(numbers + BETA2 * number_stride)
+    total = tl.load(sums + first + index, mask=exists, other=0.0)
+    total = tl.where(tl.load(gate + tensor * gate_stride) != 0, total, 0.0)
+    address = tl.load(pointers + tensor * POINTERS + field)
+    if field == MEAN:
+        average = address.to(tl.pointer_type(MEAN_DTYPE))
+        old = tl.load(average + index, mask=exists, other=0.0).to(tl.float32)
+        tl.store(average + index, (total * weight + old * keep).to(MEAN_DTYPE), mask=exists)
+    else:
+        factor = address.to(tl.pointer_type(FACTOR))
+        old = tl.load(factor + index, mask=exists, other=0.0).to(tl.float32)
+        tl.store(factor + index, (total * weight + old * keep).to(FACTOR), mask=exists)
+
+
+@triton.jit
+def _atan2(y, x):
+    """The angle of (x, y), x ≥ 0; 0 of (0, 0). To 2 units in the last place of float32."""
+    size = tl.abs(y)
+    larger, smaller = tl.maximum(size, x), tl.minimum(size, x)
+    t = tl.where(larger > 0, smaller / tl.where(larger > 0, larger, 1.0), 0.0)
+    t = tl.where(smaller == larger, tl.where(larger > 0, 1.0, 0.0), t)  # also of two infinities
+    # atan(t) on [0, tan(π/8)], and by atan(t) = π/4 + atan((t − 1)/(t + 1)) above (Cephes, atanf).
+    far = t > 0.4142135623730950
+    reduced = tl.where(far, (t - 1.0) / (t + 1.0), t)
+    square = reduced * reduced
+    series = 8.05374449538e-2 * square - 1.38776856032e-1
+    series = series * square + 1.99777106478e-1
+    series = series * square - 3.33329491539e-1
+    angle = series * square * reduced + reduced + tl.where(far, 0.7853981633974483, 0.0)
+    angle = tl.where(size > x, _QUARTER_TURN - angle, angle)
+    return tl.where(y < 0, -angle, angle)
+
+
+@triton.jit
+def _factor_roots(factor, index, exists, mean, scale, IS_ROW):
+    """Of a strip's rows, or of its columns, what :func:`prodigyplus.formulas.moments.roots` makes of them."""
+    value = tl.load(factor + index, mask=exists, other=0.0).to(tl.float32)
+    return tl.where(IS_ROW, tl.sqrt(value / mean), tl.sqrt(value) / scale)
+
+
+@triton.jit
+def _moments(
+    g, address, index, exists, row_root, column_root, beta1, beta2, grad_weight, sq_weight, d, eps,
+    ATAN2: tl.constexpr, MOMENTUM: tl.constexpr, FACTORED: tl.constexpr, MULTIPLE: tl.constexpr,
+    SECOND_DTYPE: tl.constexpr, FIRST_DTYPE: tl.constexpr, STORES: tl.constexpr,
+):  # fmt: skip
+    """The direction of a strip, of unit scale, from its gradient; ``STORES`` moves the moments in memory too."""
+    numerator = g
+    if MOMENTUM:
+        first = tl.multiple_of(tl.load(address + FIRST), MULTIPLE).to(tl.pointer_type(FIRST_DTYPE))
+        old = tl.load(first + index, mask=exists, other=0.0).to(tl.float32)
+        momentum = g * grad_weight + old * beta1
+        if STORES:
+            tl.store(first + index, momentum.to(FIRST_DTYPE), mask=exists)
+        numerator = momentum / d
+    if FACTORED:
+        deviation = row_root[:, None] * column_root[None, :] + eps
+    else:
+        second = tl.multiple_of(tl.load(address + SECOND), MULTIPLE).to(tl.pointer_type(SECOND_DTYPE))
+        old = tl.load(second + index, mask=exists, other=0.0).to(tl.float32)
+        # As it is kept, so that the direction is the same in both passes.
+        average = (g * g * sq_weight + old * beta2).to(SECOND_DTYPE)
+        if STORES:
+            tl.store(second + index, average, mask=exists)
+        deviation = tl.sqrt(average.to(tl.float32)) / d + eps
+    u = _ATAN2_SCALE * _atan2(numerator, deviation) if ATAN2 else numerator / deviation
+    return tl.where(exists, u, 0.0)
+
+
+@triton.jit
+def _evidence(
+    g, base, address, index, exists, phase, beta3, weight,
+    SPEED: tl.constexpr, EVERY: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, STATISTIC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Prodigy's evidence of a strip: move s at its samples, and return the terms of up to three sums.
+
+    Args:
+        base: The base iterates, before the move.
+        phase: The index of the tensor's first element in the whole tensor, modulo ``EVERY``.
+    """
+    position = index + phase
+    sampled = exists & (position % EVERY == 0)
+    slot = position // EVERY - tl.where(phase > 0, 1, 0)
+    start = tl.load(address + START).to(tl.pointer_type(WEIGHT_DTYPE))
+    distance = tl.load(start + slot, mask=sampled, other=0.0).to(tl.float32) - base
+    distance = tl.where(sampled, distance, 0.0)
+    product = distance * g
+    if SPEED == RELATIVE:
+        return product, tl.abs(distance), distance * distance
+    else:
+        kept = tl.load(address + STATISTIC).to(tl.pointer_type(STATISTIC_DTYPE)) + slot
+        statistic = (tl.load(kept, mask=sampled, other=0.0).to(tl.float32) * beta3).to(STATISTIC_DTYPE)
+        seen = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)) if SPEED == SIGNS else g
+        statistic = (statistic.to(tl.float32) + seen * weight).to(STATISTIC_DTYPE)
+        tl.store(kept, statistic, mask=sampled)
+        return product, tl.where(sampled, tl.abs(statistic.to(tl.float32)), 0.0), product
+
+
+@triton.jit
+def _hash(bits):
+    """32 bits of noise: see :mod:`prodigyplus.formulas.stochastic_rounding`."""
+    bits = (bits ^ (bits >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    bits = (bits ^ (bits >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """``value`` in ``DTYPE``: to the nearest, or to bfloat16 with ``half``, 16 bits of noise."""
+    if STOCHASTIC and tl.bfloat16 == DTYPE:
+        bits = (half + value.to(tl.uint32, bitcast=True)) & tl.full((), 0xFFFF0000, tl.uint32)
+        value = bits.to(tl.float32, bitcast=True)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def measure(
+    pointers, sizes, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
+    norm_parts, evidence_parts, parts_stride,
+    GRAD_DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr,
+    FIRST_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr, FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr,
+    STATISTIC_DTYPE: tl.constexpr,
+    FACTORED: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr, IS_OFFSET: tl.constexpr,
+    ATAN2: tl.constexpr, STABLE: tl.constexpr, EVIDENCE: tl.constexpr, SPEED: tl.constexpr,
+    EVERY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    """Of each tile the sum of the direction's squares, and with ``EVIDENCE`` the sums of the evidence.
+
+    Writes nothing else but s: the moments are moved in memory by :func:`move`, which computes them anew.
+    """
+    program = tl.program_id(0)
+    MULTIPLE: tl.constexpr = 16 if FAST else 1
+    matrix, down, across, offset, height, width, row_stride, column_stride = _tile(
+        tiles, matrices, program, MULTIPLE
+    )
+    tensor = tl.load(matrix + TENSOR)
+    size, address = sizes + tensor * SIZES, pointers + tensor * POINTERS
+    local = tl.multiple_of(tl.load(size + LOCAL).to(tl.int32), MULTIPLE)
+    phase = tl.load(size + FIRST_PHASE).to(tl.int32)
+    is_row_outer = tl.load(size + IS_ROW_OUTER) != 0
+    grad = tl.multiple_of(tl.load(address + GRAD), MULTIPLE).to(tl.pointer_type(GRAD_DTYPE))
+    weight = tl.multiple_of(tl.load(address + WEIGHT), MULTIPLE).to(tl.pointer_type(WEIGHT_DTYPE))
+    base = tl.multiple_of(tl.load(address + BASE), MULTIPLE).to(tl.pointer_type(BASE_DTYPE))
+    numbers += tensor * tensor_stride
+    opens = tl.load(gate + tensor * gate_stride) != 0
+    beta1 = tl.load(numbers + BETA1 * number_stride)
+    beta2 = tl.load(numbers + BETA2 * number_stride)
+    beta3 = tl.load(numbers + BETA3 * number_stride)
+    grad_weight = tl.load(numbers + GRAD_WEIGHT * number_stride)
+    sq_weight = tl.load(numbers + SQ_WEIGHT * number_stride)
+    prodigy_weight = tl.load(numbers + PRODIGY_WEIGHT * number_stride)
+    d = tl.load(numbers + D * number_stride)
+    eps = tl.load(numbers + EPS * number_stride)
+    column = across * COLUMNS + tl.arange(0, COLUMNS)
+    column_root = tl.zeros((COLUMNS,), tl.float32)
+    if FACTORED:
+        average = tl.load(address + MEAN).to(tl.pointer_type(MEAN_DTYPE))
+        mean = tl.load(average + tl.load(matrix + MEAN_OFFSET)).to(tl.float32) + _TINY
+        outer = tl.load(address + OUTER).to(tl.pointer_type(FACTOR))
+        inner = tl.load(address + INNER).to(tl.pointer_type(FACTOR))
+        outer += tl.load(matrix + OUTER_OFFSET)
+        inner += tl.load(matrix + INNER_OFFSET)
+        outer_stride = tl.load(matrix + OUTER_STRIDE)
+        inner_stride = tl.load(matrix + INNER_STRIDE)
+        column_root = _factor_roots(
+            inner, column * inner_stride, column < width, mean, d, is_row_outer == 0
+        )
+    norm = tl.zeros((COLUMNS,), tl.float32)
+    product_sum = tl.zeros((COLUMNS,), tl.float64)
+    second_sum = tl.zeros((COLUMNS,), tl.float64)
+    third_sum = tl.zeros((COLUMNS,), tl.float64)
+    for start in range(0, ROWS, STRIP):
+        row = down * ROWS + start + tl.arange(0, STRIP)
+        index, exists = _elements(
+            offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST
+        )
+        g = tl.load(grad + index, mask=exists, other=0.0).to(tl.float32)
+        g = tl.where(opens, g, 0.0)
+        if STABLE:
+            row_root = tl.zeros((STRIP,), tl.float32)
+            if FACTORED:
+                row_root = _factor_roots(outer, row * outer_stride, row < height, mean, d, is_row_outer)
+            u = _moments(
+                g, address, index, exists, row_root, column_root,
+                beta1, beta2, grad_weight, sq_weight, d, eps,
+                ATAN2, MOMENTUM, FACTORED, MULTIPLE, SECOND_DTYPE, FIRST_DTYPE, False,
+            )  # fmt: skip
+            norm += tl.sum(u * u, 0)
+        if EVIDENCE:
+            sampled = exists & ((index + phase) % EVERY == 0)
+            if MOMENTUM:
+                z = tl.load(weight + index, mask=sampled, other=0.0).to(tl.float32)
+            else:
+                z = tl.load(base + index, mask=sampled, other=0.0).to(tl.float32)
+                if IS_OFFSET:
+                    z = tl.load(weight + index, mask=sampled, other=0.0).to(tl.float32) + z
+            product, second, third = _evidence(
+                g, z, address, index, exists, phase, beta3, prodigy_weight,
+                SPEED, EVERY, WEIGHT_DTYPE, STATISTIC_DTYPE,
+            )  # fmt: skip
+            product_sum += tl.sum(product.to(tl.float64), 0)
+            second_sum += tl.sum(second.to(tl.float64), 0)
+            if SPEED == RELATIVE:
+                third_sum += tl.sum(third.to(tl.float64), 0)
+    if STABLE:
+        tl.store(norm_parts + program, tl.sum(norm, 0))
+    if EVIDENCE:
+        tl.store(evidence_parts + program, tl.sum(product_sum, 0))
+        tl.store(evidence_parts + parts_stride + program, tl.sum(second_sum, 0))
+        if SPEED == RELATIVE:
+            tl.store(evidence_parts + 2 * parts_stride + program, tl.sum(third_sum, 0))
+
+
+@triton.jit
+def move(
+    pointers, sizes, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
+    norms, numels, seeds, evidence_parts, parts_stride,
+    GRAD_DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr,
+    FIRST_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr, FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr,
+    STATISTIC_DTYPE: tl.constexpr,
+    FACTORED: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr, IS_OFFSET: tl.constexpr,
+    ATAN2: tl.constexpr, STABLE: tl.constexpr, EVIDENCE: tl.constexpr, SPEED: tl.constexpr,
+    EVERY: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    """Move y and z, and the moments that are kept for each element; with ``EVIDENCE``, also s and its sums."""
+    program = tl.program_id(0)
+    MULTIPLE: tl.constexpr = 16 if FAST else 1
+    matrix, down, across, offset, height, width, row_stride, column_stride = _tile(
+        tiles, matrices, program, MULTIPLE
+    )
+    tensor = tl.load(matrix + TENSOR)
+    size, address = sizes + tensor * SIZES, pointers + tensor * POINTERS
+    local = tl.multiple_of(tl.load(size + LOCAL).to(tl.int32), MULTIPLE)
+    phase = tl.load(size + FIRST_PHASE).to(tl.int32)
+    first_index = tl.load(size + FIRST_INDEX).to(tl.uint32)
+    is_row_outer = tl.load(size + IS_ROW_OUTER) != 0
+    grad = tl.multiple_of(tl.load(address + GRAD), MULTIPLE).to(tl.pointer_type(GRAD_DTYPE))
+    weight = tl.multiple_of(tl.load(address + WEIGHT), MULTIPLE).to(tl.pointer_type(WEIGHT_DTYPE))
+    base = tl.multiple_of(tl.load(address + BASE), MULTIPLE).to(tl.pointer_type(BASE_DTYPE))
+    numbers += tensor * tensor_stride
+    opens = tl.load(gate + tensor * gate_stride) != 0
+    beta1 = tl.load(numbers + BETA1 * number_stride)
+    beta2 = tl.load(numbers + BETA2 * number_stride)
+    beta3 = tl.load(numbers + BETA3 * number_stride)
+    grad_weight = tl.load(numbers + GRAD_WEIGHT * number_stride)
+    sq_weight = tl.load(numbers + SQ_WEIGHT * number_stride)
+    prodigy_weight = tl.load(numbers + PRODIGY_WEIGHT * number_stride)
+    unit = tl.load(numbers + UNIT * number_stride)
+    decay = tl.load(numbers + DECAY * number_stride)
+    c = tl.load(numbers + C * number_stride)
+    y_fraction = tl.load(numbers + Y_FRACTION * number_stride)
+    d = tl.load(numbers + D * number_stride)
+    eps = tl.load(numbers + EPS * number_stride)
+    step = tl.load(numbers + DLR * number_stride) * unit
+    if STABLE:
+        rms = tl.sqrt(tl.load(norms + tensor) / tl.load(numels + tensor))
+        step = step / tl.sqrt(tl.maximum(rms, 1.0))
+    seed = tl.load(seeds + tensor).to(tl.uint32, bitcast=True) if STOCHASTIC else first_index
+    column = across * COLUMNS + tl.arange(0, COLUMNS)
+    column_root = tl.zeros((COLUMNS,), tl.float32)
+    if FACTORED:
+        average = tl.load(address + MEAN).to(tl.pointer_type(MEAN_DTYPE))
+        mean = tl.load(average + tl.load(matrix + MEAN_OFFSET)).to(tl.float32) + _TINY
+        outer = tl.load(address + OUTER).to(tl.pointer_type(FACTOR))
+        inner = tl.load(address + INNER).to(tl.pointer_type(FACTOR))
+        outer += tl.load(matrix + OUTER_OFFSET)
+        inner += tl.load(matrix + INNER_OFFSET)
+        outer_stride = tl.load(matrix + OUTER_STRIDE)
+        inner_stride = tl.load(matrix + INNER_STRIDE)
+        column_root = _factor_roots(
+            inner, column * inner_stride, column < width, mean, d, is_row_outer == 0
+        )
+    product_sum = tl.zeros((COLUMNS,), tl.float64)
+    second_sum = tl.zeros((COLUMNS,), tl.float64)
+    third_sum = tl.zeros((COLUMNS,), tl.float64)
+    for start in range(0, ROWS, STRIP):
+        row = down * ROWS + start + tl.arange(0, STRIP)
+        index, exists = _elements(
+            offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST
+        )
+        g = tl.load(grad + index, mask=exists, other=0.0).to(tl.float32)
+        g = tl.where(opens, g, 0.0)
+        y = tl.load(weight + index, mask=exists, other=0.0).to(tl.float32)
+        z = y if MOMENTUM else tl.load(base + index, mask=exists, other=0.0).to(tl.float32)
+        if EVIDENCE:
+            product, second, third = _evidence(
+                g, y + z if IS_OFFSET else z, address, index, exists, phase, beta3, prodigy_weight,
+                SPEED, EVERY, WEIGHT_DTYPE, STATISTIC_DTYPE,
+            )  # fmt: skip
+            product_sum += tl.sum(product.to(tl.float64), 0)
+            second_sum += tl.sum(second.to(tl.float64), 0)
+            if SPEED == RELATIVE:
+                third_sum += tl.sum(third.to(tl.float64), 0)
+        row_root = tl.zeros((STRIP,), tl.float32)
+        if FACTORED:
+            row_root = _factor_roots(outer, row * outer_stride, row < height, mean, d, is_row_outer)
+        u = _moments(
+            g, address, index, exists, row_root, column_root,
+            beta1, beta2, grad_weight, sq_weight, d, eps,
+            ATAN2, MOMENTUM, FACTORED, MULTIPLE, SECOND_DTYPE, FIRST_DTYPE, True,
+        )  # fmt: skip
+        if MOMENTUM:
+            if DECAYS:
+                y = y * (1.0 - decay)
+            y = y - u * step
+        else:
+            by = step
+            if DECAYS:
+                u = u * step + y * decay
+                by = unit
+            if IS_OFFSET:
+                y = y + z * c - u * (by * y_fraction)
+                z = z - z * c - u * (by * (1.0 - y_fraction))
+            else:
+                y = tl.where(c < 0.5, y + c * (z - y), z - (z - y) * (1.0 - c)) - u * (by * y_fraction)
+                z = z - u * by
+        low, high = seed, seed
+        if STOCHASTIC:
+            noise = _hash(index.to(tl.uint32) + first_index + seed)
+            low, high = noise & 0xFFFF, noise >> 16
+        tl.store(weight + index, _rounded(y, low, WEIGHT_DTYPE, STOCHASTIC), mask=exists)
+        if not MOMENTUM:
+            tl.store(base + index, _rounded(z, high, BASE_DTYPE, STOCHASTIC), mask=exists)
+    if EVIDENCE:
+        tl.store(evidence_parts + program, tl.sum(product_sum, 0))
+        tl.store(evidence_parts + parts_stride + program, tl.sum(second_sum, 0))
+        if SPEED == RELATIVE:
+            tl.store(evidence_parts + 2 * parts_stride + program, tl.sum(third_sum, 0))
