@@ -83,7 +83,7 @@ def squares(
     )
     tensor = tl.load(matrix + TENSOR)
     size, address = sizes + tensor * SIZES, pointers + tensor * POINTERS
-    grad = tl.multiple_of(tl.load(address + GRAD), MULTIPLE).to(tl.pointer_type(DTYPE))
+    grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(DTYPE)), MULTIPLE)
     local = tl.multiple_of(tl.load(size + LOCAL).to(tl.int32), MULTIPLE)
     column = across * COLUMNS + tl.arange(0, COLUMNS)
     of_columns = tl.zeros((COLUMNS,), tl.float32)
@@ -211,7 +211,7 @@ def _moments(
     """The direction of a strip, of unit scale, from its gradient; ``STORES`` moves the moments in memory too."""
     numerator = g
     if MOMENTUM:
-        first = tl.multiple_of(tl.load(address + FIRST), MULTIPLE).to(tl.pointer_type(FIRST_DTYPE))
+        first = tl.multiple_of(tl.load(address + FIRST).to(tl.pointer_type(FIRST_DTYPE)), MULTIPLE)
         old = tl.load(first + index, mask=exists, other=0.0).to(tl.float32)
         momentum = g * grad_weight + old * beta1
         if STORES:
@@ -220,7 +220,7 @@ def _moments(
     if FACTORED:
         deviation = row_root[:, None] * column_root[None, :] + eps
     else:
-        second = tl.multiple_of(tl.load(address + SECOND), MULTIPLE).to(tl.pointer_type(SECOND_DTYPE))
+        second = tl.multiple_of(tl.load(address + SECOND).to(tl.pointer_type(SECOND_DTYPE)), MULTIPLE)
         old = tl.load(second + index, mask=exists, other=0.0).to(tl.float32)
         # As it is kept, so that the direction is the same in both passes.
         average = (g * g * sq_weight + old * beta2).to(SECOND_DTYPE)
@@ -302,9 +302,9 @@ def measure(
     local = tl.multiple_of(tl.load(size + LOCAL).to(tl.int32), MULTIPLE)
     phase = tl.load(size + FIRST_PHASE).to(tl.int32)
     is_row_outer = tl.load(size + IS_ROW_OUTER) != 0
-    grad = tl.multiple_of(tl.load(address + GRAD), MULTIPLE).to(tl.pointer_type(GRAD_DTYPE))
-    weight = tl.multiple_of(tl.load(address + WEIGHT), MULTIPLE).to(tl.pointer_type(WEIGHT_DTYPE))
-    base = tl.multiple_of(tl.load(address + BASE), MULTIPLE).to(tl.pointer_type(BASE_DTYPE))
+    grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(GRAD_DTYPE)), MULTIPLE)
+    weight = tl.multiple_of(tl.load(address + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)), MULTIPLE)
+    base = tl.multiple_of(tl.load(address + BASE).to(tl.pointer_type(BASE_DTYPE)), MULTIPLE)
     numbers += tensor * tensor_stride
     opens = tl.load(gate + tensor * gate_stride) != 0
     beta1 = tl.load(numbers + BETA1 * number_stride)
@@ -399,9 +399,9 @@ def move(
     phase = tl.load(size + FIRST_PHASE).to(tl.int32)
     first_index = tl.load(size + FIRST_INDEX).to(tl.uint32)
     is_row_outer = tl.load(size + IS_ROW_OUTER) != 0
-    grad = tl.multiple_of(tl.load(address + GRAD), MULTIPLE).to(tl.pointer_type(GRAD_DTYPE))
-    weight = tl.multiple_of(tl.load(address + WEIGHT), MULTIPLE).to(tl.pointer_type(WEIGHT_DTYPE))
-    base = tl.multiple_of(tl.load(address + BASE), MULTIPLE).to(tl.pointer_type(BASE_DTYPE))
+    grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(GRAD_DTYPE)), MULTIPLE)
+    weight = tl.multiple_of(tl.load(address + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)), MULTIPLE)
+    base = tl.multiple_of(tl.load(address + BASE).to(tl.pointer_type(BASE_DTYPE)), MULTIPLE)
     numbers += tensor * tensor_stride
     opens = tl.load(gate + tensor * gate_stride) != 0
     beta1 = tl.load(numbers + BETA1 * number_stride)

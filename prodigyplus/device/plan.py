@@ -33,7 +33,7 @@ class TileSize(NamedTuple):
 
     rows: int = 64
     columns: int = 256
-    strip: int = 16
+    strip: int = 4
 
 
 class Tiles(NamedTuple):
