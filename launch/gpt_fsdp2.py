@@ -104,6 +104,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     size = sum(p.numel() for p in model.parameters())
     if dist.is_initialized():
         mesh = device_mesh(shape, ranks.device)
+        ranks.meshes.append(mesh)
         wait_at_most(args.timeout, mesh.get_all_groups())
         parallelize(model, mesh)
     with ranks.together():

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 # Some of its functions take the process group of the time of import as a default, and keep it from being
 # destroyed. A worker of gloo that outlives main() can then abort the process as Python shuts down.
 import torch.distributed.nn
+import torch_private
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,6 +34,8 @@ class Ranks:
     size: int
     local_rank: int
     local_size: int
+    meshes: list[DeviceMesh] = field(default_factory=list)
+    """The meshes that the run has made; :func:`start` releases their process groups at its end."""
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +122,9 @@ def start() -> Iterator[Ranks]:
         yield ranks
     finally:
         if launched:
-            _let_go_of_groups()
+            gc.collect()  # sharded models hold process groups in reference cycles
+            for mesh in ranks.meshes:
+                torch_private.release_groups(mesh)
             dist.destroy_process_group()
 
 
@@ -148,13 +153,6 @@ def wait_at_most(timeout: timedelta, groups: Iterable[dist.ProcessGroup] = ()) -
         timeout: How long.
         groups: Whose messages, beside those among all processes.
     """
-    world = [dist.group.WORLD] if dist.is_initialized() else []
-    for group in [*world, *groups]:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
-def _let_go_of_groups() -> None:
-    """See to it that process groups can be destroyed: meshes keep them, and DTensor's caches keep meshes."""
-    gc.collect()  # sharded models keep them too, in cycles of references
-    for mesh in [found for found in gc.get_objects() if type(found) is DeviceMesh]:
-        getattr(mesh, "_pg_registry", {}).clear()
+    for group in (dist.group.WORLD, *groups):
+        if group is not None:
+            group.set_timeout(timeout)

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch_private import METADATA_NAMES
 
 SUMS = "SHA256SUMS"
 METADATA = ".metadata"
@@ -124,7 +125,7 @@ class MetadataUnpickler(_PythonUnpickler):  # type: ignore[misc]
             return found
         if (module.partition(".")[0], name) == ("pathlib", "PosixPath"):  # 3.13 names a part of the module
             return PurePosixPath
-        if name not in _NEEDED.get(module, ()):
+        if name not in METADATA_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
         return super().find_class(module, name)
 
@@ -135,17 +136,6 @@ class MetadataUnpickler(_PythonUnpickler):  # type: ignore[misc]
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
-
-
-_NEEDED = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    },
-}
 
 
 def remove(path: Path) -> None:
