@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written while it goes on: folders that any mesh of processes can go on from."""
+"""Checkpoints of a run, written in the background; a run on any mesh of processes can resume from them."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ RUN = "run.json"
 
 
 def job() -> str | None:
-    """The name of the job that torchrun starts processes for, again when some have failed; None without."""
+    """The id of the torchrun job, the same after a restart; None without torchrun or without an id."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if name == "none" else name  # what torchrun calls a job that was given no name
+    return None if name == "none" else name  # torchrun's default for a job without an id
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a checkpoint holds beside tensors."""
+    """What a checkpoint holds besides tensors."""
 
     step: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -57,27 +57,27 @@ class Run:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint of the most steps in a folder of checkpoints."""
+    """The checkpoint with the highest step in a folder of checkpoints."""
     return next(reversed(_all_in(folder)), None)
 
 
 def _all_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, in the order of their steps: whatever is named as one, be it damaged."""
+    """The checkpoints in a folder by ascending step: all that have the name of one, damaged or not."""
     found = (path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
     return sorted(found, key=lambda path: int(path.name))
 
 
-def _started_again() -> bool:
-    """Whether torchrun has started the processes before, and some have failed."""
+def _restarted() -> bool:
+    """Whether torchrun has restarted the processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def add_arguments(parser: argparse.ArgumentParser, when: str) -> None:
-    """Add what says when checkpoints are written, and which to go on from.
+    """Add the options for writing checkpoints and resuming from them.
 
     Args:
-        parser: The script's.
-        when: When they are written without ``--save-every``.
+        parser: The parser of the script.
+        when: When checkpoints are written even without ``--save-every``, for its help text.
     """
     add = parser.add_argument
     add("--save-every", type=positive, metavar="STEPS", help=f"checkpoints; {when}")
@@ -89,25 +89,25 @@ def add_arguments(parser: argparse.ArgumentParser, when: str) -> None:
 
 
 def find(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Path | None, Run]:
-    """The checkpoint to go on from, if any, and what was before it.
+    """The checkpoint to resume from, if any, and the run until then.
 
-    That is what ``--resume`` says, or the newest of ``--out`` if this very job has written it: then one of
-    its processes has failed since, and all have been started again. (What another has written, the first
-    start of a job has refused.)
+    It is the one that ``--resume`` names, or the newest in ``--out`` if this job has written it: then a
+    process has failed since, and torchrun has restarted all of them. (The first start of a job refuses an
+    ``--out`` with checkpoints of another one.)
 
     Args:
         args: The options of the command line.
-        settings: What the run must have in common with that of the checkpoint.
+        settings: The settings that the run must share with that of the checkpoint.
 
     Raises:
-        OSError: There is no such checkpoint, or it is damaged.
-        ValueError: It is of another run; or ``--out`` has some, but ``--resume`` does not name the newest.
+        OSError: The checkpoint does not exist or is damaged.
+        ValueError: It belongs to another run, or ``--out`` has a newer one than ``--resume`` names.
     """
     folder, resume = args.out / FOLDER, args.resume
     last = newest(folder)
     if last is not None:
-        theirs = _read_newest(last).job
-        if _started_again() or (job() is not None and theirs == job()):
+        writer = _read_newest(last).job
+        if _restarted() or (job() is not None and writer == job()):
             resume = True
     if last is not None and resume is None:
         raise ValueError(
@@ -124,12 +124,12 @@ def find(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Path | 
             "--out."
         )
     run = _read(path)
-    for name, ours in settings.items():
+    for name, value in settings.items():
         if name not in run.settings:
             raise ValueError(f"{path} is not a checkpoint of this script.")
-        if run.settings[name] != ours:
+        if run.settings[name] != value:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"--resume: {path} was trained with {option} {run.settings[name]}, not {ours}.")
+            raise ValueError(f"--resume: {path} was trained with {option} {run.settings[name]}, not {value}.")
     return path, run
 
 
@@ -152,10 +152,10 @@ def _read(path: Path) -> Run:
 
 
 class Checkpoints:
-    """Those that a run writes to ``OUT/checkpoints/STEP``, one after the other, while it goes on.
+    """Writes the checkpoints of a run to ``OUT/checkpoints/STEP``, one at a time, while training continues.
 
-    Each is whole or not there, and the last few are kept. From the first of these objects on, no other
-    process can have one for the same ``OUT``.
+    A checkpoint appears whole or not at all, and the last few are kept. ``OUT`` is locked for as long as the
+    process lives: no other run can write to it.
 
     Args:
         args: The options of the command line.
@@ -168,29 +168,29 @@ class Checkpoints:
         self._ranks = ranks
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[Any] | None = None
-        # What goes on beside the training must not come between its messages.
+        # A group of its own, so that background collectives do not interleave with those of training.
         self._group = dist.new_group(backend="gloo", timeout=args.timeout) if ranks.size > 1 else None
-        _expect_to_be_alone()
+        _ignore_no_process_group()
         writer = [secrets.token_hex(4)]
         if self._group is not None:
             dist.broadcast_object_list(writer, group=self._group)
         (self._writer,) = writer
         with ranks.together():
             if ranks.rank == 0:
-                # What a dead host had locked, a file server lets go of a minute or two later.
-                patience = args.timeout / 2 if _started_again() else timedelta()
+                # A file server releases the lock of a dead host only after a minute or two.
+                patience = args.timeout / 2 if _restarted() else timedelta()
                 files.lock(args.out, patience)
                 storage.clean(self._folder)
 
     def begin(self, run: Run, model: nn.Module, optimizer: Optimizer) -> None:
-        """Begin to write a checkpoint of the model and the optimiser as they are now.
+        """Start writing a checkpoint of the model and the optimiser as they are now.
 
-        It holds a copy of them in the memory of the host until it is written.
+        A copy of both stays in host memory until it is written.
 
         Raises:
-            OSError: The one before could not be written.
-            RuntimeError: Processes differ where they hold copies: started again, they go on from a checkpoint
-                that was written before.
+            OSError: The previous checkpoint could not be written.
+            RuntimeError: Replicas differ between processes. They are not saved: a restart resumes from an
+                earlier checkpoint.
         """
         self.finish()
         if isinstance(optimizer, ProdigyPlusScheduleFree):
@@ -198,17 +198,17 @@ class Checkpoints:
         path = self._folder / f"{run.step:08}"
         texts = {}
         if self._ranks.rank == 0:
-            values = {its.name: getattr(run, its.name) for its in fields(run)}
+            values = {f.name: getattr(run, f.name) for f in fields(run)}
             texts = {RUN: json.dumps(values, default=str)}
         self._pending = self._thread.submit(
             dcp_save,
-            _mapped(_state(model, optimizer), lambda tensor: tensor.detach().to("cpu", copy=True)),
+            _map_tensors(_state(model, optimizer), lambda tensor: tensor.detach().to("cpu", copy=True)),
             storage_writer=storage.Writer(path, texts, self._writer),
             process_group=self._group,
         )
 
     def finish(self) -> None:
-        """Wait until the last checkpoint that was begun is there, and remove those that are too many.
+        """Wait until the pending checkpoint is written, and remove those beyond ``--keep``.
 
         Raises:
             OSError: It could not be written.
@@ -224,18 +224,19 @@ class Checkpoints:
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
-    """Take over the model and the optimiser, whatever mesh they were saved from.
+    """Load a checkpoint into the model and the optimiser, whatever mesh it was saved on.
 
-    Until all of it has been read and found whole, they stay as they were. That takes their memory once more,
-    when there are neither gradients nor activations yet.
+    Both are unchanged until all of it has been read and verified. This takes their memory a second time, when
+    there are no gradients or activations yet.
 
     Raises:
-        OSError: The checkpoint is damaged, or of other tensors; in all processes, if in one.
+        OSError: The checkpoint has other tensors, or cannot be read.
+        SystemExit: It is damaged.
     """
     with ranks.together():
         storage.check(path, ranks.rank, ranks.size)
-    _expect_to_be_alone()
-    state = _mapped(_state(model, optimizer), torch.empty_like)
+    _ignore_no_process_group()
+    state = _map_tensors(_state(model, optimizer), torch.empty_like)
     with _plain_errors(f"{path} cannot be read"):
         storage.load(state, path)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -245,12 +246,12 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> No
 def _remove(path: Path) -> None:
     try:
         storage.remove(path)
-    except OSError as error:  # one too many is no reason to end
+    except OSError as error:  # an old checkpoint that stays is no reason to end the run
         warnings.warn(f"{path} cannot be removed: {error}", stacklevel=3)
 
 
-def _expect_to_be_alone() -> None:
-    """Where there is one process, it needs no warning that it is the only one; nor does its other thread."""
+def _ignore_no_process_group() -> None:
+    """Silence, in every thread, torch's warning that a single process has no process group."""
     if not dist.is_initialized():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
@@ -260,18 +261,18 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {"model": weights, "optimizer": state}
 
 
-def _mapped(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A state with what a function makes of its tensors."""
+def _map_tensors(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a state dict with ``function`` applied to every tensor."""
     if isinstance(state, Tensor):
         return function(state)
     if isinstance(state, dict):
-        return {key: _mapped(value, function) for key, value in state.items()}
-    return [_mapped(value, function) for value in state] if isinstance(state, list) else state
+        return {key: _map_tensors(value, function) for key, value in state.items()}
+    return [_map_tensors(value, function) for value in state] if isinstance(state, list) else state
 
 
 @contextmanager
 def _plain_errors(what: str) -> Iterator[None]:
-    """Tell of the failures of any process in one line; every process sees them all."""
+    """Raise the failures of all processes, which each of them sees, as one line."""
     try:
         yield
     except CheckpointException as error:

@@ -1,4 +1,4 @@
-"""Text to learn from: the bytes of a folder of files, and batches drawn from them."""
+"""The training text: the bytes of a folder of files, and batches drawn from them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 HELD_OUT_EVERY = 10  # files
-NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 Batch = tuple[Tensor, Tensor]
 """Bytes, and the bytes that follow each of them; both (windows, context)."""
 
 
 class Corpus(NamedTuple):
-    """Bytes to train on and bytes to test on, and what tells the corpus from others."""
+    """Bytes to train on, held-out bytes, and a summary that identifies the corpus."""
 
     training: Tensor
     held_out: Tensor
@@ -32,21 +32,21 @@ class Corpus(NamedTuple):
 
 
 def standard_library() -> Iterator[Path]:
-    """The sources of Python's standard library without its tests: text that every machine has."""
+    """The sources of Python's standard library without its tests, which every machine has."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     return (
         path
         for path in folder.rglob("*.py")
-        if NOT_THE_LIBRARY.isdisjoint(path.relative_to(folder).parent.parts)
+        if EXCLUDED_FOLDERS.isdisjoint(path.relative_to(folder).parent.parts)
     )
 
 
 def files_in(folder: Path, pattern: str) -> Iterator[Path]:
-    """The files below a folder whose names match, but for hidden ones.
+    """The files below a folder that match a pattern, without hidden ones.
 
     Raises:
-        OSError: There is no such folder.
-        ValueError: No name can match.
+        OSError: The folder does not exist.
+        ValueError: The pattern is invalid.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"--data: {folder} is not a folder")
@@ -54,7 +54,7 @@ def files_in(folder: Path, pattern: str) -> Iterator[Path]:
         if ".." in Path(pattern).parts:
             raise ValueError("it leads out of the folder")
         paths = list(folder.rglob(pattern))
-    except (ValueError, NotImplementedError, IndexError) as error:  # the latter two of a path from the root
+    except (ValueError, NotImplementedError, IndexError) as error:  # the latter two for an absolute pattern
         raise ValueError(
             f"--pattern {pattern!r}: {error}; name files below --data, as *.txt or part/*.txt."
         ) from error
@@ -66,16 +66,16 @@ def files_in(folder: Path, pattern: str) -> Iterator[Path]:
 def read(paths: Iterable[Path], context: int) -> Corpus:
     """The contents of files, in the order of their paths; every tenth file is held out.
 
-    Whole files are held out, since parts of one file tell of each other.
+    Whole files are held out, since parts of one file resemble each other.
 
     Raises:
         OSError: A file cannot be read.
-        ValueError: There is less text than a window of ``context`` bytes to train or to test on.
+        ValueError: The training or the held-out text is too short for a window of ``context`` bytes.
     """
     texts = [path.read_bytes() for path in sorted(paths) if path.is_file()]
     texts = [text for text in texts if text]
     held_out = b"".join(texts[::HELD_OUT_EVERY])
-    training = b"".join(text for number, text in enumerate(texts) if number % HELD_OUT_EVERY)
+    training = b"".join(text for index, text in enumerate(texts) if index % HELD_OUT_EVERY)
     for part, name in ((training, "train on"), (held_out, "be held out")):
         if len(part) <= context:
             raise ValueError(
@@ -92,7 +92,7 @@ def _tensor(text: bytes) -> Tensor:
 
 
 def random_windows(text: Tensor, context: int, count: int, seed: int, step: int) -> Batch:
-    """The windows of a step: a function of seed and step alone, not of what was drawn before."""
+    """Random windows for a step, which depend on seed and step alone, not on earlier draws."""
     starts = np.random.default_rng((seed, step)).integers(0, len(text) - context, count)
     return windows(text, starts.tolist(), context)
 
@@ -105,8 +105,8 @@ def even_windows(text: Tensor, context: int, count: int) -> Batch:
 
 def windows(text: Tensor, starts: list[int], context: int) -> Batch:
     """The windows of a text that begin at ``starts``."""
-    places = torch.tensor(starts, device=text.device).unsqueeze(1) + torch.arange(
+    indices = torch.tensor(starts, device=text.device).unsqueeze(1) + torch.arange(
         context + 1, device=text.device
     )
-    chosen = text[places].long()
+    chosen = text[indices].long()
     return chosen[:, :-1], chosen[:, 1:]

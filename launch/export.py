@@ -1,4 +1,4 @@
-"""The trained model by itself: whole, as the model of one process loads it, from whatever mesh."""
+"""Export of the trained model: unsharded weights, which a single process can load, from any mesh."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ SAFETENSORS = importlib.util.find_spec("safetensors") is not None
 
 
 def save_model(
-    folder: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks, about: Mapping[str, Any]
+    folder: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks, config: Mapping[str, Any]
 ) -> Path:
-    """Write the weights that the model holds now: ``model.safetensors``, or ``model.pt`` without safetensors.
+    """Write the weights that the model holds to ``model.safetensors``, or ``model.pt`` without safetensors.
 
-    Every process calls it together. Training may go on after it as if nothing had been.
+    All processes call it together. It leaves the training state unchanged.
 
     Args:
-        folder: Where it goes.
-        model: The model, in whatever it is wrapped.
-        optimizer: Warns if it has put weights of training into the model, which are not those to be used.
+        folder: Where the files go.
+        model: The model, wrapped or sharded in any way.
+        optimizer: Its optimiser; a warning is issued unless the model holds the averaged weights.
         ranks: The processes of the run.
-        about: What it takes to build the model: ``model.json``.
+        config: The arguments that build the model, written to ``model.json``.
 
     Returns:
-        The file of the weights.
+        The path of the weights.
     """
     if isinstance(optimizer, ProdigyPlusScheduleFree) and not optimizer.holds_average:
         warnings.warn(
@@ -49,14 +49,14 @@ def save_model(
     weights = get_model_state_dict(model, options=options)
     if ranks.rank == 0:
         with replacing(folder / "model.json") as draft:
-            draft.write_text(json.dumps(about, indent=1) + "\n")
+            draft.write_text(json.dumps(config, indent=1) + "\n")
         with replacing(path) as draft:
             write(weights, draft, path.suffix)
     return path
 
 
 def write(weights: Mapping[str, Any], path: Path, suffix: str) -> None:
-    """Write a state dict to a file, in the format that goes with a suffix.
+    """Write a state dict to a file, in the format of a suffix.
 
     Raises:
         OSError: It cannot be written.
@@ -64,14 +64,14 @@ def write(weights: Mapping[str, Any], path: Path, suffix: str) -> None:
     if suffix == ".pt":
         try:
             torch.save(dict(weights), path)
-        except RuntimeError as error:  # of a full disk, too
+        except RuntimeError as error:  # torch raises it for a full disk
             raise OSError(str(error)) from error
     else:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         try:
-            # It refuses tensors that share memory, as tied weights do.
+            # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
             save_file({name: weight.detach().clone().contiguous() for name, weight in weights.items()}, path)
         except SafetensorError as error:
             raise OSError(str(error)) from error

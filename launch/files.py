@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one run has to itself."""
+"""Atomic replacement of files, and locks on folders."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LOCK = ".lock"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to in the body; what was written there then takes the place of ``path``.
+    """Yield a draft path to write to, which replaces ``path`` at the end of the block.
 
-    If the body raises, ``path`` stays as it was.
+    If the block raises, ``path`` is unchanged.
 
     Raises:
-        OSError: It cannot be written; told by its name.
+        OSError: The file cannot be written; the message names it.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -34,10 +34,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(name: Path | str) -> Iterator[None]:
-    """Tell what cannot be written: a full disk does not say.
+    """Name the file in an OSError of the block: the error of a full disk does not.
 
     Raises:
-        OSError: What the body raises, in other words.
+        OSError: The block raised one.
     """
     try:
         yield
@@ -46,24 +46,24 @@ def writing(name: Path | str) -> Iterator[None]:
 
 
 def lock(folder: Path, patience: timedelta) -> None:
-    """Keep other runs out of a folder, which is made if need be, for as long as this process lives.
+    """Lock a folder for as long as this process lives; it is created if it does not exist.
 
-    The kernel lets go when the process ends, however it ends. Where the file system has no locks,
-    a warning says so.
+    The kernel releases the lock when the process ends, however it ends. If the file system has no locks, a
+    warning is issued.
 
     Args:
         folder: The ``--out`` of the run.
-        patience: How long to wait for another to let go.
+        patience: How long to wait for another run to release it.
 
     Raises:
         OSError: The folder cannot be written to.
-        ValueError: Another run has it.
+        ValueError: Another run holds the lock.
     """
     with writing(f"--out: {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     end = time.monotonic() + patience.total_seconds()
-    while not _take(descriptor, folder):
+    while not _try_lock(descriptor, folder):
         if time.monotonic() >= end:
             os.close(descriptor)
             raise ValueError(
@@ -72,8 +72,8 @@ def lock(folder: Path, patience: timedelta) -> None:
         time.sleep(1)
 
 
-def _take(descriptor: int, folder: Path) -> bool:
-    """Lock a file, as far as files can be locked in its folder; returns whether nobody else has it."""
+def _try_lock(descriptor: int, folder: Path) -> bool:
+    """Lock a file; returns False if another process holds the lock, and True if there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

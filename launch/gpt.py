@@ -1,4 +1,4 @@
-"""A small byte-level GPT: RMSNorm before each part, rotary attention, SwiGLU, no biases."""
+"""A small byte-level GPT: pre-norm with RMSNorm, rotary attention, SwiGLU, no biases."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ROTARY_BASE = 10_000.0
 class GPT(nn.Module):
     """Predicts the next byte at every position of a text.
 
-    The head is a matrix of its own: of 256 rows it costs next to nothing, and a weight shared between the
-    first and the last layer could be sharded with only one of them.
+    The output head is not tied to the embedding: with 256 rows it costs next to nothing, and a tied weight
+    could be sharded with only one of the two layers.
 
     Raises:
-        ValueError: The width is not a multiple of twice the heads.
+        ValueError: The width is not a multiple of twice the number of heads.
     """
 
     def __init__(self, layers: int, width: int, heads: int, context: int, dropout: float = 0.0) -> None:
@@ -36,9 +36,9 @@ class GPT(nn.Module):
     def _initialize(self, layers: int, width: int) -> None:
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                # The sum over the residual stream keeps its scale whatever the depth.
-                closes = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                nn.init.normal_(weight, std=width**-0.5 * ((2 * layers) ** -0.5 if closes else 1.0))
+                # Scaled by depth, so that the variance of the residual stream does not grow with it.
+                writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(weight, std=width**-0.5 * ((2 * layers) ** -0.5 if writes_residual else 1.0))
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean cross entropy, in nats per byte, of the bytes that follow ``inputs``."""
@@ -54,7 +54,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the same for every position by itself."""
+    """A transformer block: attention, then an MLP, each with a residual connection."""
 
     def __init__(self, width: int, heads: int, context: int, dropout: float) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One more turn of the residual stream."""
+        """Apply the block."""
         x = x + self.dropout(self.attention(self.attention_norm(x)))
         mlp: Tensor = self.dropout(self.mlp(self.mlp_norm(x)))
         return x + mlp
@@ -80,7 +80,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, context: int) -> None:
         super().__init__()
         self.head_width = width // heads
-        # Query, key and value of one head lie together, so that tensor parallelism cuts between heads.
+        # Query, key and value of a head are adjacent rows, so that tensor parallelism splits between heads.
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         angles = rotary_angles(context, self.head_width)
@@ -88,9 +88,9 @@ class Attention(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Every position sees itself and those before it."""
+        """Attend to the same and all earlier positions."""
         length = x.shape[1]
-        # As many heads as this process holds: (batch, heads, length, head width) each.
+        # The heads of this process: (batch, heads, length, head width) each.
         q, k, v = self.qkv(x).unflatten(-1, (-1, 3 * self.head_width)).transpose(1, 2).chunk(3, dim=-1)
         cos, sin = self.cos[:length], self.sin[:length]
         mixed = scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A hidden layer of about 8/3 of the width, gated."""
+    """A gated MLP with a hidden size of about 8/3 of the width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -109,18 +109,18 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each position by itself."""
+        """Apply the MLP to every position."""
         out: Tensor = self.down(silu(self.gate(x)) * self.up(x))
         return out
 
 
 def rotary_angles(context: int, width: int) -> Tensor:
-    """The angle by which every pair of numbers is turned at every position, (context, width / 2)."""
+    """The rotation angle of each pair of features at each position, (context, width / 2)."""
     frequencies = ROTARY_BASE ** -(torch.arange(0, width, 2) / width)
     return torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of numbers of ``x``, (…, length, width), by the angle of its position."""
+    """Rotate each pair of features of ``x``, (…, length, width), by the angle of its position."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)

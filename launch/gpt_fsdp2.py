@@ -3,8 +3,9 @@
     torchrun --standalone --nproc-per-node 2 launch/gpt_fsdp2.py
     torchrun --standalone --nproc-per-node 8 launch/gpt_fsdp2.py --mesh replicate=2,fsdp=2,tp=2
 
-There is no learning rate to set, and nothing to download: unless told otherwise with --data it learns the
-sources of Python's standard library. The same seed gives the same batches on every mesh.
+An example application, not part of the installed packages. There is no learning rate to set, and nothing to
+download: without --data it trains on the sources of Python's standard library. The same seed gives the same
+batches on every mesh.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ from torch.optim import AdamW, Optimizer
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
-EVALUATED = 512  # windows of the held-out text
+EVALUATION_WINDOWS = 512  # windows of the held-out text
 
 MODEL = ("layers", "width", "heads", "context")
-# What a resumed run must share with the run that it goes on with, beside the text.
+# The options that a resumed run must share with the run of its checkpoint, besides the text.
 SHARED = (*MODEL, *optimizers.SHARED, "batch_size", "seed", "dropout")
 
 
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the command line."""
     parser = Parser(description="Pretrain a small byte-level GPT on any mesh of processes.")
     add = parser.add_argument
     mesh_help = "as replicate=2,fsdp=4,tp=2; default: fsdp over all processes"
@@ -85,8 +86,8 @@ def parse() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    """The whole run, in one of its processes."""
-    begun = time.monotonic()
+    """The whole run, as each process executes it."""
+    started = time.monotonic()
     with ranks.together():
         shape = parse_mesh(args.mesh, ranks.size)
         check(args, shape)
@@ -98,19 +99,20 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                 f"in the text to train on: choose at most {windows}."
             )
         settings = {name: getattr(args, name) for name in SHARED} | {"data": text.summary}
-        checkpoints.find(args, settings)  # what is wrong with it is told before --out is made
+        checkpoints.find(args, settings)  # report errors before --out is created
         torch.manual_seed(args.seed)  # every process starts with the same weights
         model = build_model(args, ranks.device)
     size = sum(p.numel() for p in model.parameters())
     if dist.is_initialized():
         mesh = device_mesh(shape, ranks.device)
+        ranks.meshes.append(mesh)
         wait_at_most(args.timeout, mesh.get_all_groups())
         parallelize(model, mesh)
     with ranks.together():
         optimizer = build_optimizer(args, model)
     written = Checkpoints(args, ranks)
     with ranks.together():
-        saved, before = checkpoints.find(args, settings)  # no other run can write one any more
+        saved, before = checkpoints.find(args, settings)  # again, now that no other run can write to --out
     with ranks.together():
         if not ranks.agree((text.summary, before.step)):
             raise ValueError(
@@ -118,8 +120,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             )
         if saved is not None:
             checkpoints.load(saved, model, optimizer, ranks)
-        told = vars(args) | {"mesh": shape, "data": text.summary, "parameters": size}
-        about = {"torch": torch.__version__, "processes": ranks.size, "device": ranks.device, **told}
+        options = vars(args) | {"mesh": shape, "data": text.summary, "parameters": size}
+        about = {"torch": torch.__version__, "processes": ranks.size, "device": ranks.device, **options}
         report = Report(args.out, about, silent=ranks.rank != 0, records=before.records)
     report.say(f"{size:,} parameters on {ranks.size} processes, {shape}; {text.summary}")
     if saved is not None:
@@ -128,19 +130,19 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         report.say(f"It has been trained for {before.step} steps: ask for more with --steps.")
 
     share = Share(ranks.rank // shape.tp, shape.data_parallel)
-    begun -= 60 * before.minutes
-    meter = Meter(report, ranks, args.batch_size * args.context, begun, args.minutes)
+    started -= 60 * before.minutes
+    meter = Meter(report, ranks, args.batch_size * args.context, started, args.minutes)
     steps = count(before.step) if args.steps is None else range(before.step, args.steps)
     last = stopped = False
     with Interruption() as interruption, report.bar(steps, "step") as bar:
         for step in bar:
             windows = random_windows(text.training, args.context, args.batch_size, args.seed, step)
-            seeds.everything(args.seed, step, share.number)
+            seeds.everything(args.seed, step, share.index)
             meter.add(take_step(model, optimizer, share.of(windows)))
             done = step + 1
-            last, stopped = done == args.steps, interruption.heard()
-            saves = last or stopped or (args.save_every is not None and done % args.save_every == 0)
-            if done % args.log_every == 0 or saves:  # a checkpoint holds the log of all that was before it
+            last, stopped = done == args.steps, interruption.requested()
+            save = last or stopped or (args.save_every is not None and done % args.save_every == 0)
+            if done % args.log_every == 0 or save:  # a checkpoint holds the whole log up to it
                 with ranks.together():
                     last |= meter.log(done, step_size(optimizer), bar)
             if done % args.eval_every == 0 or last:
@@ -150,7 +152,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                         report.log("held out", step=done, minutes=meter.minutes(), **in_bits(loss))
                         report.say(f"step {done}: held-out {in_bits(loss)['bits_per_byte']:.4f} bits/byte")
                         report.draw(panels(args), over="step")
-            if saves or last:
+            if save or last:
                 with meter.paused(), ranks.together():
                     written.begin(
                         Run(done, settings, report.records, job(), meter.minutes()), model, optimizer
@@ -168,10 +170,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def check(args: argparse.Namespace, shape: MeshShape) -> None:
-    """Refuse what cannot be split over the mesh.
+    """Check that batch and heads can be split over the mesh.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: They cannot.
     """
     if args.batch_size % shape.data_parallel:
         raise ValueError(
@@ -185,34 +187,34 @@ def check(args: argparse.Namespace, shape: MeshShape) -> None:
 
 
 def shape_of(args: argparse.Namespace) -> dict[str, int]:
-    """What it takes to build a GPT."""
+    """The arguments that build the GPT."""
     return {name: getattr(args, name) for name in MODEL}
 
 
 def read_corpus(args: argparse.Namespace) -> Corpus:
-    """The text that the options name."""
+    """The text that the command line chooses."""
     paths = standard_library() if args.data is None else files_in(args.data, args.pattern)
     return read(paths, args.context)
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> GPT:
-    """The model of the command line, untrained.
+    """The untrained model that the command line describes.
 
     Raises:
-        ValueError: There can be none.
+        ValueError: It cannot be built.
     """
     shape = shape_of(args)
     try:
         return GPT(**shape, dropout=args.dropout).to(device)
-    except (MemoryError, RuntimeError, TypeError) as error:  # torch's, of what no memory or no number holds
+    except (MemoryError, RuntimeError, TypeError) as error:  # torch's, for sizes beyond memory or int64
         options = " ".join(f"--{name} {size}" for name, size in shape.items())
         raise ValueError(f"{options}: choose a smaller model: {str(error).splitlines()[0]}") from error
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> Optimizer:
-    """The optimiser of the command line, for the whole model."""
+    """The optimiser that the command line chooses."""
     if args.optimizer == "adamw":
-        # One by one: with tensor parallelism the weights are of several meshes, which foreach cannot mix.
+        # Not foreach: with tensor parallelism the weights are on several meshes, which it cannot mix.
         return AdamW(model.parameters(), lr=args.lr, foreach=False)
     sharded = dist.is_initialized()
     optimizer_class = ShardedProdigyPlusScheduleFree if sharded else ProdigyPlusScheduleFree
@@ -227,19 +229,19 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which windows of every batch a process sees; those of one ``tp`` group see the same."""
+    """The part of every batch that a process sees, the same within a ``tp`` group."""
 
-    number: int
+    index: int
     count: int
 
     def of(self, batch: Batch) -> Batch:
         """The share of a batch."""
-        inputs, targets = (part.chunk(self.count)[self.number] for part in batch)
+        inputs, targets = (part.chunk(self.count)[self.index] for part in batch)
         return inputs, targets
 
 
 def take_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
-    """Learn from a batch; returns its loss."""
+    """Take one training step; returns its loss."""
     optimizer.zero_grad()
     loss: Tensor = model(*batch)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -250,7 +252,7 @@ def take_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module, text: Tensor, args: argparse.Namespace, share: Share, ranks: Ranks) -> float:
     """The mean loss over windows spread evenly over a text: the same windows on every mesh."""
-    batches = -(-EVALUATED // args.batch_size)
+    batches = -(-EVALUATION_WINDOWS // args.batch_size)
     windows = even_windows(text, args.context, batches * args.batch_size)
     parts = zip(*(torch.split(part, args.batch_size) for part in windows), strict=True)
     model.eval()
@@ -263,47 +265,47 @@ def evaluate(model: nn.Module, text: Tensor, args: argparse.Namespace, share: Sh
 
 
 class Meter:
-    """Gathers losses and time between two lines of the log.
+    """Averages losses and measures speed between two lines of the log.
 
     Args:
         report: Where the lines go.
-        ranks: Whose losses they are the mean of.
-        tokens: How many a step takes in.
-        begun: When the run began.
-        minutes: How long it may last, or None.
+        ranks: The processes to average over.
+        tokens: The number of tokens in a step.
+        started: When the run started.
+        minutes: How long it may take, or None.
     """
 
     def __init__(
-        self, report: Report, ranks: Ranks, tokens: int, begun: float, minutes: float | None
+        self, report: Report, ranks: Ranks, tokens: int, started: float, minutes: float | None
     ) -> None:
         self._report = report
         self._ranks = ranks
         self._tokens = tokens
-        self._begun = begun
+        self._started = started
         self._budget = math.inf if minutes is None else minutes
         self._losses: list[Tensor] = []
         self._since = time.monotonic()
 
     def minutes(self) -> float:
-        """The age of the run."""
-        return (time.monotonic() - self._begun) / 60
+        """The duration of the run so far."""
+        return (time.monotonic() - self._started) / 60
 
     def add(self, loss: Tensor) -> None:
-        """A step more, and its loss."""
+        """Count a step and its loss."""
         self._losses.append(loss)
 
-    def log(self, step: int, numbers: Mapping[str, float], bar: Any) -> bool:
-        """Tell of the steps since the last call; returns whether the time is over, the same everywhere."""
+    def log(self, step: int, metrics: Mapping[str, float], bar: Any) -> bool:
+        """Log the steps since the last call; returns in all processes alike whether the time is up."""
         mean = torch.stack(self._losses).double().mean()
-        # One all-reduce for both. The clock that counts is that of the first process.
+        # One all-reduce for both. The clock of rank 0 decides.
         over = self._ranks.rank == 0 and self.minutes() >= self._budget
         total, over_somewhere = self._ranks.sum(torch.stack([mean, torch.full_like(mean, over)])).tolist()
         loss = in_bits(total / self._ranks.size)
         speed = len(self._losses) * self._tokens / (time.monotonic() - self._since)
         self._report.log(
-            "train", step=step, minutes=self.minutes(), tokens_per_second=speed, **loss, **numbers
+            "train", step=step, minutes=self.minutes(), tokens_per_second=speed, **loss, **metrics
         )
-        size = f"d {numbers['d']:.2e}" if "d" in numbers else f"lr {numbers['lr']:.2e}"
+        size = f"d {metrics['d']:.2e}" if "d" in metrics else f"lr {metrics['lr']:.2e}"
         bar.set_postfix_str(f"loss {loss['loss']:.4f}, {speed:,.0f} tokens/s, {size}", refresh=False)
         self._losses.clear()
         self._since = time.monotonic()
@@ -311,19 +313,19 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A context whose time is not that of steps."""
+        """A context whose duration does not count as training time."""
         before = time.monotonic()
         yield
         self._since += time.monotonic() - before
 
 
 def in_bits(loss: float) -> dict[str, float]:
-    """A loss in nats, and in bits; every target is a byte."""
+    """A loss in nats, and in bits per byte: every target is a byte."""
     return {"loss": loss, "bits_per_byte": loss / math.log(2)}
 
 
 def panels(args: argparse.Namespace) -> list[Panel]:
-    """What to draw."""
+    """The plots of the figure."""
     curves = (
         Curve("train", "bits_per_byte", "training"),
         Curve("held out", "bits_per_byte", "held out"),

@@ -1,4 +1,4 @@
-"""SIGTERM, by which schedulers announce that they will end a run, and SIGINT: heard between two steps."""
+"""SIGTERM, which schedulers send before they end a run, and SIGINT, handled between two steps."""
 
 from __future__ import annotations
 
@@ -10,80 +10,81 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-HEARD = (signal.SIGTERM, signal.SIGINT)
-# Seconds. Who tells a launcher and its processes tells these twice, since it passes on what it is told.
-REPEATED = 1.0
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+# A signal to a launcher and its processes reaches these twice, since the launcher forwards it.
+DUPLICATE_SECONDS = 1.0
 
 
 class Interruption:
-    """SIGTERM or SIGINT, sent to any process of the run, heard by all of them after the same step.
+    """Stops all processes after the same step when any of them receives SIGTERM or SIGINT.
 
-    The processes ask each other after every step, and read the answers to what they asked a step before: so
-    none waits for another. Signals are listened to within a ``with`` block, but for those that are ignored.
+    After every step the processes start an all-reduce of the signals received, and read the result of the one
+    before, so that none waits for another. Signals are handled within the ``with`` block, except those that
+    were ignored before it.
 
-    Who sends another signal after SIGINT, or SIGINT after another, does not want to wait: it ends the process
-    at once. (torchrun passes on a second Ctrl-C as SIGTERM. Schedulers repeat theirs, and it stays one.)
+    A second signal ends the process at once if it or the first is SIGINT: the user does not want to wait.
+    (torchrun forwards a second Ctrl-C as SIGTERM. Schedulers repeat SIGTERM, which has no further effect.)
 
     >>> with Interruption() as interruption:
     ...     for batch in batches:
     ...         take_step(batch)
-    ...         if interruption.heard():
+    ...         if interruption.requested():
     ...             break
     """
 
     def __init__(self) -> None:
         self.signal = signal.SIGTERM
-        """Which signal was heard."""
-        self._told = 0
-        self._since = 0.0
-        self._asked: tuple[dist.Work, Tensor] | None = None
+        """The signal that was received."""
+        self._received = 0
+        self._received_at = 0.0
+        self._pending: tuple[dist.Work, Tensor] | None = None
 
     @property
     def status(self) -> int:
-        """What shells call a process that the signal has ended: the run is seen not to be at its end."""
+        """The status of a process that the signal has ended, so that the run does not count as complete."""
         return 128 + self.signal
 
     def __enter__(self) -> Interruption:
-        ours = [number for number in HEARD if signal.getsignal(number) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._listen) for number in ours}
+        handled = [signum for signum in HANDLED if signal.getsignal(signum) is not signal.SIG_IGN]
+        self._before = {signum: signal.signal(signum, self._handle) for signum in handled}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self._told and any(error):
-            # Another process has died, for which torchrun ends the rest, to start all of them again. What is
-            # left to do here would only wait for those that are gone.
-            _end_by(self._told)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        if self._received and any(error):
+            # Another process has died, and torchrun ends the rest to restart all of them. Cleaning up here
+            # would only wait for processes that no longer exist.
+            _terminate(self._received)
 
-    def _listen(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self._told:
-            self._told, self._since = number, now
-        elif signal.SIGINT in (self._told, number) and now - self._since > REPEATED:
-            _end_by(number)
+        if not self._received:
+            self._received, self._received_at = signum, now
+        elif signal.SIGINT in (self._received, signum) and now - self._received_at > DUPLICATE_SECONDS:
+            _terminate(signum)
 
-    def heard(self) -> bool:
+    def requested(self) -> bool:
         """Whether to end the run now. Every process calls it after every step."""
-        told = self._answers() if dist.is_initialized() else self._told
-        if told:
-            self.signal = signal.Signals(told)
-        return bool(told)
+        received = self._reduced() if dist.is_initialized() else self._received
+        if received:
+            self.signal = signal.Signals(received)
+        return bool(received)
 
-    def _answers(self) -> int:
-        """What any process had been told a step before."""
-        before, told = self._asked, torch.tensor(self._told)
-        work = dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True)
+    def _reduced(self) -> int:
+        """The signal that any process had received by the step before, or 0."""
+        previous, received = self._pending, torch.tensor(self._received)
+        work = dist.all_reduce(received, dist.ReduceOp.MAX, async_op=True)
         assert work is not None
-        self._asked = work, told
-        if before is None:
+        self._pending = work, received
+        if previous is None:
             return 0
-        work, told = before
+        work, received = previous
         work.wait()
-        return int(told)
+        return int(received)
 
 
-def _end_by(number: int) -> None:
-    """End the process as a signal does that nobody listens to: without a word."""
-    signal.signal(number, signal.SIG_DFL)
-    signal.raise_signal(number)
+def _terminate(signum: int) -> None:
+    """End the process as the signal does by default: silently."""
+    signal.signal(signum, signal.SIG_DFL)
+    signal.raise_signal(signum)

@@ -1,4 +1,4 @@
-"""Meshes of processes by name, and a GPT cut up over one."""
+"""Device meshes from the command line, and a GPT parallelised over one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-# Cut between heads and between hidden units; `out` and `down` sum what crosses a cut. The norms and the
-# embedding, of 256 rows, stay whole: what comes in and its gradient are the same in every process.
+# Split between heads and between hidden units; `out` and `down` sum the partial results. The norms and the
+# embedding, of 256 rows, stay replicated: their inputs and gradients are the same in every process.
 TENSOR_PARALLEL = {
     "blocks.*.attention.qkv": ColwiseParallel(),
     "blocks.*.attention.out": RowwiseParallel(),
@@ -25,9 +25,9 @@ TENSOR_PARALLEL = {
 
 @dataclass(frozen=True, slots=True)
 class MeshShape:
-    """How many processes replicate the model, shard it (``fsdp``), and cut its layers (``tp``).
+    """The sizes of the axes that replicate the model, shard it (``fsdp``) and split its layers (``tp``).
 
-    In this order, the last varying fastest, so that tensor parallelism stays within a node.
+    Ranks vary fastest along the last axis, so that tensor parallelism stays within a node.
     """
 
     replicate: int = 1
@@ -36,12 +36,12 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        """How many processes the mesh has."""
+        """The number of processes."""
         return self.data_parallel * self.tp
 
     @property
     def data_parallel(self) -> int:
-        """Over how many processes a batch is split."""
+        """The number of processes over which a batch is split."""
         return self.replicate * self.fsdp
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ def parse_mesh(text: str | None, processes: int) -> MeshShape:
     """The mesh that ``--mesh`` names, such as ``replicate=2,fsdp=4,tp=2``; without it, all are ``fsdp``.
 
     Raises:
-        ValueError: It names no mesh, or one of another number of processes.
+        ValueError: It is not a mesh, or does not have this number of processes.
     """
     if text is None:
         return MeshShape(fsdp=processes)
@@ -76,7 +76,7 @@ def parse_mesh(text: str | None, processes: int) -> MeshShape:
 
 
 def device_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
-    """The axes that have more than one process, and those that FSDP needs."""
+    """The mesh, without axes of size 1 that nothing needs."""
     sizes = {"replicate": shape.replicate, "fsdp": shape.fsdp, "tp": shape.tp}
     if shape.tp == 1:
         del sizes["tp"]
@@ -88,17 +88,17 @@ def device_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
 
 
 def parallelize(model: GPT, mesh: DeviceMesh) -> None:
-    """Cut the model up: its layers over ``tp``; then every block, and the rest, over the other axes."""
+    """Split the layers over ``tp``, then shard every block and the root module over the other axes."""
     names = mesh.mesh_dim_names or ()
     if "tp" in names:
         parallelize_module(model, mesh["tp"], TENSOR_PARALLEL)
     if "fsdp" not in names:
         return
-    over = mesh["replicate", "fsdp"] if "replicate" in names else mesh["fsdp"]
+    data_mesh = mesh["replicate", "fsdp"] if "replicate" in names else mesh["fsdp"]
     on_gpu = mesh.device_type == "cuda"
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     for block in model.blocks:
-        fully_shard(block, mesh=over, mp_policy=precision)
-    # FSDP would keep the root's weights whole after a forward, for the backward to come. None comes after an
-    # evaluation, and the next forward would compute with the averaged weights that were gathered for it.
-    fully_shard(model, mesh=over, mp_policy=precision, reshard_after_forward=True)
+        fully_shard(block, mesh=data_mesh, mp_policy=precision)
+    # By default FSDP keeps the root's weights unsharded after forward, for the backward pass. After an
+    # evaluation there is none, and the next forward would use the averaged weights gathered for it.
+    fully_shard(model, mesh=data_mesh, mp_policy=precision, reshard_after_forward=True)

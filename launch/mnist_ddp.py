@@ -1,8 +1,9 @@
-"""Learn MNIST with Prodigy+ Schedule-Free on several processes:
+"""Train MNIST with Prodigy+ Schedule-Free under DDP:
 
     torchrun --standalone --nproc-per-node 2 launch/mnist_ddp.py
 
-The network and the batches are those of Schedule-Free's MNIST example; there is no learning rate to set.
+An example application, not part of the installed packages. The network and the batches are those of
+Schedule-Free's MNIST example; there is no learning rate to set.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MEAN, STD = 0.1307, 0.3081
 TEST_BATCH = 1000
 REPORT_EVERY = 20  # steps
 
-# What a resumed run must share with the run that it goes on with.
+# The options that a resumed run must share with the run of its checkpoint.
 SHARED = (*optimizers.SHARED, "batch_size", "seed", "limit")
 
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the command line."""
     parser = Parser(description="Learn MNIST on several processes.")
     add = parser.add_argument
     add("--epochs", type=positive, default=3, help="default: %(default)s; the example trains for 14")
@@ -69,7 +70,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    """The whole run, in one of its processes."""
+    """The whole run, as each process executes it."""
     settings = {name: getattr(args, name) for name in SHARED}
     with ranks.together():
         if args.batch_size % ranks.size:
@@ -84,10 +85,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         optimizer = build_optimizer(args, net)
     with ranks.together():
         train, test = load_data(args.data or mnist_data.cache_folder(), args.limit, ranks.device)
-        checkpoints.find(args, settings)  # what is wrong with it is told before --out is made
+        checkpoints.find(args, settings)  # report errors before --out is created
     written = Checkpoints(args, ranks)
     with ranks.together():
-        saved, before = checkpoints.find(args, settings)  # no other run can write one any more
+        saved, before = checkpoints.find(args, settings)  # again, now that no other run can write to --out
     with ranks.together():
         if not ranks.agree(before.step):
             raise ValueError("the nodes find different checkpoints: share --out among them.")
@@ -99,24 +100,30 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         report.say(f"Going on from {saved}")
 
     training = Training(args, ranks, report, net, optimizer, train)
-    step, end = before.step, args.epochs * training.in_epoch
+    step, end = before.step, args.epochs * training.steps_per_epoch
     if step >= end:
         report.say(f"It has been trained for {args.epochs} epochs: ask for more with --epochs.")
     stopped = False
     with Interruption() as interruption:
         while step < end and not stopped:
-            step, stopped = training.leg(step, interruption)
-            if step % training.in_epoch == 0:
+            step, stopped = training.run_segment(step, interruption)
+            if step % training.steps_per_epoch == 0:
                 with averaged(optimizer):
                     loss, correct = evaluate(net, test, ranks)
-                share = correct / len(test)
+                accuracy = correct / len(test)
                 if isinstance(optimizer, ProdigyPlusScheduleFree):
                     report.say(f"Prodigy LR: {optimizer.metrics()[0]['d'].item():.6f}")
                 report.say(
-                    f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{len(test)} ({share:.2%})"
+                    f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{len(test)} ({accuracy:.2%})"
                 )
                 with ranks.together():
-                    report.log("test", step=step, epoch=step // training.in_epoch, loss=loss, accuracy=share)
+                    report.log(
+                        "test",
+                        step=step,
+                        epoch=step // training.steps_per_epoch,
+                        loss=loss,
+                        accuracy=accuracy,
+                    )
                     report.draw(panels(args))
             with ranks.together():
                 written.begin(Run(step, settings, report.records, job()), net, optimizer)
@@ -152,18 +159,20 @@ def network() -> nn.Sequential:
 
 
 def build_optimizer(args: argparse.Namespace, net: nn.Module) -> Optimizer:
-    """The optimiser of the command line, for the whole network."""
+    """The optimiser that the command line chooses."""
     if args.option.get("fused_back_pass"):
         raise ValueError(
             "--option fused_back_pass: this script wraps its network anew every epoch; see gpt_fsdp2.py."
         )
     if args.optimizer == "adamw":
         return AdamW(net.parameters(), lr=args.lr)
-    its = optimizers.parameters(args, net)
+    parameters = optimizers.parameters(args, net)
     if args.muon and dist.is_initialized():
-        # The processes share the matrices among them.
-        return ShardedProdigyPlusScheduleFree(its, lr=args.lr, replicas=dist.group.WORLD, **args.option)
-    return ProdigyPlusScheduleFree(its, lr=args.lr, **args.option)
+        # Each process orthogonalises a part of the matrices.
+        return ShardedProdigyPlusScheduleFree(
+            parameters, lr=args.lr, replicas=dist.group.WORLD, **args.option
+        )
+    return ProdigyPlusScheduleFree(parameters, lr=args.lr, **args.option)
 
 
 def load_data(folder: Path, limit: int | None, device: torch.device) -> tuple[TensorDataset, TensorDataset]:
@@ -174,7 +183,7 @@ def load_data(folder: Path, limit: int | None, device: torch.device) -> tuple[Te
 
 
 def prepare(images: Tensor, labels: Tensor) -> Batch:
-    """A batch of bytes as the network wants it."""
+    """Normalise a batch of bytes for the network."""
     return images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD), labels.long()
 
 
@@ -182,12 +191,12 @@ def prepare(images: Tensor, labels: Tensor) -> Batch:
 
 
 class Training:
-    """Takes the steps, in legs: each ends with its epoch, or where a checkpoint is to be written.
+    """Takes the training steps, in segments that end with an epoch or where a checkpoint is due.
 
     Args:
         args: The options of the command line.
         ranks: The processes, each of which sees its share of every batch.
-        report: Where losses go.
+        report: Where losses are logged.
         net: The network, the same in all processes.
         optimizer: Its optimiser.
         data: The training set.
@@ -212,19 +221,19 @@ class Training:
             data, ranks.size, ranks.rank, seed=args.seed
         )
         self._batches = BatchSampler(self._sampler, args.batch_size // ranks.size, drop_last=False)
-        self.in_epoch = len(self._batches)
+        self.steps_per_epoch = len(self._batches)
 
-    def leg(self, step: int, interruption: Interruption) -> tuple[int, bool]:
-        """Take steps from that of this number; returns the number of the next, and whether to end the run."""
-        epoch, first = divmod(step, self.in_epoch)
-        every = self._args.save_every or self.in_epoch
+    def run_segment(self, step: int, interruption: Interruption) -> tuple[int, bool]:
+        """Take steps from ``step`` to the end of its segment; returns the next step and whether to stop."""
+        epoch, first = divmod(step, self.steps_per_epoch)
+        every = self._args.save_every or self.steps_per_epoch
         self._sampler.set_epoch(epoch)
         batches = list(self._batches)[first : (first // every + 1) * every]
-        # A batch is one indexing of the tensors: nothing is left for workers to do.
+        # Loading a batch is one indexing operation, so workers would not help.
         loader: DataLoader[Batch] = DataLoader(self._data, sampler=batches, batch_size=None)
-        # Made for every leg: past its first step it groups the gradients anew, and with more than two
-        # processes the grouping shows in the last bits of their sums. So a resumed run rounds as one that
-        # never stopped.
+        # Wrapped anew for every segment: DDP rebuilds its buckets after the first step, and with more than
+        # two processes the bucketing changes the rounding of the sums. This way a resumed run rounds as one
+        # that never stopped.
         model = self._net if self._ranks.size == 1 else DistributedDataParallel(self._net)
         model.train()
         losses: list[Tensor] = []
@@ -234,14 +243,16 @@ class Training:
                 seeds.everything(self._args.seed, step, self._ranks.rank)  # dropout differs between processes
                 losses.append(take_step(model, self._optimizer, batch))
                 step += 1
-                stopped = interruption.heard()
-                if step % self.in_epoch % REPORT_EVERY == 0 or step == last or stopped:
+                stopped = interruption.requested()
+                if step % self.steps_per_epoch % REPORT_EVERY == 0 or step == last or stopped:
                     mean = self._ranks.sum(torch.stack(losses).mean()).item() / self._ranks.size
                     losses.clear()
-                    numbers = step_size(self._optimizer)
+                    metrics = step_size(self._optimizer)
                     with self._ranks.together():
-                        self._report.log("train", step=step, epoch=step / self.in_epoch, loss=mean, **numbers)
-                    lr = numbers.get("d", numbers["lr"])
+                        self._report.log(
+                            "train", step=step, epoch=step / self.steps_per_epoch, loss=mean, **metrics
+                        )
+                    lr = metrics.get("d", metrics["lr"])
                     bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.6f}", refresh=False)
                 if stopped:
                     break
@@ -249,7 +260,7 @@ class Training:
 
 
 def take_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
-    """Learn from a batch; returns its loss."""
+    """Take one training step; returns its loss."""
     images, labels = prepare(*batch)
     optimizer.zero_grad()
     loss = nll_loss(model(images), labels)
@@ -260,11 +271,11 @@ def take_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def evaluate(net: nn.Module, data: TensorDataset, ranks: Ranks) -> tuple[float, int]:
-    """The mean loss, and how many images are recognised, over all processes: each sees its share once."""
+    """The mean loss and the number of correct predictions; each process evaluates a shard of the data."""
     net.eval()
-    mine = [torch.split(tensor[ranks.rank :: ranks.size], TEST_BATCH) for tensor in data.tensors]
+    shard = [torch.split(tensor[ranks.rank :: ranks.size], TEST_BATCH) for tensor in data.tensors]
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for batch in zip(*mine, strict=True):
+    for batch in zip(*shard, strict=True):
         images, labels = prepare(*batch)
         output = net(images)
         sums[0] += nll_loss(output, labels, reduction="sum")
@@ -274,7 +285,7 @@ def evaluate(net: nn.Module, data: TensorDataset, ranks: Ranks) -> tuple[float, 
 
 
 def panels(args: argparse.Namespace) -> list[Panel]:
-    """What to draw."""
+    """The plots of the figure."""
     return [
         Panel("loss", (Curve("train", "loss", "training"), Curve("test", "loss", "test")), "log"),
         Panel("test accuracy", (Curve("test", "accuracy", "test"),)),

@@ -1,4 +1,4 @@
-"""The optimisers that the scripts offer, and what they know of them."""
+"""The optimisers of the scripts: their options, construction, metrics and plots."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from prodigyplus import ProdigyPlusScheduleFree, muon_groups
 
 LEARNING_RATES = {"prodigyplus": 1.0, "adamw": 1e-3}
 
-# What a checkpoint of another run must share with a run that goes on with it.
+# The options that a resumed run must share with the run of its checkpoint.
 SHARED = ("optimizer", "lr", "option", "muon")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says which optimiser to take, and how."""
+    """Add the options that choose and configure the optimiser."""
     add = parser.add_argument
     add("--optimizer", choices=LEARNING_RATES, default="prodigyplus", help="default: %(default)s")
     add("--lr", type=rate, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Put the learning rate that was not given into parsed arguments, and make the options a dict.
+    """Fill in the default learning rate, and make the optimiser's options a dict.
 
     Raises:
-        ValueError: There are options, and the optimiser has none.
+        ValueError: The optimiser does not have the options given.
     """
     if args.muon and args.optimizer != "prodigyplus":
         raise ValueError("--muon: only --optimizer prodigyplus has it.")
@@ -46,45 +46,45 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def option(text: str) -> tuple[str, Any]:
-    """An option and its value, from ``NAME=VALUE``."""
+    """The name and the value of an option, from ``NAME=VALUE``."""
     name, _, value = text.partition("=")
     names = inspect.signature(ProdigyPlusScheduleFree).parameters.keys() - {"params", "lr"}
     if name not in names:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(sorted(names))}")
     try:
-        read = ast.literal_eval(value)
+        parsed = ast.literal_eval(value)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
-        read = value
-    if isinstance(read, int) and abs(read) > LARGEST:
+        parsed = value
+    if isinstance(parsed, int) and abs(parsed) > LARGEST:
         raise argparse.ArgumentTypeError(f"{name}={value} is not between {-LARGEST} and {LARGEST}")
-    # A checkpoint, which this is compared with, has lists for tuples.
-    return name, list(read) if isinstance(read, tuple) else read
+    # A checkpoint, with which it is compared, stores tuples as lists.
+    return name, list(parsed) if isinstance(parsed, tuple) else parsed
 
 
 def parameters(args: argparse.Namespace, model: nn.Module) -> list[Any]:
-    """What to give to prodigyplus: all parameters, or those for Muon and the others apart."""
+    """What to pass to prodigyplus: all parameters, or with ``--muon`` a group for Muon and another."""
     return muon_groups(model) if args.muon else list(model.parameters())
 
 
 def step_size(optimizer: Optimizer) -> dict[str, float]:
-    """How far the optimiser goes now."""
-    numbers = {"lr": float(optimizer.param_groups[0]["lr"])}
+    """The learning rate and, for prodigyplus, the step size and what it is made of."""
+    metrics = {"lr": float(optimizer.param_groups[0]["lr"])}
     if isinstance(optimizer, ProdigyPlusScheduleFree):
         first, *others = optimizer.metrics()
-        numbers |= {name: first[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
-        numbers |= {f"d_{number}": other["d"].item() for number, other in enumerate(others, 1)}
-    return numbers
+        metrics |= {name: first[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
+        metrics |= {f"d_{index}": other["d"].item() for index, other in enumerate(others, 1)}
+    return metrics
 
 
 def averaged(optimizer: Optimizer) -> AbstractContextManager[None]:
-    """The model with the weights to evaluate; training goes on as if nothing had been."""
+    """A context in which the model holds its averaged weights; training is not affected."""
     if isinstance(optimizer, ProdigyPlusScheduleFree):
         return optimizer.averaged_parameters()
     return nullcontext()
 
 
 def panels(args: argparse.Namespace) -> list[Panel]:
-    """What there is to draw of the optimiser."""
+    """The plots of the optimiser."""
     if args.optimizer != "prodigyplus":
         return []
     curves = [Curve("train", "d", "Muon"), Curve("train", "d_1", "elementwise")]

@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, what it computes on, and how all of them give up together."""
+"""The processes of a run: the rank of this one, its device, and how all of them fail together."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-# Some of its functions take the process group of the time of import as a default, and keep it from being
-# destroyed. A worker of gloo that outlives main() can then abort the process as Python shuts down.
+# Imported here, before there is a process group: some of its functions have the current one as a default
+# argument, and would keep it alive. A gloo thread that outlives main() can abort the process as Python ends.
 import torch.distributed.nn
+import torch_private
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,12 +28,14 @@ from tqdm import tqdm
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Where this process stands among those that ``torchrun`` started; without it, alone."""
+    """The ranks and sizes that ``torchrun`` gives this process; without it, those of a single one."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+    meshes: list[DeviceMesh] = field(default_factory=list)
+    """The meshes that the run has made; :func:`start` releases their process groups at its end."""
 
     @property
     def device(self) -> torch.device:
@@ -55,9 +58,9 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """End all processes, and tell why once, if the body fails on any for a reason in the user's hands.
+        """If the body raises OSError or ValueError in any process, end all of them and print the reason once.
 
-        Every process must enter it; none leaves it before all have come to its end.
+        Every process must enter the block; none leaves it before all have reached its end.
         """
         error: str | None = None
         try:
@@ -68,13 +71,13 @@ class Ranks:
         if dist.is_initialized():
             errors *= self.size
             dist.all_gather_object(errors, error)
-        told = next((error for error in errors if error is not None), None)
-        if told is not None:
+        first = next((error for error in errors if error is not None), None)
+        if first is not None:
             if self.rank == 0:
-                tqdm.write(f"error: {told}", file=sys.stderr)  # not into the line of a progress bar
+                tqdm.write(f"error: {first}", file=sys.stderr)  # not into the line of a progress bar
                 sys.stderr.flush()
             if dist.is_initialized():
-                dist.barrier()  # torchrun ends the others as soon as one is gone, also one that still tells
+                dist.barrier()  # torchrun ends the others once one has exited, even while one prints
             raise SystemExit(1)
 
 
@@ -82,7 +85,7 @@ class Ranks:
 def start() -> Iterator[Ranks]:
     """Join the processes of the run: NCCL on GPUs, gloo on the CPU.
 
-    From here on Ctrl-C ends a process without a word, where Python would have each print a traceback.
+    From here on Ctrl-C ends a process silently; Python would have each print a traceback.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -119,42 +122,38 @@ def start() -> Iterator[Ranks]:
         yield ranks
     finally:
         if launched:
-            _let_go_of_groups()
+            gc.collect()  # sharded models hold process groups in reference cycles
+            for mesh in ranks.meshes:
+                torch_private.release_groups(mesh)
             dist.destroy_process_group()
 
 
 def _store() -> Store:
-    """Where the processes tell each other how they can be reached."""
+    """The store through which the processes exchange their addresses."""
     store: Store
     store, _, _ = next(rendezvous("env://"))
-    given = os.environ.get
-    if given("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    environment = os.environ.get
+    if environment("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
-    # torchrun keeps it when it starts the processes again, and with it the addresses of those that are gone:
-    # https://github.com/pytorch/pytorch/issues/135712. How often it has started them, nodes may count apart.
-    if given("GROUP_WORLD_SIZE", "1") != "1" and given("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    # torchrun keeps its store across restarts, and in it the addresses of processes that no longer exist:
+    # https://github.com/pytorch/pytorch/issues/135712. The prefix keeps restarts apart, but not always on
+    # several nodes, which may count them differently.
+    if environment("GROUP_WORLD_SIZE", "1") != "1" and environment("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         warnings.warn(
             "--max-restarts on several nodes: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
             "environment, or a restart may not succeed.",
             stacklevel=2,
         )
-    return PrefixStore(given("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return PrefixStore(environment("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def wait_at_most(timeout: timedelta, groups: Iterable[dist.ProcessGroup] = ()) -> None:
-    """Let messages fail where a process is silent for so long; torch would wait for half an hour.
+    """Let collectives fail when a process is silent for this long; torch would wait for half an hour.
 
     Args:
         timeout: How long.
-        groups: Whose messages, beside those among all processes.
+        groups: The process groups to set it for, besides that of all processes.
     """
-    world = [dist.group.WORLD] if dist.is_initialized() else []
-    for group in [*world, *groups]:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
-def _let_go_of_groups() -> None:
-    """See to it that process groups can be destroyed: meshes keep them, and DTensor's caches keep meshes."""
-    gc.collect()  # sharded models keep them too, in cycles of references
-    for mesh in [found for found in gc.get_objects() if type(found) is DeviceMesh]:
-        getattr(mesh, "_pg_registry", {}).clear()
+    for group in (dist.group.WORLD, *groups):
+        if group is not None:
+            group.set_timeout(timeout)

@@ -1,4 +1,4 @@
-"""What a run tells: lines and a progress bar on the terminal, a log of JSON lines, a picture of curves."""
+"""The output of a run: lines and a progress bar on the terminal, a log of JSON lines, a figure of curves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One of the plots of the picture."""
+    """One of the plots of the figure."""
 
     title: str
     curves: tuple[Curve, ...]
@@ -36,16 +36,16 @@ class Panel:
 
 
 class Report:
-    """Tells of a run, in the process that is not ``silent``.
+    """Writes the output of a run, in the process that is not ``silent``.
 
-    Every process calls its methods, and what cannot be written raises in one of them:
-    :meth:`ranks.Ranks.together` tells all.
+    All processes call its methods, and a failed write raises in the one that writes: call them within
+    :meth:`ranks.Ranks.together`.
 
     Args:
-        folder: Where ``log.jsonl`` and ``progress.png`` go; it is made if need be.
-        run: The first line of the log: what tells this run from others.
-        silent: Whether another process does the telling.
-        records: What the log holds already, when a run is resumed.
+        folder: Where ``log.jsonl`` and ``progress.png`` go; it is created if it does not exist.
+        run: The first line of the log, which describes the run.
+        silent: Whether to write nothing, since another process does.
+        records: The earlier records of the log, when a run is resumed.
     """
 
     def __init__(self, folder: Path, run: Record, *, silent: bool, records: Iterable[Record] = ()) -> None:
@@ -59,23 +59,23 @@ class Report:
                 path.write_text("".join(map(_line, lines)))
 
     def say(self, line: str) -> None:
-        """Print a line, also under a bar."""
+        """Print a line, without breaking a progress bar."""
         if not self.silent:
             tqdm.write(line)
             sys.stdout.flush()
 
     def bar(self, steps: Iterable[Any], title: str) -> Any:
-        """A tqdm bar over ``steps``, seldom redrawn where it cannot be redrawn in place."""
+        """A tqdm bar over ``steps``, which is redrawn rarely when the output is not a terminal."""
         interval = 0.1 if sys.stderr.isatty() else 10.0
         return tqdm(steps, title, disable=self.silent, leave=False, mininterval=interval, dynamic_ncols=True)
 
-    def log(self, kind: str, **numbers: float) -> None:
-        """Add a record to the log; one with what :meth:`draw` draws over can be drawn.
+    def log(self, kind: str, **values: float) -> None:
+        """Add a record to the log; :meth:`draw` needs the key of its horizontal axis in it.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
-        record = {"kind": kind, **numbers}
+        record = {"kind": kind, **values}
         self.records.append(record)
         if not self.silent:
             path = self.folder / "log.jsonl"
@@ -83,10 +83,10 @@ class Report:
                 log.write(_line(record))
 
     def draw(self, panels: Sequence[Panel], over: str = "epoch") -> None:
-        """Draw the log so far, one plot under the other, over what the records have under ``over``.
+        """Draw the log so far, one plot below the other; ``over`` is the key of the horizontal axis.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
         if self.silent:
             return
@@ -95,7 +95,7 @@ class Report:
         for axes, panel in zip(grid[:, 0], panels, strict=True):
             for curve in panel.curves:
                 points = [(r[over], r[curve.key]) for r in self.records if r["kind"] == curve.kind]
-                # Few points are results, many are a course.
+                # Markers only while they do not overlap.
                 style = "o-" if len(points) <= 20 else "-"
                 axes.plot(*zip(*points, strict=True), style, label=curve.label, linewidth=1.2, markersize=4)
             axes.set(title=panel.title, yscale=panel.scale)

@@ -1,4 +1,4 @@
-"""Random numbers that follow from the seed of a run and a place in it: no checkpoint need hold them."""
+"""Random numbers that depend on the seed and the step alone, so that no checkpoint need hold their state."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import torch
 
 
 def everything(*numbers: int) -> None:
-    """Begin torch's random numbers anew, on all devices, at a place that these numbers say."""
+    """Seed torch's generators, on all devices, with a hash of these numbers."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))

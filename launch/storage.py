@@ -1,7 +1,7 @@
-"""Folders of sharded tensors as torch's distributed checkpoint writes them, whole or not there.
+"""Folders in the format of torch's distributed checkpoint, which appear whole or not at all.
 
-Beside the tensors lie other texts and ``SHA256SUMS``, in the form of the program ``sha256sum``. What is read
-back must have these sums, and no pickle in it may name more than it takes to describe tensors.
+Besides the tensors a folder holds text files and ``SHA256SUMS``, in the format of the program ``sha256sum``.
+Files are read only if their checksums match, and pickles only if they name what describes tensors.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch_private import METADATA_NAMES
 
 SUMS = "SHA256SUMS"
 METADATA = ".metadata"
 
 
 class Writer(FileSystemWriter):
-    """Writes to a hidden draft, which takes its name when all processes have written their files.
+    """Writes to a hidden draft folder, which is renamed when all processes have written their files.
 
     Args:
-        path: The folder, the same in all processes. One that is there is replaced.
-        texts: Other files in it, by their names; those of rank 0 count.
-        writer: A name for who writes, the same in all processes: what another run leaves in a draft of the
-            same folder does not get into this one.
+        path: The folder, the same in all processes. An existing one is replaced.
+        texts: Text files to add, by name; those of rank 0 are written.
+        writer: A name for this run, the same in all processes: it keeps out what another
+            run has left in a draft of the same folder.
     """
 
     def __init__(self, path: Path, texts: Mapping[str, str], writer: str) -> None:
@@ -47,27 +48,29 @@ class Writer(FileSystemWriter):
         self._texts = texts
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this process's tensors, and tell the sums of their files with where they are."""
+        """Write this process's tensors, and return the checksums of their files with their locations."""
         results = super().write_data(plan, planner).wait()
-        sums = {name: sum_of(self._draft / name) for name in {r.storage_data.relative_path for r in results}}
-        told: Future[list[WriteResult]] = Future()
-        told.set_result(
+        sums = {
+            name: checksum_of(self._draft / name) for name in {r.storage_data.relative_path for r in results}
+        }
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(
             [
                 dataclasses.replace(r, storage_data=(r.storage_data, sums[r.storage_data.relative_path]))
                 for r in results
             ]
         )
-        return told
+        return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """In one process, when all have written: add the rest, and put the folder in its place."""
-        everyone = [result for each in results for result in each]
-        sums = {place.relative_path: sum_ for place, sum_ in (r.storage_data for r in everyone)}
-        places = [dataclasses.replace(r, storage_data=r.storage_data[0]) for r in everyone]
-        super().finish(metadata, [places])
+        """Called in one process when all have written: add the other files and rename the folder."""
+        flat = [result for of_rank in results for result in of_rank]
+        sums = {info.relative_path: checksum for info, checksum in (r.storage_data for r in flat)}
+        flat = [dataclasses.replace(r, storage_data=r.storage_data[0]) for r in flat]
+        super().finish(metadata, [flat])
         for name, text in self._texts.items():
             _write(self._draft / name, text)
-        sums |= {name: sum_of(self._draft / name) for name in (METADATA, *self._texts)}
+        sums |= {name: checksum_of(self._draft / name) for name in (METADATA, *self._texts)}
         _write(self._draft / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
         _sync(self._draft)
         if self._final.exists():
@@ -77,31 +80,31 @@ class Writer(FileSystemWriter):
 
 
 def load(state: dict[str, Any], path: Path) -> None:
-    """Fill the tensors and the rest of a state dict with what is in a folder; processes do so together.
+    """Load a folder into a state dict; all processes call it together.
 
-    See to it first that the folder is as it was written (:func:`check`).
+    Call :func:`check` first: the tensors themselves are not verified here.
 
     Raises:
-        CheckpointException: It holds other things, or things that are not safe to read.
+        CheckpointException: The folder does not match the state dict, or is not safe to read.
     """
     dcp_load(state, storage_reader=_Reader(path), planner=_LoadPlanner())
 
 
 class _Reader(FileSystemReader):
-    """Unpickles no more than descriptions of tensors, and reads no file that has no sum."""
+    """Unpickles nothing but descriptions of tensors, and reads no file without a checksum."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path)
         with (path / METADATA).open("rb") as file:
             metadata: Metadata = MetadataUnpickler(file).load()
-        named = {place.relative_path for place in metadata.storage_data.values()}
-        if without := named - sums_in(path).keys():
-            raise OSError(f"{path / METADATA} names {min(without)!r}, of which {SUMS} has no sum")
+        named = {info.relative_path for info in metadata.storage_data.values()}
+        if unlisted := named - read_checksums(path).keys():
+            raise OSError(f"{path / METADATA} names {min(unlisted)!r}, of which {SUMS} has no sum")
         return metadata
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Takes numbers, texts and containers of them beside tensors; torch's own would take any pickle."""
+    """Loads numbers, strings and containers of them besides tensors; torch's own would load any pickle."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         safe = io.BytesIO()
@@ -110,26 +113,26 @@ class _LoadPlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, safe)
 
 
-_PythonUnpickler: Any = vars(pickle)["_Unpickler"]  # that in C has no methods to override
+_PythonUnpickler: Any = vars(pickle)["_Unpickler"]  # the one in C cannot be overridden method by method
 
 
 class MetadataUnpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Unpickles a description of tensors, and refuses to call, or to change, anything else."""
+    """Unpickles the description of tensors, and refuses to call or to modify anything else."""
 
     dispatch: ClassVar = {**_PythonUnpickler.dispatch}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle may name."""
+        """The object of a name, if the pickle may use it."""
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        if (module.partition(".")[0], name) == ("pathlib", "PosixPath"):  # 3.13 names a part of the module
+        if (module.partition(".")[0], name) == ("pathlib", "PosixPath"):  # Python 3.13 names a submodule
             return PurePosixPath
-        if name not in _NEEDED.get(module, ()):
+        if name not in METADATA_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
         return super().find_class(module, name)
 
     def load_build(self) -> None:
-        """Set attributes; of what was made, not of what was named."""
+        """Set attributes of instances, but not of classes and functions."""
         if isinstance(self.stack[-2], (type, FunctionType)):
             raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2].__qualname__}")
         super().load_build()
@@ -137,19 +140,8 @@ class MetadataUnpickler(_PythonUnpickler):  # type: ignore[misc]
     dispatch[pickle.BUILD[0]] = load_build
 
 
-_NEEDED = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    },
-}
-
-
 def remove(path: Path) -> None:
-    """Remove a folder, at once: while it goes, it is hidden, as a draft is."""
+    """Remove a folder atomically: it is renamed to a hidden name before its files are deleted."""
     hidden = path.with_name(f".{path.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
@@ -157,33 +149,33 @@ def remove(path: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove the drafts that killed runs have left in a folder, and what they had begun to remove."""
+    """Remove the drafts and half-removed folders that killed runs have left."""
     for path in folder.glob(".*"):
         if path.is_dir() and re.fullmatch(r"\.\d+\.\w+", path.name):
             shutil.rmtree(path)
 
 
-def check(path: Path, share: int = 0, count: int = 1) -> None:
-    """See to it that a folder is as it was written.
+def check(path: Path, rank: int = 0, size: int = 1) -> None:
+    """Verify that the files of a folder are as they were written.
 
     Args:
         path: The folder.
-        share, count: Read the files of one share of so many; processes check a folder together.
+        rank, size: Verify the part of this rank only; together the processes verify all of it.
 
     Raises:
-        OSError: A file is missing, or not what it was.
+        OSError: A file is missing or damaged.
     """
-    for name, expected in sorted(sums_in(path).items())[share::count]:
+    for name, expected in sorted(read_checksums(path).items())[rank::size]:
         _check_file(path / name, expected)
 
 
 def check_file(path: Path, name: str) -> None:
-    """See to it that a file of a folder is as it was written.
+    """Verify that one file of a folder is as it was written.
 
     Raises:
-        OSError: It is missing, or not what it was.
+        OSError: It is missing or damaged.
     """
-    expected = sums_in(path).get(name)
+    expected = read_checksums(path).get(name)
     if expected is None:
         raise OSError(f"{path / SUMS} is damaged: it has no sum of {name}")
     _check_file(path / name, expected)
@@ -191,7 +183,7 @@ def check_file(path: Path, name: str) -> None:
 
 def _check_file(path: Path, expected: str) -> None:
     try:
-        found, size = sum_of(path), path.stat().st_size
+        found, size = checksum_of(path), path.stat().st_size
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing") from error
     except OSError as error:
@@ -203,25 +195,25 @@ def _check_file(path: Path, expected: str) -> None:
         )
 
 
-def sums_in(path: Path) -> dict[str, str]:
-    """The sums that a folder tells of its files.
+def read_checksums(path: Path) -> dict[str, str]:
+    """The checksums in a folder's ``SHA256SUMS``, by file name.
 
     Raises:
-        OSError: It tells none.
+        OSError: The file is missing or damaged.
     """
     if not (path / SUMS).is_file():
         raise FileNotFoundError(f"{path / SUMS} is missing: {path} is no checkpoint of this script")
     sums = {}
     for line in (path / SUMS).read_text(errors="replace").splitlines(keepends=True):
-        sum_, _, name = line.partition("  ")
-        if len(sum_) != 64 or not name.endswith("\n") or "/" in name:
+        checksum, _, name = line.partition("  ")
+        if len(checksum) != 64 or not name.endswith("\n") or "/" in name:
             raise OSError(f"{path / SUMS} is damaged: {line!r} is not a sum and a name")
-        sums[name[:-1]] = sum_
+        sums[name[:-1]] = checksum
     return sums
 
 
-def sum_of(path: Path) -> str:
-    """The SHA-256 sum of a file, in hexadecimal."""
+def checksum_of(path: Path) -> str:
+    """The SHA-256 checksum of a file, in hexadecimal."""
     digest, block = hashlib.sha256(), bytearray(1 << 20)
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
@@ -237,7 +229,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """See to it that the names in a folder outlive a loss of power."""
+    """Make the names in a folder survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -69,26 +69,33 @@ def test_imports_go_one_way():
                 assert inside or wing_of(own) < wing_of(module), f"{own} imports {module}"
 
 
-def private_names(path):
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
-            yield from (part for part in node.module.split(".") if part.startswith("_"))
-            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+def private_names(path, of_any_object):
+    """Private names of torch's modules; of any object but ``self``, too, where there should be no others."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [name for alias in node.names for name in alias.name.split(".") if "torch." in alias.name]
+        elif isinstance(node, ast.Attribute):
             root = node.value
             while isinstance(root, ast.Attribute):
                 root = root.value
-            if isinstance(root, ast.Name) and root.id in ("torch", "dist", "nn"):
-                yield node.attr
+            root = root.id if isinstance(root, ast.Name) else None
+            if root in ("torch", "dist", "nn") or (of_any_object and root != "self"):
+                names = [node.attr]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and of_any_object:
+            names = [node.args[1].value] if isinstance(node.args[1], ast.Constant) else []
+        yield from (name for name in names if name.startswith("_") and not name.startswith("__"))
 
 
-@pytest.mark.parametrize("package", ["prodigyplus", "prodigyplus_dist"])
-def test_private_names_of_torch_are_in_one_file(package):
-    found = {}
-    for path in sorted((ROOT / package).rglob("*.py")):
-        found[path.name] = list(private_names(path))
-    assert found.pop("torch_private.py")
+@pytest.mark.parametrize("folder", ["prodigyplus", "prodigyplus_dist", "launch"])
+def test_private_names_of_torch_are_in_one_file(folder):
+    found = {
+        path.relative_to(ROOT): list(private_names(path, of_any_object=folder == "launch"))
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
+    assert found.pop(Path(folder) / "torch_private.py")
     assert not any(found.values()), found
 
 

@@ -48,7 +48,7 @@ def die_in_save(number, place):
 
     owner, name = {
         "before": (storage.Writer, "write_data"),
-        "half": (storage, "sum_of"),
+        "half": (storage, "checksum_of"),
         "written": (storage.Writer, "finish"),
         "named": (storage, "_write"),
         "renamed": (storage, "_sync"),

@@ -32,6 +32,8 @@ def worker(script, options, folder, death):
     except Exception:
         traceback.print_exc()  # as a script does
         raise
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), threads  # one can abort the process as Python ends
     if os.environ.get("RANK", "0") == "0":
         starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
         (Path(folder) / "starts").write_text(str(starts))

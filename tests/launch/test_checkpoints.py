@@ -171,7 +171,7 @@ def empty(path, step=0, job=None):
     (path / "run.json").write_text(
         json.dumps({"step": step, "settings": {"batch_size": 8}, "records": [], "job": job})
     )
-    sum_ = storage.sum_of(path / "run.json")
+    sum_ = storage.checksum_of(path / "run.json")
     (path / "SHA256SUMS").write_text(f"{sum_}  run.json\n")
 
 
@@ -413,7 +413,9 @@ def sign(path, name):
     """As an attacker would."""
     lines = (path / "SHA256SUMS").read_text().splitlines()
     lines = [line for line in lines if not line.endswith(f"  {name}")]
-    (path / "SHA256SUMS").write_text("\n".join([*lines, f"{storage.sum_of(path / name)}  {name}"]) + "\n")
+    (path / "SHA256SUMS").write_text(
+        "\n".join([*lines, f"{storage.checksum_of(path / name)}  {name}"]) + "\n"
+    )
 
 
 def test_evil_metadata_is_refused(copied, tmp_path):

@@ -17,7 +17,7 @@ def outcome(*numbers):
             with Interruption() as its:
                 for number in numbers:
                     signal.raise_signal(number)
-                os._exit(its.status if its.heard() else 0)
+                os._exit(its.status if its.requested() else 0)
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
@@ -31,7 +31,7 @@ def test_the_first_is_heard_after_the_step(number):
 
 
 def test_who_does_not_want_to_wait_need_not(monkeypatch):
-    monkeypatch.setattr(interruption, "REPEATED", 0)
+    monkeypatch.setattr(interruption, "DUPLICATE_SECONDS", 0)
     assert outcome(INT, INT) == -INT
     assert outcome(TERM, INT) == -INT
     assert outcome(INT, TERM) == -TERM  # what torchrun makes of a second Ctrl-C
