@@ -20,7 +20,6 @@ import argparse
 import copy
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -53,6 +52,9 @@ if TYPE_CHECKING:  # what starts the processes runs also where a checkout does n
     from prodigyplus import ProdigyPlusScheduleFree
 
 HERE = Path(__file__).resolve()
+sys.path.append(str(HERE.parents[1] / "tests"))  # at the end: the packages are to be those of a checkout
+import option_table as table  # noqa: E402
+
 LONGEST = 1200  # seconds that the processes of one checkout may take
 
 SHAPES = ((48, 33), (48, 33), (60,), (60,), (), (12, 4, 3, 5), (0, 7), (40, 1, 37), (300, 260))
@@ -273,6 +275,7 @@ DECAY_BY_ITSELF = {"weight_decay": 0.01, "weight_decay_by_lr": False}
 CAUTIOUS, GRAMS, ADOPT = {"use_cautious": True}, {"use_grams": True}, {"use_adopt": True}
 FOCUS, ORTHOGRAD = {"use_focus": True}, {"use_orthograd": True}
 ATAN2: Options = {"eps": None, "use_stableadamw": False}
+ATAN2_WITH_STABLE: Options = {"eps": None}
 SPEED: Options = {"use_speed": True}
 RELATIVE: Options = {"use_speed": "relative"}
 RADAM = {"use_bias_correction": True, "betas": (0.9, 0.9)}
@@ -281,47 +284,17 @@ FULL, NARROW = {"factored": False}, {"factored_fp32": False}
 BETA4: Options = {"beta4": 0.5}
 C = {"schedulefree_c": 50.0}
 
-# Of which all pairs are played.
-SETTINGS: tuple[Options, ...] = (
-    *(ADAM, MUON, DECAY, DECAY_BY_ITSELF, CAUTIOUS, GRAMS, ADOPT, FOCUS, ORTHOGRAD, ATAN2, SPEED, RELATIVE),
-    *(RADAM, HALF_Z, FREEZES, FULL, NARROW, BETA4, C),
-    {"use_stableadamw": False},
-    {"split_groups": False},
-    {"split_groups_mean": False},
-    {"stochastic_rounding": False},
-    {"d_limiter": False},
-    {"slice_p": 3},
+# Of which all pairs are played; the others are factors, or have products of their own below.
+FACTORS = ("lr", "betas", "beta3", "d0", "d_coef", "warmup_steps")
+SETTINGS: tuple[Options, ...] = tuple(
+    table.alone(table.named("passes", "numbers", but=(*FACTORS, "muon_fp32", "muon_quintic", "muon_batched")))
 )
-
-# Options that the old checkout does not have: there is nothing to compare.
-NEW = ("warmup_steps",)
 
 ALONE: tuple[Options, ...] = (
     {},
     *SETTINGS,
-    {"lr": 0.5},
-    {"lr": torch.tensor(0.7)},
-    {"lr": torch.tensor([0.7], dtype=FLOAT64)},
-    {"betas": (0.8, 0.95)},
-    {"betas": (0.95, 0.999)},
-    {"betas": (0.0, 0.9), **ADAM},
-    {"beta3": 0.9},
-    {"beta3": 0.0},
-    {"use_bias_correction": True},
-    {"d0": 1e-6},
-    {"d0": 1e-4},
-    {"d_coef": 2.0},
-    {"d_coef": 0.5},
-    {"prodigy_steps": 1},
-    {"prodigy_steps": 6},
-    {"prodigy_steps": None},
-    {"eps": 1e-3},
-    {"eps": None},
-    {"beta4": None},
-    {"slice_p": 1},
-    {"slice_p": 1000},
-    {"fused_back_pass": False},
-    {"compile": False},
+    *(options for options in table.alone(edges=True) if options not in SETTINGS),
+    *(ATAN2_WITH_STABLE, FOCUS, {"d0": 1e-6}),
 )
 
 
@@ -345,7 +318,7 @@ def products(*factors: Sequence[Options]) -> list[dict[str, Any]]:
 MUON_KINDS = ({"muon_quintic": True}, {"muon_batched": True}, {"muon_fp32": True})
 
 TOGETHER: tuple[Options, ...] = (
-    *products([ADAM], [*SETTINGS[2:], {"beta4": None}, {"slice_p": 1}]),
+    *products([ADAM], [options for options in SETTINGS if options not in (ADAM, MUON)]),
     *products([CAUTIOUS, GRAMS], [DECAY, DECAY_BY_ITSELF], [{}, ADAM, HALF_Z, MUON, ATAN2, ORTHOGRAD]),
     *products([HALF_Z], [CAUTIOUS, GRAMS], [DECAY, DECAY_BY_ITSELF], [C, RADAM, ADOPT, FREEZES]),
     *products([MUON], list(subsets(*MUON_KINDS))[1:], [{}, ADAM, HALF_Z]),
@@ -382,15 +355,6 @@ SHARDED: tuple[Options, ...] = (
     {**MUON, **HALF_Z, "muon_quintic": True, **DECAY},
     {**MUON, **ADAM, **GRAMS, "use_stableadamw": False, "muon_batched": True},
 )
-
-
-def text_of(options: Options) -> str:
-    """Options as a name."""
-
-    def short(value: Any) -> str:
-        return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else str(value).replace(" ", "")
-
-    return " ".join(f"{name}={short(value)}" for name, value in options.items()) or "default"
 
 
 def groups_of(parameters: Sequence[nn.Parameter], options: Options) -> list[dict[str, Any]]:
@@ -456,40 +420,41 @@ def tables() -> Iterator[Case]:
         shapes = SMALL_SHAPES if options.get("use_muon_pp") else SHAPES
         for dtype in WIDTHS if number <= len(SETTINGS) else (FLOAT32, BFLOAT16):
             yield Case(
-                f"{WIDTHS[dtype]} {text_of(options)}", Play(make=made(options), dtype=dtype, shapes=shapes)
+                f"{WIDTHS[dtype]} {table.text_of(options)}",
+                Play(make=made(options), dtype=dtype, shapes=shapes),
             )
     for number, options in enumerate(TOGETHER):
         dtype = dtype_in_turn(number, options)
         play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES)
-        yield Case(f"{WIDTHS[dtype]} {text_of(options)}", play)
+        yield Case(f"{WIDTHS[dtype]} {table.text_of(options)}", play)
     for number, (one, other) in enumerate(itertools.combinations(SETTINGS, 2)):
         both = merged(one, other)
         if not one.keys() & other.keys() and both not in TOGETHER:
             dtype = dtype_in_turn(number, both)
             play = Play(make=made(both), dtype=dtype, shapes=SMALL_SHAPES)
-            yield Case(f"pair {WIDTHS[dtype]} {text_of(both)}", play)
+            yield Case(f"pair {WIDTHS[dtype]} {table.text_of(both)}", play)
     slow: tuple[Options, ...] = (SPEED, {**SPEED, **ADAM}, {"use_bias_correction": True}, RADAM, FOCUS, MUON)
     for options in slow:  # in which the step size moves late
         for dtype in (FLOAT32, BFLOAT16):
             play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, steps=24)
-            yield Case(f"longer {WIDTHS[dtype]} {text_of(options)}", play)
+            yield Case(f"longer {WIDTHS[dtype]} {table.text_of(options)}", play)
     muon = {**MUON, "muon_fp32": True}
     for options in ({}, ADAM, HALF_Z, ADOPT, {**FOCUS, **ORTHOGRAD}, {**CAUTIOUS, **DECAY}, RELATIVE, muon):
         play = Play(make=made(options), shapes=LARGE_SHAPES, steps=7)
-        yield Case(f"large {text_of(options)}", play)
+        yield Case(f"large {table.text_of(options)}", play)
     for options in ({}, ADAM, ADOPT, NARROW, {**MUON, **CAUTIOUS}):
         play = Play(make=made(options), shapes=SMALL_SHAPES, grad_dtype=BFLOAT16)
-        yield Case(f"gradients in bfloat16 {text_of(options)}", play)
+        yield Case(f"gradients in bfloat16 {table.text_of(options)}", play)
     for options in ({}, ADAM, HALF_Z, FREEZES, RADAM):
         for dtype in (FLOAT32, BFLOAT16):
             play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, in_eval=True)
-            yield Case(f"saved in eval {WIDTHS[dtype]} {text_of(options)}", play)
+            yield Case(f"saved in eval {WIDTHS[dtype]} {table.text_of(options)}", play)
     for options in COMPILED:  # each kind and each number of dimensions is compiled for itself
         shapes = COMPILED_SHAPES if options == {} else COMPILED_SHAPES[1:3]
         play = Play(make=made({**options, "compile": True}), shapes=shapes)
-        yield Case(f"compiled {text_of(options)}", play, compiles=True)
+        yield Case(f"compiled {table.text_of(options)}", play, compiles=True)
     play = Play(make=made({**DECAY, "compile": True}), shapes=COMPILED_SHAPES[1:3], dtype=BFLOAT16)
-    yield Case(f"compiled bfloat16 {text_of(DECAY)}", play, compiles=True)
+    yield Case(f"compiled bfloat16 {table.text_of(DECAY)}", play, compiles=True)
 
 
 DIFFERENT: tuple[Options, ...] = (
@@ -536,11 +501,11 @@ def groups() -> Iterator[Case]:
             yield Case(f"groups {name}, one late {width}", late_group(how, dtype))
             yield Case(f"groups {name}, one frozen {width}", frozen_group(how, dtype))
         for options in ({}, ADAM, HALF_Z, RADAM):
-            yield Case(f"schedule {width} {text_of(options)}", scheduled(options, dtype))
+            yield Case(f"schedule {width} {table.text_of(options)}", scheduled(options, dtype))
             play = Play(
                 make=made(options), dtype=dtype, shapes=SMALL_SHAPES, lacks=lambda n, step: step < 2 * (n % 4)
             )
-            yield Case(f"gradients that come late {width} {text_of(options)}", play)
+            yield Case(f"gradients that come late {width} {table.text_of(options)}", play)
 
 
 def late_group(options: Options, dtype: torch.dtype) -> Play:
@@ -674,9 +639,9 @@ def models() -> Iterator[Case]:
     for dtype, width in list(WIDTHS.items())[:2]:
         for options in kinds:
             muon = functools.partial(with_muon_groups, options=options, dtype=dtype)
-            yield Case(f"model with muon_groups {width} {text_of(options)}", muon)
+            yield Case(f"model with muon_groups {width} {table.text_of(options)}", muon)
             plain = functools.partial(named, options=options, dtype=dtype)
-            yield Case(f"model {width} {text_of(options)}", plain)
+            yield Case(f"model {width} {table.text_of(options)}", plain)
 
 
 def fused() -> Iterator[Case]:
@@ -686,7 +651,7 @@ def fused() -> Iterator[Case]:
         for dtype in (dtype_in_turn(number, options),) if number > 2 else (FLOAT32, BFLOAT16):
             for every in (True, False):
                 if every or options in ({}, ADAM, MUON, RELATIVE):
-                    kind = f"{'fused' if every else 'fused in part'} {WIDTHS[dtype]} {text_of(options)}"
+                    kind = f"{'fused' if every else 'fused in part'} {WIDTHS[dtype]} {table.text_of(options)}"
                     make = functools.partial(make_fused, options=options, every=every)
                     yield Case(kind, Play(make=make, dtype=dtype, shapes=SMALL_SHAPES, in_backward=True))
 
@@ -742,7 +707,7 @@ def held() -> Iterator[Case]:
         for dtype in (FLOAT32, BFLOAT16):
             make = functools.partial(make_held, options=options)
             yield Case(
-                f"held {WIDTHS[dtype]} {text_of(options)}",
+                f"held {WIDTHS[dtype]} {table.text_of(options)}",
                 Play(make=make, dtype=dtype, shapes=SMALL_SHAPES, in_eval=True),
             )
 
@@ -760,7 +725,7 @@ def odd() -> Iterator[Case]:
     of_small: tuple[Options, ...] = ({}, ADAM, {**CAUTIOUS, **DECAY}, ADOPT, HALF_Z, ORTHOGRAD)
     for options in of_any:
         for dtype in (FLOAT32, BFLOAT16):
-            what = f"{WIDTHS[dtype]} {text_of(options)}"
+            what = f"{WIDTHS[dtype]} {table.text_of(options)}"
             yield Case(
                 f"strided {what}",
                 Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, place=transposed),
@@ -770,7 +735,7 @@ def odd() -> Iterator[Case]:
     for shapes, name in ((((5,),) * 40 + ((4, 6),) * 30, "many of a shape"), (((0,), (0, 3)), "empty")):
         for options in of_small:
             yield Case(
-                f"{name} {text_of(options)}",
+                f"{name} {table.text_of(options)}",
                 Play(make=made(options), shapes=shapes, lacks=lambda n, step: False),
             )
 
@@ -849,7 +814,7 @@ def meshes() -> Iterator[Case]:
             make = functools.partial(make_sharded, options=options)
             dtype = BFLOAT16 if number % 3 == 1 and "bfloat16_z" not in options else FLOAT32
             play = Play(make=make, shapes=SMALL_SHAPES, dtype=dtype, place=place, lacks=lacks_on_first)
-            yield on_ranks(sizes, f"{name} {WIDTHS[dtype]} {text_of(options)}", play)
+            yield on_ranks(sizes, f"{name} {WIDTHS[dtype]} {table.text_of(options)}", play)
         if name not in ("FSDP", "HSDP", "FSDP x TP"):
             continue
         others: list[tuple[Options, Options]] = [
@@ -859,7 +824,7 @@ def meshes() -> Iterator[Case]:
         for options, other in others:
             make = functools.partial(make_sharded, options=options, others=other)
             play = Play(make=make, shapes=SMALL_SHAPES, place=placed(sizes, axes, plain=False))
-            yield on_ranks(sizes, f"{name} {text_of({**options, **other})}", play)
+            yield on_ranks(sizes, f"{name} {table.text_of({**options, **other})}", play)
         make = functools.partial(make_different, options={"d0": 1e-4, "d_limiter": False}, sharded=True)
         play = Play(make=make, shapes=SMALL_SHAPES, steps=10, place=placed(sizes, axes, plain=True))
         yield on_ranks(sizes, f"{name} groups", play)
@@ -903,12 +868,14 @@ def shared() -> Iterator[Case]:
         Play(make=make, shapes=shapes, lacks=lambda n, step: False)(record)
 
     for options in ({}, ADAM, MUON, SPEED, {"split_groups_mean": False}, {**CAUTIOUS, **HALF_Z}):
-        yield on_ranks((2,), f"process_group {text_of(options)}", functools.partial(stage, options=options))
+        yield on_ranks(
+            (2,), f"process_group {table.text_of(options)}", functools.partial(stage, options=options)
+        )
     for options in products([MUON], [{}, ADAM, CAUTIOUS, {"muon_batched": True}, {"muon_fp32": True}]):
         make = functools.partial(make_sharded, options=options, others={"replicas": True})
         dtype = BFLOAT16 if options == MUON else FLOAT32
         play = Play(make=make, shapes=SMALL_SHAPES, dtype=dtype)
-        yield on_ranks((2,), f"replicas {WIDTHS[dtype]} {text_of(options)}", play)
+        yield on_ranks((2,), f"replicas {WIDTHS[dtype]} {table.text_of(options)}", play)
 
 
 def wrapped() -> Iterator[Case]:
@@ -924,7 +891,7 @@ def wrapped() -> Iterator[Case]:
             muon = number in (1, 2)
             play = functools.partial(play_wrapped, kind=name, sizes=sizes, options=options, muon=muon)
             of = " with muon_groups" if muon else ""
-            yield on_ranks(sizes, f"model, {name}{of} {text_of(options)}", play)
+            yield on_ranks(sizes, f"model, {name}{of} {table.text_of(options)}", play)
 
 
 def play_wrapped(record: Record, kind: str, sizes: tuple[int, ...], options: Options, muon: bool) -> None:
@@ -967,25 +934,35 @@ def all_cases() -> list[Case]:
     return list(cases.values())
 
 
-def chosen_cases(only: str, *, without_compile: bool) -> list[Case]:
-    """Those whose names match, compiled ones too or not."""
+def chosen_cases(given: argparse.Namespace) -> list[Case]:
+    """Those whose names match, compiled ones too or not, and which set no option that a checkout lacks."""
     return [
-        case for case in all_cases() if re.search(only, case.name) and not (without_compile and case.compiles)
+        case
+        for case in all_cases()
+        if re.search(given.only, case.name)
+        and not (given.without_compile and case.compiles)
+        and not any(f" {name}=" in case.name for name in given.lacks)
     ]
 
 
-def check_options() -> None:
-    """Refuse a checkout with an option that no case sets.
+def options_of(checkout: Path) -> set[str]:
+    """The options that the optimiser of a checkout has.
 
     Raises:
-        ValueError: It has one.
+        ValueError: One has no row in the table of options.
     """
-    from prodigyplus import ProdigyPlusScheduleFree
-
-    played = {name for options in (*ALONE, *TOGETHER) for name in options}
-    options = set(inspect.signature(ProdigyPlusScheduleFree).parameters) - {"params", *NEW}
-    if options - played:
-        raise ValueError(f"no case sets {', '.join(sorted(options - played))}: add one to ALONE.")
+    program = "from prodigyplus.options import NAMES; print(*NAMES)"
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", program]
+    told = subprocess.run(
+        command, env=environment, cwd=checkout, check=True, capture_output=True, text=True
+    ).stdout
+    names = set(told.split())
+    if names - table.TABLE.keys():
+        raise ValueError(
+            f"tests/option_table.py has no row for {', '.join(sorted(names - table.TABLE.keys()))}"
+        )
+    return names
 
 
 # ------------------------------------------------------------------------------------------ processes
@@ -1001,7 +978,6 @@ def play_here(cases: Sequence[Case], folder: Path, checkout: Path, rank: int) ->
 
     if checkout.resolve() not in Path(prodigyplus.__file__).resolve().parents:
         raise RuntimeError(f"imported {prodigyplus.__file__}, which is not in {checkout}")
-    check_options()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
@@ -1040,13 +1016,14 @@ def play_all(checkout: Path, folder: Path, given: argparse.Namespace) -> None:
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    cases = chosen_cases(given.only, without_compile=given.without_compile)
+    cases = chosen_cases(given)
     for ranks in sorted({case.ranks for case in cases}):
         started = time.monotonic()
         processes = []
         for rank in range(ranks):
             command = [sys.executable, str(HERE), "--old", str(checkout), "--only", given.only]
             command += ["--without-compile"] if given.without_compile else []
+            command += ["--lacks", *given.lacks]
             command += ["--play", str(folder), str(ranks), str(rank)]
             processes.append(subprocess.Popen(command, env=environment))
         try:
@@ -1133,23 +1110,27 @@ def main() -> None:
     parser.add_argument("--only", metavar="PATTERN", default="")
     parser.add_argument("--without-compile", action="store_true")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--lacks", nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--play", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    cases = chosen_cases(given.only, without_compile=given.without_compile)
     if given.list:
-        print("\n".join(case.name for case in cases))
+        print("\n".join(case.name for case in chosen_cases(given)))
         return
     if given.old is None:
         parser.error("--old CHECKOUT is needed")
+    if not given.play:
+        for checkout in (given.old, given.new):
+            if not (checkout / "prodigyplus").is_dir():
+                parser.error(f"{checkout} is no checkout: it has no prodigyplus/")
+        both = options_of(given.old) & options_of(given.new)
+        given.lacks = sorted(table.TABLE.keys() - both)
+    cases = chosen_cases(given)
     if not cases:
         parser.error(f"no case has {given.only!r} in its name")
     if given.play:
         folder, ranks, rank = Path(given.play[0]), int(given.play[1]), int(given.play[2])
         play_here([case for case in cases if case.ranks == ranks], folder, given.old, rank)
         return
-    for checkout in (given.old, given.new):
-        if not (checkout / "prodigyplus").is_dir():
-            parser.error(f"{checkout} is no checkout: it has no prodigyplus/")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without its processes and its folder
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / name for name in ("old", "new")]

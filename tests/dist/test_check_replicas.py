@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import re
 from unittest import mock
 
@@ -15,13 +16,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree, check_replicas, replicas
+from tests import option_table as table
 from tests.dist.meshes import MESHES, Placed, for_muon, pieces_of, whole
 from tests.dist.sharding import WRAPS, ranks, wrap
-from tests.dist.test_communication import NoWait
 from tests.models import Walks, fit, loss_of
 from tests.single.problems import Fed, assert_same, pair, run
+from tests.watching import Watch
 
 STEPS = 3
+
+_OF_STATE = ("use_speed", "use_schedulefree", "factored", "prodigy_steps", "use_focus", "use_muon_pp")
+OPTIONS = table.packed(table.alone(table.named("passes")) + table.together(_OF_STATE), most=10)
 
 
 def groups(parameters, use_muon_pp=False, **options):
@@ -77,11 +82,11 @@ def fed_run(mesh_name, options, checked):
     ("mesh_name", "options"),
     [
         *((name, {}) for name in MESHES),
-        ("fsdp_tp_uneven", {"use_speed": "relative", "use_schedulefree": False, "prodigy_steps": 3}),
-        ("empty", {"use_speed": "relative", "factored": False}),
-        ("mixed", {"use_focus": True, "factored": False}),
-        ("hsdp", {"use_muon_pp": True}),
-        ("two_meshes", {"use_muon_pp": True, "use_schedulefree": False}),
+        *zip(
+            itertools.cycle(("fsdp_tp_uneven", "empty", "mixed", "hsdp", "two_meshes")),
+            OPTIONS,
+            strict=False,
+        ),
     ],
     ids=str,
 )
@@ -250,11 +255,11 @@ CASES = {
             "parameter 7 of param_groups[0]: rank 0: nothing; ",
         ),
     ],
-    ("hsdp", ("use_muon_pp",)): [
+    ("hsdp", ("use_muon_pp=True",)): [
         (3, bit("z"), f"state 'z' of {IT}: rank 1: #; rank 3: #"),
         (3, bit("s"), f"state 's' of {IT}: rank 1: #; rank 3: #"),
     ],
-    ("tp", ("use_adam", "relative")): [
+    ("tp", ("use_schedulefree=False", "factored=False", "use_speed=relative")): [
         (
             1,
             lambda o, p: flipped(o.param_groups[0]["params"][6]),
@@ -285,16 +290,12 @@ CASES = {
         ),
     ],
 }
-OPTIONS = {
-    "use_muon_pp": {"use_muon_pp": True},
-    "use_adam": {"use_schedulefree": False, "factored": False},
-    "relative": {"use_speed": "relative"},
-}
+NAMED = {table.text_of(options): options for options in table.alone()}
 
 
 def complaints(mesh_name, options):
     placed = Placed(Fed(*MESHES[mesh_name].shapes), MESHES[mesh_name])
-    given = {key: value for name in options for key, value in OPTIONS[name].items()}
+    given = {key: value for name in options for key, value in NAMED[name].items()}
     optimizer = ShardedProdigyPlusScheduleFree(groups(placed.parameters, **given))
     run(optimizer, placed, STEPS)
     found = []
@@ -577,7 +578,7 @@ def test_the_host_does_not_wait():
     problem, optimizer = pair((40, 12), (9,))
     run(optimizer, problem, STEPS)
     values = [problem.parameters[0], *optimizer.state[problem.parameters[0]].values(), "a text"]
-    with NoWait():
+    with Watch(reads=False):
         replicas._hashes([replicas._Entry("", (0, 1), value) for value in values])
 
 

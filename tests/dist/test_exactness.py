@@ -9,42 +9,40 @@ from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.formulas.prodigy import AVERAGES
 from prodigyplus.state import SAMPLED
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from tests import option_table as table
 from tests.dist.meshes import MESHES, Placed, for_muon, whole
 from tests.single.problems import Fed
 
-_VARIANTS = (
-    {"use_speed": True},
-    {"use_speed": "relative"},
-    {"use_bias_correction": True, "betas": (0.9, 0.95)},  # the larger β2, the longer it warms up
-    {"use_cautious": True},
-    {"use_grams": True},
-    {"use_adopt": True},
-    {"use_orthograd": True},
-    {"use_focus": True, "factored": False},
-)
-VARIANTS = [{**options, "use_schedulefree": sf} for options in _VARIANTS for sf in (True, False)]
-# Of matrices; what is no matrix is in groups of its own.
+ADAM = {"use_schedulefree": False}
+
+# As groups that differ, which do not share d. Without a rate in a tensor, which is of one optimiser; how z is
+# rounded, a last bit decides: see test_rounding.py.
+NAMES = table.named("passes", "numbers", but=("split_groups", "split_groups_mean", "bfloat16_z"))
+ALONE = [options for options in table.alone(NAMES) if not isinstance(options.get("lr"), torch.Tensor)]
+# Apart, since numbers may keep d from moving by what passes find.
+PASSES = [its for its in table.elementwise(ALONE) if table.TABLE[next(iter(its))].acts_on == "passes"]
+NUMBERS = [its for its in table.elementwise(ALONE) if its not in PASSES]
+VARIANTS = [
+    *table.packed([*PASSES, *table.without_schedulefree(PASSES), {"weight_decay": 0.1, **ADAM}], most=3),
+    *table.packed(NUMBERS, most=4),
+]
+# Of matrices; which are a batch is said by their shape, and what is no matrix is in groups of its own.
 MUON = [
     {},
-    {"use_schedulefree": False},
-    {"muon_fp32": True, "muon_quintic": True, "weight_decay": 0.1},
-    {"use_cautious": True},
-    {"use_cautious": True, "use_schedulefree": False},
-    {"use_speed": True, "use_bias_correction": True, "betas": (0.9, 0.95)},
+    ADAM,
+    *(
+        {name: value for name, value in options.items() if name not in ("use_muon_pp", "muon_batched")}
+        for options in table.packed(table.of_matrices(ALONE + table.together(NAMES)))
+    ),
 ]
 _TWO = [{}, {}]
 
 # What is played: the options, and those of each group. Where there are groups, each has its own d.
 RUNS = {
     "default": ({}, [{}]),
-    "unfactored": ({"factored": False}, [{}]),
     "groups_mean": ({}, _TWO),
     "groups_apart": ({"split_groups_mean": False}, _TWO),
     "groups_pooled": ({"split_groups": False}, _TWO),
-    "weight_decay": ({"weight_decay": 0.1}, [{}]),
-    "beta4": ({"beta4": 0.5}, [{}]),
-    "adam": ({"use_schedulefree": False, "weight_decay": 0.1}, [{}]),
-    "atan2": ({"eps": None, "use_stableadamw": False}, [{}]),
     # One run of all, since what takes the time is the messages, and their number is that of one.
     "variants": ({"split_groups_mean": False}, VARIANTS),
     "muon": ({"split_groups_mean": False}, MUON),
@@ -108,7 +106,8 @@ def test_exactness(pool, mesh_name):
     for name in names:
         expected, expected_d = in_one_process(shapes_of(mesh, name), name)
         found, d = first[name]
-        assert (expected_d[-1] > 10 * expected_d[0]).all(), name
+        # All but those that are slow, or that freeze.
+        assert (expected_d[-1] > 10 * expected_d[0]).double().mean() > 0.8, name
         for other in others:
             assert torch.equal(other[name][1], d), name
         assert (d / expected_d - 1).abs().max() <= 1e-5, name

@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.engine import driver
@@ -25,6 +24,7 @@ from prodigyplus_dist.ownership import MatrixSharding, assign_owners
 from tests.dist.meshes import EMPTY, EVEN, MESHES, UNEVEN, Mesh, Placed, along, both_dims, for_muon, whole
 from tests.models import Transformer, Walks, fit
 from tests.single.problems import Fed, assert_same
+from tests.watching import Watch
 
 METHODS = [
     Method(dtype, quintic, stable)
@@ -119,29 +119,25 @@ SENT = {
 }
 
 
-class Sent(TorchDispatchMode):
+def sent(calls):
     """Counts collectives by name, and the bytes that this rank sends to others in those of matrices."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts, self.bytes = Counter(), Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if func.namespace == "c10d":
-            self.counts[name] += 1
-            assert name in ("allreduce_", "alltoall_base_", "broadcast_", "send", "recv_", "barrier"), name
-        if name == "alltoall_base_":
-            _, sent, group, _, splits, *_ = args
+    counts, sizes = Counter(), Counter()
+    for call in calls:
+        if not call.is_collective:
+            continue
+        counts[call.name] += 1
+        assert call.name in ("allreduce_", "alltoall_base_", "broadcast_", "send", "recv_", "barrier"), call
+        if call.name == "alltoall_base_":
+            _, buffer, group, _, splits, *_ = call.args
             place = dist.get_group_rank(dist.ProcessGroup.unbox(group), dist.get_rank())
-            self.bytes[name] += (sum(splits) - splits[place]) * sent.itemsize
-        elif name == "broadcast_":
-            (buffer,), _, source, *_ = args
-            if source == dist.get_group_rank(dist.ProcessGroup.unbox(args[1]), dist.get_rank()):
-                self.bytes[name] += buffer.nbytes
-        elif name == "send":
-            self.bytes[name] += sum(tensor.nbytes for tensor in args[0])
-        return func(*args, **(kwargs or {}))
+            sizes[call.name] += (sum(splits) - splits[place]) * buffer.itemsize
+        elif call.name == "broadcast_":
+            (buffer,), group, source, *_ = call.args
+            if source == dist.get_group_rank(dist.ProcessGroup.unbox(group), dist.get_rank()):
+                sizes[call.name] += buffer.nbytes
+        elif call.name == "send":
+            sizes[call.name] += sum(tensor.nbytes for tensor in call.args[0])
+    return dict(counts), dict(sizes)
 
 
 def watched_step(name, given):
@@ -158,9 +154,9 @@ def watched_step(name, given):
         orthogonalized.extend([tuple(matrices.shape[1:])] * len(matrices))
         return compute(matrices, **options)
 
-    with mock.patch.object(muon, "newton_schulz", counting), Sent() as sent:
+    with mock.patch.object(muon, "newton_schulz", counting), Watch() as watch:
         optimizer.step()
-    return dict(sent.counts), dict(sent.bytes), orthogonalized
+    return *sent(watch.calls), orthogonalized
 
 
 @pytest.mark.parametrize("name", SENT)
@@ -171,7 +167,7 @@ def test_bytes_collectives_and_matrices(pool, name, all_to_all):
     shards = mesh.ranks // copies
     least = 2 * (2 * ELEMENTS / shards / copies) * (shards - 1) / shards
     ranks = pool.run(mesh.ranks, watched_step, name, {"all_to_all": all_to_all})
-    for counts, sent, _ in ranks:
+    for counts, sizes, _ in ranks:
         if all_to_all:
             # The statistics, the matrices' evidence, the other's evidence and norm, along each axis that cuts
             # them (of a vector, one); and copies agree.
@@ -179,11 +175,11 @@ def test_bytes_collectives_and_matrices(pool, name, all_to_all):
             assert counts.pop("alltoall_base_") == 2
             assert counts.pop("broadcast_", 0) == (copies if copies > 1 else 0)
             assert not counts
-        exchanged = sent["alltoall_base_" if all_to_all else "send"]
+        exchanged = sizes["alltoall_base_" if all_to_all else "send"]
         assert exchanged == pytest.approx(least, rel=0.05)
         if copies > 1:
-            assert sent["broadcast_"] == pytest.approx(2 * ELEMENTS / mesh.ranks, rel=0.05)
-    total = sum(sent["alltoall_base_" if all_to_all else "send"] for _, sent, _ in ranks)
+            assert sizes["broadcast_"] == pytest.approx(2 * ELEMENTS / mesh.ranks, rel=0.05)
+    total = sum(sizes["alltoall_base_" if all_to_all else "send"] for _, sizes, _ in ranks)
     assert total == least * mesh.ranks
     assert Counter(shape for *_, shapes in ranks for shape in shapes) == Counter(BLOCKS)
 

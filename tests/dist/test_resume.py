@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from tests import option_table as table
 from tests.dist.meshes import pieces_of, whole
 from tests.dist.resuming import WAYS, Way, assert_loaded, in_memory, load, save
 from tests.dist.sharding import place, ranks
@@ -70,6 +71,13 @@ OPTIONS = {
     "adam": ({"use_schedulefree": False}, F32, "ddp2", "fsdp_tp"),
     "bfloat16": ({}, BF16, "fsdp2", "ddp3"),
     "bfloat16_factors": ({"factored_fp32": False}, BF16, "tp", "fsdp2"),
+}
+# Every option goes on where it was saved. Elsewhere some make more of a last bit than the bounds here allow.
+OPTIONS |= {
+    table.text_of(options): (options, F32, source)
+    for options, source in zip(
+        table.packed(table.alone(), most=8), itertools.cycle(("fsdp2", "tp", "ddp2", "fsdp3")), strict=False
+    )
 }
 
 
@@ -147,7 +155,7 @@ class Trained:
         plain = self.layout == "one" or self.layout.startswith("ddp")
         make = ProdigyPlusScheduleFree if plain else ShardedProdigyPlusScheduleFree
         # In a few steps far enough for d to go by its estimate, no longer by the limiter.
-        self.optimizer = make(self._groups(empty, **OPTIONS[self.options][0]), d0=3e-4)
+        self.optimizer = make(self._groups(empty, **{"d0": 3e-4, **OPTIONS[self.options][0]}))
 
     def adamw(self, lr=None):
         groups = self._groups()
@@ -322,8 +330,8 @@ def test_every_bit_between_any_two(pool, saved, target):
 
 @pytest.mark.parametrize("options", [options for options in OPTIONS if options != "default"])
 def test_options(pool, saved, options):
-    _, _, source, other = OPTIONS[options]
-    for target in (source, other):
+    _, _, source, *others = OPTIONS[options]
+    for target in (source, *others):
         assert_goes_on(pool, saved, target, [source], options)
 
 

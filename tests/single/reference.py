@@ -21,14 +21,16 @@ POLAR_EXPRESS = [
 class Reference:
     def __init__(self, weights, **options):
         self.o = {
-            "lr": 1.0, "betas": (0.9, 0.99), "weight_decay": 0.0, "weight_decay_by_lr": True, "d0": 1e-6,
+            "lr": 1.0, "betas": (0.9, 0.99), "beta3": None, "warmup_steps": 0, "weight_decay": 0.0,
+            "weight_decay_by_lr": True, "d0": 1e-6,
             "d_coef": 1.0, "eps": 1e-8, "beta4": 0.0, "d_limiter": True, "schedulefree_c": 0.0, "slice_p": 11,
-            "warmup_steps": 0,
             "factored": True, "use_stableadamw": True, "use_schedulefree": True, "use_speed": False,
             "use_bias_correction": False, "use_cautious": False, "use_grams": False, "use_adopt": False,
             "use_orthograd": False, "use_focus": False, "use_muon_pp": False, "muon_quintic": False,
             "muon_batched": False,
         } | options  # fmt: skip
+        beta3 = self.o["beta3"]
+        self.beta3 = math.sqrt(self.o["betas"][1]) if beta3 is None else beta3
         self.x = [np.array(w, dtype=np.float64) for w in weights]  # without Schedule-Free, the weights
         self.z = [x.copy() for x in self.x]
         self.p0 = [self.sample(x).copy() for x in self.x]
@@ -148,7 +150,7 @@ class Reference:
             return w * far["product"] / far["l1"] / (1 + far["l2"]) ** 2, far["l2"]
         if o["use_speed"]:
             g, product = np.sign(g), float(np.sign(product))
-        self.s[i] = math.sqrt(o["betas"][1]) * self.s[i] + w * g
+        self.s[i] = self.beta3 * self.s[i] + w * g
         return w * product, float(np.abs(self.s[i]).sum())
 
     def step(self, gradients):
@@ -200,7 +202,7 @@ class Reference:
     def adapt(self, product, norm):
         o, d, before = self.o, self.d, self.numerator
         beta2 = o["betas"][1]
-        self.numerator *= math.sqrt(beta2)
+        self.numerator *= self.beta3
         if d > o["d0"] or product > 0:
             self.numerator += product
         self.largest = max(self.largest, self.numerator)

@@ -15,27 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from prodigyplus import ProdigyPlusScheduleFree
+from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
-OPTIONS = [
-    {},
-    {"factored": False},
-    {"factored_fp32": False},
-    {"bfloat16_z": True},
-    {"use_schedulefree": False},
-    {"prodigy_steps": 5},
-    {"eps": None, "use_stableadamw": False},
-    {"beta4": None, "weight_decay": 0.1},
-    {"use_speed": True},
-    {"use_speed": "relative"},
-    {"use_bias_correction": True},
-    {"use_adopt": True, "use_cautious": True},
-    {"use_focus": True, "factored": False, "use_orthograd": True},
-    {"use_grams": True, "use_schedulefree": False},
-    {"use_muon_pp": True},
-    {"use_muon_pp": True, "muon_fp32": True, "muon_quintic": True, "use_schedulefree": False},
-    {"use_muon_pp": True, "muon_batched": True, "prodigy_steps": 5},
-]
+OPTIONS = [{}, *table.packed(table.alone() + table.together())]
 
 
 def through_a_file(saved):
@@ -59,7 +42,7 @@ def resumed(problem, optimizer, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
 def test_resume(options, mode, dtype):
     problem, optimizer = pair((40, 12), (12, 40), (9,), (), dtype=dtype, **options)
     run(optimizer, problem, 30)

@@ -7,11 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.engine import compiled
+from prodigyplus.engine.passes import Kind
+from prodigyplus.options import Options
+from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
+from tests.watching import Watch
 
 # torch.compile's own import.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -126,19 +130,20 @@ def test_bfloat16_rounds_to_the_nearest_too():
     assert_close(optimizer, eager, 1e-4)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"use_cautious": True},
-        {"use_grams": True},
-        {"use_adopt": True},
-        {"use_orthograd": True},
-        {"use_focus": True, "factored": False},
-        {"use_schedulefree": False},
-        {"use_muon_pp": True},
-    ],
-    ids=str,
-)
+def is_compiled(options):
+    return all(table.TABLE[name].is_compiled for name in options)
+
+
+@pytest.mark.parametrize("options", table.alone(), ids=table.text_of)
+def test_what_is_compiled(options):
+    problem, optimizer = pair((40, 33), **options)
+    run(optimizer, problem, 1)
+    (p,) = problem.parameters
+    kind = Kind.of(Options.of(optimizer.param_groups[0]), optimizer.state[p], p.numel())
+    assert compiled.admits(kind) == is_compiled(options)
+
+
+@pytest.mark.parametrize("options", [its for its in table.alone() if not is_compiled(its)], ids=table.text_of)
 def test_what_is_not_compiled_is_the_same_to_the_bit(options):
     before = graphs()
     found, expected = pairs(*SHAPES, **options)
@@ -307,35 +312,19 @@ def test_fused(bad):
 # ------------------------------------------------------------------------------------ capturable
 
 
-class Recording(TorchDispatchMode):
-    """Every call of an operator, to be made again on the same memory: what a CUDA graph is.
+@torch.no_grad()
+def replay(calls):
+    """Make calls of operators again on the same memory: what a CUDA graph is.
 
     What a call gave stays where it was; its arguments are tensors, or the numbers that they were then.
     """
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, result))
-        return result
-
-    @torch.no_grad()
-    def replay(self):
-        for func, args, kwargs, result in self.calls:
-            memories = {
-                tensor.untyped_storage().data_ptr()
-                for tensor in tree_leaves((args, kwargs))
-                if isinstance(tensor, Tensor)
-            }
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                # A view, or what is changed in place, is there already.
-                if isinstance(old, Tensor) and old.untyped_storage().data_ptr() not in memories:
-                    old.copy_(new)
+    for call in calls:
+        memories = {tensor.untyped_storage().data_ptr() for tensor in call.tensors}
+        again = call.func(*call.args, **call.kwargs)
+        for old, new in zip(tree_leaves(call.result), tree_leaves(again), strict=True):
+            # A view, or what is changed in place, is there already.
+            if isinstance(old, Tensor) and old.untyped_storage().data_ptr() not in memories:
+                old.copy_(new)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -361,14 +350,14 @@ def test_a_step_played_again_is_the_next_step(options, dtype):
         replayed.step()
     backward()
     optimizer.step()
-    with Recording() as recording:
+    with Watch() as watch:
         replayed.step()
-    assert len(recording.calls) > 100
+    assert len(watch.calls) > 100
     assert_same(snapshot(replayed), snapshot(optimizer))
     for step in range(5):
         backward(bad=step == 2)
         optimizer.step()
-        recording.replay()
+        replay(watch.calls)
         for group in replayed.param_groups:  # a count that is kept on the host
             group["calls"] += 1
         assert_same(snapshot(replayed), snapshot(optimizer))
@@ -381,9 +370,9 @@ def test_a_step_played_again_is_the_next_step(options, dtype):
 def test_what_the_host_knows_is_seen():
     """A number that it has read is played again as it was."""
     number, result = torch.ones(()), torch.zeros(())
-    with Recording() as recording:
+    with Watch() as watch:
         result.copy_(number * number.item())
     number.fill_(3)
-    recording.replay()
+    replay(watch.calls)
     assert result == 3
     assert isinstance(Fed(()).parameters[0], nn.Parameter)

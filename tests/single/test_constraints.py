@@ -9,16 +9,12 @@ from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.formulas import schedule_free
+from tests import option_table as table
 from tests.single.problems import assert_same, pair, run, snapshot
 
-OPTIONS = [
-    {},
-    {"factored": False, "weight_decay": 0.1},
-    {"use_cautious": True},
-    {"use_schedulefree": False},
-    {"bfloat16_z": True},
-    {"bfloat16_z": True, "use_cautious": True},
-]
+# Those that a set meets in the weights, their average and z.
+NAMES = ("factored", "weight_decay", "use_cautious", "bfloat16_z", "use_schedulefree")
+OPTIONS = [{}, *table.packed(table.alone(NAMES) + table.together(NAMES), most=3)]
 
 
 def clamp(values):
@@ -59,7 +55,7 @@ def changed_after_each_step(optimizer, problem, steps):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
 def test_weights_their_average_and_z_are_in_the_set(options, dtype):
     problem, optimizer = pulled(dtype, **options)
     (p,) = problem.parameters
@@ -105,7 +101,7 @@ def test_x_is_the_average_of_what_z_was():
     torch.testing.assert_close(p.detach(), (total / weights).detach())
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
 def test_what_holds_already_changes_nothing(options):
     def act(constrains):
         problem, optimizer = pair((40, 33), (5,), **options)

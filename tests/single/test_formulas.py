@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import option_table as table
 from tests.single.problems import pair
 from tests.single.reference import Reference
 
@@ -11,70 +12,24 @@ SHAPES = ((), (7,), (40, 12), (12, 40), (33, 33), (3, 35, 33), (2, 34, 3, 3), (5
 MATRICES = ((1, 1), (40, 12), (1, 40), (12, 40), (9, 9), (3, 7, 5), (2, 4, 3, 3), (2, 3, 6, 5))
 
 
-_FOCUS = {"use_focus": True, "factored": False}
-
-VARIANTS = [
-    {"use_speed": True},
-    {"use_speed": True, "beta4": 0.9, "d_coef": 2.0},
-    {"use_speed": True, "use_adopt": True, "split_groups": False},
-    {"use_speed": "relative"},
-    {"use_speed": "relative", "beta4": 0.5},
-    {"use_bias_correction": True, "betas": (0.9, 0.95)},
-    {"use_bias_correction": True, "betas": (0.9, 0.9), "use_adopt": True, "weight_decay": 0.1},
-    {"use_cautious": True, "weight_decay": 0.1},
-    {"use_cautious": True, "weight_decay": 1e-4, "weight_decay_by_lr": False},
-    {"use_cautious": True, "eps": None, "use_stableadamw": False},
-    {"use_grams": True},
-    {"use_grams": True, "weight_decay": 1e-4, "weight_decay_by_lr": False},
-    {"use_adopt": True},
-    {"use_adopt": True, "factored": False, "use_cautious": True},
-    {"use_orthograd": True, "weight_decay": 0.1},
-    {"use_orthograd": True, "use_grams": True},
-    _FOCUS,
-    {**_FOCUS, "use_adopt": True, "use_cautious": True},
-    {**_FOCUS, "use_orthograd": True, "use_speed": True},
-]
-
-_MUON = {"use_muon_pp": True, "muon_fp32": True}
-
-MUON = [
-    _MUON,
-    {**_MUON, "muon_quintic": True},
-    {**_MUON, "muon_batched": True, "weight_decay": 0.1},
-    {**_MUON, "muon_batched": True, "muon_quintic": True, "use_cautious": True},
-    {**_MUON, "use_stableadamw": False, "weight_decay": 1e-4, "weight_decay_by_lr": False},
-    {**_MUON, "eps": None, "use_stableadamw": False, "betas": (0.8, 0.95)},
-    {**_MUON, "use_cautious": True, "weight_decay": 1e-4, "weight_decay_by_lr": False},
-    {**_MUON, "use_grams": True, "muon_batched": True},
-    {**_MUON, "use_speed": True},
-    {**_MUON, "use_speed": "relative", "muon_quintic": True},
-    {**_MUON, "use_bias_correction": True},
-]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"factored": False},
-        {"weight_decay": 0.1},
-        {"weight_decay": 1e-3, "weight_decay_by_lr": False},
-        {"eps": None, "use_stableadamw": False},
-        {"beta4": 0.99},
-        {"beta4": None, "d_limiter": False},
-        {"d_limiter": False, "d_coef": 0.5},
-        {"d_coef": 0.5},
-        {"d_coef": 3.0},
-        {"schedulefree_c": 30.0, "betas": (0.95, 0.999)},
-        {"warmup_steps": 40, "weight_decay": 0.1},
-        {"slice_p": 1, "lr": 0.3},
-        {"slice_p": 4, "d0": 1e-4},
-        *VARIANTS,
-        *MUON,
-        *({**options, "use_schedulefree": False} for options in (*VARIANTS, *MUON)),
-    ],
-    ids=str,
+# What the reference has not got: it neither freezes d nor rounds, and its numbers are plain.
+NAMES = table.named(
+    "passes", "numbers", but=("prodigy_steps", "factored_fp32", "stochastic_rounding", "bfloat16_z")
 )
+TOGETHER = table.together(NAMES)
+# A tensor of a rate is what its number is: see test_bad_input.py.
+ALONE = [options for options in table.alone(NAMES) if not isinstance(options.get("lr"), torch.Tensor)]
+ADAM = table.without_schedulefree(ALONE + TOGETHER)
+OPTIONS = [
+    {},
+    *table.elementwise(ALONE),
+    *table.packed(table.elementwise(TOGETHER)),
+    *table.packed(table.elementwise(ADAM)),
+    *({**options, "muon_fp32": True} for options in table.packed(table.of_matrices(ALONE + TOGETHER + ADAM))),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
 def test_formulas(options):
     shapes = MATRICES if options.get("use_muon_pp") else SHAPES
     problem, optimizer = pair(*shapes, dtype=torch.float64, **options)

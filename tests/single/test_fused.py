@@ -9,22 +9,15 @@ import torch
 from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree
+from tests import option_table as table
 from tests.models import Transformer, Walks, loss_of
 from tests.single.problems import assert_same, snapshot
 
 STEPS = 40
 
-OPTIONS = [
-    {},
-    {"factored": False, "weight_decay": 0.1},
-    {"use_schedulefree": False},
-    {"use_cautious": True},
-    {"use_adopt": True, "use_bias_correction": True},
-    {"use_speed": "relative"},
-    {"use_orthograd": True},
-    {"use_muon_pp": True},
-    {"use_muon_pp": True, "muon_fp32": True, "use_schedulefree": False, "use_cautious": True},
-]
+# Passes, since what numbers they take is nothing to them; d must move within the steps.
+NAMES = table.named("passes")
+OPTIONS = [{}, *table.packed(table.alone(NAMES) + table.together(NAMES), most=8)]
 
 
 def model_and_optimizer(dtype=torch.float32, fused=True, **options):
@@ -57,7 +50,7 @@ def without(state, *keys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
 def test_the_same_bits_as_the_plain_step(options, dtype):
     states = []
     for fused in (False, True):

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.engine.groups import GroupBatch
+from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
 
@@ -65,23 +66,8 @@ def test_pooled_groups_are_one_group():
 
 
 MIXED = [
-    {"lr": 0.5},
-    {"betas": (0.8, 0.97), "weight_decay": 0.1},
-    {"d0": 1e-5, "d_coef": 0.5, "beta3": 0.9},
-    {"eps": 1e-4, "schedulefree_c": 2.0},
-    {"schedulefree_c": 1.0},
-    {"d_coef": 2.0, "beta4": 0.9},
-    {"beta4": 0.5},
-    {"use_bias_correction": True, "lr": 2.0},
-    {"use_speed": True},
-    {"use_speed": "relative"},
-    {"use_adopt": True},
-    {"use_schedulefree": False},
-    {"split_groups": False},
+    *table.elementwise(table.alone() + table.packed(table.together())),
     {"split_groups": False, "lr": 3.0},
-    {"prodigy_steps": 5},
-    {"d_limiter": False},
-    {"weight_decay": 0.1, "weight_decay_by_lr": False},
 ]
 
 
@@ -97,7 +83,7 @@ def test_numbers_of_groups_move_together_as_each_for_itself(tensor_lr, monkeypat
         ]
         if tensor_lr:
             for group in groups:
-                group["lr"] = torch.tensor(group.get("lr", 1.0))
+                group["lr"] = torch.as_tensor(group.get("lr", 1.0)).clone()
         optimizer = ProdigyPlusScheduleFree(groups)
         for step in range(12):
             problem.backward()

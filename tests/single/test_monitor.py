@@ -8,7 +8,7 @@ from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree, monitor
 from tests.single.problems import Fed, pair, run
-from tests.single.test_no_host_wait import NoWait
+from tests.watching import Watch
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_what_the_optimiser_and_its_user_rightly_do(fused):
 def test_nothing_waits_for_a_device(often):
     """What was sent to the host is read when it has come; on the CPU it is there."""
     problem, optimizer = pair((4, 4))
-    with NoWait(), warnings.catch_warnings():
+    with Watch(reads=False), warnings.catch_warnings():
         warnings.simplefilter("error")
         run(optimizer, problem, 4)
         sent = []

@@ -4,31 +4,10 @@ import pytest
 import torch
 
 from prodigyplus import ProdigyPlusScheduleFree
+from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
-OPTIONS = [
-    {},
-    {"factored": False},
-    {"weight_decay": 0.1},
-    {"weight_decay": 1e-3, "weight_decay_by_lr": False},
-    {"use_schedulefree": False, "weight_decay": 0.1},
-    {"eps": None, "use_stableadamw": False},
-    {"beta4": 0.9, "schedulefree_c": 20.0},
-    {"use_speed": True},
-    {"use_speed": "relative"},
-    {"use_bias_correction": True},
-    {"use_cautious": True, "weight_decay": 1e-3, "weight_decay_by_lr": False},
-    {"use_cautious": True, "use_schedulefree": False},
-    {"use_grams": True, "use_orthograd": True},
-    {"use_adopt": True},
-    {"bfloat16_z": True, "weight_decay": 0.1},
-    {"use_adopt": True, "use_schedulefree": False, "factored": False},
-    {"use_focus": True, "factored": False},
-    {"use_muon_pp": True},
-    {"use_muon_pp": True, "muon_batched": True, "use_cautious": True, "weight_decay": 0.1},
-    {"use_muon_pp": True, "muon_fp32": True, "muon_quintic": True, "use_schedulefree": False},
-    {"use_muon_pp": True, "use_cautious": True, "use_schedulefree": False, "use_speed": True},
-]
+OPTIONS = [{}, *table.packed(table.alone() + table.together())]
 
 
 def without_skips(state):
@@ -40,7 +19,7 @@ def without_skips(state):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
 def test_one_bad_element_skips_the_step(options, bad, dtype):
     problem, optimizer = pair((40, 12), (12, 40), (9,), (), dtype=dtype, **options)
     run(optimizer, problem, 30)
@@ -55,7 +34,8 @@ def test_one_bad_element_skips_the_step(options, bad, dtype):
     assert int(optimizer.metrics()[0]["step"]) == 31
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+# A step that is skipped counts among prodigy_steps.
+@pytest.mark.parametrize("options", [its for its in OPTIONS if "prodigy_steps" not in its], ids=table.text_of)
 def test_a_bad_first_step(options):
     problem, optimizer = pair((40, 12), (9,), **options)
     weights = [p.detach().clone() for p in problem.parameters]

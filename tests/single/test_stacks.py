@@ -6,12 +6,13 @@ import io
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.engine import driver
 from prodigyplus.terms import stacks
+from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
+from tests.watching import Watch
 
 # Several of each, but for one; those of four dimensions are channels_last.
 SHAPES = (
@@ -27,32 +28,7 @@ SHAPES = (
     *[(2, 3, 4, 4)] * 2,
 )
 
-OPTIONS = [
-    {},
-    {"weight_decay": 0.1},
-    {"weight_decay": 1e-3, "weight_decay_by_lr": False},
-    {"factored": False},
-    {"factored_fp32": False},
-    {"eps": None, "use_stableadamw": False},
-    {"use_stableadamw": False},
-    {"use_bias_correction": True, "beta4": 0.9},
-    {"use_speed": True},
-    {"use_speed": "relative"},
-    {"use_cautious": True},
-    {"use_cautious": True, "weight_decay": 1e-3, "weight_decay_by_lr": False},
-    {"use_grams": True},
-    {"use_adopt": True},
-    {"use_orthograd": True},
-    {"use_orthograd": True, "use_stableadamw": False},
-    {"use_focus": True, "factored": False},
-    {"use_schedulefree": False, "weight_decay": 0.1},
-    {"use_schedulefree": False, "use_adopt": True, "use_cautious": True},
-    {"use_schedulefree": False, "use_grams": True, "use_orthograd": True},
-    {"prodigy_steps": 5},
-    {"slice_p": 1},
-    {"split_groups": False},
-    {"bfloat16_z": True},
-]
+OPTIONS = [{}, *table.packed(table.elementwise(table.alone() + table.together()))]
 
 
 class Problem(Fed):
@@ -100,7 +76,7 @@ def in_both_ways(monkeypatch, act, key="z"):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
 def test_the_same_bits_as_each_for_itself(options, dtype, monkeypatch):
     def act():
         problem, optimizer = build(dtype=dtype, **options)
@@ -578,14 +554,6 @@ def test_members_that_come_and_go_leave_no_memory_behind():
 # ------------------------------------------------------------------------------------ what it costs
 
 
-class Count(TorchDispatchMode):
-    calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_calls_for_many_parameters(dtype, monkeypatch):
     problem, optimizer = pair(*[(40,)] * 200, dtype=dtype)
@@ -594,7 +562,7 @@ def test_few_calls_for_many_parameters(dtype, monkeypatch):
     for small in (driver.SMALL, -1):
         monkeypatch.setattr(driver, "SMALL", small)
         problem.backward()
-        with Count() as count:
+        with Watch() as watch:
             optimizer.step()
-        calls.append(count.calls)
+        calls.append(len(watch.calls))
     assert calls[0] < 5 * 200 < calls[1]

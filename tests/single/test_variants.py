@@ -8,6 +8,7 @@ from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.formulas import variants
+from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, shapes_for
 
 
@@ -203,19 +204,9 @@ def test_speed_does_not_look_at_the_size_of_gradients(use_speed):
 
 def test_options_of_each_group():
     """Groups with options of their own go as they would alone."""
-    every = [
-        {"use_cautious": True},
-        {"use_grams": True, "use_schedulefree": False},
-        {"use_adopt": True},
-        {"use_focus": True, "factored": False},
-        {"use_speed": "relative"},
-        {"use_bias_correction": True, "betas": (0.9, 0.95)},
-        {"use_orthograd": True, "eps": None, "use_stableadamw": False},
-        {},
-        {"use_muon_pp": True},
-        {"use_muon_pp": True, "muon_quintic": True, "use_cautious": True},
-        {"use_muon_pp": True, "muon_fp32": True, "use_schedulefree": False},
-    ]
+    # Noise is drawn by the place of a parameter among all.
+    names = table.named("passes", "numbers", but=("split_groups", "split_groups_mean", "bfloat16_z"))
+    every = [{}, *table.packed(table.alone(names) + table.together(names))]
     together = Fed(*(shape for options in every for shape in shapes_for(options, ((40, 12), (9,)))))
     parameters = together.parameters
     groups = [{"params": parameters[2 * i : 2 * i + 2], **options} for i, options in enumerate(every)]

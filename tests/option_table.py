@@ -1,0 +1,348 @@
+"""Every option of the optimiser, a row each, and the lists of options that tests draw from the rows.
+
+A new option is covered by its row: what draws from the table are the matrix of exactness, resuming, the steps
+of any options, what is compiled, bad input, modes of the caller, and ``benchmarks/same_bits.py``. This module
+imports no package of ours, so that it describes a checkout that has not got all of the options too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An option.
+
+    Args:
+        values: What is worth a test beside the default; each names this option first, then those that it
+            needs to have an effect, or to be without a warning.
+        edges: Values to be met among others: alone they are the default under another name, or stand still.
+        bad: Values that are refused, as an argument and when they are set later.
+        acts_on: What it changes: which operators a step runs, or the form of the state; only the numbers that
+            these take; or how a step is made, which changes no number.
+        is_compiled: Whether ``compile=True`` compiles the passes that it leads to.
+    """
+
+    values: tuple[Options, ...]
+    edges: tuple[Options, ...] = ()
+    bad: tuple[Any, ...] = (None, 1, "yes")  # of a switch
+    acts_on: Literal["passes", "numbers", "execution"] = "passes"
+    is_compiled: bool = False
+
+
+def _switch(name: str, value: bool = True, /, *, needs: Options | None = None, **flags: Any) -> Row:
+    """The row of a switch whose default is the other value."""
+    return Row(values=({name: value, **(needs or {})},), **flags)
+
+
+_NOT_NUMBERS = (math.nan, math.inf, "1", None, True)
+_MUON = {"use_muon_pp": True}
+
+TABLE: dict[str, Row] = {
+    "lr": Row(
+        values=({"lr": 0.3}, {"lr": torch.tensor(0.7)}),
+        edges=({"lr": 0.0}, {"lr": torch.tensor([0.7], dtype=torch.float64)}),
+        bad=(-1.0, *_NOT_NUMBERS, torch.ones(2), torch.tensor(math.nan), torch.tensor(-1.0)),
+        acts_on="numbers",
+        is_compiled=True,
+    ),
+    "betas": Row(
+        values=({"betas": (0.8, 0.95)}, {"betas": (0.95, 0.999)}),
+        edges=({"betas": (0.5, 0.8)}, {"betas": (0.0, 0.9), "use_schedulefree": False}),
+        bad=((0.9,), (0.9, 1.0), (1.5, 0.99), (-0.1, 0.9), 0.9, (0.9, None), (0.0, 0.9), None),
+        acts_on="numbers",
+        is_compiled=True,
+    ),
+    "beta3": Row(
+        values=({"beta3": 0.9},),
+        edges=({"beta3": 0.0},),
+        bad=(1.0, 1.5, -0.1, math.nan, "x", True),
+        acts_on="numbers",
+        is_compiled=True,
+    ),
+    "weight_decay": Row(values=({"weight_decay": 0.1},), bad=(-0.1, -1.0, *_NOT_NUMBERS), is_compiled=True),
+    "weight_decay_by_lr": _switch(
+        "weight_decay_by_lr", False, needs={"weight_decay": 1e-3}, is_compiled=True
+    ),
+    "use_bias_correction": Row(  # the larger β2, the longer it warms up
+        values=({"use_bias_correction": True, "betas": (0.9, 0.95)},),
+        edges=({"use_bias_correction": True, "betas": (0.9, 0.9)}, {"use_bias_correction": True}),
+        is_compiled=True,
+    ),
+    "d0": Row(
+        values=({"d0": 1e-4}, {"d0": 1e-2}),
+        edges=({"d0": 1e-3},),
+        bad=(0.0, -1e-6, *_NOT_NUMBERS),
+        acts_on="numbers",
+        is_compiled=True,
+    ),
+    "d_coef": Row(
+        values=({"d_coef": 0.5}, {"d_coef": 2.0}),
+        bad=(0.0, *_NOT_NUMBERS),
+        acts_on="numbers",
+        is_compiled=True,
+    ),
+    "prodigy_steps": Row(
+        values=({"prodigy_steps": 5},),
+        edges=({"prodigy_steps": None}, {"prodigy_steps": 1}),
+        bad=(-1, 2.5, True),
+        is_compiled=True,
+    ),
+    "use_speed": Row(
+        values=({"use_speed": True}, {"use_speed": "relative"}),
+        bad=("fast", None, 2),
+        is_compiled=True,
+    ),
+    "eps": Row(
+        values=({"eps": None, "use_stableadamw": False}, {"eps": 1e-4}),
+        bad=(0.0, -1e-8, math.nan, True),
+        is_compiled=True,
+    ),
+    "split_groups": _switch("split_groups", False, acts_on="numbers", is_compiled=True),
+    "split_groups_mean": _switch("split_groups_mean", False, acts_on="numbers", is_compiled=True),
+    "factored": _switch("factored", False, is_compiled=True),
+    "factored_fp32": _switch("factored_fp32", False, is_compiled=True),
+    "fused_back_pass": _switch("fused_back_pass", acts_on="execution"),
+    "use_stableadamw": _switch("use_stableadamw", False, is_compiled=True),
+    "use_muon_pp": _switch("use_muon_pp"),
+    "muon_fp32": _switch("muon_fp32", needs=_MUON),
+    "muon_quintic": _switch("muon_quintic", needs=_MUON),
+    "muon_batched": _switch("muon_batched", needs=_MUON),
+    "use_cautious": _switch("use_cautious"),
+    "use_grams": _switch("use_grams"),
+    "use_adopt": _switch("use_adopt"),
+    "use_orthograd": _switch("use_orthograd"),
+    "use_focus": _switch("use_focus", needs={"factored": False}),
+    "stochastic_rounding": _switch("stochastic_rounding", False, is_compiled=True),
+    "bfloat16_z": _switch("bfloat16_z", is_compiled=True),
+    "beta4": Row(
+        values=({"beta4": 0.5}, {"beta4": None}),
+        bad=(1.0, -0.1, math.nan),
+        acts_on="numbers",
+        is_compiled=True,
+    ),
+    "d_limiter": _switch("d_limiter", False, acts_on="numbers", is_compiled=True),
+    "schedulefree_c": Row(
+        values=({"schedulefree_c": 20.0},),
+        edges=({"schedulefree_c": 1.0}, {"schedulefree_c": 6.0}, {"schedulefree_c": 50.0}),
+        bad=(-1.0, *_NOT_NUMBERS),
+        acts_on="numbers",
+        is_compiled=True,
+    ),
+    "use_schedulefree": _switch("use_schedulefree", False),
+    "warmup_steps": Row(
+        values=({"warmup_steps": 5},), bad=(-1, 0.5, *_NOT_NUMBERS), acts_on="numbers", is_compiled=True
+    ),
+    "slice_p": Row(
+        values=({"slice_p": 1}, {"slice_p": 3}),
+        edges=({"slice_p": 2}, {"slice_p": 1000}),
+        bad=(0, -11, 2.0, True, None),
+        is_compiled=True,
+    ),
+    "compile": _switch("compile", acts_on="execution", is_compiled=True),
+}
+
+_ADAM = {"use_schedulefree": False}
+_BY_ITSELF = dict(TABLE["weight_decay_by_lr"].values[0])
+_ATAN2 = dict(TABLE["eps"].values[0])
+_RADAM = dict(TABLE["use_bias_correction"].values[0])
+_FOCUS = dict(TABLE["use_focus"].values[0])
+
+# What meets in the formulas, or in what a pass writes, and may go wrong only together.
+TOGETHER: tuple[Options, ...] = (
+    {"use_speed": True, "beta4": 0.5, "d_coef": 2.0},
+    {"use_speed": True, "use_adopt": True, "split_groups": False},
+    {"use_speed": "relative", "beta4": 0.5},
+    {"use_speed": "relative", "factored": False},
+    {"use_speed": "relative", **_RADAM},
+    {"use_speed": "relative", "prodigy_steps": 5},
+    {"use_speed": "relative", "prodigy_steps": 5, **_ADAM},
+    {**_RADAM, "use_adopt": True, "weight_decay": 0.1},
+    {**_RADAM, "beta4": 0.5},
+    {"beta4": None, "weight_decay": 0.1},
+    {"beta4": None, "d_limiter": False},
+    {"beta4": 0.5, "schedulefree_c": 20.0},
+    {"d_limiter": False, "d_coef": 0.5},
+    {"schedulefree_c": 20.0, "betas": (0.95, 0.999)},
+    {"warmup_steps": 5, "weight_decay": 0.1},
+    {"betas": (0.8, 0.95), "weight_decay": 0.1},
+    {"d0": 1e-4, "d_coef": 0.5, "beta3": 0.9},
+    {"eps": 1e-4, "schedulefree_c": 20.0},
+    {**_RADAM, "lr": 0.3},
+    {"slice_p": 1, "lr": 0.3},
+    {"slice_p": 3, "d0": 1e-4},
+    {"factored": False, "weight_decay": 0.1},
+    {"factored": False, "use_cautious": True, "use_adopt": True},
+    {"use_cautious": True, "weight_decay": 0.1},
+    {"use_cautious": True, **_BY_ITSELF},
+    {"use_cautious": True, **_ATAN2},
+    {"use_cautious": True, "bfloat16_z": True},
+    {"use_cautious": True, **_ADAM},
+    {"use_cautious": True, "use_adopt": True, **_ADAM},
+    {"use_grams": True, **_BY_ITSELF},
+    {"use_grams": True, **_ADAM},
+    {"use_grams": True, "use_orthograd": True},
+    {"use_grams": True, "use_orthograd": True, **_ADAM},
+    {"use_adopt": True, "factored": False, **_ADAM},
+    {"use_orthograd": True, "weight_decay": 0.1},
+    {"use_orthograd": True, "use_stableadamw": False},
+    {"use_orthograd": True, **_ADAM},
+    {**_FOCUS, "use_adopt": True, "use_cautious": True},
+    {**_FOCUS, "use_orthograd": True, "use_speed": True},
+    {"bfloat16_z": True, "weight_decay": 0.1},
+    {**_ADAM, "weight_decay": 0.1},
+    {**_ADAM, "factored": False},
+    {**_MUON, **_ADAM},
+    {**_MUON, "muon_fp32": True, **_ADAM},
+    {**_MUON, "muon_fp32": True, "muon_quintic": True, "weight_decay": 0.1},
+    {**_MUON, "muon_fp32": True, "muon_quintic": True, **_ADAM},
+    {**_MUON, "muon_fp32": True, "use_cautious": True, **_ADAM},
+    {**_MUON, "muon_batched": True, "use_cautious": True, "weight_decay": 0.1},
+    {**_MUON, "muon_batched": True, "muon_quintic": True, "use_cautious": True},
+    {**_MUON, "muon_batched": True, "muon_quintic": True, "use_speed": "relative"},
+    {**_MUON, "muon_batched": True, "prodigy_steps": 5},
+    {**_MUON, "muon_batched": True, "use_grams": True},
+    {**_MUON, "use_stableadamw": False, **_BY_ITSELF},
+    {**_MUON, **_ATAN2, "betas": (0.8, 0.95)},
+    {**_MUON, "use_cautious": True, **_BY_ITSELF},
+    {**_MUON, "use_cautious": True, "use_speed": True, **_ADAM},
+    {**_MUON, **_RADAM},
+    {**_MUON, "use_speed": True, **_RADAM},
+)
+
+
+def named(*acts_on: str, but: Iterable[str] = ()) -> list[str]:
+    """The names of the options that act on these, but for some."""
+    left = set(but)
+    assert left <= TABLE.keys(), left - TABLE.keys()
+    return [name for name, row in TABLE.items() if row.acts_on in acts_on and name not in left]
+
+
+def defaults() -> dict[str, Any]:
+    """The defaults of the options, of the optimiser that is installed."""
+    from prodigyplus import ProdigyPlusScheduleFree
+
+    parameters = inspect.signature(ProdigyPlusScheduleFree).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name != "params"}
+
+
+# Options that change numbers, which a test of the numbers is about.
+CHANGING = tuple(named("passes", "numbers"))
+
+
+MUON = tuple(name for name in TABLE if "muon" in name)
+
+
+def alone(names: Iterable[str] = CHANGING, *, edges: bool = False) -> list[dict[str, Any]]:
+    """Every value of the options by itself, with what it needs; with ``edges``, these too."""
+    return [
+        dict(options)
+        for name in names
+        for options in TABLE[name].values + (TABLE[name].edges if edges else ())
+    ]
+
+
+def together(names: Iterable[str] = CHANGING) -> list[dict[str, Any]]:
+    """The combinations that consist of these options."""
+    known = set(names)
+    return [dict(options) for options in TOGETHER if options.keys() <= known]
+
+
+def pairs(names: Iterable[str] = CHANGING) -> Iterator[dict[str, Any]]:
+    """Every two values of different options that agree with each other."""
+    for one, other in itertools.combinations(alone(names), 2):
+        if agree(one, other) and next(iter(one)) != next(iter(other)):
+            yield {**one, **other}
+
+
+def elementwise(many: Iterable[Options]) -> list[dict[str, Any]]:
+    """Those of a list without Muon."""
+    return [dict(options) for options in many if not options.get("use_muon_pp")]
+
+
+def of_matrices(many: Iterable[Options]) -> list[dict[str, Any]]:
+    """Those of a list with Muon."""
+    return [dict(options) for options in many if options.get("use_muon_pp")]
+
+
+def packed(many: Iterable[Options], most: int = 6) -> list[dict[str, Any]]:
+    """Fewer options that cover a list: each of it is part of one of them, whose others leave it its effect.
+
+    Args:
+        many: Options, of which those that agree become one; the result depends on nothing else.
+        most: How many names one of them may have, unless it was in the list so.
+    """
+    found: list[dict[str, Any]] = []
+    for options in sorted(many, key=len, reverse=True):  # what is large finds its place first
+        for other in found:
+            if agree(options, other) and len(options.keys() | other.keys()) <= max(most, len(other)):
+                other.update(options)
+                break
+        else:
+            found.append(dict(options))
+    return found
+
+
+def agree(one: Options, other: Options) -> bool:
+    """Whether two options can be one, in which each has the effect that it has alone."""
+    both = {**one, **other}
+    return (
+        all(same(one[name], other[name]) for name in one.keys() & other.keys())
+        and all(one.get(name, default) == other.get(name, default) for name, default in _WAYS.items())
+        and not any(all(same(both.get(name), value) for name, value in rule.items()) for rule in _HIDDEN)
+    )
+
+
+# The ways that a step goes, which differ in all of their formulas: to be on another is not to be covered. And
+# a step size that is frozen, or small beside a decay by itself, hides what else would move it.
+_WAYS: Options = {
+    "use_schedulefree": True,
+    "use_muon_pp": False,
+    "use_focus": False,
+    "prodigy_steps": 0,
+    "weight_decay_by_lr": True,
+}
+
+# What cannot be together: one excludes the other, or leaves nothing of it to be seen.
+_HIDDEN: tuple[Options, ...] = (
+    {"use_cautious": True, "use_grams": True},
+    {"use_focus": True, "eps": None},
+    {"use_focus": True, "eps": 1e-4},
+    {"use_focus": True, "factored_fp32": False},
+    {"factored": False, "factored_fp32": False},
+    {"use_speed": True, "d_limiter": False},
+    {"split_groups": False, "split_groups_mean": False},
+)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of an option are one, in type too."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    return type(one) is type(other) and bool(one == other)
+
+
+def without_schedulefree(many: Iterable[Options]) -> list[dict[str, Any]]:
+    """The same options without Schedule-Free, where they have something to do there."""
+    of_average = ("use_schedulefree", "schedulefree_c", "bfloat16_z")
+    return [{**options, **_ADAM} for options in many if not options.keys() & set(of_average)]
+
+
+def text_of(options: Options) -> str:
+    """Options as the name of a test."""
+
+    def short(value: Any) -> str:
+        return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else str(value).replace(" ", "")
+
+    return " ".join(f"{name}={short(value)}" for name, value in options.items()) or "default"
