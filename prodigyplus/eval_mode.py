@@ -1,4 +1,4 @@
-"""The weights of training y and their average x: swapped in the model, lent to it, and copied."""
+"""Switch a model between training weights y and their average x, for good or within a context; copy x."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ State = Mapping[str, Tensor]
 
 
 class View(NamedTuple):
-    """What is seen of an optimiser here."""
+    """The parts of an optimiser that this module works on."""
 
     groups: Sequence[dict[str, Any]]
     state: Mapping[Tensor, dict[str, Tensor]]
@@ -40,56 +40,56 @@ class View(NamedTuple):
         return [g for g in self.groups if g["use_schedulefree"] and g["train_mode"] != train]
 
     def averaged(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """The parameters of a group that are not their own average, with their local states."""
+        """The parameters of a group whose average differs from their weights, with their local states."""
         for p in group["params"]:
-            # Before the first step there may be state, but the weights are their own average.
+            # Before the first step there may be state, but x is y.
             if group["calls"] and schedule_free.is_averaged(self.state.get(p, {})):
                 yield p, self.placement.local_state(self.state[p])
 
 
 class AverageSwap:
-    """Puts the average into the model and takes it out again; keeps what is under way."""
+    """Swaps y and x in a model, and keeps what it takes to swap back."""
 
     def __init__(self) -> None:
-        self.is_lent = False  # whether the average is in the model for the length of a context
-        # In eval mode, y of the parameters whose average was projected: of that, y could not be found again.
-        self._held: dict[Tensor, Tensor] = {}
+        self.is_lent = False  # whether the model holds x within a context of :meth:`lent`
+        # In eval mode, y of the parameters whose x was projected, from which y cannot be recomputed.
+        self._saved_y: dict[Tensor, Tensor] = {}
 
     def forget(self) -> None:
-        """The weights in the model are others now."""
-        self._held.clear()
+        """Drop the saved y, since the weights in the model have been replaced."""
+        self._saved_y.clear()
 
     @isolated
     def swap_(self, view: View, *, train: bool) -> None:
-        """Put y into the model, or x, where another is there."""
+        """Put y (``train``) or x into the model, in the groups that are in the other mode."""
         for group in view.in_other_mode(train=train):
-            # A schedule may have moved β1 since: y comes back by what x was made with.
+            # With the β1 that x was computed with, since a schedule may have changed it.
             beta1 = group["average_beta1"] if train else None
             beta1 = group["betas"][0] if beta1 is None else beta1
             for p, state in view.averaged(group):
                 if train:
-                    self._put_back_(view, p, state, beta1)
+                    self._put_y_(view, p, state, beta1)
                 else:
-                    self._put_average_(view, p, state, beta1)
+                    self._put_x_(view, p, state, beta1)
             group["train_mode"], group["average_beta1"] = train, None if train else beta1
 
-    def _put_average_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
+    def _put_x_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
         constraints, local = view.constraints.of(p), view.placement.local(p)
         if constraints:
-            self._held[p] = p.detach().clone()
+            self._saved_y[p] = p.detach().clone()
         schedule_free.x_from_y(local, state, beta1, out=local)
         for constraint in constraints:
             p.copy_(constraint.projected(p))
 
-    def _put_back_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
-        held, local = self._held.pop(p, None), view.placement.local(p)
-        if held is not None:
-            p.copy_(held)
+    def _put_y_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
+        y, local = self._saved_y.pop(p, None), view.placement.local(p)
+        if y is not None:
+            p.copy_(y)
         else:
             schedule_free.y_from_x(local, state, beta1, out=local)
 
     def averages(self, view: View) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every parameter that does not hold x now, with its x, a new tensor."""
+        """Every parameter that does not hold x now, with its x, a new tensor of the same kind."""
         for group in view.groups:
             if group["use_schedulefree"] and group["train_mode"] and not self.is_lent:
                 for p, state in view.averaged(group):
@@ -101,11 +101,11 @@ class AverageSwap:
 
     @contextmanager
     def lent(self, view: View, has_changed: Callable[[], object]) -> Iterator[None]:
-        """A context in which the model holds x; on leaving it every weight is what it was, bit for bit.
+        """A context in which the model holds x; on leaving it, every weight is restored to the bit.
 
         Args:
             view: The optimiser.
-            has_changed: Called whenever the model holds other weights.
+            has_changed: Called after the weights in the model have been replaced.
         """
         before: list[tuple[Tensor, Tensor]] = []
         try:
@@ -114,7 +114,7 @@ class AverageSwap:
             yield
         finally:
             self.is_lent = False
-            _take_back_(before)
+            _restore_(before)
             has_changed()
 
     @isolated
@@ -126,7 +126,7 @@ class AverageSwap:
 
     @isolated
     def state_dict_of(self, view: View, model: nn.Module) -> dict[str, Any]:
-        """``model.state_dict()`` with the averages in the place of the weights; tied ones are cloned."""
+        """``model.state_dict()`` with x in place of y; further entries of a tied weight are clones."""
         averages = {id(p): x for p, x in self.averages(view)}
         entries: dict[str, Any] = {}
         seen: set[int] = set()
@@ -141,19 +141,19 @@ class AverageSwap:
 
 
 @isolated
-def _take_back_(before: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _restore_(before: Sequence[tuple[Tensor, Tensor]]) -> None:
     for p, y in before:
         p.copy_(y)
 
 
 def check_model(view: View, model: nn.Module) -> None:
-    """Refuse a model none of whose parameters is the optimiser's.
+    """Check that the optimiser has parameters of this model.
 
     Raises:
-        ValueError: It is one.
+        ValueError: It has parameters, but none of the model's.
     """
-    own = set(view.parameters)
-    if own and own.isdisjoint(model.parameters()):
+    parameters = set(view.parameters)
+    if parameters and parameters.isdisjoint(model.parameters()):
         raise ValueError(
             "averaged_state_dict: none of the model's parameters is one of the optimiser's, which has "
             "the average of no other: pass the model whose parameters it was given, not a copy of it."

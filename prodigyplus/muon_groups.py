@@ -1,7 +1,7 @@
-"""Which parameters Muon trains: a model's parameter groups, by the usual rules, and a table of groups.
+"""Parameter groups of a model, by which parameters Muon trains; and a table that describes groups.
 
-Muon is for hidden matrices. Shapes alone do not tell them from the rest, so modules and names are asked too;
-what stays unclear is refused.
+Muon is for hidden matrices. Shapes alone do not identify them, so the types and names of modules decide too;
+a parameter that stays ambiguous is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prodigyplus.torch_private import BATCH_OR_INSTANCE_NORM, CONVOLUTION
 
-# What trains a parameter, and the options of its group.
+# The kinds of group, and their options.
 _GROUPS = {
     "Muon": {"use_muon_pp": True},
     "Muon, batched": {"use_muon_pp": True, "muon_batched": True},
@@ -39,7 +39,7 @@ _HEAD_NAME = re.compile(
 
 @dataclass
 class _Candidate:
-    """A parameter, and what the rules ask of it; tied weights have several names and owners."""
+    """A parameter with what the rules go by; a tied weight has several names and owners."""
 
     p: Tensor
     names: list[str] = field(default_factory=list)
@@ -56,13 +56,13 @@ class _Candidate:
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether it is a filter for each channel: no matrix, though it has the shape of one."""
+        """Whether it is a depthwise convolution's: a filter for each channel, not a matrix."""
         convolutions = [owner for owner in self.owners if isinstance(owner, CONVOLUTION)]
         return any(conv.groups == conv.in_channels > 1 for conv in convolutions)
 
     @property
     def is_vector(self) -> bool:
-        """Whether the matrix that Muon would take it for has a single row or column, or nothing in it."""
+        """Whether as a matrix (each, if batched) it has at most one row or column, or no elements."""
         shape: tuple[int, ...] = self.p.shape
         if self.is_batched:
             shape = shape[-2:]
@@ -71,7 +71,7 @@ class _Candidate:
         return self.p.numel() == 0 or sum(size > 1 for size in shape) < 2
 
 
-# The first that holds decides.
+# The first rule that holds decides the kind.
 _RULES: tuple[tuple[str, Callable[[_Candidate], bool]], ...] = (
     ("elementwise", lambda c: c.is_vector),
     ("elementwise", lambda c: c.is_excluded),
@@ -141,24 +141,23 @@ def muon_groups(
         candidates[p].is_batched = True
     for p in _matching(model, "exclude", exclude):
         candidates[p].is_excluded = True
-    groups: dict[str, list[tuple[str, Tensor]]] = {trained: [] for trained in _GROUPS}
+    groups: dict[str, list[tuple[str, Tensor]]] = {kind: [] for kind in _GROUPS}
     for name, p in model.named_parameters():
-        groups[_trained(name, candidates[p])].append((name, p))
-    return [
-        {"params": params, **_GROUPS[trained]} for trained, params in groups.items() if params or keep_empty
-    ]
+        groups[_kind(name, candidates[p])].append((name, p))
+    return [{"params": params, **_GROUPS[kind]} for kind, params in groups.items() if params or keep_empty]
 
 
-def _trained(name: str, candidate: _Candidate) -> str:
-    for trained, holds in _RULES:
+def _kind(name: str, candidate: _Candidate) -> str:
+    """The kind of group, a key of ``_GROUPS``, that a parameter belongs to."""
+    for kind, holds in _RULES:
         if holds(candidate):
-            return trained
+            return kind
     what = f"parameter {name!r} of shape {tuple(candidate.p.shape)}"
     if candidate.is_batched:
         raise ValueError(
             f"batched: {what} matches, but is no stack of matrices. Narrow the pattern, or exclude it."
         )
-    if not candidate.p.requires_grad:  # what is not trained need not be clear
+    if not candidate.p.requires_grad:  # frozen: either kind will do
         return "elementwise"
     raise ValueError(
         f"{what} is not of a convolution, and may or may not be matrices. Declare it with batched=[{name!r}] "
@@ -166,17 +165,18 @@ def _trained(name: str, candidate: _Candidate) -> str:
     )
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Every parameter with its name and its owner, in the order of registration; tied ones repeatedly."""
+def _registrations(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Every registration of a parameter, in order: its name, its owner, itself; tied ones have several."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, p in owner.named_parameters(prefix, recurse=False, remove_duplicate=False):
             yield name, owner, p
 
 
 def _wrapped(model: nn.Module) -> list[nn.Module]:
-    """The model and what it wraps, to where there is more than one module; the last has all parameters.
+    """The model and the modules that it wraps, outermost first; the last is the unwrapped model.
 
-    Names do not matter, so DDP, ``torch.compile`` and a training class of the user's are alike.
+    A wrapper has no parameters of its own and one child that has, whatever its name: DDP, ``torch.compile``
+    and the user's own training classes are alike.
     """
     if next(model.parameters(recurse=False), None) is None:
         children = [child for child in model.children() if next(child.parameters(), None) is not None]
@@ -187,7 +187,7 @@ def _wrapped(model: nn.Module) -> list[nn.Module]:
 
 def _candidates(model: nn.Module) -> dict[Tensor, _Candidate]:
     candidates: dict[Tensor, _Candidate] = {}
-    for name, owner, p in _places(_wrapped(model)[-1]):
+    for name, owner, p in _registrations(_wrapped(model)[-1]):
         candidate = candidates.setdefault(p, _Candidate(p))
         candidate.names.append(name)
         candidate.owners.append(owner)
@@ -195,25 +195,25 @@ def _candidates(model: nn.Module) -> dict[Tensor, _Candidate]:
 
 
 def _heads(model: nn.Module) -> list[Tensor]:
-    *_, inner = path = _wrapped(model)
-    declared = [getattr(module, "get_output_embeddings", lambda: None)() for module in path]
+    """The weights of the output heads: declared by the model, found by name, or else its last matrix."""
+    *_, inner = modules = _wrapped(model)
+    declared = [getattr(module, "get_output_embeddings", lambda: None)() for module in modules]
     heads = [module for module in declared if isinstance(module, nn.Module)] or [
         module for name, module in inner.named_modules(remove_duplicate=False) if _HEAD_NAME.fullmatch(name)
     ]
     if not heads:
         return _matrices(inner)[-1:]
-    each = [
-        list(head.children()) if isinstance(head, (nn.ModuleList, nn.ModuleDict)) else [head]
-        for head in heads
-    ]
-    return [p for modules in each for module in modules for p in _matrices(module)[-1:]]
+    parts = (
+        head.children() if isinstance(head, (nn.ModuleList, nn.ModuleDict)) else [head] for head in heads
+    )
+    return [p for modules in parts for module in modules for p in _matrices(module)[-1:]]
 
 
 def _matrices(module: nn.Module) -> list[Tensor]:
-    """What could be a head; it may have a single row."""
+    """The weights of a module that could be a head's; they may have a single row."""
     return [
         p
-        for name, owner, p in _places(module)
+        for name, owner, p in _registrations(module)
         if (p.ndim == 2 or (isinstance(owner, CONVOLUTION) and p.ndim > 2))
         and not isinstance(owner, (*_EMBEDDINGS, *_NORMS))
         and not _EMBEDDING_NAME.search(name)
@@ -222,11 +222,12 @@ def _matrices(module: nn.Module) -> list[Tensor]:
 
 
 def _matching(model: nn.Module, argument: str, patterns: Iterable[str]) -> Iterator[Tensor]:
+    """The parameters whose names, with or without the prefix of wrappers, match one of the patterns."""
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matching = [
             p
             for module in (model, _wrapped(model)[-1])
-            for name, _, p in _places(module)
+            for name, _, p in _registrations(module)
             if fnmatchcase(name, pattern)
         ]
         if not matching:
@@ -235,10 +236,10 @@ def _matching(model: nn.Module, argument: str, patterns: Iterable[str]) -> Itera
 
 
 def describe_groups(groups: Iterable[Mapping[str, Any]]) -> str:
-    """A table of what trains which parameter, and how many parameters each kind has.
+    """A table of which parameters Muon trains, and how many parameters each kind of group has.
 
     Args:
-        groups: What :func:`muon_groups` gave, or ``optimizer.param_groups``.
+        groups: The result of :func:`muon_groups`, or ``optimizer.param_groups``.
 
     Returns:
         A line for each parameter: its name, its shape, and "Muon", "Muon, batched" or "elementwise". Then a
@@ -248,24 +249,25 @@ def describe_groups(groups: Iterable[Mapping[str, Any]]) -> str:
     sizes: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         muon = "Muon, batched" if group.get("muon_batched") else "Muon"
-        trained = muon if group.get("use_muon_pp") else "elementwise"
-        for number, entry in enumerate(group["params"]):
-            # An optimiser takes pairs apart.
+        kind = muon if group.get("use_muon_pp") else "elementwise"
+        for in_group, entry in enumerate(group["params"]):
+            # An optimiser keeps the names apart from the parameters.
             names = group.get("param_names")
-            name = names[number] if names else f"parameter {number} of param_groups[{index}]"
+            name = names[in_group] if names else f"parameter {in_group} of param_groups[{index}]"
             name, p = entry if isinstance(entry, tuple) else (name, entry)
-            rows.append((name, str(tuple(p.shape)), trained))
-            sizes.setdefault(trained, []).append(p.numel())
-    everything = max(1, sum(map(sum, sizes.values())))
+            rows.append((name, str(tuple(p.shape)), kind))
+            sizes.setdefault(kind, []).append(p.numel())
+    total = max(1, sum(map(sum, sizes.values())))
     totals = [("trained by", "tensors", "parameters", "share")] + [
-        (trained, f"{len(counts)}", f"{sum(counts):,}", f"{sum(counts) / everything:.1%}")
-        for trained in _GROUPS
-        if (counts := sizes.get(trained))
+        (kind, f"{len(counts)}", f"{sum(counts):,}", f"{sum(counts) / total:.1%}")
+        for kind in _GROUPS
+        if (counts := sizes.get(kind))
     ]
     return "\n".join([*_aligned(rows, "<<<"), "", *_aligned(totals, "<>>>")])
 
 
 def _aligned(rows: Iterable[tuple[str, ...]], sides: str) -> list[str]:
+    """Lines of aligned columns; ``sides`` has each column's alignment, "<" or ">"."""
     columns = [
         [f"{cell:{side}{max(map(len, column))}}" for cell in column]
         for side, column in zip(sides, zip(*rows, strict=True), strict=True)

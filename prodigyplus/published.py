@@ -1,6 +1,6 @@
-"""State of the published package, prodigy-plus-schedule-free 1.9 and 2.0, made state of ours.
+"""Convert state dicts of the published package, prodigy-plus-schedule-free 1.9 and 2.0, to ours.
 
-Both keep what we keep. Not all of it by the same name, in the same form or in the same unit:
+Both versions keep what we keep, but some of it under another name, in another form or in another unit:
 
 ===============================================  =======  ==================================================
 theirs                                           version  ours
@@ -50,7 +50,7 @@ Unit = Literal["group", "parameter"]
 
 
 class Outcome(Enum):
-    """What becomes of something in a state dict of the published package."""
+    """How an entry of the published package's state dict is imported."""
 
     EXACT = "carried over exactly"
     CONVERTED = "carried over, converted"
@@ -62,12 +62,12 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ReportLine:
-    """A line of a report: what fared alike, and how.
+    """A line of a report: entries with the same outcome.
 
     Args:
-        outcome: How it fared.
-        names: Theirs; of what is not in the state dict, ours.
-        unit, count: In how many groups or parameters.
+        outcome: How they were imported.
+        names: The package's names of the entries; our names for entries that its state dict does not have.
+        unit, count: How many groups or parameters have them.
         note: How, or why; may be empty.
     """
 
@@ -85,12 +85,12 @@ class ReportLine:
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What :func:`import_published` made of a state dict; to be printed.
+    """How :func:`import_published` imported a state dict; to be printed.
 
     Args:
-        version: Of the package that saved it, "1.9" or "2.0".
+        version: The version of the package that saved it, "1.9" or "2.0".
         train_mode: Whether it was saved in train mode, and so which weights the model has to hold.
-        items: What became of what is in it: a line for what fared alike, not for each tensor.
+        items: A line for all entries with the same outcome, not for each tensor.
     """
 
     version: str
@@ -113,14 +113,14 @@ class ImportReport:
 
 
 class _Tally(Counter[tuple[Outcome, tuple[str, ...], Unit, str]]):
-    """What fared how, and in how many groups or parameters."""
+    """Counts the groups or parameters by outcome, names and note."""
 
     def add(self, outcome: Outcome, *names: str, unit: Unit = "parameter", note: str = "") -> None:
         if names:
             self[outcome, names, unit, note] += 1
 
     def add_scaled(self, scale: float, *names: str, unit: Unit = "parameter", note: str) -> None:
-        """Add what was multiplied with ``scale``; ``note`` says why."""
+        """Add entries that were multiplied by ``scale``; ``note`` says why."""
         if scale == 1:
             self.add(Outcome.EXACT, *names, unit=unit)
         else:
@@ -128,7 +128,7 @@ class _Tally(Counter[tuple[Outcome, tuple[str, ...], Unit, str]]):
 
 
 class _Scales(NamedTuple):
-    """What makes their units ours."""
+    """The factors that convert the package's units to ours."""
 
     moment: float = 1.0  # of second moments
     statistic: float = 1.0  # of Prodigy's statistics
@@ -136,16 +136,16 @@ class _Scales(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Package:
-    """What is to be known of a version of the package.
+    """How a version of the package differs from ours.
 
     Args:
-        version: Its first two numbers.
-        options: Those that a group of its state dict has.
-        implied: Options that it has not, and the values that say what it does.
-        speed: What ``use_speed=True`` is here.
-        numbers: What a group has beside options, and we need.
-        scales: What makes the units of a group, by its index, ours.
-        changes: What goes on otherwise here: (when, by the options of the group; what; how).
+        version: Its major and minor version.
+        options: The options in a group of its state dict.
+        implied: Options of ours that it does not have, with the values that describe what it does.
+        speed: Our value for its ``use_speed=True``.
+        numbers: The other entries of a group that we need.
+        scales: Returns the scales of a group, given all groups and its index.
+        changes: What behaves differently here: (whether it does, given the group's options; name; how).
     """
 
     version: str
@@ -164,7 +164,7 @@ _OPTIONS = ("lr", "betas", "beta3", "eps", "weight_decay", "weight_decay_by_lr",
             "stochastic_rounding")  # fmt: skip
 _SINCE_2_0 = ("split_groups", "split_groups_mean", "use_schedulefree", "schedulefree_c", "d_limiter")
 
-# What a group of either version has that follows from the rest, or is needed within a step alone.
+# Entries of a group of either version that follow from the rest, or are only needed within a step.
 _BOOKKEEPING = ("optimiser_version", "d_prev", "shared_d", "prev_d_numerator", "running_d_numerator",
                 "running_d_denom", "running_weight_sum")  # fmt: skip
 
@@ -174,17 +174,17 @@ _WEIGHTED = "weighted with d²/sqrt(d0), not sqrt(d)"
 
 _MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
 
-# What a parameter has that follows from the rest, or that has no part in our algorithm.
+# Entries of a parameter that follow from the rest, or have no part in our algorithm.
 _DROPPED = ("exp_avg_sq_metadata", "muon", "rms_sq")
 
-# SPEED's numbers in the order of ours.
+# The package's names of SPEED's numbers, in the order of ``prodigy.AVERAGES``.
 _SPEED = ("exp_avg_x0_dot", "max_x0_minus_l1_norm", "max_x0_minus_l2_norm")
 
 
 def _scales_of_1_9(groups: Sequence[Group], index: int) -> _Scales:
     group = groups[index]
-    # d_prev is the d of the last step; but groups that share the first one's d never move theirs, and none
-    # does once d is frozen.
+    # d_prev is the d of the last step; but groups that share the first one's d never update theirs, and no
+    # group does once d is frozen.
     leader = groups[0] if _is_pooled(groups) else group
     frozen = 0 < group["prodigy_steps"] < group["k"]
     last_d = leader["d"] if frozen else leader["d_prev"]
@@ -199,7 +199,7 @@ def _is_pooled(groups: Sequence[Group]) -> bool:
 _1_9 = _Package(
     version="1.9",
     options=(*_OPTIONS, "use_muon_pp"),
-    # Not among them: d_limiter=False. Its d grows by another rule, and ours may want the limiter.
+    # d_limiter=False is not implied: its d grows by another rule, and ours may need the limiter.
     implied={
         "slice_p": _SLICE_P,
         "beta4": 0.0,
@@ -253,42 +253,42 @@ _2_0 = _Package(
 
 
 def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str, Any]) -> ImportReport:
-    """Go on from a state dict of the published package, prodigy-plus-schedule-free 1.9 or 2.0.
+    """Resume from a state dict of the published package, prodigy-plus-schedule-free 1.9 or 2.0.
 
     >>> saved = torch.load("checkpoint.pt", weights_only=True)
     >>> model.load_state_dict(saved["model"])
     >>> print(import_published(optimizer, saved["optimizer"]))
 
-    The model's weights are not in it: load those that were saved with it. It knows which they are, those to
-    train at or their average, and the optimiser is then in the same mode. The options come with it, as with
-    ``load_state_dict``; those that the package does not have are set to what it does.
+    The state dict does not have the model's weights: load those that were saved with it. It says whether they
+    are the weights to train at or their average, and the optimiser is then in the same mode. Its options are
+    loaded too, as by ``load_state_dict``; options that the package does not have are set to what it does.
 
     Args:
-        optimizer: The one to go on with, of the same parameters in the same groups and order. That of
-            sharded parameters takes its pieces.
-        state_dict: What ``state_dict()`` of the package's optimiser gave. It is not changed, nor shared.
+        optimizer: The optimiser to resume with, of the same parameters in the same groups and order. One of
+            sharded parameters loads this rank's pieces.
+        state_dict: The result of ``state_dict()`` of the package's optimiser; neither changed nor shared.
 
     Returns:
-        What became of what is in it. Where the run will go on otherwise than it would have with the package,
+        How each entry was imported. Where the run will differ from what it would have been with the package,
         there is a warning too.
 
     Raises:
-        ValueError: It is of another package, or of other groups, parameters or options than can be here. The
-            optimiser is then as it was before.
+        ValueError: The state dict is not the package's, or its groups, parameters or options do not fit. The
+            optimiser is then unchanged.
     """
     package = _package_of(state_dict)
     saved, saved_states = state_dict["param_groups"], state_dict["state"]
     tally = _Tally()
-    said = [_group(package, saved, index, saved_states, tally) for index in range(len(saved))]
+    converted = [_group(package, saved, index, saved_states, tally) for index in range(len(saved))]
     groups = checkpoint.checked_groups(
-        {"state": {}, "param_groups": said}, optimizer.param_groups, optimizer.defaults
+        {"state": {}, "param_groups": converted}, optimizer.param_groups, optimizer.defaults
     )
     states = {}
     for index, (group, ours) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        group.update({name: ours[name] for name in options.NAMES if name not in said[index]})
-        for applies, what, how in package.changes:
+        group.update({name: ours[name] for name in options.NAMES if name not in converted[index]})
+        for applies, name, how in package.changes:
             if applies(group):
-                tally.add(Outcome.CHANGES, what, unit="group", note=how)
+                tally.add(Outcome.CHANGES, name, unit="group", note=how)
         o, scales = Options.of(group), package.scales(saved, index)
         for in_group, (key, p) in enumerate(zip(group["params"], ours["params"], strict=True)):
             name = name_of(ours, index, in_group)
@@ -301,7 +301,7 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
                 states[key] = _state(saved_states[key], p, o, scales, name, tally)
             else:
                 tally.add(Outcome.EXACT, "no state", note="no gradient yet")
-    _share(groups, saved, tally)
+    _set_shared_d_(groups, saved, tally)
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
     items = tuple(
@@ -318,6 +318,7 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
 
 
 def _package_of(state_dict: Mapping[str, Any]) -> _Package:
+    """The version of the package that saved a state dict; ValueError if none did."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"the state dict has no {key!r}: pass what state_dict() gave.")
@@ -343,7 +344,7 @@ def _package_of(state_dict: Mapping[str, Any]) -> _Package:
 def _group(
     package: _Package, saved: Sequence[Group], index: int, states: Mapping[Any, Any], tally: _Tally
 ) -> dict[str, Any]:
-    """A group of ours, but for the options that theirs does not tell of."""
+    """Convert a group, except for our options that the package's group does not determine."""
     theirs = saved[index]
     given = {**{name: theirs.get(name, 0.0) for name in package.options}, **package.implied}
     tally.add(Outcome.EXACT, "options", unit="group")
@@ -359,11 +360,11 @@ def _group(
     tally.add(Outcome.OWN, *(name for name in options.NAMES if name not in given), unit="group")
 
     numbers = _numbers(theirs, index, package.scales(saved, index).statistic, tally)
-    steps, has_moved = numbers["k"], any(map(states.get, theirs["params"]))
-    if not has_moved:
-        numbers["k"] = 0  # there all groups count, here those with gradients
-    if has_moved and not given["use_schedulefree"]:
-        numbers["weight_sum"] = numbers["d"] ** 2  # not kept there; here only whether it is above 0 matters
+    steps, has_state = numbers["k"], any(map(states.get, theirs["params"]))
+    if not has_state:
+        numbers["k"] = 0  # the package counts steps of all groups, we count those with gradients
+    if has_state and not given["use_schedulefree"]:
+        numbers["weight_sum"] = numbers["d"] ** 2  # the package has none; only whether it is > 0 matters
     kept = theirs.keys() - {*options.NAMES, *_BOOKKEEPING, *numbers, "params", "train_mode"}
     tally.add(Outcome.EXACT, *sorted(kept), unit="group", note="not the package's, but the group's own")
     bookkeeping = [name for name in _BOOKKEEPING if any(name in group for group in saved)]
@@ -377,7 +378,7 @@ def _group(
 
 
 def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict[str, float | int]:
-    """A group's numbers (see :func:`prodigyplus.engine.columns.first_numbers`)."""
+    """Our numbers of a group (see :func:`prodigyplus.engine.columns.first_numbers`), from the package's."""
 
     def read(name: str, default: float = 0.0) -> float:
         value = float(theirs.get(name, default))
@@ -404,8 +405,8 @@ def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict
     }
 
 
-def _share(groups: Sequence[dict[str, Any]], saved: Sequence[Group], tally: _Tally) -> None:
-    """Set the step sizes in use, as :func:`prodigyplus.engine.groups.Groups.close` does."""
+def _set_shared_d_(groups: Sequence[dict[str, Any]], saved: Sequence[Group], tally: _Tally) -> None:
+    """Set the shared d of our groups, as :func:`prodigyplus.engine.groups.Groups.close` does."""
     sharing = [group for group in groups if group["split_groups"] and group["split_groups_mean"]]
     if len(sharing) > 1:
         d, d0, weight_sum, k = (
@@ -425,9 +426,9 @@ def _share(groups: Sequence[dict[str, Any]], saved: Sequence[Group], tally: _Tal
 def _state(
     saved: Mapping[str, Any], p: Tensor, o: Options, scales: _Scales, name: str, tally: _Tally
 ) -> dict[str, Tensor]:
-    """A parameter's state in the form that it is saved in, from theirs. It may share tensors with it."""
-    translated = {*_MOMENTS, *_DROPPED, *states.SAMPLED, *_SPEED}
-    state = {key: value for key, value in saved.items() if key not in translated}
+    """Convert a parameter's state to the form in which we save it; it may share tensors with ``saved``."""
+    converted = {*_MOMENTS, *_DROPPED, *states.SAMPLED, *_SPEED}
+    state = {key: value for key, value in saved.items() if key not in converted}
     base = state.get("z", state.get("exp_avg"))
     if base is None or base.shape != p.shape:
         found = "no z nor exp_avg" if base is None else f"state of shape {tuple(base.shape)}"
@@ -446,13 +447,14 @@ def _state(
 def _second_moment(
     saved: Mapping[str, Any], base: Tensor, o: Options, scale: float, tally: _Tally
 ) -> dict[str, Tensor]:
+    """Convert the second moment, or FOCUS's average; ``base`` is a saved tensor of the parameter's shape."""
     layout = Layout(tuple(base.shape))
     if saved.get("muon") and not o.use_muon_pp:
         tally.add(Outcome.ANEW, "second moment", note="Muon had none")
         fresh = states.new_state(base, base, layout, StateOptions.of(o))
         return {key: value for key, value in fresh.items() if key.startswith("exp_avg_sq")}
     found = {key: saved[key] for key in _MOMENTS if key in saved}
-    if isinstance(found.get("exp_avg_sq"), (list, tuple)):  # the factors, and which dimensions they are of
+    if isinstance(found.get("exp_avg_sq"), (list, tuple)):  # row and column factors, and their dimensions
         found["exp_avg_sq_row"], found["exp_avg_sq_col"], *_ = found.pop("exp_avg_sq")
     tally.add_scaled(scale, *found, note="times d², as that of d·g")
     found = {key: _scaled(value, scale) for key, value in found.items()}
@@ -473,12 +475,12 @@ def _second_moment(
 def _evidence(
     saved: Mapping[str, Any], p: Tensor, o: Options, scale: float, name: str, tally: _Tally
 ) -> dict[str, Tensor]:
-    """What a parameter keeps for Prodigy, as long as the step size adapts."""
+    """Convert what a parameter keeps for Prodigy while the step size adapts."""
     layout, count = Layout(tuple(p.shape)), -(-math.prod(p.shape) // _SLICE_P)
 
     def rows(key: str) -> Tensor:
         value = saved.get(key)
-        if isinstance(value, Tensor) and value.ndim == 0:  # weights that were all zero
+        if isinstance(value, Tensor) and value.ndim == 0:  # saved so for weights that are all zero
             value = value.expand(count)
         if value is None or value.shape != (count,):
             found = f"no {key!r}" if value is None else f"{key!r} of shape {tuple(value.shape)}"

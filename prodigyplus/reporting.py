@@ -5,19 +5,19 @@ from __future__ import annotations
 import sys
 import warnings
 
-_NOT_THE_CALLER = ("prodigyplus.", "prodigyplus_", "torch.")
+_LIBRARIES = ("prodigyplus.", "prodigyplus_", "torch.")
 
 
 def warn_caller(message: str) -> None:
-    """Warn at the line of the caller's own code, however many of ours and torch's lie between."""
+    """Warn at the innermost line outside this library and torch."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_NOT_THE_CALLER):
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
 
 def is_called_from(module: str) -> bool:
-    """Whether a function of this module is among those under way."""
+    """Whether a function of the module of this name is on the call stack."""
     frame = sys._getframe(1)
     while frame.f_back:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Complete sums over shards: all that a round asks for in one all-reduce along each mesh axis it crosses.
+"""Complete sums over shards: all sums of a round in one all-reduce along each mesh axis.
 
 The number of collectives depends on the meshes alone, not on how many parameters or groups there are. An
 all-reduce gives every rank the same bits, so every rank computes the same numbers from them.
@@ -24,12 +24,12 @@ from prodigyplus_dist.orthogonalize import Orthogonalizer
 
 
 class MeshExchange:
-    """The exchange of a process that holds pieces of tensors; see ``Exchange`` in ``engine/driver.py``.
+    """The :class:`prodigyplus.engine.driver.Exchange` of a process that holds pieces of tensors.
 
     Args:
-        process_group: The ranks that hold other parameters of the same optimiser, or None.
-        bucket_bytes: How many bytes of directions may be alive at once; each half of it is a collective more.
-        replicas: The ranks that hold copies of plain tensors, or None.
+        process_group: The ranks that share one step size and hold other parameters, as pipeline stages do.
+        bucket_bytes: How many bytes of directions may be alive at once; one more collective for each half.
+        replicas: The ranks that hold copies of plain tensors.
         all_to_all: Whether matrices are sent with all-to-alls; see :class:`Orthogonalizer`.
     """
 
@@ -44,50 +44,48 @@ class MeshExchange:
         self.bucket_bytes = bucket_bytes
         self.replicas = replicas
         self._process_group = process_group
-        self._stages_agree = False  # whether it is known that all have as many groups
+        self._stages_agree = False  # whether all are known to have the same number of groups
         self._orthogonalizer = Orthogonalizer(bucket_bytes, all_to_all=all_to_all)
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeshExchange:
-        return self  # the copy of an optimiser talks to the same ranks
+        return self  # the copy of an optimiser communicates with the same ranks
 
-    def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answers]]:
-        answers: list[Answers] = [{name: sum_.local for name, sum_ in sums.items()} for sums in asked]
-        # By process group, since meshes may share axes. In the order in which the parameters name them, which
-        # is the same on every rank.
-        crossing: dict[dist.ProcessGroup, list[tuple[int, str]]] = {}
-        for number, sums in enumerate(asked):
+    def complete(self, requests: Sequence[Asked]) -> Callable[[], list[Answers]]:
+        answers: list[Answers] = [{name: sum_.local for name, sum_ in sums.items()} for sums in requests]
+        # By process group, since meshes may share axes; in order of first use, the same on every rank.
+        by_group: dict[dist.ProcessGroup, list[tuple[int, str]]] = {}
+        for index, sums in enumerate(requests):
             for name, sum_ in sums.items():
                 for axis in sum_.axes:
-                    crossing.setdefault(cast("dist.ProcessGroup", axis), []).append((number, name))
+                    by_group.setdefault(cast("dist.ProcessGroup", axis), []).append((index, name))
 
-        def begin(index: int) -> Callable[[], None]:
-            group, sums_of = rounds[index]
-            wait = _all_reduce([answers[n][name] for n, name in sums_of], group)
+        def begin(group: dist.ProcessGroup) -> Callable[[], None]:
+            wait = _all_reduce([answers[index][name] for index, name in by_group[group]], group)
 
             def end() -> None:
-                for (n, name), value in zip(sums_of, wait(), strict=True):
-                    answers[n][name] = value
+                for (index, name), value in zip(by_group[group], wait(), strict=True):
+                    answers[index][name] = value
 
             return end
 
-        # What is summed along several axes goes along one after the other: the first one now.
-        rounds = list(crossing.items())
-        first = begin(0) if rounds else None
+        # One group after the other, since a sum may need several: the first begins now, the others later.
+        groups = list(by_group)
+        end_first = begin(groups[0]) if groups else None
 
         def finish() -> list[Answers]:
-            if first is not None:
-                first()
-            for index in range(1, len(rounds)):
-                begin(index)()
+            if end_first is not None:
+                end_first()
+            for group in groups[1:]:
+                begin(group)()
             return answers
 
         return finish
 
     def orthogonalize(
-        self, asked: Sequence[tuple[Layout, Matrices]]
+        self, requests: Sequence[tuple[Layout, Matrices]]
     ) -> Iterable[tuple[Sequence[int], Sequence[Tensor]]]:
         return self._orthogonalizer.orthogonalize(
-            [(cast("MeshLayout", layout), matrices) for layout, matrices in asked]
+            [(cast("MeshLayout", layout), matrices) for layout, matrices in requests]
         )
 
     def sum_over_stages(self, values: Tensor) -> Tensor:
@@ -106,19 +104,19 @@ class MeshExchange:
 
 
 def _all_reduce(values: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], list[Tensor]]:
-    """Begin to sum many tensors over a group, packed into one buffer of the widest of their dtypes.
+    """Begin to sum tensors over a group, packed into one buffer of the dtype that all promote to.
 
     Returns:
-        What waits for the sums, and gives them.
+        A function that waits for the sums and returns them, in the shapes and dtypes of ``values``.
     """
     dtype = functools.reduce(torch.promote_types, {value.dtype for value in values})
     buffer = torch.cat([value.reshape(-1).to(dtype) for value in values])
     work = dist.all_reduce(buffer, group=group, async_op=True)
-    kinds = [(value.shape, value.dtype) for value in values]
+    formats = [(value.shape, value.dtype) for value in values]
 
     def wait() -> list[Tensor]:
         work.wait()
-        pieces = torch.split(buffer, [math.prod(shape) for shape, _ in kinds])
-        return [piece.view(shape).to(dtype) for piece, (shape, dtype) in zip(pieces, kinds, strict=True)]
+        pieces = torch.split(buffer, [math.prod(shape) for shape, _ in formats])
+        return [piece.view(shape).to(dtype) for piece, (shape, dtype) in zip(pieces, formats, strict=True)]
 
     return wait

@@ -1,7 +1,7 @@
-"""Moving parameters within the backward pass, where their gradients are whole.
+"""Update parameters within the backward pass, at the point where their gradients have been reduced.
 
-Under FSDP2 that is where its own hooks run, after the reduce-scatter. Under DDP no hook of a parameter sees
-the average, since DDP sums gradients bucket by bucket: what sees it is DDP's communication hook.
+Under FSDP2 post-accumulate hooks of parameters run after the reduce-scatter. Under DDP they run before the
+gradient is averaged, since DDP reduces bucket by bucket: there a communication hook of DDP sees the average.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,17 @@ Average: TypeAlias = "torch.futures.Future[Tensor]"
 
 
 def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse a parameter whose gradient is not whole where a hook sees it.
+    """Refuse parameters whose gradients are not reduced over all ranks when a hook sees them.
 
-    By what every rank knows, so that all refuse alike.
+    Decides by what all ranks know, so that all raise or none does.
+
+    Args:
+        model: The model whose backward pass is to be hooked, wrapped in DDP if it is.
+        parameters: The parameters to be updated in it, by their names.
 
     Raises:
-        ValueError: Neither FSDP2 nor DDP sums its gradients.
+        ValueError: Neither FSDP2 nor DDP reduces the gradient of one of them, or they do so in a way that
+            hooks do not go with.
     """
     if isinstance(model, DistributedDataParallel):
         if not model.gradient_as_bucket_view:
@@ -60,13 +65,13 @@ def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
 
 
 class Buckets:
-    """DDP's buckets of gradients: averaged as they come, consumed when the next one does, or at the end.
+    """DDP's buckets of gradients: each is averaged when it is full, and consumed when the next one is.
 
-    So the all-reduce of one runs while the backward pass fills the next.
+    So the all-reduce of one runs while the backward pass fills the next. :meth:`consume` ends the last one.
 
     Args:
-        model: Whose buckets they are. It may have no other communication hook.
-        take: Moves a parameter by its gradient.
+        model: The wrapped model, which may have no other communication hook.
+        take: Updates a parameter by its gradient.
     """
 
     def __init__(self, model: DistributedDataParallel, take: Take) -> None:
@@ -74,19 +79,19 @@ class Buckets:
         self._waiting: list[tuple[Average, list[Tensor], list[Tensor]]] = []
         group = model.process_group
 
-        # DDP looks at the annotations themselves: a module that makes them texts could register no hook.
-        def add(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-            buffer = bucket.buffer().mul_(1 / group.size())  # as DDP does
+        # DDP compares the annotations as objects, so this module may not import annotations from __future__.
+        def average_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+            buffer = bucket.buffer().mul_(1 / group.size())  # before the sum, as DDP does
             work = dist.all_reduce(buffer, group=group, async_op=True)
             average: Average = work.get_future().then(lambda future: future.value()[0])
             self.consume()
             self._waiting.append((average, bucket.parameters(), bucket.gradients()))
             return average
 
-        model.register_comm_hook(None, add)
+        model.register_comm_hook(None, average_bucket)
 
     def consume(self) -> None:
-        """Move the parameters of the buckets that came so far."""
+        """Wait for the buckets added so far, and update their parameters."""
         waiting, self._waiting = self._waiting, []
         for average, parameters, gradients in waiting:
             average.wait()
@@ -95,13 +100,13 @@ class Buckets:
 
 
 class MeshHooks:
-    """Hooks where gradients are whole; see :class:`prodigyplus.engine.in_backward.Hooks`."""
+    """Hooks that run once gradients have been reduced; see :class:`prodigyplus.engine.in_backward.Hooks`."""
 
     def __init__(self) -> None:
         self._buckets: list[Buckets] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> "MeshHooks":
-        return MeshHooks()  # those of a model move the parameters of one optimiser
+        return MeshHooks()  # hooks on a model update one optimiser's parameters
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_buckets": []}
@@ -110,7 +115,7 @@ class MeshHooks:
         check_whole(model, parameters)
         if not isinstance(model, DistributedDataParallel):
             return hook_parameters(parameters, take)
-        # Which parameters no rank has used, DDP knows at the end of a backward pass: then step() does all.
+        # With these options DDP knows the unused parameters only after the backward pass: step() does all.
         if not (model.find_unused_parameters or model.static_graph):
             self._buckets.append(Buckets(model, take))
         return []

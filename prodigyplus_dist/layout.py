@@ -1,4 +1,4 @@
-"""Where a DTensor's local piece lies in its global tensor, read off its placements."""
+"""Which part of its global tensor a DTensor's local piece is, read off the placements."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from prodigyplus.terms.layout import Layout
 from prodigyplus_dist import torch_private
 
 Indices = tuple[Sequence[int], ...]
-"""What a piece holds of a tensor: in each dimension, the global indices."""
+"""A piece of a tensor: the global indices that it holds in each dimension, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeshLayout(Layout):
-    """A :class:`Layout` that knows of the other ranks which hold the tensor, and what they hold.
+    """A :class:`Layout` that also has the other ranks that hold the tensor, and the pieces that they hold.
 
     Args:
-        ranks: Their global ranks: a row for each copy of the tensor, a column for each piece of it.
+        ranks: The global ranks: a row for each copy of the tensor, a column for each piece of it.
         coordinate: The row and the column of this rank.
-        pieces: Gives the indices of all pieces, in the order of the columns. A function, since on a large
-            mesh they are many.
+        pieces: Returns the indices of all pieces, in the order of the columns. A function, since a large mesh
+            has many.
     """
 
     ranks: tuple[tuple[int, ...], ...] = ((0,),)
@@ -47,13 +47,13 @@ class MeshLayout(Layout):
 
 
 def layout_of(tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> MeshLayout:
-    """The layout of a parameter: of a DTensor, from its placements; of another tensor, the whole.
+    """The layout of a parameter: a DTensor's from its placements; a plain tensor is whole.
 
-    It names a mesh axis by the process group of the ranks along it.
+    Its mesh axes are the process groups of the ranks along them.
 
     Args:
         tensor: The parameter.
-        replicas: The ranks that have copies of it, if it is no DTensor.
+        replicas: The ranks that hold copies of a plain tensor; ignored for a DTensor.
     """
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
@@ -67,88 +67,91 @@ def layout_of(tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> Mesh
         )
     mesh, placements = tensor.device_mesh, tensor.placements
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a parameter on a mesh that this rank is not of"
-    axes = [(axis, cut_dim(placements[axis], len(shape))) for axis in range(mesh.ndim) if mesh.size(axis) > 1]
-    cutting = [(axis, dim) for axis, dim in axes if dim is not None]
-    copying = [axis for axis, dim in axes if dim is None]
+    assert coordinate is not None, "a parameter on a mesh that this rank is not part of"
+    axes = [(axis, shard_dim(p, len(shape))) for axis, p in enumerate(placements) if mesh.size(axis) > 1]
+    sharding_axes = [(axis, dim) for axis, dim in axes if dim is not None]
+    replicating_axes = [axis for axis, dim in axes if dim is None]
 
     def pieces() -> list[Indices]:
-        return _pieces(shape, [(dim, placements[axis], mesh.size(axis)) for axis, dim in cutting])
+        return _pieces(shape, [(dim, placements[axis], mesh.size(axis)) for axis, dim in sharding_axes])
 
     indices: list[Sequence[int]] = [range(size) for size in shape]
     largest = list(shape)
-    for axis, dim in cutting:
-        indices[dim] = _cut(indices[dim], dim, placements[axis], mesh.size(axis))[coordinate[axis]]
+    for axis, dim in sharding_axes:
+        shards = shard_indices(indices[dim], dim, placements[axis], mesh.size(axis))
+        indices[dim] = shards[coordinate[axis]]
         largest[dim] = -(-largest[dim] // mesh.size(axis))
-    order = [*copying, *(axis for axis, _ in cutting)]
+    order = [*replicating_axes, *(axis for axis, _ in sharding_axes)]
     order += [axis for axis in range(mesh.ndim) if axis not in order]
     sizes = [mesh.size(axis) for axis in order]
-    rows = math.prod(sizes[: len(copying)])
-    number = 0
+    rows = math.prod(sizes[: len(replicating_axes)])
+    index = 0  # of this rank in the flattened mesh, axes in this order
     for axis, size in zip(order, sizes, strict=True):
-        number = number * size + coordinate[axis]
+        index = index * size + coordinate[axis]
     columns = math.prod(sizes) // rows
     layout = MeshLayout(
         shape,
         tuple(indices),
-        tuple((mesh.get_group(axis), dim) for axis, dim in cutting),
-        tuple(mesh.get_group(axis) for axis in copying),
+        tuple((mesh.get_group(axis), dim) for axis, dim in sharding_axes),
+        tuple(mesh.get_group(axis) for axis in replicating_axes),
         math.prod(largest),
         tuple(map(tuple, mesh.mesh.permute(order).reshape(rows, columns).tolist())),
-        divmod(number, columns),
+        divmod(index, columns),
         pieces,
     )
     assert layout.local_shape == tuple(tensor.to_local().shape)
     return layout
 
 
-def cut_dim(placement: Placement, ndim: int) -> int | None:
-    """The dimension that a placement cuts, if any."""
-    # Shard and its strided kind, of which is_shard() does not know.
+def shard_dim(placement: Placement, ndim: int) -> int | None:
+    """The dimension that a placement shards, or None."""
+    # Not is_shard(), which is false for strided shards.
     dim: int | None = getattr(placement, "dim", None)
     return None if dim is None else dim % ndim
 
 
 def placements_of(like: DTensor, whole: Sequence[int]) -> list[Placement]:
-    """The placements of ``like``, but uncut in the dimensions ``whole``."""
+    """The placements of ``like``, but replicated where they shard one of the dimensions ``whole``."""
     return [
-        Replicate() if cut_dim(placement, like.ndim) in whole else placement for placement in like.placements
+        Replicate() if shard_dim(placement, like.ndim) in whole else placement
+        for placement in like.placements
     ]
 
 
-def _pieces(shape: tuple[int, ...], cuts: Sequence[tuple[int, Placement, int]]) -> list[Indices]:
-    """The indices of all pieces of a tensor, the last cut's number the fastest to change.
+def _pieces(shape: tuple[int, ...], shards: Sequence[tuple[int, Placement, int]]) -> list[Indices]:
+    """The indices of all pieces of a tensor, in row-major order of their coordinates along the sharding axes.
 
     Args:
-        shape: The tensor's.
-        cuts: The dimension that is cut, how, and into how many pieces, one cut after the other.
+        shape: The shape of the tensor.
+        shards: For each sharding axis in turn the dimension it shards, its placement and its size.
     """
-    # By dimension, the indices along it by the numbers of the cuts that concern it.
+    # For each dimension, the indices along it, by the coordinates along the axes that shard it.
     along: list[dict[tuple[int, ...], Sequence[int]]] = [{(): range(size)} for size in shape]
-    for dim, placement, count in cuts:
+    for dim, placement, count in shards:
         along[dim] = {
-            (*numbers, number): piece
-            for numbers, indices in along[dim].items()
-            for number, piece in enumerate(_cut(indices, dim, placement, count))
+            (*coordinates, coordinate): piece
+            for coordinates, indices in along[dim].items()
+            for coordinate, piece in enumerate(shard_indices(indices, dim, placement, count))
         }
     return [
         tuple(
-            pieces[tuple(number for number, (cut, *_) in zip(numbers, cuts, strict=True) if cut == dim)]
+            pieces[tuple(at for at, (sharded, *_) in zip(coordinate, shards, strict=True) if sharded == dim)]
             for dim, pieces in enumerate(along)
         )
-        for numbers in itertools.product(*(range(count) for *_, count in cuts))
+        for coordinate in itertools.product(*(range(count) for *_, count in shards))
     ]
 
 
-def _cut(indices: Sequence[int], dim: int, placement: Placement, count: int) -> list[Sequence[int]]:
-    """The indices along a dimension in ``count`` pieces, as the placement cuts."""
-    # The indices as a tensor, which DTensor cuts as it would cut one of weights.
+def shard_indices(indices: Sequence[int], dim: int, placement: Placement, count: int) -> list[Sequence[int]]:
+    """Split the indices along dimension ``dim`` into ``count`` shards, as the placement does."""
+    # DTensor splits a tensor of indices as it would split one of weights.
     along = torch.tensor(indices, dtype=torch.int64, device="cpu").view((1,) * dim + (-1,))
-    return [range_if_one(piece.flatten().tolist()) for piece in torch_private.split(placement, along, count)]
+    shards = torch_private.split(placement, along, count)
+    return [range_if_consecutive(shard.flatten().tolist()) for shard in shards]
 
 
-def range_if_one(indices: Sequence[int]) -> Sequence[int]:
-    """Ascending indices, as a range if they follow on one another."""
+def range_if_consecutive(indices: Sequence[int]) -> Sequence[int]:
+    """Ascending indices, as a range if they are consecutive."""
     if not indices:
         return range(0)
     run = range(indices[0], indices[-1] + 1)

@@ -1,12 +1,12 @@
-"""Orthogonalise whole matrices on a mesh, each once: its pieces go to one rank, the result's come back.
+"""Orthogonalise whole matrices on a mesh, each once: gather its pieces on one rank, scatter the result's.
 
 A matrix is orthogonalised by its owner, one of the ranks that hold a piece of it. Within a copy of the
 tensors that takes two all-to-alls of uneven sizes. Where there are several copies, each owns a part of the
-matrices and shares the results with the others.
+matrices and broadcasts the results to the others.
 
 ===========  ====================================================================
-``send``     pieces to the owners, among the ranks of a copy
-``compute``  Newton–Schulz at the owners; then begins to send back
+``send``     begins to send pieces to the owners, among the ranks of a copy
+``compute``  Newton–Schulz at the owners; then begins to send the results back
 ``receive``  pieces of the results; then, a bucket at a time, those of other copies
 ===========  ====================================================================
 
@@ -30,14 +30,14 @@ from prodigyplus_dist import transport
 from prodigyplus_dist.layout import MeshLayout
 from prodigyplus_dist.ownership import Block, MatrixSharding, assign_owners
 
-Asked = tuple[MeshLayout, Matrices]
+MatrixRequest = tuple[MeshLayout, Matrices]
 
 
 class Orthogonalizer:
     """Orthogonalises matrices whose pieces are on several ranks.
 
     Args:
-        bucket_bytes: How many bytes of matrices a rank sends, and computes on, at once; or one matrix.
+        bucket_bytes: How many bytes of matrices a rank sends, and computes on, at once; at least one matrix.
         all_to_all: Send with all-to-alls. False: point to point.
     """
 
@@ -49,73 +49,71 @@ class Orthogonalizer:
         self._plans: dict[tuple[tuple[MatrixSharding, ...], int], list[Block]] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_groups": {}, "_shardings": {}, "_plans": {}}  # which are made anew
+        return {**self.__dict__, "_groups": {}, "_shardings": {}, "_plans": {}}  # caches, made anew
 
-    def orthogonalize(self, asked: Sequence[Asked]) -> Iterator[tuple[list[int], list[Tensor]]]:
-        """See :class:`prodigyplus.engine.driver.Exchange`."""
+    def orthogonalize(self, requests: Sequence[MatrixRequest]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """Begin to orthogonalise; see :class:`prodigyplus.engine.driver.Exchange`."""
         sizes = []
-        for layout, matrices in asked:
-            self._join(layout, matrices.local.device)
-            _, matrix = muon.bytes_of(layout.shape, matrices)
+        for layout, matrices in requests:
+            self._make_groups(layout, matrices.local.device)
+            _, matrix_bytes = muon.bytes_of(layout.shape, matrices)
             # Each copy owns its share.
-            sizes.append(
-                (layout.max_local_numel * matrices.method.dtype.itemsize // len(layout.ranks), matrix)
-            )
+            sizes.append((_piece_bytes(layout, matrices) // len(layout.ranks), matrix_bytes))
         waves = [
-            MatrixBatch(self, numbers, [asked[number] for number in numbers])
-            for numbers in muon.waves(sizes, self.bucket_bytes)
+            MatrixBatch(self, indices, [requests[index] for index in indices])
+            for indices in muon.waves(sizes, self.bucket_bytes)
         ]
         waves[0].send()
         return self._finish(waves)
 
     def _finish(self, waves: Sequence[MatrixBatch]) -> Iterator[tuple[list[int], list[Tensor]]]:
-        for number, wave in enumerate(waves):
-            if number + 1 < len(waves):
-                waves[number + 1].send()
+        for index, wave in enumerate(waves):
+            if index + 1 < len(waves):
+                waves[index + 1].send()
             wave.compute()
-            if number:
-                yield from waves[number - 1].receive()
+            if index:
+                yield from waves[index - 1].receive()
         yield from waves[-1].receive()
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        """The process group of these ranks; None of one rank."""
+        """The process group of these ranks; None for a single rank."""
         return self._groups[tuple(sorted(ranks))]
 
-    def _join(self, layout: MeshLayout, device: torch.device) -> None:
-        """Find the process groups of the ranks that hold a copy of a tensor, and of those that hold a piece.
+    def _make_groups(self, layout: MeshLayout, device: torch.device) -> None:
+        """Find or make the process groups of the ranks that share a copy, and of those that share a piece.
 
-        All ranks ask for theirs in the order of the parameters, which is the same for all.
+        All ranks call it for the parameters in the same order.
         """
-        cutting = [cast("dist.ProcessGroup", axis) for axis, _ in layout.shard_axes]
-        copying = [cast("dist.ProcessGroup", axis) for axis in layout.replica_axes]
+        sharding_axes = [cast("dist.ProcessGroup", axis) for axis, _ in layout.shard_axes]
+        replicating_axes = [cast("dist.ProcessGroup", axis) for axis in layout.replica_axes]
         callers = sum(map(len, layout.ranks))
-        for ranks, axes in ((layout.row, cutting), (layout.column, copying)):
+        for ranks, axes in ((layout.row, sharding_axes), (layout.column, replicating_axes)):
             key = tuple(sorted(ranks))
             if key not in self._groups:
                 self._groups[key] = transport.group_across(axes, key, device, callers=callers)
 
-    def plan(self, asked: Sequence[Asked]) -> tuple[tuple[MatrixSharding, ...], list[Block]]:
-        """Where the pieces of the tensors are, and who owns their matrices."""
-        shardings = tuple(self._sharding(layout, matrices.batched) for layout, matrices in asked)
-        key = shardings, asked[0][1].parameter
+    def plan(self, requests: Sequence[MatrixRequest]) -> tuple[tuple[MatrixSharding, ...], list[Block]]:
+        """The shardings of the requested tensors, and the blocks in which their matrices are owned."""
+        shardings = tuple(self._sharding(layout, matrices.batched) for layout, matrices in requests)
+        key = shardings, requests[0][1].parameter
         if key not in self._plans:
             self._plans[key] = assign_owners(*key)
         return shardings, self._plans[key]
 
     def _sharding(self, layout: MeshLayout, batched: bool) -> MatrixSharding:
-        key = id(layout), batched  # of a layout that the sharding keeps alive
+        key = id(layout), batched  # the sharding keeps the layout alive, so that its id is not reused
         if key not in self._shardings:
             self._shardings[key] = MatrixSharding(layout, batched=batched)
         return self._shardings[key]
 
 
 class ShardGroup:
-    """The ranks that hold a copy of some tensors between them, and what they exchange, in one dtype.
+    """The ranks that together hold one copy of some tensors, and the pieces they exchange, in one dtype.
 
     Args:
-        layout: Of one of the tensors.
-        group: The ranks.
-        like: A tensor of the dtype, and on the device.
+        layout: The layout of one of the tensors.
+        group: The process group of the ranks; None for a single rank.
+        like: A tensor of the dtype to send in, on the device.
         all_to_all: See :class:`Orthogonalizer`.
     """
 
@@ -129,59 +127,61 @@ class ShardGroup:
         self._all_to_all = all_to_all
         self._like = like
         self._travels = False
-        self._owned_by: dict[int, list[tuple[Block, MatrixSharding, Matrices]]] = defaultdict(list)
+        # By the column of their owner.
+        self._blocks: dict[int, list[tuple[Block, MatrixSharding, Matrices]]] = defaultdict(list)
         self._wait: Callable[[], list[list[Tensor]]]
 
     def add(self, block: Block, sharding: MatrixSharding, matrices: Matrices) -> None:
-        """Take in matrices that one of the ranks owns."""
-        self._owned_by[block.column].append((block, sharding, matrices))
+        """Add matrices that one of the ranks owns."""
+        self._blocks[block.column].append((block, sharding, matrices))
         self._travels |= block.travels
-
-    def _of(self, column: int) -> Sequence[tuple[Block, MatrixSharding, Matrices]]:
-        return self._owned_by.get(column, ())
 
     def send(self) -> None:
         """Begin to send pieces to owners."""
         self._swap(
             [
-                [its.within(block, matrices.local) for block, its, matrices in self._of(c)]
+                [sharding.local_piece(block, matrices.local) for block, sharding, matrices in self._blocks[c]]
                 for c in self._columns
             ],
-            [[its.piece_shape(block, c) for block, its, _ in self._of(self._column)] for c in self._columns],
+            [
+                [sharding.piece_shape(block, c) for block, sharding, _ in self._blocks[self._column]]
+                for c in self._columns
+            ],
         )
 
-    def arrived(self) -> list[tuple[Tensor, Method]]:
-        """The matrices that this rank owns, whole; shape (count, rows, columns)."""
-        pieces = self._came()
+    def receive(self) -> list[tuple[Tensor, Method]]:
+        """The whole matrices that this rank owns, of shape (count, rows, columns), with their methods."""
         wholes = []
-        for (block, its, matrices), of_block in zip(
-            self._of(self._column), zip(*pieces, strict=True), strict=True
+        for (block, sharding, matrices), pieces in zip(
+            self._blocks[self._column], zip(*self._received(), strict=True), strict=True
         ):
-            whole = self._like.new_empty(block.size, its.rows, its.columns)
-            its.put(whole, zip(self._columns, of_block, strict=True))
+            whole = self._like.new_empty(block.size, sharding.rows, sharding.columns)
+            sharding.assemble_(whole, zip(self._columns, pieces, strict=True))
             wholes.append((whole, matrices.method))
         return wholes
 
     def send_back(self, results: Sequence[Tensor]) -> None:
-        """Begin to send pieces of what became of these matrices to those who hold them."""
-        owned = list(zip(self._of(self._column), results, strict=True))
+        """Begin to send pieces of the results, in the order of :meth:`receive`, to their holders."""
+        owned = list(zip(self._blocks[self._column], results, strict=True))
         self._swap(
-            [[its.taken(block, result, c) for (block, its, _), result in owned] for c in self._columns],
-            [[its.piece_shape(block, self._column) for block, its, _ in self._of(c)] for c in self._columns],
+            [
+                [sharding.piece_of(block, result, c) for (block, sharding, _), result in owned]
+                for c in self._columns
+            ],
+            [[sharding.local_shape(block) for block, sharding, _ in self._blocks[c]] for c in self._columns],
         )
 
     def receive_results(self) -> dict[Block, Tensor]:
-        """The pieces of the results that are of this rank."""
-        pieces = self._came()
+        """The pieces of the results that this rank holds, by block."""
         return {
             block: piece
-            for column, of_column in zip(self._columns, pieces, strict=True)
-            for (block, *_), piece in zip(self._of(column), of_column, strict=True)
+            for column, pieces in zip(self._columns, self._received(), strict=True)
+            for (block, *_), piece in zip(self._blocks[column], pieces, strict=True)
         }
 
-    def _came(self) -> list[list[Tensor]]:
+    def _received(self) -> list[list[Tensor]]:
         pieces = self._wait()
-        del self._wait  # and what it keeps alive
+        del self._wait  # and the buffers it keeps alive
         return pieces
 
     def _swap(self, outgoing: list[list[Tensor]], incoming: list[list[tuple[int, int, int]]]) -> None:
@@ -196,89 +196,102 @@ class ShardGroup:
 
 
 class MatrixBatch:
-    """Tensors whose matrices are orthogonalised at once.
+    """The tensors of one wave, whose matrices are orthogonalised at once.
 
     Args:
-        by: What orthogonalises them.
-        numbers: Those of the requests.
-        asked: The requests.
+        orthogonalizer: What plans and groups are kept in.
+        request_indices: The indices of the requests among those of all waves.
+        requests: The requests.
     """
 
-    def __init__(self, by: Orthogonalizer, numbers: Sequence[int], asked: Sequence[Asked]) -> None:
-        self._by = by
-        self._numbers = numbers
-        self._asked = asked
+    def __init__(
+        self,
+        orthogonalizer: Orthogonalizer,
+        request_indices: Sequence[int],
+        requests: Sequence[MatrixRequest],
+    ) -> None:
+        self._orthogonalizer = orthogonalizer
+        self._request_indices = request_indices
+        self._requests = requests
 
     def send(self) -> None:
         """Begin to send the pieces of matrices to their owners."""
-        self._shardings, self._blocks = self._by.plan(self._asked)
-        # In the order of the requests, which is that of all ranks, whoever owns what of them.
+        orthogonalizer = self._orthogonalizer
+        self._shardings, self._blocks = orthogonalizer.plan(self._requests)
+        # In the order of the requests, which is the same on all ranks, whatever blocks they own.
         groups: dict[tuple[tuple[int, ...], torch.dtype], ShardGroup] = {}
-        for layout, matrices in self._asked:
+        for layout, matrices in self._requests:
             key = layout.row, matrices.method.dtype
             if key not in groups:
-                like = matrices.local.new_empty(0, dtype=matrices.method.dtype)
-                groups[key] = ShardGroup(
-                    layout, self._by.group(layout.row), like, all_to_all=self._by.all_to_all
-                )
+                group, like = orthogonalizer.group(layout.row), _empty(matrices)
+                groups[key] = ShardGroup(layout, group, like, all_to_all=orthogonalizer.all_to_all)
         for block in self._blocks:
-            layout, matrices = self._asked[block.request]
+            layout, matrices = self._requests[block.request]
             if block.row == layout.coordinate[0]:
-                group = groups[layout.row, matrices.method.dtype]
-                group.add(block, self._shardings[block.request], matrices)
+                key = layout.row, matrices.method.dtype
+                groups[key].add(block, self._shardings[block.request], matrices)
         self._shard_groups = list(groups.values())
-        for group in self._shard_groups:
-            group.send()
+        for shard_group in self._shard_groups:
+            shard_group.send()
 
     def compute(self) -> None:
         """Orthogonalise the matrices that this rank owns; begin to send the pieces of the results back."""
-        arrived = [group.arrived() for group in self._shard_groups]
-        muon.orthogonalize_([one for of_group in arrived for one in of_group], self._by.bucket_bytes)
-        for group, owned in zip(self._shard_groups, arrived, strict=True):
-            group.send_back([matrices for matrices, _ in owned])
+        owned = [group.receive() for group in self._shard_groups]
+        muon.orthogonalize_(
+            [batch for batches in owned for batch in batches], self._orthogonalizer.bucket_bytes
+        )
+        for group, batches in zip(self._shard_groups, owned, strict=True):
+            group.send_back([matrices for matrices, _ in batches])
 
     def receive(self) -> Iterator[tuple[list[int], list[Tensor]]]:
-        """The pieces of the results that are here, by the numbers of the requests."""
-        received = [group.receive_results() for group in self._shard_groups]
-        pieces = {block: piece for of_group in received for block, piece in of_group.items()}
+        """The local pieces of the results, with the indices of their requests, a bucket at a time."""
+        pieces: dict[Block, Tensor] = {}
+        for group in self._shard_groups:
+            pieces |= group.receive_results()
         self._shard_groups.clear()
-        by_request = defaultdict(list)
+        blocks = defaultdict(list)
         for block in self._blocks:
-            by_request[block.request].append(block)
-        sizes = [
-            (layout.max_local_numel * matrices.method.dtype.itemsize, 0) for layout, matrices in self._asked
-        ]
-        for requests in muon.waves(sizes, self._by.bucket_bytes):
-            self._share([block for request in requests for block in by_request[request]], pieces)
+            blocks[block.request].append(block)
+        sizes = [(_piece_bytes(layout, matrices), 0) for layout, matrices in self._requests]
+        for bucket in muon.waves(sizes, self._orthogonalizer.bucket_bytes):
+            self._broadcast([block for index in bucket for block in blocks[index]], pieces)
             results = []
-            for request in requests:
-                _, matrices = self._asked[request]
-                its = [pieces.pop(block) for block in by_request[request]]
-                here = [piece for piece in its if piece.numel()]
-                result = (
-                    here[0] if len(here) == 1 else matrices.local.new_empty(0, dtype=matrices.method.dtype)
-                )
-                results.append((torch.cat(here) if len(here) > 1 else result).view(matrices.local.shape))
-            yield [self._numbers[request] for request in requests], results
+            for index in bucket:
+                _, matrices = self._requests[index]
+                parts = [pieces.pop(block) for block in blocks[index]]
+                parts = [part for part in parts if part.numel()] or [_empty(matrices)]
+                result = parts[0] if len(parts) == 1 else torch.cat(parts)
+                results.append(result.view(matrices.local.shape))
+            yield [self._request_indices[index] for index in bucket], results
 
-    def _share(self, blocks: Sequence[Block], pieces: dict[Block, Tensor]) -> None:
-        """Give the pieces that this rank has to who holds the same in other copies, and take theirs."""
+    def _broadcast(self, blocks: Sequence[Block], pieces: dict[Block, Tensor]) -> None:
+        """Broadcast this rank's pieces to the ranks with the same piece in other copies; add theirs."""
         shared: dict[tuple[tuple[int, ...], int, torch.dtype], list[Block]] = {}
         for block in blocks:
-            layout, matrices = self._asked[block.request]
+            layout, matrices = self._requests[block.request]
             if len(layout.ranks) > 1:
                 shared.setdefault((layout.column, block.row, matrices.method.dtype), []).append(block)
         under_way = []
-        for (ranks, row, dtype), its in shared.items():
-            group = self._by.group(ranks)
+        for (ranks, row, _), together in shared.items():
+            group = self._orthogonalizer.group(ranks)
             assert group is not None
-            wait = transport.share(
-                [pieces[block] for block in its if block in pieces],
-                [self._shardings[block.request].own_shape(block) for block in its],
+            wait = transport.broadcast(
+                [pieces[block] for block in together if block in pieces],
+                [self._shardings[block.request].local_shape(block) for block in together],
                 ranks[row],
                 group,
-                like=self._asked[its[0].request][1].local.new_empty(0, dtype=dtype),
+                like=_empty(self._requests[together[0].request][1]),
             )
-            under_way.append((its, wait))
-        for its, wait in under_way:
-            pieces.update(zip(its, wait(), strict=True))
+            under_way.append((together, wait))
+        for together, wait in under_way:
+            pieces.update(zip(together, wait(), strict=True))
+
+
+def _piece_bytes(layout: MeshLayout, matrices: Matrices) -> int:
+    """The bytes of a tensor's largest piece when it is sent."""
+    return layout.max_local_numel * matrices.method.dtype.itemsize
+
+
+def _empty(matrices: Matrices) -> Tensor:
+    """An empty tensor on the device of the matrices, of the dtype that they are sent in."""
+    return matrices.local.new_empty(0, dtype=matrices.method.dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prodigyplus.terms.layout import Layout
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
-from prodigyplus_dist.layout import MeshLayout, range_if_one
+from prodigyplus_dist.layout import MeshLayout, range_if_consecutive
 from prodigyplus_dist.placement import MeshTensors
 
 # A rank that waits longer waits for ever.
@@ -286,7 +286,7 @@ class Ranks:
                 dim, way = cut
                 along = indices[dim]
                 owned = owners(len(along), size, way)
-                indices[dim] = range_if_one(
+                indices[dim] = range_if_consecutive(
                     [index for index, owner in zip(along, owned, strict=True) if owner == coordinate[axis]]
                 )
                 cuts.append((seat, dim))

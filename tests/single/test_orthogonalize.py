@@ -278,7 +278,7 @@ class Sent:
         self.calls = [[] for _ in range(ranks.count)]
 
     def __enter__(self):
-        swap, share = transport.swap, transport.share
+        swap, broadcast = transport.swap, transport.broadcast
 
         def counted_swap(outgoing, incoming, group, place, *, like, all_to_all):
             if group is not None:
@@ -288,12 +288,12 @@ class Sent:
                 self._of_here().append(("swap", out * like.dtype.itemsize, into * like.dtype.itemsize))
             return swap(outgoing, incoming, group, place, like=like, all_to_all=all_to_all)
 
-        def counted_share(tensors, shapes, source, group, like):
+        def counted_broadcast(tensors, shapes, source, group, like):
             size = sum(math.prod(shape) for shape in shapes) * like.dtype.itemsize
-            self._of_here().append(("share", size * bool(tensors), size * (not tensors)))
-            return share(tensors, shapes, source, group, like)
+            self._of_here().append(("broadcast", size * bool(tensors), size * (not tensors)))
+            return broadcast(tensors, shapes, source, group, like)
 
-        self._patched = mock.patch.multiple(transport, swap=counted_swap, share=counted_share)
+        self._patched = mock.patch.multiple(transport, swap=counted_swap, broadcast=counted_broadcast)
         self._patched.start()
         return self
 
@@ -332,15 +332,15 @@ def test_copies_share_their_work():
     """4 matrices of 2·48 bytes: each of two copies owns two, and gives them to the other."""
     for rank, calls in enumerate(sent((2,), (None,), ((8, 6),) * 4, 1 << 20)):
         # One call for each who has some, and in all the bytes of what it owns.
-        assert sorted(calls) == [("share", 0, 192), ("share", 192, 0)], rank
+        assert sorted(calls) == [("broadcast", 0, 192), ("broadcast", 192, 0)], rank
 
 
 def test_copies_of_pieces():
     for calls in sent((2, 2), (None, (0, "even")), ((8, 6),) * 4, 1 << 20):
-        assert [name for name, *_ in calls] == ["swap", "swap", "share", "share"]
+        assert [name for name, *_ in calls] == ["swap", "swap", "broadcast", "broadcast"]
         # Its row owns two, each rank of it one, of which the other has a half; of the other two, its halves.
         assert sorted(calls)[2:] == [("swap", 48, 48)] * 2
-        assert sorted(calls)[:2] == [("share", 0, 96), ("share", 96, 0)]
+        assert sorted(calls)[:2] == [("broadcast", 0, 96), ("broadcast", 96, 0)]
 
 
 @pytest.mark.parametrize("batched", [False, True])
