@@ -151,6 +151,7 @@ TABLE: dict[str, Row] = {
         is_compiled=True,
     ),
     "compile": _switch("compile", acts_on="execution", is_compiled=True),
+    "fused": Row(values=({"fused": False},), bad=(1, "yes"), acts_on="execution", is_compiled=True),
 }
 
 _ADAM = {"use_schedulefree": False}

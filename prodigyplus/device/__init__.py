@@ -1,1 +1,1 @@
-"""The passes of a step as kernels for GPUs: tables of what to move, and the kernels in Triton that move it."""
+"""The passes of a step as kernels for GPUs: in Triton, with tables of what they move."""

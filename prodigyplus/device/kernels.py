@@ -5,8 +5,8 @@ tensor, and from ``pointers`` where the tensor lies in memory (see :mod:`prodigy
 writes its own partial sums, which another kernel adds up in a fixed order: no atomics, so the same step gives
 the same bits. The arithmetic is that of :mod:`prodigyplus.engine.passes`, in float32.
 
-A tile is ``ROWS`` × ``COLUMNS`` elements, of which ``STRIP`` rows are in registers at a time. A tensor that is
-not factored is a matrix too, of rows that follow on one another.
+A tile is ``ROWS`` × ``COLUMNS`` elements, of which ``STRIP`` rows are in registers at a time. A tensor that
+is not factored is a matrix too, of rows that follow on one another.
 """
 
 # No ``from __future__ import annotations``: Triton reads the annotation of an argument itself.
@@ -40,7 +40,7 @@ PLAIN, SIGNS, RELATIVE = map(tl.constexpr, range(3))
 
 @triton.jit
 def _tile(tiles, matrices, program, MULTIPLE: tl.constexpr):
-    """The program's tile: its matrix's row of the table, its place in it, and how the matrix lies in memory."""
+    """The program's tile: the row of its matrix in the table, its place there, and how the matrix lies."""
     tile = tiles + program * 3
     row = matrices + tl.load(tile).to(tl.int64) * MATRICES
     offset = tl.multiple_of(tl.load(row + OFFSET).to(tl.int32), MULTIPLE)
@@ -63,7 +63,7 @@ def _elements(
     if not FACTORED:
         exists = exists & (index < local)
     if FAST:
-        # What Triton cannot see, since offsets and lengths come from tables: that it may read 16 bytes at a time.
+        # Triton cannot see it, since offsets and lengths come from tables: 16 bytes may be read at a time.
         index = tl.max_contiguous(tl.multiple_of(index, (1, 16)), (1, 16))
         exists = tl.max_constancy(exists, (1, 16))
     return index, exists
@@ -208,7 +208,7 @@ def _moments(
     ATAN2: tl.constexpr, MOMENTUM: tl.constexpr, FACTORED: tl.constexpr, MULTIPLE: tl.constexpr,
     SECOND_DTYPE: tl.constexpr, FIRST_DTYPE: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
-    """The direction of a strip, of unit scale, from its gradient; ``STORES`` moves the moments in memory too."""
+    """The direction of a strip, of unit scale; ``STORES``: move the moments in memory too."""
     numerator = g
     if MOMENTUM:
         first = tl.multiple_of(tl.load(address + FIRST).to(tl.pointer_type(FIRST_DTYPE)), MULTIPLE)
@@ -326,9 +326,7 @@ def measure(
         inner += tl.load(matrix + INNER_OFFSET)
         outer_stride = tl.load(matrix + OUTER_STRIDE)
         inner_stride = tl.load(matrix + INNER_STRIDE)
-        column_root = _factor_roots(
-            inner, column * inner_stride, column < width, mean, d, is_row_outer == 0
-        )
+        column_root = _factor_roots(inner, column * inner_stride, column < width, mean, d, is_row_outer == 0)
     norm = tl.zeros((COLUMNS,), tl.float32)
     product_sum = tl.zeros((COLUMNS,), tl.float64)
     second_sum = tl.zeros((COLUMNS,), tl.float64)
@@ -387,7 +385,7 @@ def move(
     EVERY: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Move y and z, and the moments that are kept for each element; with ``EVIDENCE``, also s and its sums."""
+    """Move y, z and the moments kept for each element; with ``EVIDENCE`` s too, and give the sums."""
     program = tl.program_id(0)
     MULTIPLE: tl.constexpr = 16 if FAST else 1
     matrix, down, across, offset, height, width, row_stride, column_stride = _tile(
@@ -432,9 +430,7 @@ def move(
         inner += tl.load(matrix + INNER_OFFSET)
         outer_stride = tl.load(matrix + OUTER_STRIDE)
         inner_stride = tl.load(matrix + INNER_STRIDE)
-        column_root = _factor_roots(
-            inner, column * inner_stride, column < width, mean, d, is_row_outer == 0
-        )
+        column_root = _factor_roots(inner, column * inner_stride, column < width, mean, d, is_row_outer == 0)
     product_sum = tl.zeros((COLUMNS,), tl.float64)
     second_sum = tl.zeros((COLUMNS,), tl.float64)
     third_sum = tl.zeros((COLUMNS,), tl.float64)

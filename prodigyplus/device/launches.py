@@ -64,14 +64,14 @@ class Evidence(NamedTuple):
 
 @functools.cache
 def _kernels() -> ModuleType:
-    from prodigyplus.device import kernels  # noqa: PLC0415
+    from prodigyplus.device import kernels
 
     return kernels
 
 
 @functools.cache
 def _triton_dtype(dtype: torch.dtype | None) -> Any:
-    import triton.language as tl  # noqa: PLC0415
+    import triton.language as tl
 
     # What is not there is never read; the kernel needs a type for its address all the same.
     return {torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}.get(dtype, tl.float32)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ class Launches:
         self._tile = {"ROWS": rows, "COLUMNS": columns, "STRIP": strip}
 
     def point(self, addresses: Sequence[int]) -> None:
-        """Say where the tensors are: of each its row of ``pointers``, one after another; 0 where there is none."""
+        """Say where the tensors are: of each the addresses in the order of ``kernels.py``, 0 for none."""
         addresses = tuple(addresses)
         if addresses == self._addresses:
             return
@@ -143,7 +143,7 @@ class Launches:
             )  # fmt: skip
 
     def measure_(self, setup: Setup, n: Packed, *, takes_evidence: bool) -> tuple[Tensor, Tensor]:
-        """The sums of the directions' squares, (1 or 0, tensors); and those of the evidence, if it is taken here."""
+        """The sums of the directions' squares, (1 or 0, tensors); of the evidence, if it is taken here."""
         norms, evidence = self._parts(setup, takes_evidence)
         with self._on_device():
             if setup.is_stable or takes_evidence:
@@ -186,7 +186,7 @@ class Launches:
             "IS_OFFSET": setup.is_offset,
             "ATAN2": setup.is_atan2,
             "STABLE": setup.is_stable,
-            "SPEED": _SPEED[setup.use_speed],  # type: ignore[index]
+            "SPEED": _SPEED[setup.use_speed],
             "EVERY": setup.every,
             **self._tile,
         }
@@ -232,7 +232,8 @@ class Launches:
 
 
 def _numbers(n: Packed) -> tuple[Tensor, int, int, Tensor, int]:
-    """The numbers of a step and its gate, with their strides: from one number, and one tensor, to the next."""
+    """The numbers of a step and its gate, with the strides from one number, and one tensor, to the next."""
     values, gate = n.values, n.gate
     per_tensor = values.ndim == 2
-    return values, values.stride(0), values.stride(1) if per_tensor else 0, gate, gate.stride(0) if gate.ndim else 0
+    tensor_stride, gate_stride = (values.stride(1), gate.stride(0)) if per_tensor else (0, 0)
+    return values, values.stride(0), tensor_stride, gate, gate_stride

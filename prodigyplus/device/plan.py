@@ -54,7 +54,7 @@ class Piece(NamedTuple):
 
 
 class _Matrices(NamedTuple):
-    """The matrices of one tensor, one after another in each of the lists; see ``kernels.py`` for the fields."""
+    """The matrices of one tensor: what they have in common, and of each where it begins."""
 
     height: int
     width: int
@@ -94,7 +94,8 @@ class Plan:
                       for layout, f in zip(layouts, factored, strict=True)]  # fmt: skip
         self.is_row_outer = [dims is not None and dims[0] < dims[1] for dims in self._dims]
         matrices = [
-            _matrices(layout.local_shape, dims, tile.columns) for layout, dims in zip(layouts, self._dims, strict=True)
+            _matrices(layout.local_shape, dims, tile.columns)
+            for layout, dims in zip(layouts, self._dims, strict=True)
         ]
         self._count = [len(of_tensor.offsets) for of_tensor in matrices]
         self._lay_out_sums()
@@ -272,5 +273,5 @@ def _segments(is_inner: int, parts: Tensor, sums: Tensor, stride: int, length: i
 
 
 def _is_fast(m: _Matrices) -> bool:
-    """Whether each row of a matrix follows on one another in memory, from a multiple of what is read at a time."""
+    """Whether the elements of a row follow on one another, from a multiple of what is read at a time."""
     return m.column_stride == 1 and m.width % _ALIGNMENT == 0 and m.row_stride % _ALIGNMENT == 0

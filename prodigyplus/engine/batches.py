@@ -6,6 +6,7 @@ stack is (see :mod:`prodigyplus.engine.rule`), of many layouts; its passes are t
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Generator, Hashable, Mapping, Sequence
 
@@ -60,15 +61,23 @@ def batch_key(param: ParamStep) -> Hashable | None:
     o, weight, grad, layout = param.group.options, param.weight, param.grad, param.layout
     if o.fused is False or (o.fused is None and weight.device.type != "cuda"):
         return None
-    if obstacle(o, weight.dtype, weight.device) or grad.dtype not in _DTYPES:
+    if _has_obstacle(o, weight.dtype, weight.device) or grad.dtype not in _DTYPES:
         return None
     is_dense = weight.is_contiguous() and all(value.is_contiguous() for value in param.state.values())
     if not (layout.is_run and is_dense and layout.max_local_numel <= MAX_NUMEL):
         return None
     axes = tuple(axis for axis, _ in layout.shard_axes), layout.replica_axes
-    dtypes = weight.device, weight.dtype, grad.dtype, *(param.state[key].dtype for key in _KEPT if key in param.state)
+    dtypes = (
+        weight.device,
+        weight.dtype,
+        grad.dtype,
+        *(param.state[key].dtype for key in _KEPT if key in param.state),
+    )
     return id(param.group), axes, dtypes, "p0" in param.state, param.present is None
 
+
+# For every parameter at every step: what is asked of a group's options is asked once.
+_has_obstacle = functools.lru_cache(maxsize=256)(obstacle)
 
 # The entries of a state whose dtypes are those of all parameters of a batch, if they have them.
 _KEPT = (schedule_free.BASE, schedule_free.OFFSET, "exp_avg", "p0")
@@ -90,10 +99,19 @@ class Batch:
         self.numbers = [param.number for param in params]
         self.present = None if first.present is None else [bool(param.present) for param in params]
 
-    @property
-    def backend(self) -> type[Kernels]:
-        """What runs its passes."""
-        return Kernels
+    def squares(self, constants: Constants) -> Requests:
+        """See :class:`prodigyplus.engine.rule.Moving`; a request for each run of the sums."""
+        plan, launches = self._planned(constants)
+        sums, totals = launches.squares(self.setup)
+        pieces = {
+            f"squares {index}": Sum(sums[piece.start : piece.end], piece.axes)
+            for index, piece in enumerate(plan.sum_pieces)
+        }
+        return {"total": Sum(totals, self.axes), **pieces}
+
+    def work(self, squares: Answers, n: Scalars, constants: Constants) -> _KernelWork:
+        """See :class:`prodigyplus.engine.rule.Moving`."""
+        return _KernelWork(self, squares, n, constants)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,7 +139,7 @@ class Batch:
         """Which operators its passes consist of."""
         return Kind.of(self.group.options, self.states[0], 2)
 
-    def plan(self, constants: Constants) -> tuple[Plan, Launches]:
+    def _planned(self, constants: Constants) -> tuple[Plan, Launches]:
         """Its tables, and its launches, which know where its tensors are."""
         factored = tuple(map(moments.is_factored, self.states))
         every, device = self.group.options.slice_p, self.weights[0].device
@@ -177,7 +195,7 @@ class Batch:
         )
 
 
-class Kernels:
+class _KernelWork:
     """The passes of a batch by kernels: a direction is made anew for the move, rather than kept.
 
     Where nothing has to be asked between the two, the move is made with the measuring, and takes the
@@ -194,21 +212,10 @@ class Kernels:
         self.batch, self.kind, self.n = batch, batch.kind, n
         keys = prodigy.AVERAGES if self.kind.use_speed == "relative" and batch.adapts else ()
         self.state = {key: stacks.stack_view([state[key] for state in batch.states]) for key in keys}
-        self._plan, self._launches = batch.plan(constants)
+        self._plan, self._launches = batch._planned(constants)
         self._setup, self._sums = batch.setup, squares
         numbers = constants.on(n.step.device, batch.numbers)
         self._seeds = stochastic_rounding.seeds(n.step, numbers) if self._setup.rounds else numbers
-
-    @staticmethod
-    def squares(batch: Batch, constants: Constants) -> Requests:
-        """See :class:`prodigyplus.engine.rule.Work`: of each run of sums that are incomplete alike, a request."""
-        plan, launches = batch.plan(constants)
-        sums, totals = launches.squares(batch.setup)
-        pieces = {
-            f"squares {index}": Sum(sums[piece.start : piece.end], piece.axes)
-            for index, piece in enumerate(plan.sum_pieces)
-        }
-        return {"total": Sum(totals, batch.axes), **pieces}
 
     def momentum_(self) -> None:
         """Moved with the rest: it needs nothing of other ranks."""
@@ -220,7 +227,11 @@ class Kernels:
     def measure_(self) -> Requests:
         batch, setup, n = self.batch, self._setup, self.n.packed
         sums = [self._sums[f"squares {index}"] for index in range(len(self._plan.sum_pieces))]
-        whole = sums[0] if len(sums) == 1 else torch.cat([*sums, batch.weights[0].new_empty(0, dtype=batch.dtype)])
+        whole = (
+            sums[0]
+            if len(sums) == 1
+            else torch.cat([*sums, batch.weights[0].new_empty(0, dtype=batch.dtype)])
+        )
         self._launches.factors_(whole, setup, n)
         takes = batch.adapts
         norms, evidence = self._launches.measure_(setup, n, takes_evidence=takes and batch.is_sharded)

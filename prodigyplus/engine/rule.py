@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -71,8 +71,19 @@ class Moving(Protocol):
     nbytes: int  # of what is alive of them while sums are completed
     is_matrix: bool
 
-    @property
-    def backend(self) -> type[Work]: ...
+    def squares(self, constants: Constants) -> Requests:
+        """The sums of the raw gradients' squares, among them ``total``: a number for each parameter."""
+        ...
+
+    def work(self, squares: Answers, n: Scalars, constants: Constants) -> Work:
+        """What runs its passes.
+
+        Args:
+            squares: The whole sums of its gradients' squares.
+            n: The numbers of the step.
+            constants: The optimiser's.
+        """
+        ...
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -128,10 +139,21 @@ class Stack:
         return Kind.of(self.group.options, self.states[0], self.layout.numel)
 
     @property
-    def backend(self) -> type[Plain]:
-        """What runs its passes."""
-        compiles = self.group.options.compile and compiled.admits(self.kind)
-        return Compiled if compiles else Plain
+    def compiles(self) -> bool:
+        """Whether its passes are compiled."""
+        return self.group.options.compile and compiled.admits(self.kind)
+
+    def squares(self, constants: Constants) -> Requests:
+        return moments.squares(
+            stacks.stack_copy(self.grads),
+            self.layout,
+            factored=moments.is_factored(self.states[0]),
+            dtype=self.dtype,
+            square_sums=compiled.square_sums if self.compiles else moments.square_sums,
+        )
+
+    def work(self, squares: Answers, n: Scalars, constants: Constants) -> Work:
+        return (_CompiledWork if self.compiles else _PlainWork)(self, squares, n, constants)
 
     @property
     def axes(self) -> tuple[Hashable, ...]:
@@ -184,10 +206,9 @@ def update(stack: Moving, constants: Constants) -> Rule:
     Yields:
         Requests, to be sent their answers.
     """
-    backend = stack.backend
     # The sums of the raw gradients' squares say whether the step happens at all.
-    squares = yield {**backend.squares(stack, constants), **_presence(stack)}
-    work = backend(stack, squares, _numbers(stack, squares), constants)
+    squares = yield {**stack.squares(constants), **_presence(stack)}
+    work = stack.work(squares, _numbers(stack, squares), constants)
 
     if work.kind.has_momentum:
         yield from work.scale_up_(work.momentum_())
@@ -203,16 +224,6 @@ def update(stack: Moving, constants: Constants) -> Rule:
 def _asked(requests: Requests) -> Generator[Requests, Answers, Answers]:
     """The answers to requests, if there are any."""
     return (yield requests) if requests else {}
-
-
-def _squares(stack: Stack, square_sums: Callable[..., tuple[Tensor, Tensor]]) -> Requests:
-    return moments.squares(
-        stacks.stack_copy(stack.grads),
-        stack.layout,
-        factored=moments.is_factored(stack.states[0]),
-        dtype=stack.dtype,
-        square_sums=square_sums,
-    )
 
 
 def _presence(stack: Moving) -> Requests:
@@ -235,15 +246,14 @@ def _numbers(stack: Moving, squares: Answers) -> Scalars:
 
 
 class Work(Protocol):
-    """A backend: how the passes of one stack are run, and what is kept between them; see :class:`Plain`."""
+    """A backend: runs the passes of one stack, and keeps what they need of one another."""
 
     kind: Kind
     n: Scalars
-    state: Mapping[str, Tensor]
 
-    @staticmethod
-    def squares(stack: Any, constants: Constants) -> Requests:
-        """The sums of the raw gradients' squares, among them ``total``: a number for each parameter."""
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """What of the stack's state evidence is made of; changed in place."""
         ...
 
     def momentum_(self) -> Tensor | None:
@@ -267,7 +277,7 @@ class Work(Protocol):
         ...
 
 
-class Plain:
+class _PlainWork:
     """The passes of one stack, operator by operator, and what it keeps between them.
 
     Args:
@@ -294,10 +304,6 @@ class Plain:
         self._masked: Tensor | None = None  # what scale_up_() scales
         self._kept: tuple[Tensor, ...] = ()  # see passes.measure_
         self._rest: Callable[[], object] | None = None  # of a move that is masked, what remains to be done
-
-    @staticmethod
-    def squares(stack: Stack, constants: Constants) -> Requests:
-        return _squares(stack, moments.square_sums)
 
     def grad(self) -> Tensor:
         """The stack of gradients."""
@@ -399,12 +405,8 @@ class Plain:
             stacks.write_back_([state[key] for state in self.stack.states], values)
 
 
-class Compiled(Plain):
+class _CompiledWork(_PlainWork):
     """The passes of one stack, compiled."""
-
-    @staticmethod
-    def squares(stack: Stack, constants: Constants) -> Requests:
-        return _squares(stack, compiled.square_sums)
 
     def measure_(self) -> Requests:
         stack, packed = self.stack, self.n.packed

@@ -1,8 +1,8 @@
 """What a rule asks of those who hold the other pieces of its tensors: sums, and orthogonalised matrices.
 
 Every quantity of the algorithm that spans a whole tensor is a sum over some of its dimensions. A rule adds up
-what it holds and names the mesh axes that cut these dimensions; an exchange completes the sum. In one process the local tensor is the
-global one, and the sum is complete already.
+what it holds and names the mesh axes that cut these dimensions; an exchange completes the sum. In one
+process the local tensor is the global one, and the sum is complete already.
 """
 
 from __future__ import annotations

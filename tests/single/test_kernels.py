@@ -1,0 +1,308 @@
+"""The kernels of ``prodigyplus/device`` against the passes operator by operator, on the CPU.
+
+On a GPU they run as they are; without one, through Triton's interpreter. Where a sum is taken in another
+order its last bits differ, and nothing else does.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from prodigyplus import ProdigyPlusScheduleFree, state
+from prodigyplus.device.launches import Launches, interprets
+from prodigyplus.engine.batches import Batch, obstacle
+from prodigyplus.options import Options
+from tests import option_table
+from tests.single.problems import Fed
+
+pytest.importorskip("triton")
+if interprets():
+    import tests.interpreting  # noqa: F401
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# Without dimensions, of one, more than one tile in both directions, and matrices beside each other in memory.
+SHAPES = ((), (70,), (33, 70), (3, 33, 10))
+
+# Largest differences, relative to the largest value of a tensor: 2.2e-7 was seen over all options here.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+
+# Sums over distances of some 1e-3 that weights of some 1 have come: 2⁻²⁴ of these is 6e-5 of those.
+EVIDENCE = 1e-4
+
+
+def is_admitted(options):
+    with contextlib.suppress(ValueError):
+        values = {**option_table.defaults(), **options}
+        return obstacle(Options.of(values), torch.float32, DEVICE) is None
+    return False
+
+
+ADMITTED = [options for options in option_table.alone() + option_table.together() if is_admitted(options)]
+
+
+def untouched(step, index, p):
+    """Gradients as they are."""
+
+
+def play(fused, options, *, shapes=SHAPES, dtype=torch.float32, steps=3, device="cpu", spoil=untouched):
+    """Weights and state after a few steps from gradients that are drawn."""
+    problem = Fed(*shapes, dtype=dtype)
+    parameters = [torch.nn.Parameter(p.detach().to(device)) for p in problem.parameters]
+    optimizer = ProdigyPlusScheduleFree(parameters, **{"d0": 1e-3, **options, "fused": fused})
+    for step in range(steps):
+        problem.backward()
+        for index, (p, fed) in enumerate(zip(parameters, problem.parameters, strict=True)):
+            p.grad = fed.grad.to(device)
+            spoil(step, index, p)
+        optimizer.step()
+    return optimizer, parameters
+
+
+def assert_close(found, expected):
+    """Weights, state and numbers of two optimisers, of the kernels and of the reference."""
+    for p, q in zip(found[1], expected[1], strict=True):
+        ours, theirs = found[0].state[p], expected[0].state[q]
+        assert ours.keys() == theirs.keys()
+        for key, value, reference in [("y", p, q), *((key, ours[key], theirs[key]) for key in ours)]:
+            assert value.dtype == reference.dtype, key
+            assert torch.equal(value.isnan().cpu(), reference.isnan()), key
+            difference = (value.detach().cpu().double() - reference.double()).abs().nan_to_num()
+            if value.numel():
+                bound = TOLERANCE.get(value.dtype, EVIDENCE) * reference.double().abs().nan_to_num().max()
+                assert difference.max() <= bound, (key, tuple(p.shape))
+    for ours, theirs in zip(found[0].metrics(), expected[0].metrics(), strict=True):
+        for name, value in theirs.items():
+            assert ours[name].item() == pytest.approx(value.item(), rel=1e-6), name
+
+
+def used_kernels(monkeypatch):
+    """How many parameters each batch had."""
+    batches = []
+    real = Batch.squares
+
+    def squares(self, constants):
+        batches.append(len(self.weights))
+        return real(self, constants)
+
+    monkeypatch.setattr(Batch, "squares", squares)
+    return batches
+
+
+@pytest.mark.parametrize("options", option_table.packed(ADMITTED), ids=str)
+def test_steps_as_the_plain_passes(options, monkeypatch):
+    batches = used_kernels(monkeypatch)
+    found = play(True, options, device=DEVICE)
+    assert set(batches) == {len(SHAPES)}
+    assert_close(found, play(False, options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"factored": False},
+        {"factored_fp32": False, "weight_decay": 0.1},
+        {"use_schedulefree": False},
+        {"stochastic_rounding": False, "use_speed": True},
+    ],
+    ids=str,
+)
+def test_bfloat16(options):
+    found = play(True, options, dtype=torch.bfloat16, device=DEVICE, steps=2)
+    assert_close(found, play(False, options, dtype=torch.bfloat16, steps=2))
+
+
+def test_reads_of_sixteen_bytes():
+    """Shapes whose rows begin at multiples of 16 elements take another way through the kernels."""
+    shapes = ((64, 48), (96,), (2, 32, 16))
+    assert_close(play(True, {}, shapes=shapes, device=DEVICE), play(False, {}, shapes=shapes))
+
+
+def test_gradients_that_begin_anywhere():
+    def shift(step, index, p):
+        memory = torch.empty(p.numel() + 1, device=p.device)
+        p.grad = memory[1:].view(p.shape).copy_(p.grad)
+        assert p.grad.data_ptr() % 16
+
+    shapes = ((64, 48), (96,))
+    assert_close(play(True, {}, shapes=shapes, device=DEVICE, spoil=shift), play(False, {}, shapes=shapes))
+
+
+def test_gradients_that_are_not_contiguous():
+    def turn(step, index, p):
+        p.grad = p.grad.t().contiguous().t()
+
+    shapes = ((33, 70),)
+    assert_close(play(True, {}, shapes=shapes, device=DEVICE, spoil=turn), play(False, {}, shapes=shapes))
+
+
+def test_empty_tensors():
+    shapes = ((0,), (0, 70), (40, 0), (33, 40))
+    assert_close(play(True, {}, shapes=shapes, device=DEVICE), play(False, {}, shapes=shapes))
+
+
+@pytest.mark.parametrize("options", [{}, {"bfloat16_z": True}, {"use_speed": "relative"}], ids=str)
+def test_a_step_with_a_nan_changes_nothing(options):
+    def spoil(step, index, p):
+        if step == 1 and index == 1:
+            p.grad[3] = torch.nan
+
+    found = play(True, options, device=DEVICE, spoil=spoil)
+    assert_close(found, play(False, options, spoil=spoil))
+    assert found[0].metrics()[0]["skipped_steps"] == 1
+
+
+def test_a_missing_gradient():
+    def leave_out(step, index, p):
+        if step == index:
+            p.grad = None
+
+    assert_close(play(True, {}, device=DEVICE, spoil=leave_out), play(False, {}, spoil=leave_out))
+
+
+def test_inside_backward():
+    """A parameter that is not finite is skipped for itself."""
+
+    def run(fused, device):
+        model = torch.nn.ParameterList(p.detach().to(device) for p in Fed((70,), (33, 70)).parameters)
+        optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=1e-3, fused_back_pass=True, fused=fused)
+        optimizer.fuse_backward(model)
+        for step in range(3):
+            scale = torch.nan if step == 1 else 0.1
+            (model[0].square().sum() * scale + model[1].square().sum()).backward()
+            optimizer.step()
+        return optimizer, list(model)
+
+    assert_close(run(True, DEVICE), run(False, "cpu"))
+
+
+def test_what_is_not_for_kernels_is_refused_by_name():
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64, device=DEVICE))
+    with pytest.raises(ValueError, match=r"parameter 0 of param_groups\[0\].*fused=True.*torch.float64"):
+        ProdigyPlusScheduleFree([p], fused=True)
+    p = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    with pytest.raises(ValueError, match=r"fused=True.*use_adopt=True"):
+        ProdigyPlusScheduleFree([p], fused=True, use_adopt=True)
+
+
+@pytest.mark.skipif(not interprets(), reason="there is a GPU")
+def test_without_a_gpu_they_are_refused_and_left_alone(monkeypatch):
+    p = torch.nn.Parameter(torch.ones(3))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="the kernels run on GPUs, not on cpu"):
+        ProdigyPlusScheduleFree([p], fused=True)
+    batches = used_kernels(monkeypatch)
+    play(None, {}, shapes=((3,),))
+    assert not batches
+
+
+def test_a_launch_serves_all_parameters(monkeypatch):
+    """As many launches for many tensors as for few; no table is sent while tensors stay where they are."""
+
+    def count(shapes):
+        launches, tables = [], []
+        launch, point = Launches._launch, Launches.point
+
+        def count_launch(kernel, *arguments, **constants):
+            launches.append(kernel.__name__)
+            launch(kernel, *arguments, **constants)
+
+        def note_table(self, addresses):
+            point(self, addresses)
+            tables.append(id(self._pointers))
+
+        monkeypatch.setattr(Launches, "_launch", staticmethod(count_launch))
+        monkeypatch.setattr(Launches, "point", note_table)
+        gradients = {}
+
+        def keep(step, index, p):
+            p.grad = gradients.setdefault(index, p.grad).copy_(p.grad)
+
+        play(True, {}, shapes=shapes, device=DEVICE, steps=2, spoil=keep)
+        monkeypatch.undo()
+        assert len(set(tables)) == 1
+        return len(launches) // 2, set(launches)
+
+    few = count(((64, 48), (33, 70), (70,), (32,)))
+    many = count(((64, 48), (33, 70), (70,), (32,)) * 3)
+    assert few == many
+    assert few[0] == 19  # with tiles of all four kinds; of one kind, 10
+
+
+COMPILE = """
+import itertools, warnings
+warnings.simplefilter("ignore")
+import triton.language as tl
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from prodigyplus.device import kernels
+from prodigyplus.device.plan import TileSize
+
+rows, columns, strip = TileSize()
+# As a launch has them, which makes constants of strides that are 1.
+ones = dict(number_stride=1)
+tile = dict(ROWS=rows, COLUMNS=columns, STRIP=strip)
+types = dict.fromkeys(("pointers", "sizes", "matrices", "segments", "pieces"), "*i64")
+types |= dict.fromkeys(("tiles", "gate", "seeds"), "*i32") | {"evidence_parts": "*fp64"}
+types |= dict.fromkeys(("outer_parts", "inner_parts", "sums", "numbers"), "*fp32")
+types |= dict.fromkeys(("norm_parts", "norms", "numels", "values", "out"), "*fp32")
+
+def build(kernel, **constants):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    made = compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
+    return made.asm["ptx"]
+
+bf16, fp32 = tl.bfloat16, tl.float32
+for dtype, factored, fast in itertools.product((fp32, bf16), (True, False), (True, False)):
+    ptx = build(kernels.squares, DTYPE=dtype, FACTORED=factored, FAST=fast, **tile)
+    assert not fast or "ld.global.v4.b32" in ptx or "ld.global.v2.b32" in ptx, (dtype, factored)
+build(kernels.add_parts, BLOCK=64, AT_ONCE=32)
+build(kernels.add_up, DTYPE=fp32, BLOCK=1024)
+types |= dict.fromkeys(("values", "out"), "*fp64")
+build(kernels.add_up, DTYPE=tl.float64, BLOCK=1024)
+for factor in (fp32, bf16):
+    build(kernels.factors, FACTOR=factor, MEAN_DTYPE=fp32, BLOCK=1024, **ones)
+ways = itertools.cycle(itertools.product((True, False), (True, False)))
+for momentum, is_offset, atan2, stable, evidence, speed, dtype in (
+    (False, False, False, True, True, 0, fp32),
+    (False, True, False, True, True, 1, fp32),
+    (True, False, False, True, True, 2, fp32),
+    (False, False, True, False, True, 0, bf16),
+    (True, False, True, False, False, 0, bf16),
+    (False, False, False, True, False, 0, bf16),
+):
+    factored, fast = next(ways)
+    constants = dict(
+        GRAD_DTYPE=dtype, WEIGHT_DTYPE=dtype, BASE_DTYPE=bf16 if is_offset else dtype, FIRST_DTYPE=dtype,
+        SECOND_DTYPE=dtype, FACTOR=fp32, MEAN_DTYPE=fp32, STATISTIC_DTYPE=bf16, FACTORED=factored,
+        FAST=fast, MOMENTUM=momentum, IS_OFFSET=is_offset, ATAN2=atan2, STABLE=stable,
+        EVIDENCE=evidence, SPEED=speed, EVERY=11, **tile,
+    )
+    build(kernels.measure, **constants, **ones)
+    build(kernels.move, **constants, **ones, DECAYS=stable, STOCHASTIC=is_offset or dtype == bf16)
+"""
+
+
+def test_they_compile_for_gpus(tmp_path):
+    """What the interpreter takes, the compiler need not: to machine code, for which no GPU is needed."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_entry_of_the_state_is_known_to_them():
+    """A new entry that a step of theirs would not move is a mistake here, not in training."""
+    known = {"z", "z_minus_y", "exp_avg", "exp_avg_sq", "p0", "s", "exp_avg_product", "max_l1", "max_l2"}
+    known |= {f"exp_avg_sq_{name}" for name in ("row", "col", "mean")}
+    assert known | {"exp_avg_weight"} == set(state.TABLE)
