@@ -5,6 +5,7 @@ What cannot be trained is refused here, by what every rank knows: none is left w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -78,8 +79,7 @@ class Parameters:
         if not state:
             self._placement.check(p, self.name(location))
             check_parameter(p, group.options, self.name(location))
-        arithmetic = compute_dtype(p)
-        if gradient.dtype not in _DTYPES or torch.promote_types(gradient.dtype, arithmetic) != arithmetic:
+        if not _fits(gradient.dtype, compute_dtype(p)):
             raise RuntimeError(
                 f"{self.name(location)} is {p.dtype}, but its gradient {gradient.dtype}: give it one of the "
                 "parameter's dtype, or of bfloat16 beside float32."
@@ -147,6 +147,12 @@ class Parameters:
                 "put a new nn.Parameter in its place in param_groups, and take the state of the old one out "
                 "with optimizer.state.pop(old)."
             )
+
+
+@functools.cache
+def _fits(grad: torch.dtype, arithmetic: torch.dtype) -> bool:
+    """Whether gradients of a dtype can be used where the arithmetic is done in another."""
+    return grad in _DTYPES and torch.promote_types(grad, arithmetic) == arithmetic
 
 
 def stored(placement: Placement, p: Tensor, local: dict[str, Tensor], every: int) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ def test_torch_is_the_only_dependency(package):
 
     for path, name in imports(package):
         root = name.partition(".")[0]
+        if root == "triton" and path in ("kernels.py", "launches.py"):  # imported where there is a GPU
+            continue
         assert root in {"torch", "prodigyplus", "prodigyplus_dist"} | sys.stdlib_module_names, path
 
 
@@ -43,7 +45,7 @@ WINGS = (
     ("constraints", "parameters"),
     ("muon_groups", "placement"),
     ("engine",),
-    ("state",),
+    ("state", "device"),
     ("formulas",),
     ("terms", "options"),
     ("reporting", "torch_private"),

@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 
 # The fields of a table's row, in their order.
-GRAD, WEIGHT, BASE, FIRST, SECOND, OUTER, INNER, MEAN, START, STATISTIC = map(tl.constexpr, range(10))
-POINTERS = tl.constexpr(10)
+WEIGHT, BASE, OFFSET_FROM_Y, FIRST, SECOND, OUTER, INNER, MEAN, START, STATISTIC, GRAD = map(
+    tl.constexpr, range(11)
+)
+POINTERS = tl.constexpr(11)
 LOCAL, FIRST_INDEX, FIRST_PHASE, IS_ROW_OUTER = map(tl.constexpr, range(4))
 SIZES = tl.constexpr(4)
 TENSOR, OFFSET, HEIGHT, WIDTH, ROW_STRIDE, COLUMN_STRIDE, OUTER_OFFSET, OUTER_STRIDE, INNER_OFFSET = map(
@@ -304,7 +306,9 @@ def measure(
     is_row_outer = tl.load(size + IS_ROW_OUTER) != 0
     grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(GRAD_DTYPE)), MULTIPLE)
     weight = tl.multiple_of(tl.load(address + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)), MULTIPLE)
-    base = tl.multiple_of(tl.load(address + BASE).to(tl.pointer_type(BASE_DTYPE)), MULTIPLE)
+    base = tl.multiple_of(
+        tl.load(address + (OFFSET_FROM_Y if IS_OFFSET else BASE)).to(tl.pointer_type(BASE_DTYPE)), MULTIPLE
+    )
     numbers += tensor * tensor_stride
     opens = tl.load(gate + tensor * gate_stride) != 0
     beta1 = tl.load(numbers + BETA1 * number_stride)
@@ -399,7 +403,9 @@ def move(
     is_row_outer = tl.load(size + IS_ROW_OUTER) != 0
     grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(GRAD_DTYPE)), MULTIPLE)
     weight = tl.multiple_of(tl.load(address + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)), MULTIPLE)
-    base = tl.multiple_of(tl.load(address + BASE).to(tl.pointer_type(BASE_DTYPE)), MULTIPLE)
+    base = tl.multiple_of(
+        tl.load(address + (OFFSET_FROM_Y if IS_OFFSET else BASE)).to(tl.pointer_type(BASE_DTYPE)), MULTIPLE
+    )
     numbers += tensor * tensor_stride
     opens = tl.load(gate + tensor * gate_stride) != 0
     beta1 = tl.load(numbers + BETA1 * number_stride)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,6 +20,9 @@ from prodigyplus.terms.scalars import Packed
 
 # How many values are added up at a time.
 _RUN = 1024
+
+# Addresses that are multiples of so many bytes are read so many at a time.
+_ALIGNMENT = 16
 
 # The kinds of ``use_speed``, as the kernels number them.
 _SPEED = {False: 0, True: 1, "relative": 2}
@@ -36,17 +38,32 @@ def tile_size() -> TileSize:
     return TileSize(32, 64, 16) if interprets() else TileSize()
 
 
+class Dtypes(NamedTuple):
+    """The dtypes of a batch's tensors, in the order of their addresses; None of what there is not."""
+
+    grad: torch.dtype
+    weight: torch.dtype | None
+    z: torch.dtype | None
+    offset: torch.dtype | None
+    first: torch.dtype | None
+    second: torch.dtype | None
+    outer: torch.dtype | None
+    inner: torch.dtype | None
+    mean: torch.dtype | None
+    start: torch.dtype | None
+    statistic: torch.dtype | None
+
+    @property
+    def base(self) -> torch.dtype | None:
+        """That of z or its offset."""
+        return self.z or self.offset
+
+
 class Setup(NamedTuple):
     """Of a batch what its kernels are compiled for."""
 
-    grad: torch.dtype
-    weight: torch.dtype
-    base: torch.dtype | None  # of z or its offset; None: there is a first moment in its place
-    first: torch.dtype | None
-    second: torch.dtype | None
-    factor: torch.dtype | None
-    mean: torch.dtype | None
-    statistic: torch.dtype | None
+    dtypes: Dtypes
+    has_momentum: bool
     is_offset: bool
     is_atan2: bool
     is_stable: bool
@@ -54,12 +71,6 @@ class Setup(NamedTuple):
     use_speed: object
     every: int
     rounds: bool
-
-
-class Evidence(NamedTuple):
-    """Where evidence is taken, and its sums: by row those of the products, of the norms, …"""
-
-    sums: Tensor  # float64, (3, tensors)
 
 
 @functools.cache
@@ -85,31 +96,45 @@ class Launches:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._addresses: tuple[int, ...] = ()
+        self.plan = plan
+        self.dtypes: Dtypes
+        self._addresses: list[int] = []
+        self._gradients: list[int] = []
         self._pointers: Tensor
         self._is_aligned = False
         rows, columns, strip = plan.tile
         self._tile = {"ROWS": rows, "COLUMNS": columns, "STRIP": strip}
 
-    def point(self, addresses: Sequence[int]) -> None:
-        """Say where the tensors are: of each the addresses in the order of ``kernels.py``, 0 for none."""
-        addresses = tuple(addresses)
-        if addresses == self._addresses:
-            return
-        on_gpu = self._plan.device.type == "cuda"
-        table = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-        self._pointers = table.to(self._plan.device, non_blocking=True)
-        self._addresses = addresses
-        self._is_aligned = not any(address % 16 for address in addresses)
+    def point(self, addresses: list[int], gradients: list[int]) -> bool:
+        """Say where the tensors are; nothing is sent while they are where they were.
 
-    def squares(self, setup: Setup) -> tuple[Tensor, Tensor]:
+        Args:
+            addresses: Of each tensor those of the weight and of ``plan.keys``, one after another; 0 for none.
+            gradients: Of each tensor that of its gradient.
+
+        Returns:
+            Whether ``addresses`` are others than before.
+        """
+        moved = addresses != self._addresses
+        if moved or gradients != self._gradients:
+            on_gpu = self.plan.device.type == "cuda"
+            rows = torch.tensor(addresses, dtype=torch.int64, device="cpu").view(len(gradients), -1)
+            last = torch.tensor(gradients, dtype=torch.int64, device="cpu").unsqueeze(1)
+            table = torch.cat((rows, last), 1)
+            self._is_aligned = not (table % _ALIGNMENT).any()
+            # From pinned memory, which is not used again before it has been read: nothing waits.
+            table = table.pin_memory() if on_gpu else table
+            self._pointers = table.to(self.plan.device, non_blocking=True)
+            self._addresses, self._gradients = addresses, gradients
+        return moved
+
+    def squares(self, dtypes: Dtypes) -> tuple[Tensor, Tensor]:
         """Sums of g².
 
         Returns:
             Those that factors need, local, in the order of the plan; and those of whole tensors, (tensors,).
         """
-        plan, kernels = self._plan, _kernels()
+        plan, kernels = self.plan, _kernels()
         outer, inner = self._empty(plan.outer_parts), self._empty(plan.inner_parts)
         sums, totals = self._empty(plan.sum_count), self._empty(len(plan.layouts))
         with self._on_device():
@@ -117,7 +142,7 @@ class Launches:
                 self._launch(
                     kernels.squares, (len(tiles.table),),
                     self._pointers, plan.sizes, plan.matrices, tiles.table, outer, inner,
-                    DTYPE=_triton_dtype(setup.grad), FACTORED=tiles.factored, FAST=self._is_fast(tiles.fast),
+                    DTYPE=_triton_dtype(dtypes.grad), FACTORED=tiles.factored, FAST=self._is_fast(tiles.fast),
                     **self._tile,
                 )  # fmt: skip
             if len(plan.segments):
@@ -132,14 +157,15 @@ class Launches:
 
     def factors_(self, sums: Tensor, setup: Setup, n: Packed) -> None:
         """Move the factors of the second moment by the whole sums of g²."""
-        plan = self._plan
+        plan = self.plan
         if not len(plan.factor_blocks):
             return
         with self._on_device():
             self._launch(
                 _kernels().factors, (len(plan.factor_blocks),),
                 self._pointers, plan.factor_blocks, sums, *_numbers(n),
-                FACTOR=_triton_dtype(setup.factor), MEAN_DTYPE=_triton_dtype(setup.mean), BLOCK=FACTOR_BLOCK,
+                FACTOR=_triton_dtype(setup.dtypes.outer), MEAN_DTYPE=_triton_dtype(setup.dtypes.mean),
+                BLOCK=FACTOR_BLOCK,
             )  # fmt: skip
 
     def measure_(self, setup: Setup, n: Packed, *, takes_evidence: bool) -> tuple[Tensor, Tensor]:
@@ -147,11 +173,11 @@ class Launches:
         norms, evidence = self._parts(setup, takes_evidence)
         with self._on_device():
             if setup.is_stable or takes_evidence:
-                for tiles in self._plan.tiles:
+                for tiles in self.plan.tiles:
                     self._launch(
                         _kernels().measure, (len(tiles.table),),
-                        self._pointers, self._plan.sizes, self._plan.matrices, tiles.table, *_numbers(n),
-                        norms[:, tiles.first :], evidence[:, tiles.first :], self._plan.tile_count,
+                        self._pointers, self.plan.sizes, self.plan.matrices, tiles.table, *_numbers(n),
+                        norms[:, tiles.first :], evidence[:, tiles.first :], self.plan.tile_count,
                         **self._constants(setup, tiles.factored, tiles.fast), EVIDENCE=takes_evidence,
                     )  # fmt: skip
             return self._of_tensors(norms), self._of_tensors(evidence)
@@ -160,11 +186,11 @@ class Launches:
         """Move everything; returns the sums of the evidence, if it is taken here, (3, tensors)."""
         _, evidence = self._parts(setup, takes_evidence)
         with self._on_device():
-            for tiles in self._plan.tiles:
+            for tiles in self.plan.tiles:
                 self._launch(
                     _kernels().move, (len(tiles.table),),
-                    self._pointers, self._plan.sizes, self._plan.matrices, tiles.table, *_numbers(n),
-                    norms, self._plan.numels, seeds, evidence[:, tiles.first :], self._plan.tile_count,
+                    self._pointers, self.plan.sizes, self.plan.matrices, tiles.table, *_numbers(n),
+                    norms, self.plan.numels, seeds, evidence[:, tiles.first :], self.plan.tile_count,
                     **self._constants(setup, tiles.factored, tiles.fast), EVIDENCE=takes_evidence,
                     DECAYS=setup.decays, STOCHASTIC=setup.rounds,
                 )  # fmt: skip
@@ -172,17 +198,17 @@ class Launches:
 
     def _constants(self, setup: Setup, factored: bool, fast: bool) -> dict[str, Any]:
         return {
-            "GRAD_DTYPE": _triton_dtype(setup.grad),
-            "WEIGHT_DTYPE": _triton_dtype(setup.weight),
-            "BASE_DTYPE": _triton_dtype(setup.base),
-            "FIRST_DTYPE": _triton_dtype(setup.first),
-            "SECOND_DTYPE": _triton_dtype(setup.second),
-            "FACTOR": _triton_dtype(setup.factor),
-            "MEAN_DTYPE": _triton_dtype(setup.mean),
-            "STATISTIC_DTYPE": _triton_dtype(setup.statistic),
+            "GRAD_DTYPE": _triton_dtype(setup.dtypes.grad),
+            "WEIGHT_DTYPE": _triton_dtype(setup.dtypes.weight),
+            "BASE_DTYPE": _triton_dtype(setup.dtypes.base),
+            "FIRST_DTYPE": _triton_dtype(setup.dtypes.first),
+            "SECOND_DTYPE": _triton_dtype(setup.dtypes.second),
+            "FACTOR": _triton_dtype(setup.dtypes.outer),
+            "MEAN_DTYPE": _triton_dtype(setup.dtypes.mean),
+            "STATISTIC_DTYPE": _triton_dtype(setup.dtypes.statistic),
             "FACTORED": factored,
             "FAST": self._is_fast(fast),
-            "MOMENTUM": setup.base is None,
+            "MOMENTUM": setup.has_momentum,
             "IS_OFFSET": setup.is_offset,
             "ATAN2": setup.is_atan2,
             "STABLE": setup.is_stable,
@@ -196,16 +222,16 @@ class Launches:
 
     def _parts(self, setup: Setup, takes_evidence: bool) -> tuple[Tensor, Tensor]:
         """What the programs of a pass write their sums to."""
-        count, device = self._plan.tile_count, self._plan.device
+        count, device = self.plan.tile_count, self.plan.device
         norms = torch.empty(int(setup.is_stable), count, dtype=torch.float32, device=device)
         rows = (3 if setup.use_speed == "relative" else 2) if takes_evidence else 0
         return norms, torch.empty(rows, count, dtype=torch.float64, device=device)
 
     def _of_tensors(self, parts: Tensor) -> Tensor:
         """The sums over the tiles of each tensor; (rows, tensors)."""
-        sums = torch.empty(len(parts), len(self._plan.layouts), dtype=parts.dtype, device=parts.device)
+        sums = torch.empty(len(parts), len(self.plan.layouts), dtype=parts.dtype, device=parts.device)
         if parts.shape[0]:
-            self._add_up(parts, sums, self._plan.of_tensors)
+            self._add_up(parts, sums, self.plan.of_tensors)
         return sums
 
     def _add_up(self, values: Tensor, out: Tensor, segments: Tensor) -> None:
@@ -219,10 +245,10 @@ class Launches:
         )  # fmt: skip
 
     def _empty(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.float32, device=self._plan.device)
+        return torch.empty(count, dtype=torch.float32, device=self.plan.device)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        device = self._plan.device
+        device = self.plan.device
         return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
     @staticmethod

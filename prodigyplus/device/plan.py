@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus.formulas import moments
+from prodigyplus.formulas import moments, schedule_free
 from prodigyplus.terms.layout import Layout
 
 # Of sums, how many a program makes, and of how many parts at a time.
@@ -26,6 +26,15 @@ MAX_NUMEL = 1 << 30
 
 # What memory is read in at a time: 16 bytes, or 16 elements of a table's multiple.
 _ALIGNMENT = 16
+
+
+def _keys(outer: str, inner: str) -> tuple[str, ...]:
+    """The entries of a state that the kernels move, in the order of their addresses, after the weight's."""
+    factors = (f"exp_avg_sq_{name}" for name in (outer, inner, "mean"))
+    return schedule_free.BASE, schedule_free.OFFSET, "exp_avg", "exp_avg_sq", *factors, "p0", "s"
+
+
+_ROW_OUTER, _ROW_INNER = _keys("row", "col"), _keys("col", "row")
 
 
 class TileSize(NamedTuple):
@@ -93,6 +102,7 @@ class Plan:
         self._dims = [moments.factored_dims(layout.shape) if f else None
                       for layout, f in zip(layouts, factored, strict=True)]  # fmt: skip
         self.is_row_outer = [dims is not None and dims[0] < dims[1] for dims in self._dims]
+        self.keys = [_ROW_OUTER if is_row_outer else _ROW_INNER for is_row_outer in self.is_row_outer]
         matrices = [
             _matrices(layout.local_shape, dims, tile.columns)
             for layout, dims in zip(layouts, self._dims, strict=True)

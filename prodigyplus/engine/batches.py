@@ -6,14 +6,13 @@ stack is (see :mod:`prodigyplus.engine.rule`), of many layouts; its passes are t
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Generator, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from prodigyplus.device.launches import Launches, Setup, interprets, tile_size
+from prodigyplus.device.launches import Dtypes, Launches, Setup, interprets, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
 from prodigyplus.engine.passes import Kind
 from prodigyplus.engine.rule import Answers, ParamStep
@@ -58,29 +57,24 @@ def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None
 
 def batch_key(param: ParamStep) -> Hashable | None:
     """Parameters of equal keys move as one batch, the same on all ranks; None: not by kernels."""
-    o, weight, grad, layout = param.group.options, param.weight, param.grad, param.layout
-    if o.fused is False or (o.fused is None and weight.device.type != "cuda"):
+    weight, grad, state, group, layout = param.weight, param.grad, param.state, param.group, param.layout
+    fused = group.options.fused
+    if fused is False or not (fused or weight.is_cuda):
         return None
-    if _has_obstacle(o, weight.dtype, weight.device) or grad.dtype not in _DTYPES:
+    # For every parameter at every step: what is asked of a group is asked once.
+    if group.obstacles.setdefault((weight.dtype, weight.device), _UNKNOWN) is _UNKNOWN:
+        group.obstacles[weight.dtype, weight.device] = obstacle(group.options, weight.dtype, weight.device)
+    if group.obstacles[weight.dtype, weight.device] or grad.dtype not in _DTYPES:
         return None
-    is_dense = weight.is_contiguous() and all(value.is_contiguous() for value in param.state.values())
-    if not (layout.is_run and is_dense and layout.max_local_numel <= MAX_NUMEL):
+    if not (layout.is_run and layout.max_local_numel <= MAX_NUMEL and weight.is_contiguous()):
         return None
-    axes = tuple(axis for axis, _ in layout.shard_axes), layout.replica_axes
-    dtypes = (
-        weight.device,
-        weight.dtype,
-        grad.dtype,
-        *(param.state[key].dtype for key in _KEPT if key in param.state),
-    )
-    return id(param.group), axes, dtypes, "p0" in param.state, param.present is None
+    if not all(map(Tensor.is_contiguous, state.values())):
+        return None
+    axes = tuple([axis for axis, _ in layout.shard_axes]), layout.replica_axes
+    return id(group), axes, weight.device, weight.dtype, grad.dtype, "p0" in state, param.present is None
 
 
-# For every parameter at every step: what is asked of a group's options is asked once.
-_has_obstacle = functools.lru_cache(maxsize=256)(obstacle)
-
-# The entries of a state whose dtypes are those of all parameters of a batch, if they have them.
-_KEPT = (schedule_free.BASE, schedule_free.OFFSET, "exp_avg", "p0")
+_UNKNOWN = "not asked yet"
 
 
 class Batch:
@@ -98,14 +92,15 @@ class Batch:
         self.group = first.group
         self.numbers = [param.number for param in params]
         self.present = None if first.present is None else [bool(param.present) for param in params]
+        self._launches: Launches | None = None
 
     def squares(self, constants: Constants) -> Requests:
         """See :class:`prodigyplus.engine.rule.Moving`; a request for each run of the sums."""
-        plan, launches = self._planned(constants)
-        sums, totals = launches.squares(self.setup)
+        launches = self.launches(constants)
+        sums, totals = launches.squares(launches.dtypes)
         pieces = {
             f"squares {index}": Sum(sums[piece.start : piece.end], piece.axes)
-            for index, piece in enumerate(plan.sum_pieces)
+            for index, piece in enumerate(launches.plan.sum_pieces)
         }
         return {"total": Sum(totals, self.axes), **pieces}
 
@@ -139,59 +134,47 @@ class Batch:
         """Which operators its passes consist of."""
         return Kind.of(self.group.options, self.states[0], 2)
 
-    def _planned(self, constants: Constants) -> tuple[Plan, Launches]:
-        """Its tables, and its launches, which know where its tensors are."""
-        factored = tuple(map(moments.is_factored, self.states))
-        every, device = self.group.options.slice_p, self.weights[0].device
-        key = "plan", tuple(self.numbers), tuple(map(id, self.layouts)), factored, every, device
-
-        def make() -> tuple[Plan, Launches]:
-            plan = Plan(self.layouts, factored, every, device, tile_size())
-            return plan, Launches(plan)
-
-        plan, launches = constants.made(key, make)
-        launches.point(self._addresses(plan))
-        return plan, launches
-
-    def _addresses(self, plan: Plan) -> list[int]:
-        addresses: list[int] = []
-        for weight, grad, state, is_row_outer in zip(
-            self.weights, self.grads, self.states, plan.is_row_outer, strict=True
-        ):
-            outer, inner = ("row", "col") if is_row_outer else ("col", "row")
-            z = state.get(schedule_free.BASE, state.get(schedule_free.OFFSET))
-            entries = (
-                z,
-                *(state.get(key) for key in ("exp_avg", "exp_avg_sq", f"exp_avg_sq_{outer}")),
-                *(state.get(key) for key in (f"exp_avg_sq_{inner}", "exp_avg_sq_mean", "p0", "s")),
+    def launches(self, constants: Constants) -> Launches:
+        """Its launches, which know where its tensors are."""
+        if self._launches is None:
+            factored = tuple(map(moments.is_factored, self.states))
+            every, device = self.group.options.slice_p, self.weights[0].device
+            key = "launches", tuple(self.numbers), tuple(map(id, self.layouts)), factored, every, device
+            self._launches = constants.made(
+                key, lambda: Launches(Plan(self.layouts, factored, every, device, tile_size()))
             )
-            addresses += grad.data_ptr(), weight.data_ptr()
-            addresses += [0 if entry is None else entry.data_ptr() for entry in entries]
-        return addresses
+            self._point(self._launches)
+        return self._launches
 
-    @property
-    def setup(self) -> Setup:
+    def _point(self, launches: Launches) -> None:
+        rows = [
+            (weight, *map(state.get, keys))
+            for weight, state, keys in zip(self.weights, self.states, launches.plan.keys, strict=True)
+        ]
+        tensors = [tensor for row in rows for tensor in row]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if launches.point(addresses, list(map(Tensor.data_ptr, self.grads))):
+            # Something else lies there: of other dtypes, perhaps.
+            of_column = [
+                {tensor.dtype for tensor in column if tensor is not None}
+                for column in zip(*rows, strict=True)
+            ]
+            assert all(len(dtypes) <= 1 for dtypes in of_column), "a state of several dtypes"
+            launches.dtypes = Dtypes(self.grads[0].dtype, *(next(iter(dtypes), None) for dtypes in of_column))
+
+    def setup(self, launches: Launches) -> Setup:
         """What its kernels are compiled for."""
-        kind, o = self.kind, self.group.options
-        dtypes = {key: value.dtype for state in self.states for key, value in state.items()}
-        weight = self.weights[0].dtype
-        base = None if kind.z is None else dtypes[kind.z]
+        kind, o, dtypes = self.kind, self.group.options, launches.dtypes
         return Setup(
-            grad=self.grads[0].dtype,
-            weight=weight,
-            base=base,
-            first=dtypes.get("exp_avg"),
-            second=dtypes.get("exp_avg_sq"),
-            factor=dtypes.get("exp_avg_sq_row"),
-            mean=dtypes.get("exp_avg_sq_mean"),
-            statistic=dtypes.get("s"),
+            dtypes,
+            has_momentum=kind.has_momentum,
             is_offset=kind.is_offset,
             is_atan2=kind.direction == "atan2",
             is_stable=kind.is_stable,
             decays=kind.decays,
             use_speed=kind.use_speed,
             every=o.slice_p,
-            rounds=o.stochastic_rounding and torch.bfloat16 in (weight, base),
+            rounds=o.stochastic_rounding and torch.bfloat16 in (dtypes.weight, dtypes.base),
         )
 
 
@@ -212,8 +195,8 @@ class _KernelWork:
         self.batch, self.kind, self.n = batch, batch.kind, n
         keys = prodigy.AVERAGES if self.kind.use_speed == "relative" and batch.adapts else ()
         self.state = {key: stacks.stack_view([state[key] for state in batch.states]) for key in keys}
-        self._plan, self._launches = batch._planned(constants)
-        self._setup, self._sums = batch.setup, squares
+        self._launches, self._sums = batch.launches(constants), squares
+        self._setup = batch.setup(self._launches)
         numbers = constants.on(n.step.device, batch.numbers)
         self._seeds = stochastic_rounding.seeds(n.step, numbers) if self._setup.rounds else numbers
 
@@ -226,7 +209,7 @@ class _KernelWork:
 
     def measure_(self) -> Requests:
         batch, setup, n = self.batch, self._setup, self.n.packed
-        sums = [self._sums[f"squares {index}"] for index in range(len(self._plan.sum_pieces))]
+        sums = [self._sums[f"squares {index}"] for index in range(len(self._launches.plan.sum_pieces))]
         whole = (
             sums[0]
             if len(sums) == 1

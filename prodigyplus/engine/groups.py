@@ -31,6 +31,7 @@ class GroupStep:
     Attributes:
         skips_per_param: Whether each parameter is skipped for itself, rather than all together.
         adapts: Whether its step size does; not once ``prodigy_steps`` has passed.
+        obstacles: What stands in the way of kernels, by dtype and device; see ``engine/batches.py``.
     """
 
     def __init__(self, index: int, entry: dict[str, Any]) -> None:
@@ -40,6 +41,7 @@ class GroupStep:
         self.state_options = StateOptions.of(self.options)
         self.skips_per_param = False
         self.adapts = not self.options.is_frozen(entry)
+        self.obstacles: dict[tuple[torch.dtype, torch.device], str | None] = {}
         self._numbers: Packed
         self._observed: list[tuple[list[int], Tensor, Tensor]] = []
         self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}

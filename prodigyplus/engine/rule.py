@@ -10,6 +10,7 @@ Small parameters of one shape move as one stack, so every tensor here has a dime
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -193,7 +194,10 @@ class Stack:
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that the arithmetic on a tensor is done in: never below float32."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return _promoted(tensor.dtype, torch.float32)
+
+
+_promoted = functools.cache(torch.promote_types)  # asked of every parameter at every step
 
 
 def update(stack: Moving, constants: Constants) -> Rule:

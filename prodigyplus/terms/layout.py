@@ -31,6 +31,9 @@ class Layout:
         replica_axes: The mesh axes along which the tensor is replicated.
         max_local_numel: The number of elements of the largest local tensor of all ranks. Left out, the
             number of this one's.
+
+    Attributes:
+        is_run: Whether the local elements are consecutive in the flattened global tensor.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +41,7 @@ class Layout:
     shard_axes: tuple[tuple[Hashable, int], ...] = ()
     replica_axes: tuple[Hashable, ...] = ()
     max_local_numel: int = -1
+    is_run: bool = field(init=False, repr=False, compare=False)
     _samples: dict[tuple[int, torch.device], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -47,6 +51,7 @@ class Layout:
             object.__setattr__(self, "indices", tuple(range(size) for size in self.shape))
         if self.max_local_numel < 0:
             object.__setattr__(self, "max_local_numel", math.prod(self.local_shape))
+        object.__setattr__(self, "is_run", self._is_run())
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -132,9 +137,7 @@ class Layout:
             stride *= self.shape[dim]
         return result
 
-    @property
-    def is_run(self) -> bool:
-        """Whether the local elements are consecutive in the flattened global tensor."""
+    def _is_run(self) -> bool:
         whole = all(
             len(indices) == size for indices, size in zip(self.indices[1:], self.shape[1:], strict=True)
         )

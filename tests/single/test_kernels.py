@@ -212,9 +212,10 @@ def test_a_launch_serves_all_parameters(monkeypatch):
             launches.append(kernel.__name__)
             launch(kernel, *arguments, **constants)
 
-        def note_table(self, addresses):
-            point(self, addresses)
+        def note_table(self, *addresses):
+            moved = point(self, *addresses)
             tables.append(id(self._pointers))
+            return moved
 
         monkeypatch.setattr(Launches, "_launch", staticmethod(count_launch))
         monkeypatch.setattr(Launches, "point", note_table)
