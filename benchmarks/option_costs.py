@@ -97,6 +97,11 @@ CHOICES: dict[str, Told] = {
         source="here",
         passes="two, compiled",
     ),
+    "fused=False": Told(
+        given={"fused": False},
+        what="Operator by operator on a GPU, where else kernels move a group. To compare with.",
+        source="here",
+    ),
     "fused_back_pass=True": Told(
         given={"fused_back_pass": True},
         what="Moves weights within the backward pass. When gradients do not fit: [fused.md](fused.md).",
