@@ -16,8 +16,10 @@ from tests.single.problems import Fed
 ADAM = {"use_schedulefree": False}
 
 # As groups that differ, which do not share d. Without a rate in a tensor, which is of one optimiser. A last
-# bit decides how z is rounded, see test_rounding.py; and the first steps of d, where it has no limit or begins
-# elsewhere: test_property.py has these, in float64.
+# bit decides how z is rounded: see test_rounding.py. It decides too how d begins, where it has no limit or
+# begins elsewhere: test_property.py has these, in float64.
+OTHERWISE = ("split_groups", "split_groups_mean", "bfloat16_z", "d0", "d_limiter")
+NAMES = table.named("passes", "numbers", but=OTHERWISE)
 ALONE = [options for options in table.alone(NAMES) if not isinstance(options.get("lr"), torch.Tensor)]
 # Apart, since numbers may keep d from moving by what passes find.
 PASSES = [its for its in table.elementwise(ALONE) if table.TABLE[next(iter(its))].acts_on == "passes"]

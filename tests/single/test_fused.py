@@ -15,9 +15,11 @@ from tests.single.problems import assert_same, snapshot
 
 STEPS = 40
 
-# Passes, since what numbers they take is nothing to them; d must move within the steps.
-NAMES = table.named("passes")
-OPTIONS = [{}, *table.packed(table.alone(NAMES) + table.together(NAMES), most=8)]
+# Passes, since what numbers they take is nothing to them; of those in whose steps d moves in either dtype.
+NAMES = table.named("passes", but=("prodigy_steps", "stochastic_rounding", "factored_fp32"))
+TOGETHER = ("factored", "weight_decay", "use_adopt", "use_bias_correction", "betas", "use_cautious")
+TOGETHER += (*table.MUON, "use_schedulefree")
+OPTIONS = [{}, *table.packed(table.alone(NAMES) + table.together(TOGETHER), most=8)]
 
 
 def model_and_optimizer(dtype=torch.float32, fused=True, **options):

@@ -10,7 +10,7 @@ from tests.watching import Watch
 
 # A rate in a tensor on the host is read there.
 ALONE = [options for options in table.alone() if not isinstance(options.get("lr"), torch.Tensor)]
-OPTIONS = [{}, *table.packed(ALONE + table.together())]
+OPTIONS = [{}, *table.packed(ALONE + table.together(), most=10)]
 
 
 @pytest.fixture

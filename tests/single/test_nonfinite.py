@@ -7,7 +7,7 @@ from prodigyplus import ProdigyPlusScheduleFree
 from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
-OPTIONS = [{}, *table.packed(table.alone() + table.together())]
+OPTIONS = [{}, *table.packed(table.alone() + table.together(), most=10)]
 
 
 def without_skips(state):

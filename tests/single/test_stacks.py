@@ -28,7 +28,7 @@ SHAPES = (
     *[(2, 3, 4, 4)] * 2,
 )
 
-OPTIONS = [{}, *table.packed(table.elementwise(table.alone() + table.together()))]
+OPTIONS = [{}, *table.packed(table.elementwise(table.alone() + table.together()), most=10)]
 
 
 class Problem(Fed):
