@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Generator, Hashable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prodigyplus.device.launches import Dtypes, Launches, Setup, interprets, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
@@ -61,6 +61,9 @@ def batch_key(param: ParamStep) -> Hashable | None:
     fused = group.options.fused
     if fused is False or not (fused or weight.is_cuda):
         return None
+    # Subclasses may have their data elsewhere, as quantised tensors, or none, as fake ones.
+    if not (type(weight) in _MEMORY and type(grad) is Tensor):
+        return None
     # For every parameter at every step: what is asked of a group is asked once.
     if group.obstacles.setdefault((weight.dtype, weight.device), _UNKNOWN) is _UNKNOWN:
         group.obstacles[weight.dtype, weight.device] = obstacle(group.options, weight.dtype, weight.device)
@@ -75,6 +78,9 @@ def batch_key(param: ParamStep) -> Hashable | None:
 
 
 _UNKNOWN = "not asked yet"
+
+# The types of tensors that have their elements where ``data_ptr()`` says.
+_MEMORY = (nn.Parameter, Tensor)
 
 
 class Batch:

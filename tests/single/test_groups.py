@@ -374,13 +374,18 @@ def test_metrics_are_of_the_moment_they_were_asked():
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_a_step_of_fake_tensors_leaves_no_trace():
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_step_of_fake_tensors_leaves_no_trace(fused):
     """As tools take one, to foresee the memory of a run in the process that then runs."""
+    if fused:
+        pytest.importorskip("triton")
+        import tests.interpreting  # noqa: F401
 
     def act():
         problem = Fed(*[(40, 33)] * 3, *[(5,)] * 2, dtype=torch.bfloat16)
         first, *others = problem.parameters
-        optimizer = ProdigyPlusScheduleFree([{"params": [first]}, {"params": others, "use_speed": True}])
+        groups = [{"params": [first]}, {"params": others, "use_speed": True}]
+        optimizer = ProdigyPlusScheduleFree(groups, fused=fused)
         run(optimizer, problem, 3)
         return optimizer
 
