@@ -3,9 +3,9 @@
     python benchmarks/device.py --json device.json
     python benchmarks/device.py --host
 
-The first needs a GPU, and takes a few minutes; optimisers of packages that are not installed are left out. The
-second needs none: kernels are not launched, and what is left of a step is the host's work. Both run from a
-checkout, with its folder in PYTHONPATH.
+The first needs a GPU, and takes a few minutes; optimisers of packages that are not installed are left out.
+The second needs none: kernels are not launched, and what is left of a step is the host's work. Both run from
+a checkout, with its folder in PYTHONPATH.
 """
 
 from __future__ import annotations
