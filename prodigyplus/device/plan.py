@@ -8,7 +8,7 @@ factored is one matrix, whose rows follow on one another. Matrices are cut into 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,9 @@ def _keys(outer: str, inner: str) -> tuple[str, ...]:
     factors = (f"exp_avg_sq_{name}" for name in (outer, inner, "mean"))
     return schedule_free.BASE, schedule_free.OFFSET, "exp_avg", "exp_avg_sq", *factors, "p0", "s"
 
+
+# The place of the outer dimension's average among the addresses; those of the inner and of both follow.
+_OUTER = 5
 
 _ROW_OUTER, _ROW_INNER = _keys("row", "col"), _keys("col", "row")
 
@@ -75,6 +78,18 @@ class _Matrices(NamedTuple):
     outer_offsets: Tensor  # in the averages of the outer dimension
     inner_offsets: Tensor
 
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+class _Parts(NamedTuple):
+    """Where the partial sums of g² of a tensor's tiles begin, and how many tiles a matrix has."""
+
+    outer: int
+    inner: int
+    down: int
+    across: int
+
 
 class Plan:
     """The tables of a batch.
@@ -85,6 +100,17 @@ class Plan:
         every: The distance of two samples.
         device: Where the tables are to be.
         tile: The size of a tile.
+
+    Attributes:
+        keys: Of each tensor the entries of its state in the order of their addresses.
+        sizes, matrices: Rows that the kernels read, of each tensor and of each matrix.
+        tiles, tile_count: Those of each launch, and how many they are in all.
+        outer_parts, inner_parts: How many partial sums of g² there are.
+        segments, means, factored_totals, full_totals: What is added up to sums of g².
+        sum_pieces, sum_count: The buffer of the sums that factors need.
+        factor_blocks: What moves the factors.
+        of_tensors: The tiles of each tensor.
+        numels: How many elements whole tensors have; float32.
     """
 
     def __init__(
@@ -97,143 +123,122 @@ class Plan:
     ) -> None:
         self.tile = tile
         self.layouts = tuple(layouts)
-        self.factored = tuple(factored)
         self.device = device
-        self._dims = [moments.factored_dims(layout.shape) if f else None
-                      for layout, f in zip(layouts, factored, strict=True)]  # fmt: skip
-        self.is_row_outer = [dims is not None and dims[0] < dims[1] for dims in self._dims]
-        self.keys = [_ROW_OUTER if is_row_outer else _ROW_INNER for is_row_outer in self.is_row_outer]
+        self._dims = [
+            moments.factored_dims(layout.shape) if is_factored else None
+            for layout, is_factored in zip(layouts, factored, strict=True)
+        ]
+        is_row_outer = [dims is not None and dims[0] < dims[1] for dims in self._dims]
+        self.keys = [_ROW_OUTER if row_first else _ROW_INNER for row_first in is_row_outer]
+        self.sizes = self._table(map(_sizes, layouts, is_row_outer, [every] * len(layouts)), 4)
+        self.numels = self._table([(layout.numel,) for layout in layouts], 1).view(-1).to(torch.float32)
         matrices = [
             _matrices(layout.local_shape, dims, tile.columns)
             for layout, dims in zip(layouts, self._dims, strict=True)
         ]
-        self._count = [len(of_tensor.offsets) for of_tensor in matrices]
-        self._lay_out_sums()
-        self.sizes = self._to(self._sizes(every))
-        self.numels = torch.tensor(
-            [layout.numel for layout in layouts], dtype=torch.float32, device="cpu"
-        ).to(device)
-        self._make_tables(matrices)
+        self._lay_out_sums(matrices)
+        self._lay_out_parts(matrices)
+        self._make_tiles(matrices)
 
-    def _lay_out_sums(self) -> None:
+    def _lay_out_sums(self, matrices: Sequence[_Matrices]) -> None:
         """Where in one buffer the sums of g² of each tensor are: those to be completed alike side by side."""
         by_axes: dict[tuple[Hashable, ...], list[tuple[int, int, int, int]]] = {}
         for tensor, (layout, dims) in enumerate(zip(self.layouts, self._dims, strict=True)):
             if dims is None:
                 continue
-            row, column = dims
-            local = layout.local_shape
-            count = self._count[tensor]
-            # Of each average: its length, over how many elements of the whole tensor it is, and which.
-            for field, kept, over in (("row", row, (column,)), ("col", column, (row,)), ("mean", None, dims)):
-                length = count if kept is None else count * local[kept]
-                axes = tuple(layout.axes(over))
+            outer, inner = sorted(dims)
+            count, local = len(matrices[tensor]), layout.local_shape
+            lengths = count * local[outer], count * local[inner], count
+            for which, (length, over) in enumerate(zip(lengths, ((inner,), (outer,), dims), strict=True)):
                 elements = math.prod(layout.size(dim) for dim in over)
-                is_outer = kept is not None and kept == min(dims)
-                which = 2 if field == "mean" else int(not is_outer)
-                by_axes.setdefault(axes, []).append((tensor, which, length, elements))
-        self.sum_starts: dict[tuple[int, int], int] = {}
+                by_axes.setdefault(layout.axes(over), []).append((tensor, which, length, elements))
+        self._sum_starts: dict[tuple[int, int], int] = {}
         self.sum_pieces: list[Piece] = []
-        self._factor_pieces: list[tuple[int, int, int, int, int]] = []
+        blocks: list[tuple[int, ...]] = []
         start = 0
         for axes, entries in by_axes.items():
             first = start
             for tensor, which, length, elements in entries:
-                self.sum_starts[tensor, which] = start
-                self._factor_pieces.append((tensor, which, start, length, elements))
+                self._sum_starts[tensor, which] = start
+                row = tensor, _OUTER + which, start, length, elements
+                blocks += ((*row, block) for block in range(-(-length // FACTOR_BLOCK)))
                 start += length
             self.sum_pieces.append(Piece(first, start, axes))
         self.sum_count = start
+        self.factor_blocks = self._table(blocks, 6)
 
-    def _sizes(self, every: int) -> Tensor:
-        rows = []
-        for layout, is_row_outer in zip(self.layouts, self.is_row_outer, strict=True):
-            first = layout.first if math.prod(layout.local_shape) else 0
-            rows.append((math.prod(layout.local_shape), first % (1 << 32), first % every, int(is_row_outer)))
-        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
-
-    def _make_tables(self, matrices: Sequence[_Matrices]) -> None:
-        table, segments, means, totals, norms = [], [], [], [], []
-        outer_parts = inner_parts = matrix = 0
-        tiles: dict[tuple[bool, bool], list[Tensor]] = {}
-        of_tiles: list[tuple[int, tuple[bool, bool], int]] = []
-        for tensor, m in enumerate(matrices):
-            factored, count = self.factored[tensor], len(m.offsets)
-            down, across = -(-m.height // self.tile.rows), -(-m.width // self.tile.columns)
-            if not factored:
-                across = 1
-            numbers = torch.arange(count, dtype=torch.int64, device="cpu")
-            outer_size, inner_size = (m.height * across, m.width * down) if factored else (0, down)
-            rows = torch.zeros(count, 13, dtype=torch.int64, device="cpu")
-            rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = tensor, m.offsets, m.height, m.width
-            rows[:, 4], rows[:, 5], rows[:, 7], rows[:, 9] = (
-                m.row_stride, m.column_stride, m.outer_stride, m.inner_stride
-            )  # fmt: skip
-            rows[:, 6], rows[:, 8], rows[:, 12] = m.outer_offsets, m.inner_offsets, numbers
-            rows[:, 10], rows[:, 11] = outer_parts + numbers * outer_size, inner_parts + numbers * inner_size
-            table.append(rows)
-            if factored:
-                outer_sums, inner_sums, mean_sums = (self.sum_starts[tensor, which] for which in range(3))
-                for is_inner, parts, sums, stride, length, parts_count in (
-                    (0, rows[:, 10], outer_sums + m.outer_offsets, m.outer_stride, m.height, across),
-                    (1, rows[:, 11], inner_sums + m.inner_offsets, m.inner_stride, m.width, down),
-                ):
-                    segments.append(_segments(is_inner, parts, sums, stride, length, parts_count))
-                means.append(
-                    torch.stack(
-                        [outer_sums + m.outer_offsets, torch.full_like(numbers, m.outer_stride),
-                         torch.full_like(numbers, m.height), mean_sums + numbers], 1
-                    )
-                )  # fmt: skip
-                totals.append((tensor, mean_sums, count))
-            else:
-                totals.append((tensor, inner_parts, down))
-            # Tiles of one place in the matrices of a tensor side by side: they share lines of memory.
-            grid = torch.cartesian_prod(
-                torch.arange(down, device="cpu"), torch.arange(across, device="cpu"), matrix + numbers
-            ).view(-1, 3)
-            fast = _is_fast(m) if factored else math.prod(self.layouts[tensor].local_shape) % _ALIGNMENT == 0
-            of_tiles.append((tensor, (factored, fast), len(grid)))
-            tiles.setdefault((factored, fast), []).append(grid[:, [2, 0, 1]])
-            outer_parts, inner_parts = outer_parts + count * outer_size, inner_parts + count * inner_size
-            matrix += count
+    def _lay_out_parts(self, matrices: Sequence[_Matrices]) -> None:
+        """Where the partial sums of g² of each tile are, and how they are added up."""
+        rows, segments, means = [], [], []
+        factored_totals, full_totals = [], []
+        outer_parts = inner_parts = 0
+        self._parts: list[_Parts] = []
+        for tensor, (m, dims) in enumerate(zip(matrices, self._dims, strict=True)):
+            down = -(-m.height // self.tile.rows)
+            across = 1 if dims is None else -(-m.width // self.tile.columns)
+            parts = _Parts(outer_parts, inner_parts, down, across)
+            # Of a matrix: for each tile across, a sum of each row; for each tile down, of each column.
+            outer_size, inner_size = (0, down) if dims is None else (m.height * across, m.width * down)
+            index = torch.arange(len(m), dtype=torch.int64, device="cpu")
+            firsts = outer_parts + index * outer_size, inner_parts + index * inner_size
+            rows.append(_matrix_rows(tensor, m, index, *firsts))
+            outer_parts, inner_parts = (outer_parts + len(m) * outer_size, inner_parts + len(m) * inner_size)
+            self._parts.append(parts)
+            if dims is None:
+                full_totals.append((parts.inner, 1, down, tensor))
+                continue
+            outer_sums, inner_sums, mean_sums = (self._sum_starts[tensor, which] for which in range(3))
+            outer, inner = outer_sums + m.outer_offsets, inner_sums + m.inner_offsets
+            segments.append(_segments(0, firsts[0], outer, m.outer_stride, m.height, across))
+            segments.append(_segments(1, firsts[1], inner, m.inner_stride, m.width, down))
+            means.append(_columns(outer, m.outer_stride, m.height, mean_sums + index))
+            factored_totals.append((mean_sums, 1, len(m), tensor))
         self.outer_parts, self.inner_parts = outer_parts, inner_parts
-        self.matrices = self._to(torch.cat(table) if table else torch.zeros(0, 13, dtype=torch.int64))
+        self.matrices, self.segments, self.means = (
+            self._joined(tables, width) for tables, width in ((rows, 13), (segments, 7), (means, 4))
+        )
+        self.factored_totals, self.full_totals = self._table(factored_totals, 4), self._table(full_totals, 4)
+
+    def _make_tiles(self, matrices: Sequence[_Matrices]) -> None:
+        """The tiles of each launch, and those of each tensor among them all."""
+        grids: dict[tuple[bool, bool], list[tuple[int, Tensor]]] = {}
+        first_matrix = 0
+        for tensor, (m, parts, dims) in enumerate(zip(matrices, self._parts, self._dims, strict=True)):
+            # Tiles of one place in the matrices of a tensor side by side: they share lines of memory.
+            axes = (torch.arange(size, device="cpu") for size in (parts.down, parts.across, len(m)))
+            down, across, matrix = (index.reshape(-1) for index in torch.meshgrid(*axes, indexing="ij"))
+            numel = math.prod(self.layouts[tensor].local_shape)
+            fast = numel % _ALIGNMENT == 0 if dims is None else _is_fast(m)
+            grid = torch.stack((first_matrix + matrix, down, across), 1)
+            grids.setdefault((dims is not None, fast), []).append((tensor, grid))
+            first_matrix += len(m)
         self.tiles: list[Tiles] = []
-        starts, first = {}, 0
-        for key, grids in tiles.items():
-            joined = torch.cat(grids)
-            starts[key] = first
-            if len(joined):
-                self.tiles.append(Tiles(self._to(joined.to(torch.int32)), *key, first))
-            first += len(joined)
+        of_tensors = []
+        first = 0
+        for (is_factored, fast), of_launch in grids.items():
+            table = torch.cat([grid for _, grid in of_launch]).to(torch.int32)
+            if len(table):
+                self.tiles.append(Tiles(table.to(self.device), is_factored, fast, first))
+            for tensor, grid in of_launch:
+                of_tensors.append((first, 1, len(grid), tensor))
+                first += len(grid)
         self.tile_count = first
-        for _, key, length in of_tiles:
-            norms.append((starts[key], 1, length))
-            starts[key] += length
-        self.segments = self._to(
-            torch.cat(segments) if segments else torch.zeros(0, 7, dtype=torch.int64, device="cpu")
-        )
-        self.means = self._to(
-            torch.cat(means) if means else torch.zeros(0, 4, dtype=torch.int64, device="cpu")
-        )
-        # Sums for each tensor: of the parts of its tiles; of g², of the sums of its matrices.
-        self.of_tensors = self._rows([(*row, tensor) for tensor, row in enumerate(norms)], 4)
-        factored_totals = [(first, 1, count, t) for t, first, count in totals if self.factored[t]]
-        full_totals = [(first, 1, count, t) for t, first, count in totals if not self.factored[t]]
-        self.factored_totals, self.full_totals = self._rows(factored_totals, 4), self._rows(full_totals, 4)
-        blocks = [
-            (tensor, 5 + which, start, length, elements, block)
-            for tensor, which, start, length, elements in self._factor_pieces
-            for block in range(-(-length // FACTOR_BLOCK))
-        ]
-        self.factor_blocks = self._rows(blocks, 6)
+        self.of_tensors = self._table(of_tensors, 4)
 
-    def _rows(self, rows: Sequence[Sequence[int]], width: int) -> Tensor:
-        return self._to(torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, width))
+    def _table(self, rows: Iterable[Sequence[int]], width: int) -> Tensor:
+        table = torch.tensor(list(rows), dtype=torch.int64, device="cpu")
+        return table.view(-1, width).to(self.device)
 
-    def _to(self, table: Tensor) -> Tensor:
-        return table.to(self.device)
+    def _joined(self, tables: Sequence[Tensor], width: int) -> Tensor:
+        empty = torch.zeros(0, width, dtype=torch.int64, device="cpu")
+        return torch.cat([empty, *tables]).to(self.device)
+
+
+def _sizes(layout: Layout, is_row_outer: bool, every: int) -> tuple[int, int, int, int]:
+    """The row of a tensor in ``sizes``: its local elements, where they begin, and what is outer in it."""
+    local = math.prod(layout.local_shape)
+    first = layout.first if local else 0
+    return local, first % (1 << 32), first % every, int(is_row_outer)
 
 
 def _matrices(shape: tuple[int, ...], dims: tuple[int, int] | None, columns: int) -> _Matrices:
@@ -267,19 +272,29 @@ def _matrices(shape: tuple[int, ...], dims: tuple[int, int] | None, columns: int
     )
 
 
+def _matrix_rows(
+    tensor: int, m: _Matrices, index: Tensor, outer_parts: Tensor, inner_parts: Tensor
+) -> Tensor:
+    """The rows of a tensor's matrices, in the order of the fields that ``kernels.py`` names."""
+    lies = m.offsets, m.height, m.width, m.row_stride, m.column_stride
+    sums = m.outer_offsets, m.outer_stride, m.inner_offsets, m.inner_stride
+    return _columns(tensor, *lies, *sums, outer_parts, inner_parts, index)
+
+
 def _segments(is_inner: int, parts: Tensor, sums: Tensor, stride: int, length: int, count: int) -> Tensor:
     """Rows for the kernel ``add_parts``: of each matrix, as many as its sums need programs."""
-    blocks = torch.arange(-(-length // BLOCK), dtype=torch.int64, device="cpu")
-    each = len(blocks)
-    columns = [
-        torch.full((len(parts) * each,), is_inner, dtype=torch.int64, device="cpu"),
-        parts.repeat_interleave(each),
-        sums.repeat_interleave(each),
-        *(torch.full((len(parts) * each,), value, dtype=torch.int64, device="cpu")
-          for value in (stride, length, count)),
-        blocks.repeat(len(parts)),
-    ]  # fmt: skip
-    return torch.stack(columns, 1)
+    each = -(-length // BLOCK)
+    blocks = torch.arange(each, dtype=torch.int64, device="cpu").repeat(len(parts))
+    parts, sums = parts.repeat_interleave(each), sums.repeat_interleave(each)
+    return _columns(is_inner, parts, sums, stride, length, count, blocks)
+
+
+def _columns(*columns: int | Tensor) -> Tensor:
+    """A table of these columns, of which numbers are the same in all rows; int64."""
+    like = next(column for column in columns if isinstance(column, Tensor))
+    return torch.stack(
+        [column if isinstance(column, Tensor) else torch.full_like(like, column) for column in columns], 1
+    )
 
 
 def _is_fast(m: _Matrices) -> bool:

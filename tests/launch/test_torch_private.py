@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(module, name) for module, names in torch_private.METADATA_NAMES.items() for name in names],
+    [(module, name) for module, names in torch_private.METADATA_NAMES.items() for name in sorted(names)],
 )
 def test_metadata_is_described_by_names_that_torch_has(module, name):
     assert hasattr(importlib.import_module(module), name)
