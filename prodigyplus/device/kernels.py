@@ -206,7 +206,7 @@ def _factor_roots(factor, index, exists, mean, scale, IS_ROW):
 
 @triton.jit
 def _moments(
-    g, address, index, exists, row_root, column_root, beta1, beta2, grad_weight, sq_weight, d, eps,
+    g, address, index, exists, row_root, column_root, numbers, number_stride, d,
     ATAN2: tl.constexpr, MOMENTUM: tl.constexpr, FACTORED: tl.constexpr, MULTIPLE: tl.constexpr,
     SECOND_DTYPE: tl.constexpr, FIRST_DTYPE: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
@@ -215,22 +215,54 @@ def _moments(
     if MOMENTUM:
         first = tl.multiple_of(tl.load(address + FIRST).to(tl.pointer_type(FIRST_DTYPE)), MULTIPLE)
         old = tl.load(first + index, mask=exists, other=0.0).to(tl.float32)
-        momentum = g * grad_weight + old * beta1
+        weight, keep = (
+            tl.load(numbers + GRAD_WEIGHT * number_stride),
+            tl.load(numbers + BETA1 * number_stride),
+        )
+        momentum = g * weight + old * keep
         if STORES:
             tl.store(first + index, momentum.to(FIRST_DTYPE), mask=exists)
         numerator = momentum / d
+    eps = tl.load(numbers + EPS * number_stride)
     if FACTORED:
         deviation = row_root[:, None] * column_root[None, :] + eps
     else:
         second = tl.multiple_of(tl.load(address + SECOND).to(tl.pointer_type(SECOND_DTYPE)), MULTIPLE)
         old = tl.load(second + index, mask=exists, other=0.0).to(tl.float32)
+        weight, keep = tl.load(numbers + SQ_WEIGHT * number_stride), tl.load(numbers + BETA2 * number_stride)
         # As it is kept, so that the direction is the same in both passes.
-        average = (g * g * sq_weight + old * beta2).to(SECOND_DTYPE)
+        average = (g * g * weight + old * keep).to(SECOND_DTYPE)
         if STORES:
             tl.store(second + index, average, mask=exists)
         deviation = tl.sqrt(average.to(tl.float32)) / d + eps
     u = _ATAN2_SCALE * _atan2(numerator, deviation) if ATAN2 else numerator / deviation
     return tl.where(exists, u, 0.0)
+
+
+@triton.jit
+def _moved(
+    y, z, u, step, unit, numbers, number_stride,
+    MOMENTUM: tl.constexpr, IS_OFFSET: tl.constexpr, DECAYS: tl.constexpr,
+):  # fmt: skip
+    """The next y and z of a strip: ``step_`` and ``descend_`` of ``prodigyplus.formulas.schedule_free``."""
+    decay = tl.load(numbers + DECAY * number_stride)
+    c, fraction = tl.load(numbers + C * number_stride), tl.load(numbers + Y_FRACTION * number_stride)
+    if MOMENTUM:
+        if DECAYS:
+            y = y * (1.0 - decay)
+        y = y - u * step
+    else:
+        if DECAYS:
+            u = u * step + y * decay
+            step = unit
+        if IS_OFFSET:
+            y = y + z * c - u * (step * fraction)
+            z = z - z * c - u * (step * (1.0 - fraction))
+        else:
+            # torch.lerp() begins at the nearer end.
+            y = tl.where(c < 0.5, y + c * (z - y), z - (z - y) * (1.0 - c)) - u * (step * fraction)
+            z = z - u * step
+    return y, z
 
 
 @triton.jit
@@ -280,116 +312,22 @@ def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def measure(
+def sweep(
     pointers, sizes, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
-    norm_parts, evidence_parts, parts_stride,
+    norm_parts, evidence_parts, parts_stride, norms, numels, seeds,
     GRAD_DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr,
     FIRST_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr, FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr,
     STATISTIC_DTYPE: tl.constexpr,
+    MOVES: tl.constexpr, EVIDENCE: tl.constexpr,
     FACTORED: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr, IS_OFFSET: tl.constexpr,
-    ATAN2: tl.constexpr, STABLE: tl.constexpr, EVIDENCE: tl.constexpr, SPEED: tl.constexpr,
-    EVERY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
+    ATAN2: tl.constexpr, STABLE: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SPEED: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Of each tile the sum of the direction's squares, and with ``EVIDENCE`` the sums of the evidence.
+    """Measure: of each tile, the sum of the direction's squares. Or with ``MOVES`` move y, z and moments.
 
-    Writes nothing else but s: the moments are moved in memory by :func:`move`, which computes them anew.
+    With ``EVIDENCE``, also move s, and sum up the evidence of each tile. To measure writes nothing else: the
+    moments that are kept for each element are computed in both, and written where they are moved.
     """
-    program = tl.program_id(0)
-    MULTIPLE: tl.constexpr = 16 if FAST else 1
-    matrix, down, across, offset, height, width, row_stride, column_stride = _tile(
-        tiles, matrices, program, MULTIPLE
-    )
-    tensor = tl.load(matrix + TENSOR)
-    size, address = sizes + tensor * SIZES, pointers + tensor * POINTERS
-    local = tl.multiple_of(tl.load(size + LOCAL).to(tl.int32), MULTIPLE)
-    phase = tl.load(size + FIRST_PHASE).to(tl.int32)
-    is_row_outer = tl.load(size + IS_ROW_OUTER) != 0
-    grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(GRAD_DTYPE)), MULTIPLE)
-    weight = tl.multiple_of(tl.load(address + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)), MULTIPLE)
-    base = tl.multiple_of(
-        tl.load(address + (OFFSET_FROM_Y if IS_OFFSET else BASE)).to(tl.pointer_type(BASE_DTYPE)), MULTIPLE
-    )
-    numbers += tensor * tensor_stride
-    opens = tl.load(gate + tensor * gate_stride) != 0
-    beta1 = tl.load(numbers + BETA1 * number_stride)
-    beta2 = tl.load(numbers + BETA2 * number_stride)
-    beta3 = tl.load(numbers + BETA3 * number_stride)
-    grad_weight = tl.load(numbers + GRAD_WEIGHT * number_stride)
-    sq_weight = tl.load(numbers + SQ_WEIGHT * number_stride)
-    prodigy_weight = tl.load(numbers + PRODIGY_WEIGHT * number_stride)
-    d = tl.load(numbers + D * number_stride)
-    eps = tl.load(numbers + EPS * number_stride)
-    column = across * COLUMNS + tl.arange(0, COLUMNS)
-    column_root = tl.zeros((COLUMNS,), tl.float32)
-    if FACTORED:
-        average = tl.load(address + MEAN).to(tl.pointer_type(MEAN_DTYPE))
-        mean = tl.load(average + tl.load(matrix + MEAN_OFFSET)).to(tl.float32) + _TINY
-        outer = tl.load(address + OUTER).to(tl.pointer_type(FACTOR))
-        inner = tl.load(address + INNER).to(tl.pointer_type(FACTOR))
-        outer += tl.load(matrix + OUTER_OFFSET)
-        inner += tl.load(matrix + INNER_OFFSET)
-        outer_stride = tl.load(matrix + OUTER_STRIDE)
-        inner_stride = tl.load(matrix + INNER_STRIDE)
-        column_root = _factor_roots(inner, column * inner_stride, column < width, mean, d, is_row_outer == 0)
-    norm = tl.zeros((COLUMNS,), tl.float32)
-    product_sum = tl.zeros((COLUMNS,), tl.float64)
-    second_sum = tl.zeros((COLUMNS,), tl.float64)
-    third_sum = tl.zeros((COLUMNS,), tl.float64)
-    for start in range(0, ROWS, STRIP):
-        row = down * ROWS + start + tl.arange(0, STRIP)
-        index, exists = _elements(
-            offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST
-        )
-        g = tl.load(grad + index, mask=exists, other=0.0).to(tl.float32)
-        g = tl.where(opens, g, 0.0)
-        if STABLE:
-            row_root = tl.zeros((STRIP,), tl.float32)
-            if FACTORED:
-                row_root = _factor_roots(outer, row * outer_stride, row < height, mean, d, is_row_outer)
-            u = _moments(
-                g, address, index, exists, row_root, column_root,
-                beta1, beta2, grad_weight, sq_weight, d, eps,
-                ATAN2, MOMENTUM, FACTORED, MULTIPLE, SECOND_DTYPE, FIRST_DTYPE, False,
-            )  # fmt: skip
-            norm += tl.sum(u * u, 0)
-        if EVIDENCE:
-            sampled = exists & ((index + phase) % EVERY == 0)
-            if MOMENTUM:
-                z = tl.load(weight + index, mask=sampled, other=0.0).to(tl.float32)
-            else:
-                z = tl.load(base + index, mask=sampled, other=0.0).to(tl.float32)
-                if IS_OFFSET:
-                    z = tl.load(weight + index, mask=sampled, other=0.0).to(tl.float32) + z
-            product, second, third = _evidence(
-                g, z, address, index, exists, phase, beta3, prodigy_weight,
-                SPEED, EVERY, WEIGHT_DTYPE, STATISTIC_DTYPE,
-            )  # fmt: skip
-            product_sum += tl.sum(product.to(tl.float64), 0)
-            second_sum += tl.sum(second.to(tl.float64), 0)
-            if SPEED == RELATIVE:
-                third_sum += tl.sum(third.to(tl.float64), 0)
-    if STABLE:
-        tl.store(norm_parts + program, tl.sum(norm, 0))
-    if EVIDENCE:
-        tl.store(evidence_parts + program, tl.sum(product_sum, 0))
-        tl.store(evidence_parts + parts_stride + program, tl.sum(second_sum, 0))
-        if SPEED == RELATIVE:
-            tl.store(evidence_parts + 2 * parts_stride + program, tl.sum(third_sum, 0))
-
-
-@triton.jit
-def move(
-    pointers, sizes, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
-    norms, numels, seeds, evidence_parts, parts_stride,
-    GRAD_DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr,
-    FIRST_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr, FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr,
-    STATISTIC_DTYPE: tl.constexpr,
-    FACTORED: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr, IS_OFFSET: tl.constexpr,
-    ATAN2: tl.constexpr, STABLE: tl.constexpr, EVIDENCE: tl.constexpr, SPEED: tl.constexpr,
-    EVERY: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
-):  # fmt: skip
-    """Move y, z and the moments kept for each element; with ``EVIDENCE`` s too, and give the sums."""
     program = tl.program_id(0)
     MULTIPLE: tl.constexpr = 16 if FAST else 1
     matrix, down, across, offset, height, width, row_stride, column_stride = _tile(
@@ -406,37 +344,24 @@ def move(
     base = tl.multiple_of(
         tl.load(address + (OFFSET_FROM_Y if IS_OFFSET else BASE)).to(tl.pointer_type(BASE_DTYPE)), MULTIPLE
     )
-    numbers += tensor * tensor_stride
     opens = tl.load(gate + tensor * gate_stride) != 0
-    beta1 = tl.load(numbers + BETA1 * number_stride)
-    beta2 = tl.load(numbers + BETA2 * number_stride)
-    beta3 = tl.load(numbers + BETA3 * number_stride)
-    grad_weight = tl.load(numbers + GRAD_WEIGHT * number_stride)
-    sq_weight = tl.load(numbers + SQ_WEIGHT * number_stride)
-    prodigy_weight = tl.load(numbers + PRODIGY_WEIGHT * number_stride)
-    unit = tl.load(numbers + UNIT * number_stride)
-    decay = tl.load(numbers + DECAY * number_stride)
-    c = tl.load(numbers + C * number_stride)
-    y_fraction = tl.load(numbers + Y_FRACTION * number_stride)
-    d = tl.load(numbers + D * number_stride)
-    eps = tl.load(numbers + EPS * number_stride)
+    numbers += tensor * tensor_stride
+    unit, d = tl.load(numbers + UNIT * number_stride), tl.load(numbers + D * number_stride)
     step = tl.load(numbers + DLR * number_stride) * unit
-    if STABLE:
+    if MOVES and STABLE:
         rms = tl.sqrt(tl.load(norms + tensor) / tl.load(numels + tensor))
         step = step / tl.sqrt(tl.maximum(rms, 1.0))
-    seed = tl.load(seeds + tensor).to(tl.uint32, bitcast=True) if STOCHASTIC else first_index
+    seed = tl.load(seeds + tensor).to(tl.uint32, bitcast=True) if MOVES and STOCHASTIC else first_index
     column = across * COLUMNS + tl.arange(0, COLUMNS)
     column_root = tl.zeros((COLUMNS,), tl.float32)
     if FACTORED:
         average = tl.load(address + MEAN).to(tl.pointer_type(MEAN_DTYPE))
         mean = tl.load(average + tl.load(matrix + MEAN_OFFSET)).to(tl.float32) + _TINY
-        outer = tl.load(address + OUTER).to(tl.pointer_type(FACTOR))
-        inner = tl.load(address + INNER).to(tl.pointer_type(FACTOR))
-        outer += tl.load(matrix + OUTER_OFFSET)
-        inner += tl.load(matrix + INNER_OFFSET)
-        outer_stride = tl.load(matrix + OUTER_STRIDE)
-        inner_stride = tl.load(matrix + INNER_STRIDE)
+        outer = tl.load(address + OUTER).to(tl.pointer_type(FACTOR)) + tl.load(matrix + OUTER_OFFSET)
+        inner = tl.load(address + INNER).to(tl.pointer_type(FACTOR)) + tl.load(matrix + INNER_OFFSET)
+        outer_stride, inner_stride = tl.load(matrix + OUTER_STRIDE), tl.load(matrix + INNER_STRIDE)
         column_root = _factor_roots(inner, column * inner_stride, column < width, mean, d, is_row_outer == 0)
+    norm = tl.zeros((COLUMNS,), tl.float32)
     product_sum = tl.zeros((COLUMNS,), tl.float64)
     second_sum = tl.zeros((COLUMNS,), tl.float64)
     third_sum = tl.zeros((COLUMNS,), tl.float64)
@@ -445,49 +370,42 @@ def move(
         index, exists = _elements(
             offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST
         )
-        g = tl.load(grad + index, mask=exists, other=0.0).to(tl.float32)
-        g = tl.where(opens, g, 0.0)
-        y = tl.load(weight + index, mask=exists, other=0.0).to(tl.float32)
-        z = y if MOMENTUM else tl.load(base + index, mask=exists, other=0.0).to(tl.float32)
+        g = tl.where(opens, tl.load(grad + index, mask=exists, other=0.0).to(tl.float32), 0.0)
+        # To measure, of y and z only the samples.
+        read = exists if MOVES else exists & ((index + phase) % EVERY == 0)
+        y, z = tl.zeros((STRIP, COLUMNS), tl.float32), tl.zeros((STRIP, COLUMNS), tl.float32)
+        if MOVES or (EVIDENCE and (MOMENTUM or IS_OFFSET)):
+            y = tl.load(weight + index, mask=read, other=0.0).to(tl.float32)
+        if (MOVES or EVIDENCE) and not MOMENTUM:
+            z = tl.load(base + index, mask=read, other=0.0).to(tl.float32)
         if EVIDENCE:
             product, second, third = _evidence(
-                g, y + z if IS_OFFSET else z, address, index, exists, phase, beta3, prodigy_weight,
+                g, y + z if MOMENTUM or IS_OFFSET else z, address, index, exists, phase,
+                tl.load(numbers + BETA3 * number_stride), tl.load(numbers + PRODIGY_WEIGHT * number_stride),
                 SPEED, EVERY, WEIGHT_DTYPE, STATISTIC_DTYPE,
             )  # fmt: skip
             product_sum += tl.sum(product.to(tl.float64), 0)
             second_sum += tl.sum(second.to(tl.float64), 0)
             if SPEED == RELATIVE:
                 third_sum += tl.sum(third.to(tl.float64), 0)
-        row_root = tl.zeros((STRIP,), tl.float32)
-        if FACTORED:
-            row_root = _factor_roots(outer, row * outer_stride, row < height, mean, d, is_row_outer)
-        u = _moments(
-            g, address, index, exists, row_root, column_root,
-            beta1, beta2, grad_weight, sq_weight, d, eps,
-            ATAN2, MOMENTUM, FACTORED, MULTIPLE, SECOND_DTYPE, FIRST_DTYPE, True,
-        )  # fmt: skip
-        if MOMENTUM:
-            if DECAYS:
-                y = y * (1.0 - decay)
-            y = y - u * step
-        else:
-            by = step
-            if DECAYS:
-                u = u * step + y * decay
-                by = unit
-            if IS_OFFSET:
-                y = y + z * c - u * (by * y_fraction)
-                z = z - z * c - u * (by * (1.0 - y_fraction))
-            else:
-                y = tl.where(c < 0.5, y + c * (z - y), z - (z - y) * (1.0 - c)) - u * (by * y_fraction)
-                z = z - u * by
-        low, high = seed, seed
-        if STOCHASTIC:
-            noise = _hash(index.to(tl.uint32) + first_index + seed)
-            low, high = noise & 0xFFFF, noise >> 16
-        tl.store(weight + index, _rounded(y, low, WEIGHT_DTYPE, STOCHASTIC), mask=exists)
-        if not MOMENTUM:
-            tl.store(base + index, _rounded(z, high, BASE_DTYPE, STOCHASTIC), mask=exists)
+        if MOVES or STABLE:
+            row_root = tl.zeros((STRIP,), tl.float32)
+            if FACTORED:
+                row_root = _factor_roots(outer, row * outer_stride, row < height, mean, d, is_row_outer)
+            u = _moments(
+                g, address, index, exists, row_root, column_root, numbers, number_stride, d,
+                ATAN2, MOMENTUM, FACTORED, MULTIPLE, SECOND_DTYPE, FIRST_DTYPE, MOVES,
+            )  # fmt: skip
+            if not MOVES:
+                norm += tl.sum(u * u, 0)
+        if MOVES:
+            y, z = _moved(y, z, u, step, unit, numbers, number_stride, MOMENTUM, IS_OFFSET, DECAYS)
+            noise = _hash(index.to(tl.uint32) + first_index + seed) if STOCHASTIC else index.to(tl.uint32)
+            tl.store(weight + index, _rounded(y, noise & 0xFFFF, WEIGHT_DTYPE, STOCHASTIC), mask=exists)
+            if not MOMENTUM:
+                tl.store(base + index, _rounded(z, noise >> 16, BASE_DTYPE, STOCHASTIC), mask=exists)
+    if STABLE and not MOVES:
+        tl.store(norm_parts + program, tl.sum(norm, 0))
     if EVIDENCE:
         tl.store(evidence_parts + program, tl.sum(product_sum, 0))
         tl.store(evidence_parts + parts_stride + program, tl.sum(second_sum, 0))

@@ -173,28 +173,38 @@ class Launches:
         norms, evidence = self._parts(setup, takes_evidence)
         with self._on_device():
             if setup.is_stable or takes_evidence:
-                for tiles in self.plan.tiles:
-                    self._launch(
-                        _kernels().measure, (len(tiles.table),),
-                        self._pointers, self.plan.sizes, self.plan.matrices, tiles.table, *_numbers(n),
-                        norms[:, tiles.first :], evidence[:, tiles.first :], self.plan.tile_count,
-                        **self._constants(setup, tiles.factored, tiles.fast), EVIDENCE=takes_evidence,
-                    )  # fmt: skip
+                self._sweep(setup, n, norms, evidence, moves=False)
             return self._of_tensors(norms), self._of_tensors(evidence)
 
     def move_(self, setup: Setup, norms: Tensor, seeds: Tensor, n: Packed, *, takes_evidence: bool) -> Tensor:
-        """Move everything; returns the sums of the evidence, if it is taken here, (3, tensors)."""
-        _, evidence = self._parts(setup, takes_evidence)
+        """Move everything; returns the sums of the evidence, if it is taken here, (3 or 2, tensors)."""
+        parts, evidence = self._parts(setup, takes_evidence)
         with self._on_device():
-            for tiles in self.plan.tiles:
-                self._launch(
-                    _kernels().move, (len(tiles.table),),
-                    self._pointers, self.plan.sizes, self.plan.matrices, tiles.table, *_numbers(n),
-                    norms, self.plan.numels, seeds, evidence[:, tiles.first :], self.plan.tile_count,
-                    **self._constants(setup, tiles.factored, tiles.fast), EVIDENCE=takes_evidence,
-                    DECAYS=setup.decays, STOCHASTIC=setup.rounds,
-                )  # fmt: skip
+            self._sweep(setup, n, parts, evidence, moves=True, norms=norms, seeds=seeds)
             return self._of_tensors(evidence)
+
+    def _sweep(
+        self,
+        setup: Setup,
+        n: Packed,
+        norm_parts: Tensor,
+        evidence_parts: Tensor,
+        *,
+        moves: bool,
+        norms: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> None:
+        plan = self.plan
+        for tiles in plan.tiles:
+            # What a pass does not read is there all the same: a kernel's arguments are always tensors.
+            self._launch(
+                _kernels().sweep, (len(tiles.table),),
+                self._pointers, plan.sizes, plan.matrices, tiles.table, *_numbers(n),
+                norm_parts[:, tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
+                norm_parts if norms is None else norms, plan.numels, plan.sizes if seeds is None else seeds,
+                MOVES=moves, EVIDENCE=len(evidence_parts) > 0,
+                **self._constants(setup, tiles.factored, tiles.fast),
+            )  # fmt: skip
 
     def _constants(self, setup: Setup, factored: bool, fast: bool) -> dict[str, Any]:
         return {
@@ -212,6 +222,8 @@ class Launches:
             "IS_OFFSET": setup.is_offset,
             "ATAN2": setup.is_atan2,
             "STABLE": setup.is_stable,
+            "DECAYS": setup.decays,
+            "STOCHASTIC": setup.rounds,
             "SPEED": _SPEED[setup.use_speed],
             "EVERY": setup.every,
             **self._tile,

@@ -287,8 +287,9 @@ for momentum, is_offset, atan2, stable, evidence, speed, dtype in (
         FAST=fast, MOMENTUM=momentum, IS_OFFSET=is_offset, ATAN2=atan2, STABLE=stable,
         EVIDENCE=evidence, SPEED=speed, EVERY=11, **tile,
     )
-    build(kernels.measure, **constants, **ones)
-    build(kernels.move, **constants, **ones, DECAYS=stable, STOCHASTIC=is_offset or dtype == bf16)
+    constants |= dict(DECAYS=stable, STOCHASTIC=is_offset or dtype == bf16, **ones)
+    build(kernels.sweep, **constants, MOVES=False)
+    build(kernels.sweep, **constants, MOVES=True)
 """
 
 
