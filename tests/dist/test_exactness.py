@@ -49,6 +49,8 @@ RUNS = {
     "variants": ({"split_groups_mean": False}, VARIANTS),
     "muon": ({"split_groups_mean": False}, MUON),
 }
+# Options with which d does not come far here: it is frozen, or waits, or a decay is all that moves.
+SLOW = {"prodigy_steps", "warmup_steps", "lr", "weight_decay_by_lr"}
 # Of groups that differ, each has all shapes.
 REPEATS = {"variants": len(VARIANTS), "muon": len(MUON)}
 
@@ -108,8 +110,8 @@ def test_exactness(pool, mesh_name):
     for name in names:
         expected, expected_d = in_one_process(shapes_of(mesh, name), name)
         found, d = first[name]
-        # All but those that are slow, or that freeze.
-        assert (expected_d[-1] > 10 * expected_d[0]).double().mean() > 0.8, name
+        grows = [not SLOW & group.keys() for group in groups_of(Fed(*shapes_of(mesh, name)).parameters, name)]
+        assert (expected_d[-1] > 10 * expected_d[0])[torch.tensor(grows)].double().mean() > 0.8, name
         for other in others:
             assert torch.equal(other[name][1], d), name
         assert (d / expected_d - 1).abs().max() <= 1e-5, name
