@@ -41,16 +41,33 @@ PLAIN, SIGNS, RELATIVE = map(tl.constexpr, range(3))
 
 
 @triton.jit
-def _tile(tiles, matrices, program, MULTIPLE: tl.constexpr):
-    """The program's tile: the row of its matrix in the table, its place there, and how the matrix lies."""
-    tile = tiles + program * 3
-    row = matrices + tl.load(tile).to(tl.int64) * MATRICES
-    offset = tl.multiple_of(tl.load(row + OFFSET).to(tl.int32), MULTIPLE)
-    height = tl.load(row + HEIGHT).to(tl.int32)
-    width = tl.multiple_of(tl.load(row + WIDTH).to(tl.int32), MULTIPLE)
-    row_stride = tl.multiple_of(tl.load(row + ROW_STRIDE).to(tl.int32), MULTIPLE)
-    column_stride = tl.load(row + COLUMN_STRIDE).to(tl.int32)
-    return row, tl.load(tile + 1), tl.load(tile + 2), offset, height, width, row_stride, column_stride
+def _tile(pointers, sizes, matrices, tiles, MULTIPLE: tl.constexpr):
+    """The program's tile: the tensor's number and rows, the matrix's row, its place there, how that lies."""
+    tile = tiles + tl.program_id(0) * 3
+    matrix = matrices + tl.load(tile).to(tl.int64) * MATRICES
+    tensor = tl.load(matrix + TENSOR)
+    size, address = sizes + tensor * SIZES, pointers + tensor * POINTERS
+    local = tl.multiple_of(tl.load(size + LOCAL).to(tl.int32), MULTIPLE)
+    offset = tl.multiple_of(tl.load(matrix + OFFSET).to(tl.int32), MULTIPLE)
+    height = tl.load(matrix + HEIGHT).to(tl.int32)
+    width = tl.multiple_of(tl.load(matrix + WIDTH).to(tl.int32), MULTIPLE)
+    row_stride = tl.multiple_of(tl.load(matrix + ROW_STRIDE).to(tl.int32), MULTIPLE)
+    column_stride = tl.load(matrix + COLUMN_STRIDE).to(tl.int32)
+    down, across = tl.load(tile + 1), tl.load(tile + 2)
+    return (
+        tensor,
+        size,
+        address,
+        matrix,
+        down,
+        across,
+        local,
+        offset,
+        height,
+        width,
+        row_stride,
+        column_stride,
+    )
 
 
 @triton.jit
@@ -78,15 +95,11 @@ def squares(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Sums of g² of each tile: along its rows and along its columns; not factored, one for each tile."""
-    program = tl.program_id(0)
     MULTIPLE: tl.constexpr = 16 if FAST else 1
-    matrix, down, across, offset, height, width, row_stride, column_stride = _tile(
-        tiles, matrices, program, MULTIPLE
+    _tensor, _size, address, matrix, down, across, local, offset, height, width, row_stride, column_stride = (
+        _tile(pointers, sizes, matrices, tiles, MULTIPLE)
     )
-    tensor = tl.load(matrix + TENSOR)
-    size, address = sizes + tensor * SIZES, pointers + tensor * POINTERS
     grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(DTYPE)), MULTIPLE)
-    local = tl.multiple_of(tl.load(size + LOCAL).to(tl.int32), MULTIPLE)
     column = across * COLUMNS + tl.arange(0, COLUMNS)
     of_columns = tl.zeros((COLUMNS,), tl.float32)
     rows_out = outer_parts + tl.load(matrix + OUTER_PARTS) + across * height
@@ -328,14 +341,11 @@ def sweep(
     With ``EVIDENCE``, also move s, and sum up the evidence of each tile. To measure writes nothing else: the
     moments that are kept for each element are computed in both, and written where they are moved.
     """
-    program = tl.program_id(0)
     MULTIPLE: tl.constexpr = 16 if FAST else 1
-    matrix, down, across, offset, height, width, row_stride, column_stride = _tile(
-        tiles, matrices, program, MULTIPLE
+    tensor, size, address, matrix, down, across, local, offset, height, width, row_stride, column_stride = (
+        _tile(pointers, sizes, matrices, tiles, MULTIPLE)
     )
-    tensor = tl.load(matrix + TENSOR)
-    size, address = sizes + tensor * SIZES, pointers + tensor * POINTERS
-    local = tl.multiple_of(tl.load(size + LOCAL).to(tl.int32), MULTIPLE)
+    program = tl.program_id(0)
     phase = tl.load(size + FIRST_PHASE).to(tl.int32)
     first_index = tl.load(size + FIRST_INDEX).to(tl.uint32)
     is_row_outer = tl.load(size + IS_ROW_OUTER) != 0

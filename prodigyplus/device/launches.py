@@ -15,14 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus.device.plan import AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, TileSize
+from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, TileSize
 from prodigyplus.terms.scalars import Packed
 
 # How many values are added up at a time.
 _RUN = 1024
-
-# Addresses that are multiples of so many bytes are read so many at a time.
-_ALIGNMENT = 16
 
 # The kinds of ``use_speed``, as the kernels number them.
 _SPEED = {False: 0, True: 1, "relative": 2}
@@ -39,7 +36,7 @@ def tile_size() -> TileSize:
 
 
 class Dtypes(NamedTuple):
-    """The dtypes of a batch's tensors, in the order of their addresses; None of what there is not."""
+    """The dtypes of a batch's gradients, and of the rest in the order of addresses; None of what is not."""
 
     grad: torch.dtype
     weight: torch.dtype | None
@@ -121,7 +118,7 @@ class Launches:
             rows = torch.tensor(addresses, dtype=torch.int64, device="cpu").view(len(gradients), -1)
             last = torch.tensor(gradients, dtype=torch.int64, device="cpu").unsqueeze(1)
             table = torch.cat((rows, last), 1)
-            self._is_aligned = not (table % _ALIGNMENT).any()
+            self._is_aligned = not (table % ALIGNMENT).any()
             # From pinned memory, which is not used again before it has been read: nothing waits.
             table = table.pin_memory() if on_gpu else table
             self._pointers = table.to(self.plan.device, non_blocking=True)
@@ -168,40 +165,55 @@ class Launches:
                 BLOCK=FACTOR_BLOCK,
             )  # fmt: skip
 
-    def measure_(self, setup: Setup, n: Packed, *, takes_evidence: bool) -> tuple[Tensor, Tensor]:
-        """The sums of the directions' squares, (1 or 0, tensors); of the evidence, if it is taken here."""
-        norms, evidence = self._parts(setup, takes_evidence)
+    def measure_(self, setup: Setup, n: Packed, *, takes_evidence: bool) -> tuple[Tensor | None, Tensor]:
+        """The sums of the directions' squares, (tensors,), if they are needed; of the evidence, as below."""
+        evidence = self._evidence_parts(setup, takes_evidence)
+        norms = self._empty(self.plan.tile_count) if setup.is_stable else None
         with self._on_device():
             if setup.is_stable or takes_evidence:
-                self._sweep(setup, n, norms, evidence, moves=False)
-            return self._of_tensors(norms), self._of_tensors(evidence)
+                self._sweep(setup, n, evidence, norm_parts=norms)
+            return None if norms is None else self._of_tensors(norms[None])[0], self._of_tensors(evidence)
 
-    def move_(self, setup: Setup, norms: Tensor, seeds: Tensor, n: Packed, *, takes_evidence: bool) -> Tensor:
-        """Move everything; returns the sums of the evidence, if it is taken here, (3 or 2, tensors)."""
-        parts, evidence = self._parts(setup, takes_evidence)
+    def move_(
+        self, setup: Setup, n: Packed, norms: Tensor | None, seeds: Tensor | None, *, takes_evidence: bool
+    ) -> Tensor:
+        """Move everything.
+
+        Args:
+            setup, n: The batch's, and the numbers of the step.
+            norms: The whole sums of the directions' squares, (tensors,), where StableAdamW needs them.
+            seeds: Those of the noise, (tensors,), where weights are rounded stochastically.
+            takes_evidence: Whether evidence is taken here.
+
+        Returns:
+            The sums of the evidence, (2 or 3, tensors); (0, tensors) where it is not taken.
+        """
+        evidence = self._evidence_parts(setup, takes_evidence)
         with self._on_device():
-            self._sweep(setup, n, parts, evidence, moves=True, norms=norms, seeds=seeds)
+            self._sweep(setup, n, evidence, moves=True, norms=norms, seeds=seeds)
             return self._of_tensors(evidence)
 
     def _sweep(
         self,
         setup: Setup,
         n: Packed,
-        norm_parts: Tensor,
         evidence_parts: Tensor,
         *,
-        moves: bool,
+        moves: bool = False,
+        norm_parts: Tensor | None = None,
         norms: Tensor | None = None,
         seeds: Tensor | None = None,
     ) -> None:
         plan = self.plan
+        # A kernel's arguments are always tensors, also those that it does not read.
+        norm_parts, norms = (plan.numels if given is None else given for given in (norm_parts, norms))
+        seeds = plan.sizes if seeds is None else seeds
         for tiles in plan.tiles:
-            # What a pass does not read is there all the same: a kernel's arguments are always tensors.
             self._launch(
                 _kernels().sweep, (len(tiles.table),),
                 self._pointers, plan.sizes, plan.matrices, tiles.table, *_numbers(n),
-                norm_parts[:, tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
-                norm_parts if norms is None else norms, plan.numels, plan.sizes if seeds is None else seeds,
+                norm_parts[tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
+                norms, plan.numels, seeds,
                 MOVES=moves, EVIDENCE=len(evidence_parts) > 0,
                 **self._constants(setup, tiles.factored, tiles.fast),
             )  # fmt: skip
@@ -232,12 +244,10 @@ class Launches:
     def _is_fast(self, fast: bool) -> bool:
         return fast and self._is_aligned
 
-    def _parts(self, setup: Setup, takes_evidence: bool) -> tuple[Tensor, Tensor]:
-        """What the programs of a pass write their sums to."""
-        count, device = self.plan.tile_count, self.plan.device
-        norms = torch.empty(int(setup.is_stable), count, dtype=torch.float32, device=device)
+    def _evidence_parts(self, setup: Setup, takes_evidence: bool) -> Tensor:
+        """What the programs of a sweep write their sums of the evidence to; none where it is not taken."""
         rows = (3 if setup.use_speed == "relative" else 2) if takes_evidence else 0
-        return norms, torch.empty(rows, count, dtype=torch.float64, device=device)
+        return torch.empty(rows, self.plan.tile_count, dtype=torch.float64, device=self.plan.device)
 
     def _of_tensors(self, parts: Tensor) -> Tensor:
         """The sums over the tiles of each tensor; (rows, tensors)."""

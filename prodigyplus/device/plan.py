@@ -25,7 +25,7 @@ FACTOR_BLOCK = 1024
 MAX_NUMEL = 1 << 30
 
 # What memory is read in at a time: 16 bytes, or 16 elements of a table's multiple.
-_ALIGNMENT = 16
+ALIGNMENT = 16
 
 
 def _keys(outer: str, inner: str) -> tuple[str, ...]:
@@ -80,15 +80,6 @@ class _Matrices(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.offsets)
-
-
-class _Parts(NamedTuple):
-    """Where the partial sums of g² of a tensor's tiles begin, and how many tiles a matrix has."""
-
-    outer: int
-    inner: int
-    down: int
-    across: int
 
 
 class Plan:
@@ -172,20 +163,20 @@ class Plan:
         rows, segments, means = [], [], []
         factored_totals, full_totals = [], []
         outer_parts = inner_parts = 0
-        self._parts: list[_Parts] = []
+        self._grids: list[tuple[int, int]] = []  # of each tensor, the tiles of a matrix, down and across
         for tensor, (m, dims) in enumerate(zip(matrices, self._dims, strict=True)):
             down = -(-m.height // self.tile.rows)
             across = 1 if dims is None else -(-m.width // self.tile.columns)
-            parts = _Parts(outer_parts, inner_parts, down, across)
+            self._grids.append((down, across))
             # Of a matrix: for each tile across, a sum of each row; for each tile down, of each column.
             outer_size, inner_size = (0, down) if dims is None else (m.height * across, m.width * down)
             index = torch.arange(len(m), dtype=torch.int64, device="cpu")
             firsts = outer_parts + index * outer_size, inner_parts + index * inner_size
             rows.append(_matrix_rows(tensor, m, index, *firsts))
-            outer_parts, inner_parts = (outer_parts + len(m) * outer_size, inner_parts + len(m) * inner_size)
-            self._parts.append(parts)
             if dims is None:
-                full_totals.append((parts.inner, 1, down, tensor))
+                full_totals.append((inner_parts, 1, down, tensor))
+            outer_parts, inner_parts = outer_parts + len(m) * outer_size, inner_parts + len(m) * inner_size
+            if dims is None:
                 continue
             outer_sums, inner_sums, mean_sums = (self._sum_starts[tensor, which] for which in range(3))
             outer, inner = outer_sums + m.outer_offsets, inner_sums + m.inner_offsets
@@ -203,12 +194,12 @@ class Plan:
         """The tiles of each launch, and those of each tensor among them all."""
         grids: dict[tuple[bool, bool], list[tuple[int, Tensor]]] = {}
         first_matrix = 0
-        for tensor, (m, parts, dims) in enumerate(zip(matrices, self._parts, self._dims, strict=True)):
+        for tensor, (m, grid_size, dims) in enumerate(zip(matrices, self._grids, self._dims, strict=True)):
             # Tiles of one place in the matrices of a tensor side by side: they share lines of memory.
-            axes = (torch.arange(size, device="cpu") for size in (parts.down, parts.across, len(m)))
+            axes = (torch.arange(size, device="cpu") for size in (*grid_size, len(m)))
             down, across, matrix = (index.reshape(-1) for index in torch.meshgrid(*axes, indexing="ij"))
             numel = math.prod(self.layouts[tensor].local_shape)
-            fast = numel % _ALIGNMENT == 0 if dims is None else _is_fast(m)
+            fast = numel % ALIGNMENT == 0 if dims is None else _is_fast(m)
             grid = torch.stack((first_matrix + matrix, down, across), 1)
             grids.setdefault((dims is not None, fast), []).append((tensor, grid))
             first_matrix += len(m)
@@ -299,4 +290,4 @@ def _columns(*columns: int | Tensor) -> Tensor:
 
 def _is_fast(m: _Matrices) -> bool:
     """Whether the elements of a row follow on one another, from a multiple of what is read at a time."""
-    return m.column_stride == 1 and m.width % _ALIGNMENT == 0 and m.row_stride % _ALIGNMENT == 0
+    return m.column_stride == 1 and m.width % ALIGNMENT == 0 and m.row_stride % ALIGNMENT == 0

@@ -22,7 +22,7 @@ from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Requests, Sum
 from prodigyplus.terms.scalars import Constants, Scalars
 
-# The values that the fields of a kind may have for the kernels to move it; see also ``engine/compiled.py``.
+# The values that the fields of a kind may have for the kernels to move it.
 _SWITCH = (False, True)
 _ADMITTED: dict[str, tuple[object, ...]] = {
     "direction": ("adam", "atan2"),
@@ -43,11 +43,8 @@ def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None
         dtype: That of its weights.
         device: Where it is.
     """
-    kind = Kind.of(o, {}, 2)
-    fields = zip(Kind._fields, kind, Kind(), strict=True)
-    for name, value, default in fields:
-        if value not in _ADMITTED.get(name, (default,)):
-            return f"the kernels have no {name}={value!r}"
+    if refused := Kind.of(o, {}, 2).refused_by(_ADMITTED):
+        return f"the kernels have no {refused}"
     if dtype not in _DTYPES:
         return f"the kernels move {' and '.join(map(str, _DTYPES))}, not {dtype}"
     if device.type != "cuda" and not interprets():
@@ -65,9 +62,10 @@ def batch_key(param: ParamStep) -> Hashable | None:
     if not (type(weight) in _MEMORY and type(grad) is Tensor):
         return None
     # For every parameter at every step: what is asked of a group is asked once.
-    if group.obstacles.setdefault((weight.dtype, weight.device), _UNKNOWN) is _UNKNOWN:
-        group.obstacles[weight.dtype, weight.device] = obstacle(group.options, weight.dtype, weight.device)
-    if group.obstacles[weight.dtype, weight.device] or grad.dtype not in _DTYPES:
+    where = weight.dtype, weight.device
+    if where not in group.obstacles:
+        group.obstacles[where] = obstacle(group.options, *where)
+    if group.obstacles[where] or grad.dtype not in _DTYPES:
         return None
     if not (layout.is_run and layout.max_local_numel <= MAX_NUMEL and weight.is_contiguous()):
         return None
@@ -76,8 +74,6 @@ def batch_key(param: ParamStep) -> Hashable | None:
     axes = tuple([axis for axis, _ in layout.shard_axes]), layout.replica_axes
     return id(group), axes, weight.device, weight.dtype, grad.dtype, "p0" in state, param.present is None
 
-
-_UNKNOWN = "not asked yet"
 
 # The types of tensors that have their elements where ``data_ptr()`` says.
 _MEMORY = (nn.Parameter, Tensor)
@@ -98,6 +94,8 @@ class Batch:
         self.group = first.group
         self.numbers = [param.number for param in params]
         self.present = None if first.present is None else [bool(param.present) for param in params]
+        # Which operators its passes consist of; none that the kernels admit depends on the size of a tensor.
+        self.kind = Kind.of(first.group.options, first.state, 2)
         self._launches: Launches | None = None
 
     def squares(self, constants: Constants) -> Requests:
@@ -134,11 +132,6 @@ class Batch:
     def adapts(self) -> bool:
         """Whether the gradients are evidence for the step size."""
         return self.group.adapts and "p0" in self.states[0]
-
-    @property
-    def kind(self) -> Kind:
-        """Which operators its passes consist of."""
-        return Kind.of(self.group.options, self.states[0], 2)
 
     def launches(self, constants: Constants) -> Launches:
         """Its launches, which know where its tensors are."""
@@ -204,7 +197,7 @@ class _KernelWork:
         self._launches, self._sums = batch.launches(constants), squares
         self._setup = batch.setup(self._launches)
         numbers = constants.on(n.step.device, batch.numbers)
-        self._seeds = stochastic_rounding.seeds(n.step, numbers) if self._setup.rounds else numbers
+        self._seeds = stochastic_rounding.seeds(n.step, numbers) if self._setup.rounds else None
 
     def momentum_(self) -> None:
         """Moved with the rest: it needs nothing of other ranks."""
@@ -216,19 +209,15 @@ class _KernelWork:
     def measure_(self) -> Requests:
         batch, setup, n = self.batch, self._setup, self.n.packed
         sums = [self._sums[f"squares {index}"] for index in range(len(self._launches.plan.sum_pieces))]
-        whole = (
-            sums[0]
-            if len(sums) == 1
-            else torch.cat([*sums, batch.weights[0].new_empty(0, dtype=batch.dtype)])
-        )
-        self._launches.factors_(whole, setup, n)
+        if sums:
+            self._launches.factors_(sums[0] if len(sums) == 1 else torch.cat(sums), setup, n)
         takes = batch.adapts
         norms, evidence = self._launches.measure_(setup, n, takes_evidence=takes and batch.is_sharded)
         if not batch.is_sharded:
-            evidence = self._launches.move_(setup, norms, self._seeds, n, takes_evidence=takes)
+            evidence = self._launches.move_(setup, n, norms, self._seeds, takes_evidence=takes)
         requests = self._evidence(evidence) if takes else {}
-        if batch.is_sharded and setup.is_stable:
-            requests["uu"] = norms[0]
+        if batch.is_sharded and norms is not None:
+            requests["uu"] = norms
         layout = batch.layouts[0]
         return {name: Sum(value, layout.axes(layout.dims)) for name, value in requests.items()}
 
@@ -238,8 +227,8 @@ class _KernelWork:
 
     def move_(self, answers: Answers) -> None:
         if self.batch.is_sharded:
-            norms = answers.get("uu", self._seeds)
-            self._launches.move_(self._setup, norms, self._seeds, self.n.packed, takes_evidence=False)
+            norms = answers.get("uu")
+            self._launches.move_(self._setup, self.n.packed, norms, self._seeds, takes_evidence=False)
 
     def finish_(self) -> None:
         for key, values in self.state.items():

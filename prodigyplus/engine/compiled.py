@@ -30,8 +30,7 @@ F = TypeVar("F", bound=Callable[..., object])
 # How many rows are summed at a time.
 _LANES = 16
 
-# The values that the fields of a kind may have for its passes to be compiled. A field that is not named here
-# must have its default: a new option is not ignored, but runs operator by operator until somebody tries it.
+# The values that the fields of a kind may have for its passes to be compiled.
 _SWITCH = (False, True)
 _ADMITTED: dict[str, tuple[object, ...]] = {
     "direction": ("adam", "atan2"),
@@ -45,8 +44,7 @@ _ADMITTED: dict[str, tuple[object, ...]] = {
 
 def admits(kind: Kind) -> bool:
     """Whether the passes of a kind are compiled."""
-    fields = zip(Kind._fields, kind, Kind(), strict=True)
-    return all(value in _ADMITTED.get(name, (default,)) for name, value, default in fields)
+    return kind.refused_by(_ADMITTED) is None
 
 
 def _compiled(function: F) -> F:

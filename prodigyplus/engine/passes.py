@@ -65,6 +65,18 @@ class Kind(NamedTuple):
             use_speed=o.use_speed,
         )
 
+    def refused_by(self, admitted: Mapping[str, tuple[object, ...]]) -> str | None:
+        """The first field, with its value, that a backend does not admit; None if it admits the kind.
+
+        Args:
+            admitted: The values that it admits in each field. A field that is not named must have its
+                default: a new option is not ignored, but runs operator by operator until somebody tries it.
+        """
+        for name, value, default in zip(self._fields, self, Kind(), strict=True):
+            if value not in admitted.get(name, (default,)):
+                return f"{name}={value!r}"
+        return None
+
     @property
     def projects(self) -> bool:
         """Whether OrthoGrad projects the direction."""

@@ -112,6 +112,7 @@ class Stack:
     present: list[bool] | None
     nbytes: int
     is_matrix: bool
+    kind: Kind  # which operators its passes consist of
 
     @classmethod
     def of(cls, params: Sequence[ParamStep]) -> Stack:
@@ -127,17 +128,13 @@ class Stack:
             None if first.present is None else [bool(param.present) for param in params],
             len(params) * first.nbytes,
             first.is_matrix,
+            Kind.of(first.group.options, first.state, first.layout.numel),
         )
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic."""
         return compute_dtype(self.weights[0])
-
-    @property
-    def kind(self) -> Kind:
-        """Which operators its passes consist of."""
-        return Kind.of(self.group.options, self.states[0], self.layout.numel)
 
     @property
     def compiles(self) -> bool:
@@ -234,8 +231,9 @@ def _presence(stack: Moving) -> Requests:
     """Where ranks may lack gradients, on how many there are any; shape (count,)."""
     if stack.present is None:
         return {}
-    one = torch.ones((), dtype=stack.dtype, device=stack.weights[0].device)
-    present = torch.stack([torch.full_like(one, here) for here in stack.present])
+    present = torch.ones(len(stack.present), dtype=stack.dtype, device=stack.weights[0].device)
+    if not all(stack.present):
+        present = torch.stack([torch.full_like(present[0], here) for here in stack.present])
     return {"present": Sum(present, stack.axes)}
 
 
