@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor
 
 
@@ -88,6 +89,10 @@ class Options:
     def d_beta(self) -> float:
         """β4, the decay of a moving step size; 0 is Prodigy's step size, which never shrinks."""
         return self.betas[1] if self.beta4 is None else self.beta4
+
+    def wants_kernels(self, device: torch.device) -> bool:
+        """Whether what is on ``device`` is to move by kernels, if they can move it."""
+        return device.type == "cuda" if self.fused is None else self.fused
 
     @property
     def lr_is_zero(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from prodigyplus.terms.scalars import Packed
 _RUN = 1024
 
 # The kinds of ``use_speed``, as the kernels number them.
-_SPEED = {False: 0, True: 1, "relative": 2}
+SPEED: dict[object, int] = {False: 0, True: 1, "relative": 2}
 
 
 def interprets() -> bool:
@@ -85,6 +86,28 @@ def _triton_dtype(dtype: torch.dtype | None) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}.get(dtype, tl.float32)  # type: ignore[arg-type]
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can be launched for tensors on ``device``."""
+    return (device.type == "cuda" or interprets()) and has_triton()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where kernels for ``device`` are launched from."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+    """Launch a kernel on as many programs as ``grid`` has."""
+    # Not fused into multiply-adds, so that the CPU and the GPU round alike.
+    kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+
+
 class Launches:
     """The launches of one batch.
 
@@ -134,16 +157,16 @@ class Launches:
         plan, kernels = self.plan, _kernels()
         outer, inner = self._empty(plan.outer_parts), self._empty(plan.inner_parts)
         sums, totals = self._empty(plan.sum_count), self._empty(len(plan.layouts))
-        with self._on_device():
+        with on_device(self.plan.device):
             for tiles in plan.tiles:
-                self._launch(
+                launch(
                     kernels.squares, (len(tiles.table),),
                     self._pointers, plan.sizes, plan.matrices, tiles.table, outer, inner,
                     DTYPE=_triton_dtype(dtypes.grad), FACTORED=tiles.factored, FAST=self._is_fast(tiles.fast),
                     **self._tile,
                 )  # fmt: skip
             if len(plan.segments):
-                self._launch(
+                launch(
                     kernels.add_parts, (len(plan.segments),),
                     outer, inner, sums, plan.segments, BLOCK=BLOCK, AT_ONCE=AT_ONCE,
                 )  # fmt: skip
@@ -157,8 +180,8 @@ class Launches:
         plan = self.plan
         if not len(plan.factor_blocks):
             return
-        with self._on_device():
-            self._launch(
+        with on_device(self.plan.device):
+            launch(
                 _kernels().factors, (len(plan.factor_blocks),),
                 self._pointers, plan.factor_blocks, sums, *_numbers(n),
                 FACTOR=_triton_dtype(setup.dtypes.outer), MEAN_DTYPE=_triton_dtype(setup.dtypes.mean),
@@ -169,7 +192,7 @@ class Launches:
         """The sums of the directions' squares, (tensors,), if they are needed; of the evidence, as below."""
         evidence = self._evidence_parts(setup, takes_evidence)
         norms = self._empty(self.plan.tile_count) if setup.is_stable else None
-        with self._on_device():
+        with on_device(self.plan.device):
             if setup.is_stable or takes_evidence:
                 self._sweep(setup, n, evidence, norm_parts=norms)
             return None if norms is None else self._of_tensors(norms[None])[0], self._of_tensors(evidence)
@@ -189,7 +212,7 @@ class Launches:
             The sums of the evidence, (2 or 3, tensors); (0, tensors) where it is not taken.
         """
         evidence = self._evidence_parts(setup, takes_evidence)
-        with self._on_device():
+        with on_device(self.plan.device):
             self._sweep(setup, n, evidence, moves=True, norms=norms, seeds=seeds)
             return self._of_tensors(evidence)
 
@@ -209,7 +232,7 @@ class Launches:
         norm_parts, norms = (plan.numels if given is None else given for given in (norm_parts, norms))
         seeds = plan.sizes if seeds is None else seeds
         for tiles in plan.tiles:
-            self._launch(
+            launch(
                 _kernels().sweep, (len(tiles.table),),
                 self._pointers, plan.sizes, plan.matrices, tiles.table, *_numbers(n),
                 norm_parts[tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
@@ -236,7 +259,7 @@ class Launches:
             "STABLE": setup.is_stable,
             "DECAYS": setup.decays,
             "STOCHASTIC": setup.rounds,
-            "SPEED": _SPEED[setup.use_speed],
+            "SPEED": SPEED[setup.use_speed],
             "EVERY": setup.every,
             **self._tile,
         }
@@ -260,7 +283,7 @@ class Launches:
         rows = len(values) if values.ndim == 2 else 1
         if not len(segments):
             return
-        self._launch(
+        launch(
             _kernels().add_up, (len(segments), rows),
             values, values.stride(0) if values.ndim == 2 else 0, out, out.stride(0) if out.ndim == 2 else 0,
             segments, DTYPE=_triton_dtype(values.dtype), BLOCK=_RUN,
@@ -268,15 +291,6 @@ class Launches:
 
     def _empty(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.float32, device=self.plan.device)
-
-    def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        device = self.plan.device
-        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-    @staticmethod
-    def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
-        # Not fused into multiply-adds, so that the CPU and the GPU round alike.
-        kernel[grid](*arguments, **constants, enable_fp_fusion=False)
 
 
 def _numbers(n: Packed) -> tuple[Tensor, int, int, Tensor, int]:

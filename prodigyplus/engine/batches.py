@@ -6,13 +6,12 @@ stack is (see :mod:`prodigyplus.engine.rule`), of many layouts; its passes are t
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Generator, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from prodigyplus.device.launches import Dtypes, Launches, Setup, interprets, tile_size
+from prodigyplus.device.launches import Dtypes, Launches, Setup, has_triton, runs_on, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
 from prodigyplus.engine.passes import Kind
 from prodigyplus.engine.rule import Answers, ParamStep
@@ -47,16 +46,15 @@ def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None
         return f"the kernels have no {refused}"
     if dtype not in _DTYPES:
         return f"the kernels move {' and '.join(map(str, _DTYPES))}, not {dtype}"
-    if device.type != "cuda" and not interprets():
-        return f"the kernels run on GPUs, not on {device}"
-    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    if not has_triton():
+        return "Triton is not installed"
+    return None if runs_on(device) else f"the kernels run on GPUs, not on {device}"
 
 
 def batch_key(param: ParamStep) -> Hashable | None:
     """Parameters of equal keys move as one batch, the same on all ranks; None: not by kernels."""
     weight, grad, state, group, layout = param.weight, param.grad, param.state, param.group, param.layout
-    fused = group.options.fused
-    if fused is False or not (fused or weight.is_cuda):
+    if not group.options.wants_kernels(weight.device):
         return None
     # Subclasses may have their data elsewhere, as quantised tensors, or none, as fake ones.
     if not (type(weight) in _MEMORY and type(grad) is Tensor):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prodigyplus.device.groups import OptionsTable
 from prodigyplus.terms.layout import wide_dtype
 
 
@@ -38,14 +39,15 @@ def first_numbers(d0: float) -> dict[str, float | int]:
 
 
 NUMBERS = tuple(first_numbers(1.0))
-_COUNTS = ("k", "skipped")
+COUNTS = ("k", "skipped")
+FLOATS = tuple(name for name in NUMBERS if name not in COUNTS)
 
 _CPU = torch.device("cpu")
 
 
 def as_tensor(name: str, value: float | Tensor, device: torch.device = _CPU) -> Tensor:
     """A group's number as a 0-dim tensor on ``device``: int64, or float64 where the device has it."""
-    dtype = torch.int64 if name in _COUNTS else wide_dtype(device)
+    dtype = torch.int64 if name in COUNTS else wide_dtype(device)
     return torch.as_tensor(value, dtype=dtype, device=device)
 
 
@@ -73,12 +75,18 @@ class Columns:
 
     def __init__(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
         self.device = device
-        self._columns = {
-            name: torch.stack([as_tensor(name, group[name], device) for group in groups]) for name in NUMBERS
-        }
+        rows = {name: [as_tensor(name, group[name], device) for group in groups] for name in NUMBERS}
+        # In two tensors, which a kernel takes at once: (numbers, groups), floating ones and counts.
+        self.floats, self.counts = (
+            torch.stack([torch.stack(rows[name]) for name in names]) for names in (FLOATS, COUNTS)
+        )
+        self.zeros = torch.zeros_like(self.floats[0])  # never written
+        self.options = OptionsTable(device)
+        columns = *self.floats.unbind(), *self.counts.unbind()
+        self._columns = dict(zip((*FLOATS, *COUNTS), columns, strict=True))
         self._views = [
             dict(zip(NUMBERS, row, strict=True))
-            for row in zip(*(column.unbind() for column in self._columns.values()), strict=True)
+            for row in zip(*(self[name].unbind() for name in NUMBERS), strict=True)
         ]
         for group, views in zip(groups, self._views, strict=True):
             group.update(views)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prodigyplus.device.groups import GroupNumbers, GroupOptions, speed_number
+from prodigyplus.device.launches import runs_on
 from prodigyplus.engine.columns import Columns
 from prodigyplus.formulas import prodigy, radam, schedule_free, variants
 from prodigyplus.options import Options
@@ -42,12 +44,12 @@ class GroupStep:
         self.skips_per_param = False
         self.adapts = not self.options.is_frozen(entry)
         self.obstacles: dict[tuple[torch.dtype, torch.device], str | None] = {}
-        self._numbers: Packed
+        self._numbers: tuple[Packed, ...]
         self._observed: list[tuple[list[int], Tensor, Tensor]] = []
         self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}
 
-    def set_numbers(self, numbers: Packed) -> None:
-        """Set this step's numbers."""
+    def set_numbers(self, *numbers: Packed) -> None:
+        """Set this step's numbers; they may be given in several dtypes."""
         self._numbers = numbers
         self._scalars.clear()
 
@@ -55,27 +57,66 @@ class GroupStep:
         """The numbers of this step on ``device``, floating ones in ``dtype``."""
         key = device, dtype
         if key not in self._scalars:
-            self._scalars[key] = self._numbers.to(device, dtype).across(0)
+            numbers = next(
+                (given for given in self._numbers if given.values.dtype == dtype), self._numbers[0]
+            )
+            self._scalars[key] = numbers.to(device, dtype).across(0)
         return self._scalars[key]
 
     def observe(self, parameters: list[int], products: Tensor, norms: Tensor) -> None:
         """Take in the evidence of parameters, by their numbers: products and norms, (count,)."""
         self._observed.append((parameters, products, norms))
 
+    @property
+    def prodigy_weight(self) -> Tensor:
+        """What multiplies the products of this step's evidence; 0-dim."""
+        return self._numbers[0].across(0).prodigy_weight
+
     def totals(self, constants: Constants) -> Tensor:
-        """The group's sums of this step: of products (weighted) and of norms, as a tensor of two."""
+        """The group's sums of this step, of products and of norms, as a tensor of two."""
         d: Tensor = self.entry["d"]
         if not self._observed:
             return d.new_zeros(2)
         parameters, *pairs = zip(*self._observed, strict=True)
         numbers = [number for of_stack in parameters for number in of_stack]
         # In the order of the parameters, in whichever they came: a sum has the bits of its order.
-        order = constants.on(d.device, sorted(range(len(numbers)), key=numbers.__getitem__))
-        product, norm = (
-            torch.cat([value.to(d.device, d.dtype) for value in values]).index_select(0, order).sum()
-            for values in pairs
-        )
-        return torch.stack((product * self._numbers.across(0).prodigy_weight, norm))
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        rows = constants.on(d.device, order) if order != list(range(len(order))) else None
+        sums = []
+        for values in pairs:
+            wide = [value.to(d.device, d.dtype) for value in values]
+            whole = torch.cat(wide) if len(wide) > 1 else wide[0]
+            sums.append((whole if rows is None else whole.index_select(0, rows)).sum())
+        return torch.stack(sums)
+
+
+def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
+    """The options of a group for kernels; ``shares``: whether it moves by a mean of several."""
+    o = group.options
+    return GroupOptions(
+        lr=o.lr,
+        beta1=o.betas[0],
+        beta2=o.betas[1],
+        beta3=o.prodigy_beta,
+        beta4=o.d_beta,
+        d0=o.d0,
+        d_coef=o.d_coef,
+        limit=prodigy.Estimator.limit_of(o.d_coef),
+        speed_coef=prodigy.Estimator.speed_coef_of(o.d_coef),
+        warmup_steps=o.warmup_steps,
+        schedulefree_c=o.schedulefree_c,
+        weight_decay=o.weight_decay,
+        eps=o.eps or 0.0,
+        use_schedulefree=o.use_schedulefree,
+        use_bias_correction=o.use_bias_correction,
+        use_adopt=o.use_adopt,
+        use_speed=speed_number(o.use_speed),
+        weight_decay_by_lr=o.weight_decay_by_lr,
+        d_limiter=o.d_limiter,
+        adapts=group.adapts,
+        is_pooled=not o.split_groups,
+        shares=shares,
+    )
 
 
 class _Branches(NamedTuple):
@@ -184,9 +225,9 @@ class GroupBatch:
         }
         in_order = torch.stack([values[name] for name in VALUES])
         numbers = Packed(in_order, torch.full_like(step, -1), observes, step).where(moves)
-        by_group = numbers._replace(values=numbers.values.t().contiguous())
-        for group, *of_group in zip(self._groups, *(column.unbind() for column in by_group), strict=True):
-            group.set_numbers(Packed(*of_group))
+        by_group = _by_group(numbers._replace(values=numbers.values.t().contiguous()))
+        for group, of_group in zip(self._groups, by_group, strict=True):
+            group.set_numbers(of_group)
         return _Opened(weight_sum, rate * y_fraction if do.use_schedulefree else rate, valid)
 
     def _averaging(self, weight: Tensor, beta1: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,6 +334,11 @@ class GroupBatch:
                 self.scatter_(self._columns[name], value)
 
 
+def _by_group(numbers: Packed) -> list[Packed]:
+    """The numbers of each group, from those of all, of shapes (groups, …)."""
+    return list(map(Packed, *(column.unbind() for column in numbers)))
+
+
 def _and(condition: Tensor, also: Tensor | None) -> Tensor:
     return condition if also is None else condition & also
 
@@ -311,12 +357,49 @@ class Groups:
         self.columns = columns
         self.constants = constants
         self._batches = self._split(self.steps)
+        self._kernels = self._in_kernels() if self._has_kernels else None
+
+    @property
+    def _has_kernels(self) -> bool:
+        """Whether kernels move the groups' numbers: where they move parameters too."""
+        device, options = self.columns.device, [step.options for step in self.steps]
+        if not runs_on(device) or type(self.columns.floats) is not Tensor:
+            return False  # or fake ones, which have no memory
+        # Within the backward pass, the numbers are set at one time and counted at another.
+        return any(o.wants_kernels(device) for o in options) and not any(o.fused_back_pass for o in options)
+
+    def _in_kernels(self) -> GroupNumbers:
+        columns = self.columns
+        sharing = {step.index for step in self._sharing}
+        rows = [_row(step, shares=step.index in sharing) for step in self.steps]
+        return GroupNumbers(columns.floats, columns.counts, columns.options.of(rows))
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def _split(self, steps: Sequence[GroupStep]) -> list[GroupBatch]:
         return GroupBatch.split(steps, self.columns, self.constants)
+
+    def begin(self, square: Tensor, present: Tensor, *, initializes: bool) -> Tensor:
+        """Set this step's numbers, and count it, once it is known of all gradients whether they are finite.
+
+        Args:
+            square: The sum of all gradients' squares, 0-dim; not finite if one of their elements is not.
+            present: More than 0 where a group has gradients; shape (groups,).
+            initializes: Whether the step only makes state, if all gradients are zero.
+
+        Returns:
+            bool, (groups,): whether the evidence of the step is to move ``d``.
+        """
+        if self._kernels is not None:
+            forms, learns = self._kernels.begin_(square, present, initializes=initializes)
+            for step, *of_group in zip(self.steps, *map(_by_group, forms), strict=True):
+                step.set_numbers(*of_group)
+            return learns
+        finite = square.isfinite()
+        counts = finite & (square > 0) if initializes else finite
+        moves, skips = counts & (present > 0), ~finite & (present > 0)
+        return self.commit(self.open(moves), moves, skips, learns=moves)
 
     def open(self, moves: Tensor) -> list[_Opened]:
         """Set this step's numbers of all groups; ``moves`` as for :meth:`GroupBatch.open`."""
@@ -331,7 +414,8 @@ class Groups:
 
     def totals(self) -> Tensor:
         """The sums of this step, of each group; shape (groups, 2)."""
-        return torch.stack([step.totals(self.constants) for step in self.steps])
+        totals = [step.totals(self.constants) for step in self.steps]
+        return torch.stack(totals) if len(totals) > 1 else totals[0].unsqueeze(0)
 
     def close(self, totals: Tensor, learns: Tensor) -> None:
         """End the step: move every group's ``d``, then share them as ``split_groups`` and its mean say.
@@ -340,6 +424,12 @@ class Groups:
             totals: The sums of all groups (see :meth:`totals`), whole; shape (groups, 2).
             learns: bool: where they are to move ``d``; shape (groups,).
         """
+        if self._kernels is not None:
+            self._kernels.end_(totals, learns)
+            return
+        products, norms = totals.unbind(1)
+        weights = torch.stack([step.prodigy_weight for step in self.steps])
+        totals = torch.stack((products * weights, norms), 1)
         # Groups without split_groups have one d: the first of them adapts, by the sums of all.
         pool = [step.index for step in self.steps if not step.options.split_groups]
         leaders = [pool[0] if index in pool else index for index in range(len(self))]

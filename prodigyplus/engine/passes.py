@@ -28,6 +28,15 @@ Noise = tuple[Sequence[Tensor], Tensor] | None
 """What :func:`prodigyplus.formulas.stochastic_rounding.noise` takes; None to round to the nearest."""
 
 
+# The options that values of a kind stand for, where they are not of the same name.
+_OPTION_OF = {
+    "muon": "use_muon_pp=True",
+    "focus": "use_focus=True",
+    "cautious": "use_cautious=True",
+    "grams": "use_grams=True",
+}
+
+
 class Kind(NamedTuple):
     """Which operators the passes of a stack consist of; of the same kind are stacks that need the same."""
 
@@ -66,7 +75,7 @@ class Kind(NamedTuple):
         )
 
     def refused_by(self, admitted: Mapping[str, tuple[object, ...]]) -> str | None:
-        """The first field, with its value, that a backend does not admit; None if it admits the kind.
+        """The first option, with its value, that a backend does not admit; None if it admits the kind.
 
         Args:
             admitted: The values that it admits in each field. A field that is not named must have its
@@ -74,7 +83,7 @@ class Kind(NamedTuple):
         """
         for name, value, default in zip(self._fields, self, Kind(), strict=True):
             if value not in admitted.get(name, (default,)):
-                return f"{name}={value!r}"
+                return _OPTION_OF.get(str(value), f"{name}={value!r}")
         return None
 
     @property

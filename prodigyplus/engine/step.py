@@ -19,6 +19,7 @@ class _Seen(NamedTuple):
     """What is known of a stack's gradients after the first round; shapes (count,)."""
 
     group: GroupStep
+    numbers: list[int]  # of its parameters
     square: Tensor  # the sums of squares of its tensors, not finite if one of their elements is not
     present: Tensor | None  # on how many ranks there are gradients of them; None: on all
 
@@ -48,7 +49,7 @@ class Step:
     ) -> None:
         self._exchange = exchange
         self._constants = constants
-        self._zeros = torch.zeros_like(columns["d"])
+        self._zeros = columns.zeros
         self.groups = Groups(entries, columns, constants)
         # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
         self.initializes_state = not in_backward and all(g.options.lr_is_zero for g in self.groups.steps)
@@ -98,7 +99,8 @@ class Step:
     def _start(self, params: Sequence[ParamStep]) -> list[driver.Running]:
         running = driver.start(params, self._exchange, self._constants)
         self._seen += [
-            _Seen(one.stack.group, one.answers["total"], one.answers.get("present")) for one in running
+            _Seen(one.stack.group, one.stack.numbers, one.answers["total"], one.answers.get("present"))
+            for one in running
         ]
         return running
 
@@ -109,11 +111,7 @@ class Step:
             bool, (groups,): whether the evidence of the step is to move ``d``.
         """
         square, present = self._sums_by_group([seen.present for seen in self._seen])
-        finite = square.isfinite()
-        counts = finite & (square > 0) if self.initializes_state else finite
-        moves, skips = counts & (present > 0), ~finite & (present > 0)
-        opened = self.groups.open(moves)
-        return self.groups.commit(opened, moves, skips, learns=moves)
+        return self.groups.begin(square, present, initializes=self.initializes_state)
 
     def _count_each(self) -> Tensor:
         """Count the step of all groups, whose parameters have moved, or not, each for itself.
@@ -140,17 +138,23 @@ class Step:
             counts: Of each stack seen, a number for each parameter, or None where each counts as one.
         """
         zeros = self._zeros
-        one = zeros[:1] + 1
         squares = [seen.square.to(zeros.device, zeros.dtype) for seen in self._seen]
-        sums = [torch.cat([zeros[:1], *squares]).sum(0, keepdim=True)]
+        every = torch.cat([zeros[:1], *squares]) if len(squares) != 1 else squares[0]
+        sums = [every.sum(0, keepdim=True)]
+        groups = tuple(seen.group.index for seen in self._seen for _ in seen.numbers)
+        index = self._constants.on(zeros.device, groups)
+        ones = self._constants.made(("ones", zeros.device), lambda: zeros[:1] + 1)
         for of_stacks in counts:
-            values = [one if count is None else count.to(zeros) for count in of_stacks]
-            rows = [
-                seen.group.index
-                for seen, value in zip(self._seen, values, strict=True)
-                for _ in range(len(value))
+            if all(count is None for count in of_stacks):
+                key = "parameters", zeros.device, len(zeros), groups
+                sums.append(
+                    self._constants.made(key, lambda: zeros.index_add(0, index, ones.expand(len(index))))
+                )
+                continue
+            values = [
+                ones.expand(len(seen.numbers)) if count is None else count.to(zeros)
+                for seen, count in zip(self._seen, of_stacks, strict=True)
             ]
-            index = self._constants.on(zeros.device, rows)
             sums.append(zeros.index_add(0, index, torch.cat([zeros[:0], *values])))
         whole = self._exchange.sum_over_stages(torch.cat(sums))
         return whole[0], *whole[1:].view(len(counts), -1).unbind()

@@ -30,14 +30,14 @@ from prodigyplus.terms.layout import wide_dtype
 from prodigyplus.terms.scalars import Scalars
 
 # How far the limiter lets d grow in one step.
-_LIMIT = 2**0.25
+LIMIT = 2**0.25
 
 # With SPEED, d grows to this power of itself at most; it is below 1.
-_SPEED_LIMIT = 0.975
+SPEED_LIMIT = 0.975
 
 # How many times its start a d must be to count in a mean, how many times less than that it may be when it
 # joins late, and after how many steps that is.
-_LEAST_GROWTH, _NEAR, _EARLY = 10.0, 10.0, 30
+LEAST_GROWTH, NEAR, EARLY = 10.0, 10.0, 30
 
 # Distances are not taken to be smaller.
 _SMALLEST_DISTANCE = 1e-8
@@ -149,7 +149,7 @@ class Estimator(NamedTuple):
     def limit_of(d_coef: float) -> float:
         """How far the limiter lets an estimate grow in one step, before ``d_coef`` multiplies it."""
         # Of a d_coef below 1 what it makes is limited: limited before, d would stay where it is.
-        return _LIMIT / min(1.0, d_coef)
+        return LIMIT / min(1.0, d_coef)
 
     @staticmethod
     def speed_coef_of(d_coef: float) -> float:
@@ -175,12 +175,12 @@ def next_d(d: Tensor, evidence: Evidence, by: Estimator) -> tuple[Tensor, Tensor
     numerator = torch.where((d > by.d0) | (product > 0), numerator + product, numerator)
     if by.use_speed == "relative":
         grows = (numerator >= largest) & (numerator > 0) & (before > 0)
-        d_hat = torch.where(grows, d * (numerator / before).sqrt().clamp(max=_LIMIT), d)
+        d_hat = torch.where(grows, d * (numerator / before).sqrt().clamp(max=LIMIT), d)
         estimate = torch.where(grows, d_hat * by.speed_coef, d)
     else:
         d_hat = numerator / norm
         if by.use_speed:
-            estimate = torch.minimum(d_hat * by.d_coef, d**_SPEED_LIMIT)
+            estimate = torch.minimum(d_hat * by.d_coef, d**SPEED_LIMIT)
         else:
             estimate = (torch.minimum(d_hat, d * by.limit) if by.limits else d_hat) * by.d_coef
     if by.beta4 is None:
@@ -208,9 +208,9 @@ def shared_d(
         The mean in every group that has moved, in the others their own ``d``; and the next ``in_mean``.
     """
     moved, counts = weight_sum > 0, in_mean > 0
-    is_early = (k == k.max()) & (k <= _EARLY)
-    is_near = d * _NEAR >= _harmonic_mean(d, moved & counts)
-    counts = moved & (counts | ((d > _LEAST_GROWTH * d0) & (is_early | is_near)))
+    is_early = (k == k.max()) & (k <= EARLY)
+    is_near = d * NEAR >= _harmonic_mean(d, moved & counts)
+    counts = moved & (counts | ((d > LEAST_GROWTH * d0) & (is_early | is_near)))
     over = counts | (moved & is_early & (d > d0))
     over = torch.where(over.any(), over, moved)
     return torch.where(moved, _harmonic_mean(d, over), d), counts.to(d.dtype)

@@ -1,0 +1,255 @@
+"""What a step does to the numbers of parameter groups, in Triton: one launch before the move, one at its end.
+
+The arithmetic is that of :mod:`prodigyplus.engine.groups` and of the formulas that it calls, in float64, with
+a lane for each group. Operator by operator it is a hundred launches, each of a few numbers.
+"""
+
+# No ``from __future__ import annotations``: Triton reads the annotation of an argument itself.
+
+import triton
+import triton.language as tl
+
+# The rows of the numbers of groups, see ``prodigyplus.engine.columns``: floating ones, and counts.
+D, SHARED_D, D_HAT, IN_MEAN, NUMERATOR, LARGEST, DENOMINATOR, WEIGHT_SUM, EFFECTIVE_LR = map(
+    tl.constexpr, range(9)
+)
+K, SKIPPED = map(tl.constexpr, range(2))
+
+# The rows of a table of options, in the order of ``prodigyplus.device.groups.GroupOptions``.
+LR, BETA1, BETA2, BETA3, BETA4, D0, D_COEF, LIMIT, SPEED_COEF, WARMUP, STRENGTH, DECAY, EPS = map(
+    tl.constexpr, range(13)
+)
+AVERAGES, RECTIFIES, ADOPTS, SPEED, DECAYS_BY_LR, LIMITS, ADAPTS, IS_POOLED, SHARES = map(
+    tl.constexpr, range(13, 22)
+)
+
+# SPEED's kinds.
+SIGNS, RELATIVE = tl.constexpr(1.0), tl.constexpr(2.0)
+
+
+@triton.jit
+def _store(values, values32, place: tl.constexpr, group, NUMBERS: tl.constexpr, exists, number):
+    """Write one of the numbers of a step, of all groups, in both dtypes."""
+    index = group * NUMBERS + place
+    tl.store(values + index, number, mask=exists)
+    tl.store(values32 + index, number.to(tl.float32), mask=exists)
+
+
+@triton.jit
+def _rectified(step, beta2):
+    """:func:`prodigyplus.formulas.radam.rectified`."""
+    decayed = tl.exp(step * tl.log(beta2))
+    longest = 2.0 / (1.0 - beta2) - 1.0
+    length = longest - 2.0 * step * decayed / (1.0 - decayed)
+    variance = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
+    rectifies = length > 4.0
+    return tl.where(rectifies, tl.sqrt(tl.where(rectifies, variance, 0.0)), 0.0), (
+        1.0 - (1.0 - beta2) / (1.0 - decayed)
+    )
+
+
+@triton.jit
+def begin(
+    floats, counts, options, square, present,
+    values, values32, gates, gates32, observes, steps, learns, count,
+    INITIALIZES: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Set the numbers of a step, and count it; see :meth:`prodigyplus.engine.groups.Groups.begin`.
+
+    ``values`` and ``values32`` are of shape (groups, ``NUMBERS``), in the order of
+    :data:`prodigyplus.terms.scalars.VALUES`.
+    """
+    group = tl.arange(0, BLOCK)
+    exists = group < count
+    total = tl.load(square + group * 0)
+    lr = tl.load(options + LR * count + group, mask=exists, other=0.0)
+    infinity = float("inf")
+    is_finite = tl.abs(total) < infinity  # not of nan either
+    has_gradients = exists & (tl.load(present + group, mask=exists, other=0.0) > 0)
+    valid = (lr >= 0) & (lr < infinity)
+    lr = tl.where(valid, lr, 0.0)
+    happens = is_finite & (total > 0) if INITIALIZES else is_finite
+    moves = has_gradients & happens & valid
+    skips = has_gradients & (is_finite == 0)
+    skips = skips | (has_gradients & happens & (valid == 0))
+
+    d = tl.load(floats + D * count + group, mask=exists, other=1.0)
+    shared_d = tl.load(floats + SHARED_D * count + group, mask=exists, other=1.0)
+    weight_sum = tl.load(floats + WEIGHT_SUM * count + group, mask=exists, other=0.0)
+    old_rate = tl.load(floats + EFFECTIVE_LR * count + group, mask=exists, other=0.0)
+    k = tl.load(counts + K * count + group, mask=exists, other=0)
+    skipped = tl.load(counts + SKIPPED * count + group, mask=exists, other=0)
+    beta1 = tl.load(options + BETA1 * count + group, mask=exists, other=0.5)
+    beta2 = tl.load(options + BETA2 * count + group, mask=exists, other=0.9)
+    beta3 = tl.load(options + BETA3 * count + group, mask=exists, other=0.9)
+    d0 = tl.load(options + D0 * count + group, mask=exists, other=1.0)
+    speed = tl.load(options + SPEED * count + group, mask=exists, other=0.0)
+
+    step = (k + 1).to(tl.float64)
+    dlr, rate = shared_d * lr, lr
+    prodigy_weight = tl.where(speed == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
+    rectifies = tl.load(options + RECTIFIES * count + group, mask=exists, other=0.0) > 0
+    rectification, corrected = _rectified(step, beta2)
+    beta2 = tl.where(rectifies, corrected, beta2)
+    factor = tl.where(rectifies, rectification, 1.0)
+    dlr, rate = dlr * factor, rate * factor
+    warmup = tl.load(options + WARMUP * count + group, mask=exists, other=0.0)
+    factor = tl.where(warmup > 0, tl.minimum(step / tl.maximum(warmup, 1.0), 1.0), 1.0)
+    dlr, rate = dlr * factor, rate * factor
+    adopts = tl.load(options + ADOPTS * count + group, mask=exists, other=0.0) > 0
+    counts_evidence = (adopts == 0) | (step > 1)
+    unit = tl.where(counts_evidence, 1.0, 0.0)
+    dlr, rate, beta2 = dlr * unit, rate * unit, tl.where(counts_evidence, beta2, 0.0)
+    prodigy_weight, beta3 = prodigy_weight * unit, tl.where(counts_evidence, beta3, 1.0)
+
+    weight = dlr * dlr
+    new_sum = weight_sum + weight
+    c = tl.where(new_sum > 0, weight / tl.where(new_sum > 0, new_sum, 1.0), 0.0)
+    strength = tl.load(options + STRENGTH * count + group, mask=exists, other=0.0)
+    c = tl.where(strength > 0, tl.minimum(c * ((1.0 - beta1) * strength), 1.0), c)
+    y_fraction = 1.0 - beta1 * (1.0 - c)
+    averages = tl.load(options + AVERAGES * count + group, mask=exists, other=0.0) > 0
+    rate = tl.where(averages, rate * y_fraction, rate)
+    by_lr = tl.load(options + DECAYS_BY_LR * count + group, mask=exists, other=0.0) > 0
+    decay = tl.where(by_lr, dlr, unit) * tl.load(options + DECAY * count + group, mask=exists, other=0.0)
+    eps = tl.load(options + EPS * count + group, mask=exists, other=0.0)
+    fourth_root = tl.sqrt(tl.sqrt(step))
+
+    # What keeps something is 1 where the step is to change nothing, what adds something 0.
+    kept = tl.where(moves, 0.0, 1.0)
+    added = 1.0 - kept
+    _store(values, values32, 0, group, NUMBERS, exists, tl.where(moves, beta1, 1.0))
+    _store(values, values32, 1, group, NUMBERS, exists, tl.where(moves, beta2, 1.0))
+    _store(values, values32, 2, group, NUMBERS, exists, tl.where(moves, beta3, 1.0))
+    _store(values, values32, 3, group, NUMBERS, exists, (1.0 - beta1) * d * unit * added)
+    _store(values, values32, 4, group, NUMBERS, exists, (1.0 - beta2) * (d * d) * added)
+    _store(values, values32, 5, group, NUMBERS, exists, prodigy_weight * added)
+    _store(values, values32, 6, group, NUMBERS, exists, unit * added)
+    _store(values, values32, 7, group, NUMBERS, exists, dlr * added)
+    _store(values, values32, 8, group, NUMBERS, exists, decay * added)
+    _store(values, values32, 9, group, NUMBERS, exists, c * added)
+    _store(values, values32, 10, group, NUMBERS, exists, y_fraction)
+    _store(values, values32, 11, group, NUMBERS, exists, d)
+    _store(values, values32, 12, group, NUMBERS, exists, eps)
+    _store(values, values32, 13, group, NUMBERS, exists, 1.0 / (fourth_root * tl.sqrt(step)))
+    _store(values, values32, 14, group, NUMBERS, exists, fourth_root)
+    gate = tl.where(moves, -1, 0)
+    tl.store(gates + group, gate.to(tl.int64), mask=exists)
+    tl.store(gates32 + group, gate, mask=exists)
+    tl.store(observes + group, counts_evidence & moves, mask=exists)
+    tl.store(steps + group, k + 1, mask=exists)
+    tl.store(learns + group, moves, mask=exists)
+    tl.store(floats + WEIGHT_SUM * count + group, tl.where(moves, new_sum, weight_sum), mask=exists)
+    tl.store(floats + EFFECTIVE_LR * count + group, tl.where(moves, rate, old_rate), mask=exists)
+    tl.store(counts + K * count + group, k + moves.to(tl.int64), mask=exists)
+    tl.store(counts + SKIPPED * count + group, skipped + skips.to(tl.int64), mask=exists)
+
+
+@triton.jit
+def _next_d(
+    d, numerator, largest, product, norm, options, group, count, exists,
+    LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
+):  # fmt: skip
+    """:func:`prodigyplus.formulas.prodigy.next_d`: the next ``d``, the estimate, and the next numerator."""
+    d0 = tl.load(options + D0 * count + group, mask=exists, other=1.0)
+    d_coef = tl.load(options + D_COEF * count + group, mask=exists, other=1.0)
+    limit = tl.load(options + LIMIT * count + group, mask=exists, other=1.0)
+    speed_coef = tl.load(options + SPEED_COEF * count + group, mask=exists, other=1.0)
+    speed = tl.load(options + SPEED * count + group, mask=exists, other=0.0)
+    limits = tl.load(options + LIMITS * count + group, mask=exists, other=0.0) > 0
+    beta4 = tl.load(options + BETA4 * count + group, mask=exists, other=0.0)
+    before = numerator
+    numerator = numerator * tl.load(options + BETA3 * count + group, mask=exists, other=0.0)
+    numerator = tl.where((d > d0) | (product > 0), numerator + product, numerator)
+    grows = (numerator >= largest) & (numerator > 0) & (before > 0)
+    growth = tl.sqrt(tl.where(grows, numerator, 1.0) / tl.where(grows, before, 1.0))
+    relative = tl.where(grows, d * tl.minimum(growth, LARGEST_FACTOR), d)
+    observed = norm > 0
+    d_hat = numerator / tl.where(observed, norm, 1.0)
+    by_speed = tl.minimum(d_hat * d_coef, tl.exp(LIMIT_OF_SPEED * tl.log(d)))
+    plain = tl.where(limits, tl.minimum(d_hat, d * limit), d_hat) * d_coef
+    estimate = tl.where(speed == SIGNS, by_speed, plain)
+    estimate = tl.where(speed == RELATIVE, tl.where(grows, relative * speed_coef, d), estimate)
+    d_hat = tl.where(speed == RELATIVE, relative, d_hat)
+    moved = tl.maximum(d, estimate)
+    moved = tl.where(beta4 > 0, d * beta4 + tl.maximum(estimate, d0) * (1.0 - beta4), moved)
+    return tl.where(observed, moved, d), d_hat, numerator
+
+
+@triton.jit
+def _harmonic_mean(d, where):
+    """:func:`prodigyplus.formulas.prodigy._harmonic_mean`."""
+    total = tl.sum(tl.where(where, 1.0 / d, 0.0), 0)
+    return tl.where(total > 0, tl.sum(where.to(tl.float64), 0) / tl.where(total > 0, total, 1.0), 0.0)
+
+
+@triton.jit
+def end(
+    floats, counts, options, totals, values, learns, count,
+    LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
+    LEAST_GROWTH: tl.constexpr, NEAR: tl.constexpr, EARLY: tl.constexpr,
+    WEIGHT: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Move every ``d``, and share them; see :meth:`prodigyplus.engine.groups.Groups.close`.
+
+    ``totals`` are not weighted yet: their weight is the number ``WEIGHT`` of ``values``.
+    """
+    group = tl.arange(0, BLOCK)
+    exists = group < count
+    weight = tl.load(values + group * NUMBERS + WEIGHT, mask=exists, other=0.0)
+    product = tl.load(totals + group * 2, mask=exists, other=0.0) * weight
+    norm = tl.load(totals + group * 2 + 1, mask=exists, other=0.0)
+    learning = exists & tl.load(learns + group, mask=exists, other=0).to(tl.int1)
+    happens = tl.max(learning.to(tl.int32), 0) + group * 0 > 0
+    adapts = tl.load(options + ADAPTS * count + group, mask=exists, other=0.0) > 0
+    # Groups that have one d: the first of them adapts, by the sums of all.
+    pooled = exists & (tl.load(options + IS_POOLED * count + group, mask=exists, other=0.0) > 0)
+    leader = tl.min(tl.where(pooled, group, BLOCK), 0)
+    leads = group == leader
+    product = tl.where(leads, tl.sum(tl.where(pooled, product, 0.0), 0), product)
+    norm = tl.where(leads, tl.sum(tl.where(pooled, norm, 0.0), 0), norm)
+    pool_learns = tl.max((pooled & learning).to(tl.int32), 0)
+    learning = tl.where(leads, pool_learns, learning.to(tl.int32)) > 0
+
+    d = tl.load(floats + D * count + group, mask=exists, other=1.0)
+    d_hat = tl.load(floats + D_HAT * count + group, mask=exists, other=1.0)
+    numerator = tl.load(floats + NUMERATOR * count + group, mask=exists, other=0.0)
+    largest = tl.load(floats + LARGEST * count + group, mask=exists, other=0.0)
+    denominator = tl.load(floats + DENOMINATOR * count + group, mask=exists, other=0.0)
+    next_d, estimate, next_numerator = _next_d(
+        d, numerator, largest, product, norm, options, group, count, exists, LIMIT_OF_SPEED, LARGEST_FACTOR
+    )
+    writes = learning & adapts & (leads | (pooled == 0))
+    d = tl.where(writes, next_d, d)
+    d_hat = tl.where(writes & (norm > 0), estimate, d_hat)
+    numerator = tl.where(writes, next_numerator, numerator)
+    largest = tl.where(writes, tl.maximum(next_numerator, largest), largest)
+    denominator = tl.where(writes, norm, denominator)
+    d = tl.where(pooled, tl.sum(tl.where(leads, d, 0.0), 0), d)
+    d_hat = tl.where(pooled, tl.sum(tl.where(leads, d_hat, 0.0), 0), d_hat)
+    numerator = tl.where(pooled, tl.sum(tl.where(leads, numerator, 0.0), 0), numerator)
+    largest = tl.where(pooled, tl.sum(tl.where(leads, largest, 0.0), 0), largest)
+    denominator = tl.where(pooled, tl.sum(tl.where(leads, denominator, 0.0), 0), denominator)
+    tl.store(floats + D * count + group, d, mask=exists)
+    tl.store(floats + D_HAT * count + group, d_hat, mask=exists)
+    tl.store(floats + NUMERATOR * count + group, numerator, mask=exists)
+    tl.store(floats + LARGEST * count + group, largest, mask=exists)
+    tl.store(floats + DENOMINATOR * count + group, denominator, mask=exists)
+
+    # The mean of those that share one, see prodigyplus.formulas.prodigy.shared_d.
+    shares = exists & (tl.load(options + SHARES * count + group, mask=exists, other=0.0) > 0)
+    weight_sum = tl.load(floats + WEIGHT_SUM * count + group, mask=exists, other=0.0)
+    k = tl.load(counts + K * count + group, mask=exists, other=0)
+    in_mean = tl.load(floats + IN_MEAN * count + group, mask=exists, other=0.0)
+    shared_d = tl.load(floats + SHARED_D * count + group, mask=exists, other=1.0)
+    d0 = tl.load(options + D0 * count + group, mask=exists, other=1.0)
+    moved = shares & (weight_sum > 0)
+    is_early = (k == tl.max(tl.where(shares, k, 0), 0)) & (k <= EARLY)
+    is_near = d * NEAR >= _harmonic_mean(d, moved & (in_mean > 0))
+    counting = moved & ((in_mean > 0) | ((d > LEAST_GROWTH * d0) & (is_early | is_near)))
+    over = counting | (moved & is_early & (d > d0))
+    over = tl.where(tl.max(over.to(tl.int32), 0) + group * 0 > 0, over, moved)
+    mean = tl.where(moved, _harmonic_mean(d, over), d)
+    next_in_mean = tl.where(shares, counting.to(tl.float64), in_mean)
+    tl.store(floats + SHARED_D * count + group, tl.where(happens, mean, shared_d), mask=exists)
+    tl.store(floats + IN_MEAN * count + group, tl.where(happens, next_in_mean, in_mean), mask=exists)

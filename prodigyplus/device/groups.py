@@ -1,0 +1,142 @@
+"""The launches of what a step does to the numbers of parameter groups; see ``group_kernels.py`` beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus.device import launches
+from prodigyplus.formulas import prodigy
+from prodigyplus.terms.scalars import VALUES, Packed
+
+_WEIGHT = VALUES.index("prodigy_weight")
+
+
+class GroupOptions(NamedTuple):
+    """The options of a group as the kernels take them; switches are 0 or 1, ``lr`` may be a 0-dim tensor."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    beta3: float
+    beta4: float  # 0: d never shrinks
+    d0: float
+    d_coef: float
+    limit: float
+    speed_coef: float
+    warmup_steps: float
+    schedulefree_c: float
+    weight_decay: float
+    eps: float
+    use_schedulefree: float
+    use_bias_correction: float
+    use_adopt: float
+    use_speed: float
+    weight_decay_by_lr: float
+    d_limiter: float
+    adapts: float
+    is_pooled: float
+    shares: float
+
+
+def speed_number(use_speed: object) -> float:
+    """A kind of ``use_speed``, as the kernels number it."""
+    return float(launches.SPEED[use_speed])
+
+
+class OptionsTable:
+    """The options of all groups on a device; nothing is sent while they are what they were.
+
+    Args:
+        device: Where the table is to be.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of: list[GroupOptions] | None = None
+        self._table: Tensor
+
+    def of(self, groups: Sequence[GroupOptions]) -> Tensor:
+        """The table of these; float64, (options, groups)."""
+        rates = [group.lr for group in groups]
+        numbers = [group._replace(lr=0.0) if isinstance(group.lr, Tensor) else group for group in groups]
+        if numbers != self._of:
+            table = torch.tensor(list(zip(*numbers, strict=True)), dtype=torch.float64, device="cpu")
+            table = table.pin_memory() if self._device.type == "cuda" else table
+            self._table, self._of = table.to(self._device, non_blocking=True), numbers
+        if not any(isinstance(rate, Tensor) for rate in rates):
+            return self._table
+        # Such a rate may change without a word to the host.
+        like = self._table[0, 0]
+        row = torch.stack([torch.ones_like(like) * rate for rate in rates])
+        return torch.cat((row.unsqueeze(0), self._table[1:]))
+
+
+class GroupNumbers:
+    """The numbers of all groups, and the launches that move them.
+
+    Args:
+        floats, counts: The numbers themselves, (numbers, groups); see ``engine/columns.py``.
+        options: The table of their options.
+    """
+
+    def __init__(self, floats: Tensor, counts: Tensor, options: Tensor) -> None:
+        self._floats, self._counts, self._options = floats, counts, options
+        self._count = floats.shape[1]
+        self._block = max(4, 1 << (self._count - 1).bit_length())
+        self._values: Tensor
+
+    def begin_(self, square: Tensor, present: Tensor, *, initializes: bool) -> tuple[list[Packed], Tensor]:
+        """Set the numbers of a step, and count it; see :meth:`prodigyplus.engine.groups.Groups.begin`.
+
+        Returns:
+            The numbers of all groups, of shapes (groups, …), with values in float64 and in float32; and
+            where the evidence of the step is to move ``d``, (groups,).
+        """
+        count, device = self._count, self._floats.device
+        observes, learns = (torch.empty(count, dtype=torch.bool, device=device) for _ in range(2))
+        steps = torch.empty(count, dtype=torch.int64, device=device)
+        wide, narrow = (
+            Packed(
+                torch.empty(count, len(VALUES), dtype=dtype, device=device),
+                torch.empty(count, dtype=bits, device=device),
+                observes,
+                steps,
+            )
+            for dtype, bits in ((torch.float64, torch.int64), (torch.float32, torch.int32))
+        )
+        self._values = wide.values
+        with launches.on_device(device):
+            launches.launch(
+                _kernels().begin, (1,),
+                self._floats, self._counts, self._options, square, present, wide.values, narrow.values,
+                wide.gate, narrow.gate, observes, steps, learns, count,
+                INITIALIZES=initializes, NUMBERS=len(VALUES), BLOCK=self._block,
+            )  # fmt: skip
+        return [wide, narrow], learns
+
+    def end_(self, totals: Tensor, learns: Tensor) -> None:
+        """Move every ``d``, and share them; see :meth:`prodigyplus.engine.groups.Groups.close`.
+
+        Args:
+            totals: The sums of all groups, (groups, 2), of products that are not weighted yet and of norms.
+            learns: What :meth:`begin_` gave.
+        """
+        with launches.on_device(totals.device):
+            launches.launch(
+                _kernels().end, (1,),
+                self._floats, self._counts, self._options, totals, self._values, learns, self._count,
+                LIMIT_OF_SPEED=prodigy.SPEED_LIMIT, LARGEST_FACTOR=prodigy.LIMIT,
+                LEAST_GROWTH=prodigy.LEAST_GROWTH, NEAR=prodigy.NEAR, EARLY=prodigy.EARLY,
+                WEIGHT=_WEIGHT, NUMBERS=len(VALUES), BLOCK=self._block,
+            )  # fmt: skip
+
+
+def _kernels() -> ModuleType:
+    from prodigyplus.device import group_kernels
+
+    return group_kernels

@@ -1,0 +1,148 @@
+"""What kernels do to the numbers of parameter groups, against the same operator by operator.
+
+Groups of all kinds at once, with numbers as they may be in the middle of a run.
+"""
+
+import random
+
+import pytest
+import torch
+
+from prodigyplus import ProdigyPlusScheduleFree, options
+from prodigyplus.device.launches import interprets
+from prodigyplus.engine.columns import COUNTS, FLOATS
+from prodigyplus.engine.groups import Groups
+from prodigyplus.terms.scalars import Constants
+
+pytest.importorskip("triton")
+if interprets():
+    import tests.interpreting  # noqa: F401
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+KINDS = (
+    {},
+    {"lr": 0.3, "weight_decay": 0.1},
+    {"lr": torch.tensor(0.7), "weight_decay": 0.1, "weight_decay_by_lr": False},
+    {"lr": torch.tensor(float("nan"))},
+    {"use_bias_correction": True},
+    {"use_bias_correction": True, "use_schedulefree": False, "warmup_steps": 5},
+    {"warmup_steps": 30, "schedulefree_c": 8.0, "betas": (0.9, 0.95)},
+    {"use_adopt": True, "use_schedulefree": False},
+    {"use_speed": True, "d0": 1e-5},
+    {"use_speed": "relative", "d_coef": 3.0},
+    {"beta4": 0.9, "beta3": 0.8},
+    {"d_limiter": False, "eps": None, "use_stableadamw": False},
+    {"d_coef": 0.5},
+    {"prodigy_steps": 1},
+)
+
+# How groups share a step size.
+SHARING = ({"split_groups": False}, {"split_groups_mean": False}, {"split_groups_mean": True}, "mixed")
+
+
+def groups_of(sharing, draw):
+    """Two like ones, of all kinds, with numbers drawn, and what a step has found of them."""
+    kinds = [dict(kind) for kind in KINDS]
+    for index, kind in enumerate(kinds):
+        kind |= SHARING[index % 3] if sharing == "mixed" else sharing
+        kind["params"] = [torch.nn.Parameter(torch.ones(2, device=DEVICE))]
+    optimizer = ProdigyPlusScheduleFree(kinds)
+    pair = []
+    columns = optimizer._columns()
+    for name in FLOATS:
+        columns[name].copy_(torch.tensor([10 ** draw.uniform(-6, -2) for _ in kinds]))
+    columns["d_numerator"].mul_(torch.tensor([draw.choice((1.0, -1.0, 0.5)) for _ in kinds]))
+    columns["in_mean"].copy_(torch.tensor([draw.choice((0.0, 1.0)) for _ in kinds]))
+    columns["weight_sum"].mul_(torch.tensor([draw.choice((0.0, 1.0, 1.0)) for _ in kinds]))
+    columns["k"].copy_(torch.tensor([draw.choice((0, 1, 3, 29, 30, 31, 500)) for _ in kinds]))
+    for index, group in enumerate(optimizer.param_groups):
+        if draw.random() < 0.3:  # not left its start
+            columns["d"][index] = group["d0"]
+        if group["use_adopt"]:
+            columns["k"][index] = draw.choice((0, 7))
+        group |= {"calls": 3, "fused": True}
+    for by_kernels in (True, False):
+        copies = [dict(group) for group in optimizer.param_groups]
+        of_copy = type(columns)(copies, DEVICE)
+        pair.append(Groups(copies, of_copy, Constants()))
+        assert pair[-1]._kernels is not None
+        if not by_kernels:
+            pair[-1]._kernels = None
+    return pair
+
+
+def step(groups, square, present, evidence, *, initializes):
+    """One step of groups; returns all that it has set."""
+    learns = groups.begin(square, present, initializes=initializes)
+    found = {"learns": learns.double()}
+    for dtype in (torch.float64, torch.float32):
+        for index, of_group in enumerate(groups.steps):
+            n = of_group.scalars(DEVICE, dtype)
+            found |= {
+                (dtype, index, name): value.double()
+                for name, value in n._asdict().items()
+                if name != "packed"
+            }
+            assert n.gate.dtype == {torch.float64: torch.int64, torch.float32: torch.int32}[dtype]
+    for of_group, (product, norm) in zip(groups.steps, evidence, strict=True):
+        of_group.observe([1], product, norm)
+    groups.close(groups.totals(), learns)
+    return found | {name: groups.columns[name].double() for name in (*FLOATS, *COUNTS)}
+
+
+@pytest.mark.parametrize("sharing", SHARING, ids=str)
+@pytest.mark.parametrize("seed", range(2))
+def test_as_operator_by_operator(sharing, seed, monkeypatch):
+    # As on a device, where nobody looks what a tensor's value is.
+    monkeypatch.setattr(options, "_is_on_host", lambda tensor: False)
+    draw = random.Random(seed)
+    for square in (1.0, 1.0, 0.0, float("nan"), float("inf")):
+        pair = groups_of(sharing, draw)
+        present = torch.tensor([float(draw.choice((0, 1, 2, 3))) for _ in KINDS], device=DEVICE).double()
+        evidence = [
+            torch.tensor(
+                [[draw.uniform(-1, 1)], [draw.choice((0.0, 1.0)) * 10 ** draw.uniform(-9, 2)]]
+            ).double()
+            for _ in KINDS
+        ]
+        initializes = draw.choice((True, False))
+        found, expected = (
+            step(
+                groups,
+                torch.tensor(square, device=DEVICE).double(),
+                present,
+                [values.to(DEVICE).unbind() for values in evidence],
+                initializes=initializes,
+            )
+            for groups in pair
+        )
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert not value.isnan().any(), name
+            # Powers are exponentials of logarithms here, and RAdam takes what they leave of 1.
+            torch.testing.assert_close(found[name], value, rtol=1e-9 if "beta2" in name else 1e-12, atol=0)
+
+
+def test_rates_are_read_where_they_are():
+    """A schedule may change a tensor in place, or a number in the group: the next step goes by it."""
+    rate = torch.tensor(1.0)
+    p = torch.nn.Parameter(torch.ones(2, 2, device=DEVICE))
+    optimizer = ProdigyPlusScheduleFree([{"params": [p], "lr": rate}], fused=True)
+
+    def effective():
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        group = optimizer.param_groups[0]
+        return (group["effective_lr"] / group["lr"]).item()
+
+    alone = effective()
+    rate.fill_(0.5)
+    assert effective() < alone
+    optimizer.param_groups[0]["lr"] = 0.25
+    effective()
+    table = optimizer._columns().options
+    sent = table._table
+    effective()
+    assert table._table is sent
+    assert table._table[0].item() == 0.25
