@@ -19,8 +19,10 @@ WEIGHT, BASE, OFFSET_FROM_Y, FIRST, SECOND, OUTER, INNER, MEAN, START, STATISTIC
     tl.constexpr, range(11)
 )
 POINTERS = tl.constexpr(11)
-LOCAL, FIRST_INDEX, FIRST_PHASE, IS_ROW_OUTER = map(tl.constexpr, range(4))
-SIZES = tl.constexpr(4)
+LOCAL, FIRST_INDEX, FIRST_PHASE, IS_ROW_OUTER, RUN_LENGTH, FIRST_RUN = map(tl.constexpr, range(6))
+SIZES = tl.constexpr(6)
+RUN_INDEX, RUN_PHASE, RUN_SAMPLES = map(tl.constexpr, range(3))
+RUNS = tl.constexpr(3)
 TENSOR, OFFSET, HEIGHT, WIDTH, ROW_STRIDE, COLUMN_STRIDE, OUTER_OFFSET, OUTER_STRIDE, INNER_OFFSET = map(
     tl.constexpr, range(9)
 )
@@ -279,19 +281,40 @@ def _moved(
 
 
 @triton.jit
+def _places(index, exists, size, runs, SINGLE: tl.constexpr, EVERY: tl.constexpr):
+    """Where the elements of a strip lie in the whole tensor.
+
+    Returns:
+        Their indices there modulo 2³², which of them are samples, and the places of these among the samples.
+    """
+    if SINGLE:
+        first = tl.load(size + FIRST_INDEX).to(tl.uint32)
+        phase = tl.load(size + FIRST_PHASE).to(tl.int32)
+        before = -tl.where(phase > 0, 1, 0)
+        position = index + phase
+    else:
+        length = tl.load(size + RUN_LENGTH).to(tl.int32)
+        run = index // length
+        row = runs + (tl.load(size + FIRST_RUN) + run) * RUNS
+        index = index - run * length
+        first = tl.load(row + RUN_INDEX, mask=exists, other=0).to(tl.uint32, bitcast=True)
+        phase = tl.load(row + RUN_PHASE, mask=exists, other=0)
+        before = tl.load(row + RUN_SAMPLES, mask=exists, other=0) - tl.where(phase > 0, 1, 0)
+        position = index + phase
+    return index.to(tl.uint32) + first, exists & (position % EVERY == 0), before + position // EVERY
+
+
+@triton.jit
 def _evidence(
-    g, base, address, index, exists, phase, beta3, weight,
-    SPEED: tl.constexpr, EVERY: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, STATISTIC_DTYPE: tl.constexpr,
+    g, base, address, sampled, slot, beta3, weight,
+    SPEED: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, STATISTIC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Prodigy's evidence of a strip: move s at its samples, and return the terms of up to three sums.
 
     Args:
         base: The base iterates, before the move.
-        phase: The index of the tensor's first element in the whole tensor, modulo ``EVERY``.
+        sampled, slot: Which elements are samples, and their places among them.
     """
-    position = index + phase
-    sampled = exists & (position % EVERY == 0)
-    slot = position // EVERY - tl.where(phase > 0, 1, 0)
     start = tl.load(address + START).to(tl.pointer_type(WEIGHT_DTYPE))
     distance = tl.load(start + slot, mask=sampled, other=0.0).to(tl.float32) - base
     distance = tl.where(sampled, distance, 0.0)
@@ -326,15 +349,16 @@ def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def sweep(
-    pointers, sizes, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
+    pointers, sizes, runs, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
     norm_parts, evidence_parts, parts_stride, norms, numels, seeds,
     GRAD_DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr,
     FIRST_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr, FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr,
     STATISTIC_DTYPE: tl.constexpr,
     MOVES: tl.constexpr, EVIDENCE: tl.constexpr,
-    FACTORED: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr, IS_OFFSET: tl.constexpr,
-    ATAN2: tl.constexpr, STABLE: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SPEED: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
+    FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr,
+    IS_OFFSET: tl.constexpr, ATAN2: tl.constexpr, STABLE: tl.constexpr, DECAYS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SPEED: tl.constexpr, EVERY: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Measure: of each tile, the sum of the direction's squares. Or with ``MOVES`` move y, z and moments.
 
@@ -346,8 +370,6 @@ def sweep(
         _tile(pointers, sizes, matrices, tiles, MULTIPLE)
     )
     program = tl.program_id(0)
-    phase = tl.load(size + FIRST_PHASE).to(tl.int32)
-    first_index = tl.load(size + FIRST_INDEX).to(tl.uint32)
     is_row_outer = tl.load(size + IS_ROW_OUTER) != 0
     grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(GRAD_DTYPE)), MULTIPLE)
     weight = tl.multiple_of(tl.load(address + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)), MULTIPLE)
@@ -361,7 +383,9 @@ def sweep(
     if MOVES and STABLE:
         rms = tl.sqrt(tl.load(norms + tensor) / tl.load(numels + tensor))
         step = step / tl.sqrt(tl.maximum(rms, 1.0))
-    seed = tl.load(seeds + tensor).to(tl.uint32, bitcast=True) if MOVES and STOCHASTIC else first_index
+    seed = tl.full((), 0, tl.uint32)
+    if MOVES and STOCHASTIC:
+        seed = tl.load(seeds + tensor).to(tl.uint32, bitcast=True)
     column = across * COLUMNS + tl.arange(0, COLUMNS)
     column_root = tl.zeros((COLUMNS,), tl.float32)
     if FACTORED:
@@ -381,8 +405,9 @@ def sweep(
             offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST
         )
         g = tl.where(opens, tl.load(grad + index, mask=exists, other=0.0).to(tl.float32), 0.0)
+        place, sampled, slot = _places(index, exists, size, runs, SINGLE, EVERY)
         # To measure, of y and z only the samples.
-        read = exists if MOVES else exists & ((index + phase) % EVERY == 0)
+        read = exists if MOVES else sampled
         y, z = tl.zeros((STRIP, COLUMNS), tl.float32), tl.zeros((STRIP, COLUMNS), tl.float32)
         if MOVES or (EVIDENCE and (MOMENTUM or IS_OFFSET)):
             y = tl.load(weight + index, mask=read, other=0.0).to(tl.float32)
@@ -390,9 +415,9 @@ def sweep(
             z = tl.load(base + index, mask=read, other=0.0).to(tl.float32)
         if EVIDENCE:
             product, second, third = _evidence(
-                g, y + z if MOMENTUM or IS_OFFSET else z, address, index, exists, phase,
+                g, y + z if MOMENTUM or IS_OFFSET else z, address, sampled, slot,
                 tl.load(numbers + BETA3 * number_stride), tl.load(numbers + PRODIGY_WEIGHT * number_stride),
-                SPEED, EVERY, WEIGHT_DTYPE, STATISTIC_DTYPE,
+                SPEED, WEIGHT_DTYPE, STATISTIC_DTYPE,
             )  # fmt: skip
             product_sum += tl.sum(product.to(tl.float64), 0)
             second_sum += tl.sum(second.to(tl.float64), 0)
@@ -410,7 +435,7 @@ def sweep(
                 norm += tl.sum(u * u, 0)
         if MOVES:
             y, z = _moved(y, z, u, step, unit, numbers, number_stride, MOMENTUM, IS_OFFSET, DECAYS)
-            noise = _hash(index.to(tl.uint32) + first_index + seed) if STOCHASTIC else index.to(tl.uint32)
+            noise = _hash(place + seed) if STOCHASTIC else place
             tl.store(weight + index, _rounded(y, noise & 0xFFFF, WEIGHT_DTYPE, STOCHASTIC), mask=exists)
             if not MOMENTUM:
                 tl.store(base + index, _rounded(z, noise >> 16, BASE_DTYPE, STOCHASTIC), mask=exists)

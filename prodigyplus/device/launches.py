@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, TileSize
+from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, Tiles, TileSize
 from prodigyplus.terms.scalars import Packed
 
 # How many values are added up at a time.
@@ -234,14 +234,14 @@ class Launches:
         for tiles in plan.tiles:
             launch(
                 _kernels().sweep, (len(tiles.table),),
-                self._pointers, plan.sizes, plan.matrices, tiles.table, *_numbers(n),
+                self._pointers, plan.sizes, plan.runs, plan.matrices, tiles.table, *_numbers(n),
                 norm_parts[tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
                 norms, plan.numels, seeds,
                 MOVES=moves, EVIDENCE=len(evidence_parts) > 0,
-                **self._constants(setup, tiles.factored, tiles.fast),
+                **self._constants(setup, tiles),
             )  # fmt: skip
 
-    def _constants(self, setup: Setup, factored: bool, fast: bool) -> dict[str, Any]:
+    def _constants(self, setup: Setup, tiles: Tiles) -> dict[str, Any]:
         return {
             "GRAD_DTYPE": _triton_dtype(setup.dtypes.grad),
             "WEIGHT_DTYPE": _triton_dtype(setup.dtypes.weight),
@@ -251,8 +251,9 @@ class Launches:
             "FACTOR": _triton_dtype(setup.dtypes.outer),
             "MEAN_DTYPE": _triton_dtype(setup.dtypes.mean),
             "STATISTIC_DTYPE": _triton_dtype(setup.dtypes.statistic),
-            "FACTORED": factored,
-            "FAST": self._is_fast(fast),
+            "FACTORED": tiles.factored,
+            "SINGLE": tiles.single,
+            "FAST": self._is_fast(tiles.fast),
             "MOMENTUM": setup.has_momentum,
             "IS_OFFSET": setup.is_offset,
             "ATAN2": setup.is_atan2,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.formulas import moments, schedule_free
-from prodigyplus.terms.layout import Layout
+from prodigyplus.terms.layout import Layout, Runs
 
 # Of sums, how many a program makes, and of how many parts at a time.
 BLOCK, AT_ONCE = 64, 32
@@ -53,6 +53,7 @@ class Tiles(NamedTuple):
 
     table: Tensor  # int32, (tiles, 3): the matrix, and the tile's place down and across it
     factored: bool
+    single: bool  # whether the elements of a tensor are one run of the whole one
     fast: bool  # whether all sizes are multiples of 16, and elements of a row follow on one another
     first: int  # the number of the first of them among all tiles
 
@@ -94,7 +95,7 @@ class Plan:
 
     Attributes:
         keys: Of each tensor the entries of its state in the order of their addresses.
-        sizes, matrices: Rows that the kernels read, of each tensor and of each matrix.
+        sizes, runs, matrices: Rows that the kernels read, of each tensor, of its runs and of each matrix.
         tiles, tile_count: Those of each launch, and how many they are in all.
         outer_parts, inner_parts: How many partial sums of g² there are.
         segments, means, factored_totals, full_totals: What is added up to sums of g².
@@ -121,7 +122,7 @@ class Plan:
         ]
         is_row_outer = [dims is not None and dims[0] < dims[1] for dims in self._dims]
         self.keys = [_ROW_OUTER if row_first else _ROW_INNER for row_first in is_row_outer]
-        self.sizes = self._table(map(_sizes, layouts, is_row_outer, [every] * len(layouts)), 4)
+        self._lay_out_runs(is_row_outer, every)
         self.numels = self._table([(layout.numel,) for layout in layouts], 1).view(-1).to(torch.float32)
         matrices = [
             _matrices(layout.local_shape, dims, tile.columns)
@@ -130,6 +131,23 @@ class Plan:
         self._lay_out_sums(matrices)
         self._lay_out_parts(matrices)
         self._make_tiles(matrices)
+
+    def _lay_out_runs(self, is_row_outer: Sequence[bool], every: int) -> None:
+        """Where the local elements of each tensor lie in the whole one; no table for those of one run."""
+        sizes, tables = [], []
+        self._is_single: list[bool] = []
+        start = 0
+        for layout, row_first in zip(self.layouts, is_row_outer, strict=True):
+            local = math.prod(layout.local_shape)
+            runs = layout.runs()
+            first = int(runs.firsts[0])
+            sizes.append((local, _as_int32(first), first % every, int(row_first), max(1, runs.length), start))
+            self._is_single.append(len(runs.firsts) == 1)
+            if not self._is_single[-1]:
+                tables.append(_runs_table(runs, every))
+                start += len(runs.firsts)
+        self.sizes = self._table(sizes, 6)
+        self.runs = self._joined(tables, 3).to(torch.int32)
 
     def _lay_out_sums(self, matrices: Sequence[_Matrices]) -> None:
         """Where in one buffer the sums of g² of each tensor are: those to be completed alike side by side."""
@@ -192,7 +210,7 @@ class Plan:
 
     def _make_tiles(self, matrices: Sequence[_Matrices]) -> None:
         """The tiles of each launch, and those of each tensor among them all."""
-        grids: dict[tuple[bool, bool], list[tuple[int, Tensor]]] = {}
+        grids: dict[tuple[bool, bool, bool], list[tuple[int, Tensor]]] = {}
         first_matrix = 0
         for tensor, (m, grid_size, dims) in enumerate(zip(matrices, self._grids, self._dims, strict=True)):
             # Tiles of one place in the matrices of a tensor side by side: they share lines of memory.
@@ -201,15 +219,16 @@ class Plan:
             numel = math.prod(self.layouts[tensor].local_shape)
             fast = numel % ALIGNMENT == 0 if dims is None else _is_fast(m)
             grid = torch.stack((first_matrix + matrix, down, across), 1)
-            grids.setdefault((dims is not None, fast), []).append((tensor, grid))
+            kind = dims is not None, self._is_single[tensor], fast
+            grids.setdefault(kind, []).append((tensor, grid))
             first_matrix += len(m)
         self.tiles: list[Tiles] = []
         of_tensors = []
         first = 0
-        for (is_factored, fast), of_launch in grids.items():
+        for kind, of_launch in grids.items():
             table = torch.cat([grid for _, grid in of_launch]).to(torch.int32)
             if len(table):
-                self.tiles.append(Tiles(table.to(self.device), is_factored, fast, first))
+                self.tiles.append(Tiles(table.to(self.device), *kind, first))
             for tensor, grid in of_launch:
                 of_tensors.append((first, 1, len(grid), tensor))
                 first += len(grid)
@@ -225,11 +244,19 @@ class Plan:
         return torch.cat([empty, *tables]).to(self.device)
 
 
-def _sizes(layout: Layout, is_row_outer: bool, every: int) -> tuple[int, int, int, int]:
-    """The row of a tensor in ``sizes``: its local elements, where they begin, and what is outer in it."""
-    local = math.prod(layout.local_shape)
-    first = layout.first if local else 0
-    return local, first % (1 << 32), first % every, int(is_row_outer)
+def _as_int32(index: int) -> int:
+    """An index modulo 2³², as a number of 32 bits with a sign."""
+    return (index + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def _runs_table(runs: Runs, every: int) -> Tensor:
+    """The rows of a tensor's runs: where each begins in the whole, modulo 2³², and modulo the distance of two
+    samples; and how many samples are in the runs before it.
+    """
+    phases = runs.firsts % every
+    samples = (phases + runs.length - 1) // every + (phases == 0)
+    firsts = (runs.firsts + (1 << 31)) % (1 << 32) - (1 << 31)
+    return torch.stack((firsts, phases, samples.cumsum(0) - samples), 1)
 
 
 def _matrices(shape: tuple[int, ...], dims: tuple[int, int] | None, columns: int) -> _Matrices:

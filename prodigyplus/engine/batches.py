@@ -65,7 +65,7 @@ def batch_key(param: ParamStep) -> Hashable | None:
         group.obstacles[where] = obstacle(group.options, *where)
     if group.obstacles[where] or grad.dtype not in _DTYPES:
         return None
-    if not (layout.is_run and layout.max_local_numel <= MAX_NUMEL and weight.is_contiguous()):
+    if layout.max_local_numel > MAX_NUMEL or not weight.is_contiguous():
         return None
     if not all(map(Tensor.is_contiguous, state.values())):
         return None

@@ -6,11 +6,19 @@ import functools
 import math
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prodigyplus.terms.requests import Sum
+
+
+class Runs(NamedTuple):
+    """A local tensor as runs of one length, each of them consecutive in the flattened global tensor."""
+
+    firsts: Tensor  # the position of the first element of each; int64, on the host
+    length: int
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -118,6 +126,21 @@ class Layout:
         """The index of each local element in the row-major flattened global tensor; int64, on the host."""
         zero = torch.zeros((), dtype=torch.int64, device="cpu")
         return functools.reduce(torch.add, self._index_terms(torch.int64, torch.device("cpu")), zero)
+
+    def runs(self) -> Runs:
+        """The local elements as runs, in their order: the longest of one length that they can be cut into."""
+        numel = math.prod(self.local_shape)
+        if self.is_run or not numel:
+            return Runs(torch.tensor([self.first], dtype=torch.int64, device="cpu"), max(1, numel))
+        last = max(dim for dim in self.dims if len(self.indices[dim]) < self.shape[dim])
+        along = self.indices[last]
+        breaks = [i for i in range(1, len(along)) if along[i] != along[i - 1] + 1]
+        chunk = math.gcd(len(along), *breaks)
+        terms = self._index_terms(torch.int64, torch.device("cpu"))
+        for term, dim in enumerate(reversed(self.dims)):  # of each, those of the first elements of runs
+            terms[term] = terms[term][:: chunk if dim == last else 1] if dim <= last else terms[term][:1]
+        firsts = functools.reduce(torch.add, terms).reshape(-1)
+        return Runs(firsts, chunk * math.prod(self.local_shape[last + 1 :]))
 
     def index_terms(self, device: torch.device) -> list[Tensor]:
         """:meth:`positions` modulo 2³², int32, as what each dimension adds to it: shapes that broadcast."""

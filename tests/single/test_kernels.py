@@ -251,7 +251,7 @@ rows, columns, strip = TileSize()
 ones = dict(number_stride=1)
 tile = dict(ROWS=rows, COLUMNS=columns, STRIP=strip)
 types = dict.fromkeys(("pointers", "sizes", "matrices", "segments", "pieces"), "*i64")
-types |= dict.fromkeys(("tiles", "gate", "seeds"), "*i32") | {"evidence_parts": "*fp64"}
+types |= dict.fromkeys(("tiles", "gate", "seeds", "runs"), "*i32") | {"evidence_parts": "*fp64"}
 types |= dict.fromkeys(("outer_parts", "inner_parts", "sums", "numbers"), "*fp32")
 types |= dict.fromkeys(("norm_parts", "norms", "numels", "values", "out"), "*fp32")
 
@@ -295,7 +295,7 @@ for momentum, is_offset, atan2, stable, evidence, speed, dtype in (
     constants = dict(
         GRAD_DTYPE=dtype, WEIGHT_DTYPE=dtype, BASE_DTYPE=bf16 if is_offset else dtype, FIRST_DTYPE=dtype,
         SECOND_DTYPE=dtype, FACTOR=fp32, MEAN_DTYPE=fp32, STATISTIC_DTYPE=bf16, FACTORED=factored,
-        FAST=fast, MOMENTUM=momentum, IS_OFFSET=is_offset, ATAN2=atan2, STABLE=stable,
+        SINGLE=fast, FAST=fast, MOMENTUM=momentum, IS_OFFSET=is_offset, ATAN2=atan2, STABLE=stable,
         EVIDENCE=evidence, SPEED=speed, EVERY=11, **tile,
     )
     constants |= dict(DECAYS=stable, STOCHASTIC=is_offset or dtype == bf16, **ones)

@@ -99,3 +99,23 @@ def test_rows_of_shards_are_pieces_of_the_rows_of_the_whole(shape, cuts, every):
     for leading, found in sums.items():
         expected = cut(rows, Layout(tuple(rows.shape), (*leading, range(rows.shape[-1]))))
         torch.testing.assert_close(found, expected)
+
+
+@CUTS
+def test_runs_are_the_positions(shape, cuts):
+    for indices in itertools.product(*(pieces(size, count) for size, count in zip(shape, cuts, strict=True))):
+        check_runs(Layout(shape, indices))
+
+
+def test_runs_of_a_strided_shard():
+    check_runs(Layout((12, 4), ((0, 1, 2, 6, 7, 8), range(4))), length=12)
+    check_runs(Layout((12, 4), ((0, 1, 2, 3, 7, 8), range(4))), length=8)
+    check_runs(Layout((3, 12), (range(3), (0, 4, 5))), length=1)
+
+
+def check_runs(layout, length=None):
+    runs = layout.runs()
+    assert length in (None, runs.length)
+    if layout.positions().numel():
+        found = runs.firsts.unsqueeze(1) + torch.arange(runs.length)
+        assert torch.equal(found.view(-1), layout.positions().reshape(-1))
