@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prodigyplus.engine.groups import Groups
 from prodigyplus.reporting import warn_caller
+from prodigyplus.terms.isolation import is_captured
 from prodigyplus.torch_private import version_of
 
 # Every so many steps numbers are looked at, and after so many it is looked whether weights stay as they were
@@ -59,7 +60,7 @@ class Monitor:
             self._compare_versions(watched)
         if self._sent is not None:
             counts, step_sizes, event = self._sent
-            if event is None or (not _is_captured(event.device) and event.query()):
+            if event is None or (not is_captured(event.device) and event.query()):
                 self._sent = None
                 self._read(counts.tolist(), step_sizes.tolist())
 
@@ -138,8 +139,8 @@ def _sent_to_host(groups: Groups) -> tuple[Tensor, Tensor, torch.Event | None] |
     """Begin to send numbers of the groups to the host, see :meth:`Monitor._read`; None if that cannot be."""
     columns = groups.columns
     home = columns.device
-    if type(columns["d"]) is not Tensor or home.type == "meta" or _is_captured(home):
-        return None
+    if type(columns["d"]) is not Tensor or home.type == "meta" or is_captured(home):
+        return None  # a look into a graph would be no part of its replays
     counts = torch.stack([columns["k"], columns["skipped"]], dim=1)
     step_sizes = groups.in_mean_or_nan()
     if _is_on_host(home):
@@ -152,8 +153,3 @@ def _sent_to_host(groups: Groups) -> tuple[Tensor, Tensor, torch.Event | None] |
 
 def _is_on_host(device: torch.device) -> bool:
     return device.type == "cpu"
-
-
-def _is_captured(device: torch.device) -> bool:
-    """Whether operators are being recorded into a graph, whose replays this look would be no part of."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -29,7 +29,7 @@ from prodigyplus.parameters import Parameters, check_parameter
 from prodigyplus.placement import Location, Placement, WholeTensors, locations, name_of
 from prodigyplus.reporting import is_called_from, warn_caller
 from prodigyplus.state import StateOptions, restart_
-from prodigyplus.terms.isolation import isolated, isolated_from_compiler
+from prodigyplus.terms.isolation import is_captured, isolated, isolated_from_compiler
 from prodigyplus.terms.scalars import Constants
 
 _EVALUATING = (
@@ -132,7 +132,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         compile: Run passes over whole tensors through ``torch.compile``: those of the default options. Groups
             with Cautious, Grams, ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` run without.
         fused: Move a group's parameters by Triton kernels, a handful of launches for all of them. None: where
-            they are on a GPU, of float32 or bfloat16, whole or in runs of rows, and have no Cautious, Grams,
+            they are on a GPU, of float32 or bfloat16, whole or sharded, and have no Cautious, Grams,
             ADOPT, OrthoGrad, FOCUS or Muon. True: an error where they cannot. False: never.
 
     Raises:
@@ -305,8 +305,10 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _begin(self, *, in_backward: bool) -> Step:
         self._check_average_is_not_lent()
         self._cache.monitor.begin(self)
-        constants = self._cache.constants
-        step = Step(self.param_groups, self._columns(), self._exchange, constants, in_backward=in_backward)
+        constants, columns = self._cache.constants, self._columns()
+        if is_captured(columns.device):
+            constants.keep_for_graph()
+        step = Step(self.param_groups, columns, self._exchange, constants, in_backward=in_backward)
         for group in step.groups.steps:
             entry = group.entry
             if entry["frozen"] and not group.options.freezes(entry["calls"]):

@@ -12,6 +12,7 @@ from torch import Tensor
 from prodigyplus.device import launches
 from prodigyplus.formulas import prodigy
 from prodigyplus.terms.scalars import VALUES, Packed
+from prodigyplus.terms.tables import SentTable
 
 _WEIGHT = VALUES.index("prodigy_weight")
 
@@ -48,32 +49,24 @@ def speed_number(use_speed: object) -> float:
     return float(launches.SPEED[use_speed])
 
 
-class OptionsTable:
-    """The options of all groups on a device; nothing is sent while they are what they were.
+def table_of(groups: Sequence[GroupOptions], sent: SentTable) -> Tensor:
+    """The options of all groups on a device; float64, (options, groups).
 
     Args:
-        device: Where the table is to be.
+        groups: The options.
+        sent: Where they are kept.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._of: list[GroupOptions] | None = None
-        self._table: Tensor
-
-    def of(self, groups: Sequence[GroupOptions]) -> Tensor:
-        """The table of these; float64, (options, groups)."""
-        rates = [group.lr for group in groups]
-        numbers = [group._replace(lr=0.0) if isinstance(group.lr, Tensor) else group for group in groups]
-        if numbers != self._of:
-            table = torch.tensor(list(zip(*numbers, strict=True)), dtype=torch.float64, device="cpu")
-            table = table.pin_memory() if self._device.type == "cuda" else table
-            self._table, self._of = table.to(self._device, non_blocking=True), numbers
-        if not any(isinstance(rate, Tensor) for rate in rates):
-            return self._table
-        # Such a rate may change without a word to the host.
-        like = self._table[0, 0]
-        row = torch.stack([torch.ones_like(like) * rate for rate in rates])
-        return torch.cat((row.unsqueeze(0), self._table[1:]))
+    rates = [group.lr for group in groups]
+    numbers = [group._replace(lr=0.0) if isinstance(group.lr, Tensor) else group for group in groups]
+    table = sent.of(
+        numbers, lambda: torch.tensor(list(zip(*numbers, strict=True)), dtype=torch.float64, device="cpu")
+    )
+    if not any(isinstance(rate, Tensor) for rate in rates):
+        return table
+    # Such a rate may change without a word to the host.
+    like = table[0, 0]
+    row = torch.stack([torch.ones_like(like) * rate for rate in rates])
+    return torch.cat((row.unsqueeze(0), table[1:]))
 
 
 class GroupNumbers:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, Tiles, TileSize
 from prodigyplus.terms.scalars import Packed
+from prodigyplus.terms.tables import SentTable
 
 # How many values are added up at a time.
 _RUN = 1024
@@ -119,7 +120,7 @@ class Launches:
         self.plan = plan
         self.dtypes: Dtypes
         self._addresses: list[int] = []
-        self._gradients: list[int] = []
+        self._sent = SentTable(plan.device)
         self._pointers: Tensor
         self._is_aligned = False
         rows, columns, strip = plan.tile
@@ -136,16 +137,16 @@ class Launches:
             Whether ``addresses`` are others than before.
         """
         moved = addresses != self._addresses
-        if moved or gradients != self._gradients:
-            on_gpu = self.plan.device.type == "cuda"
+        self._addresses = addresses
+
+        def table() -> Tensor:
             rows = torch.tensor(addresses, dtype=torch.int64, device="cpu").view(len(gradients), -1)
             last = torch.tensor(gradients, dtype=torch.int64, device="cpu").unsqueeze(1)
-            table = torch.cat((rows, last), 1)
-            self._is_aligned = not (table % ALIGNMENT).any()
-            # From pinned memory, which is not used again before it has been read: nothing waits.
-            table = table.pin_memory() if on_gpu else table
-            self._pointers = table.to(self.plan.device, non_blocking=True)
-            self._addresses, self._gradients = addresses, gradients
+            rows = torch.cat((rows, last), 1)
+            self._is_aligned = not (rows % ALIGNMENT).any()
+            return rows
+
+        self._pointers = self._sent.of((addresses, gradients), table)
         return moved
 
     def squares(self, dtypes: Dtypes) -> tuple[Tensor, Tensor]:

@@ -136,9 +136,9 @@ class Batch:
         if self._launches is None:
             factored = tuple(map(moments.is_factored, self.states))
             every, device = self.group.options.slice_p, self.weights[0].device
-            key = "launches", tuple(self.numbers), tuple(map(id, self.layouts)), factored, every, device
+            key = "launches", tuple(self.numbers), tuple(map(id, self.layouts)), factored, every
             self._launches = constants.made(
-                key, lambda: Launches(Plan(self.layouts, factored, every, device, tile_size()))
+                device, key, lambda: Launches(Plan(self.layouts, factored, every, device, tile_size()))
             )
             self._point(self._launches)
         return self._launches

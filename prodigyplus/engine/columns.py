@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prodigyplus.device.groups import OptionsTable
 from prodigyplus.terms.layout import wide_dtype
+from prodigyplus.terms.tables import SentTable
 
 
 def first_numbers(d0: float) -> dict[str, float | int]:
@@ -81,7 +81,7 @@ class Columns:
             torch.stack([torch.stack(rows[name]) for name in names]) for names in (FLOATS, COUNTS)
         )
         self.zeros = torch.zeros_like(self.floats[0])  # never written
-        self.options = OptionsTable(device)
+        self.options = SentTable(device)  # of the groups, as kernels take them
         columns = *self.floats.unbind(), *self.counts.unbind()
         self._columns = dict(zip((*FLOATS, *COUNTS), columns, strict=True))
         self._views = [

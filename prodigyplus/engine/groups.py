@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus.device.groups import GroupNumbers, GroupOptions, speed_number
+from prodigyplus.device.groups import GroupNumbers, GroupOptions, speed_number, table_of
 from prodigyplus.device.launches import runs_on
 from prodigyplus.engine.columns import Columns
 from prodigyplus.formulas import prodigy, radam, schedule_free, variants
@@ -372,7 +372,7 @@ class Groups:
         columns = self.columns
         sharing = {step.index for step in self._sharing}
         rows = [_row(step, shares=step.index in sharing) for step in self.steps]
-        return GroupNumbers(columns.floats, columns.counts, columns.options.of(rows))
+        return GroupNumbers(columns.floats, columns.counts, table_of(rows, columns.options))
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -143,12 +143,16 @@ class Step:
         sums = [every.sum(0, keepdim=True)]
         groups = tuple(seen.group.index for seen in self._seen for _ in seen.numbers)
         index = self._constants.on(zeros.device, groups)
-        ones = self._constants.made(("ones", zeros.device), lambda: zeros[:1] + 1)
+        ones = self._constants.made(zeros.device, "ones", lambda: zeros[:1] + 1)
         for of_stacks in counts:
             if all(count is None for count in of_stacks):
-                key = "parameters", zeros.device, len(zeros), groups
+                # It is the same at every step.
                 sums.append(
-                    self._constants.made(key, lambda: zeros.index_add(0, index, ones.expand(len(index))))
+                    self._constants.made(
+                        zeros.device,
+                        ("parameters", len(zeros), groups),
+                        lambda: zeros.index_add(0, index, ones.expand(len(index))),
+                    )
                 )
                 continue
             values = [

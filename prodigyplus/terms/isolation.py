@@ -39,6 +39,11 @@ def isolated(function: F) -> F:
     return cast("F", call)
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` is recorded into a graph rather than run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _device_types() -> tuple[str, ...]:
     """The kinds of devices that a parameter of this process may be on, and that autocast knows."""

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from prodigyplus.terms.isolation import is_captured
+
 T = TypeVar("T")
 
 # How many constants an optimiser keeps.
@@ -129,12 +131,22 @@ class Constants:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._made: dict[Hashable, Any] = {}
+        self._in_graphs: list[dict[Hashable, Any]] = []
 
-    def made(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` makes, as it was made when it was first asked for under this key."""
+    def made(self, device: torch.device, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` makes on ``device``, as it was made when it was first asked for under this key.
+
+        Raises:
+            RuntimeError: It would be made while a graph is captured, and be there only when that is replayed.
+        """
+        key = device, key
         if key not in self._made:
+            if is_captured(device):
+                raise RuntimeError(
+                    "a step is captured in a CUDA graph that differs from those before: before the capture, "
+                    "make at least one step with the same options and with gradients of the same parameters."
+                )
             if len(self._made) >= _MAX_CONSTANTS:
                 self._made.clear()
             self._made[key] = make()
@@ -143,11 +155,12 @@ class Constants:
 
     def on(self, device: torch.device, numbers: Sequence[int]) -> Tensor:
         """``numbers`` on ``device``; int64."""
-        key = tuple(numbers), device
-        if key not in self._kept:
-            if len(self._kept) >= _MAX_CONSTANTS:
-                self._kept.clear()
-            self._kept[key] = torch.tensor(key[0], dtype=torch.int64, device="cpu").to(
-                device, non_blocking=True
-            )
-        return self._kept[key]
+
+        def make() -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+
+        return self.made(device, tuple(numbers), make)
+
+    def keep_for_graph(self) -> None:
+        """Keep all that there is for as long as this lives: a graph that is captured now reads it."""
+        self._in_graphs.append(dict(self._made))

@@ -1,0 +1,39 @@
+"""Small tables that the host fills and a device reads: sent when they have changed, without waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prodigyplus.terms.isolation import is_captured
+
+
+class SentTable:
+    """A table on a device, of what the host knows.
+
+    Args:
+        device: Where it is to be.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._key: object = None
+        self._on_host: Tensor
+        self._table: Tensor
+        self._in_graphs: list[tuple[Tensor, Tensor]] = []
+
+    def of(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """The table; ``make`` gives it on the host, and is called where ``key`` is another than before."""
+        captured = is_captured(self._device)
+        if self._key is None or key != self._key:
+            table = make()
+            # From pinned memory, which is not used again before it has been read: nothing waits.
+            self._on_host = table.pin_memory() if self._device.type == "cuda" else table
+            self._table = self._on_host.to(self._device, non_blocking=True)
+            # What a graph sends is there when it is replayed, not now.
+            self._key = None if captured else key
+        if captured:
+            self._in_graphs.append((self._on_host, self._table))  # read at every replay
+        return self._table
