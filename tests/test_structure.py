@@ -31,7 +31,11 @@ def test_torch_is_the_only_dependency(package):
 
     for path, name in imports(package):
         root = name.partition(".")[0]
-        if root == "triton" and path in ("kernels.py", "launches.py"):  # imported where there is a GPU
+        if root == "triton" and path in (
+            "kernels.py",
+            "launches.py",
+            "symmetric.py",
+        ):  # imported where there is a GPU
             continue
         assert root in {"torch", "prodigyplus", "prodigyplus_dist"} | sys.stdlib_module_names, path
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, TileSize
+from prodigyplus.terms.requests import SymmetricProduct
 from prodigyplus.terms.scalars import Packed
 
 # How many values are added up at a time.
@@ -83,6 +85,18 @@ def _triton_dtype(dtype: torch.dtype | None) -> Any:
 
     # What is not there is never read; the kernel needs a type for its address all the same.
     return {torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}.get(dtype, tl.float32)  # type: ignore[arg-type]
+
+
+@functools.cache
+def symmetric_product(dtype: torch.dtype, device: torch.device) -> SymmetricProduct | None:
+    """The kernel for matrices' products with their own transposes, where there is one for them; else None."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from prodigyplus.device import symmetric
+
+    # GPUs before Ampere multiply no bfloat16.
+    can = torch.cuda.get_device_capability(device) >= (8, 0) and dtype in symmetric.DTYPES
+    return symmetric.symmetric_product if can else None
 
 
 class Launches:

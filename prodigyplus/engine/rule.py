@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from prodigyplus.device import launches
 from prodigyplus.engine import compiled, passes
 from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.passes import Kind, Moments, Noise, Samples
@@ -359,8 +360,9 @@ class _PlainWork:
         # What is finite in float64 need not be in bfloat16.
         computed_in = dtype if o.muon_fp32 or dtype == torch.float64 else torch.bfloat16
         moved_by = self.state["exp_avg"] if self.kind.has_momentum else self.grad()
+        product = None if o.fused is False else launches.symmetric_product(computed_in, moved_by.device)
         assert len(moved_by) == 1, "matrices are stacked by whoever orthogonalises them"
-        method = Method(computed_in, o.muon_quintic, o.use_stableadamw)
+        method = Method(computed_in, o.muon_quintic, o.use_stableadamw, product)
         return Matrices(moved_by[0], o.muon_batched, method, self.stack.numbers[0])
 
     def move_(self, answers: Answers) -> Tensor | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from prodigyplus.formulas import directions
 from prodigyplus.terms.isolation import isolated
 from prodigyplus.terms.layout import wide_dtype
-from prodigyplus.terms.requests import Matrices, Method
+from prodigyplus.terms.requests import Matrices, Method, SymmetricProduct
 from prodigyplus.torch_private import foreach_copy_
 
 # arXiv 2505.16932, algorithm 1: five polynomials, each the best after those before it, for singular values
@@ -63,7 +63,9 @@ def unit_rms(rows: int, columns: int) -> float:
 
 
 @isolated
-def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
+def newton_schulz(
+    matrices: Tensor, *, quintic: bool = False, symmetric_product: SymmetricProduct | None = None
+) -> Tensor:
     """Matrices with the singular vectors of these, and singular values near 1.
 
     Near 1 means in [0.84, 1.15] for singular values from 1e-3 of the matrix's Frobenius norm on (``quintic``:
@@ -73,6 +75,7 @@ def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
     Args:
         matrices: (count, rows, columns), of any floating dtype, in which it is computed; not changed.
         quintic: Take the first Muon's polynomial in place of Polar Express's.
+        symmetric_product: What computes ``X Xᵀ`` and polynomials of it; None for torch's operators.
 
     Returns:
         New memory of the same shape and dtype.
@@ -84,15 +87,21 @@ def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
     x: Tensor = matrices * scale.to(matrices.dtype)
     for a, b, c in QUINTIC if quintic else POLAR_EXPRESS:
         # Of the shorter side, from the left or from the right, which comes to the same.
-        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+        if symmetric_product is None:
+            gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+        else:
+            gram = symmetric_product(x.mT if tall else x, None)
+            # With a X in the product too, which else is a copy of X first. Rounded, it is as near to X's.
+            polynomial = symmetric_product(gram, (a, b, c))
+            x = torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)
     return x
 
 
 def orthogonalized(matrices: Tensor, method: Method) -> Tensor:
     """What ``unit_rms`` makes u of, with StableAdamW's scale; shapes and dtype as in ``newton_schulz``."""
-    x = newton_schulz(matrices, quintic=method.quintic)
+    x = newton_schulz(matrices, quintic=method.quintic, symmetric_product=method.symmetric_product)
     if method.stable:
         rows, columns = x.shape[-2:]
         wide = torch.promote_types(x.dtype, torch.float32)
