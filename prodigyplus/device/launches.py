@@ -70,6 +70,14 @@ class Setup(NamedTuple):
     use_speed: object
     every: int
     rounds: bool
+    direction: torch.dtype | None = None  # of directions that are read; None where they are computed
+
+
+class Directions(NamedTuple):
+    """Directions that are read: of each tensor one, contiguous and of its local shape; and their factors."""
+
+    tensors: list[Tensor]
+    scales: Tensor  # float32, (tensors,)
 
 
 @functools.cache
@@ -113,6 +121,9 @@ class Launches:
         self._gradients: list[int] = []
         self._pointers: Tensor
         self._is_aligned = False
+        self._direction_addresses: list[int] = []
+        self._directions: Tensor
+        self._directions_are_aligned = False
         rows, columns, strip = plan.tile
         self._tile = {"ROWS": rows, "COLUMNS": columns, "STRIP": strip}
 
@@ -128,16 +139,26 @@ class Launches:
         """
         moved = addresses != self._addresses
         if moved or gradients != self._gradients:
-            on_gpu = self.plan.device.type == "cuda"
             rows = torch.tensor(addresses, dtype=torch.int64, device="cpu").view(len(gradients), -1)
             last = torch.tensor(gradients, dtype=torch.int64, device="cpu").unsqueeze(1)
             table = torch.cat((rows, last), 1)
             self._is_aligned = not (table % ALIGNMENT).any()
-            # From pinned memory, which is not used again before it has been read: nothing waits.
-            table = table.pin_memory() if on_gpu else table
-            self._pointers = table.to(self.plan.device, non_blocking=True)
+            self._pointers = self._sent(table)
             self._addresses, self._gradients = addresses, gradients
         return moved
+
+    def _point_to_directions(self, directions: Directions) -> None:
+        addresses = [tensor.data_ptr() for tensor in directions.tensors]
+        if addresses != self._direction_addresses:
+            table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+            self._directions_are_aligned = not (table % ALIGNMENT).any()
+            self._directions, self._direction_addresses = self._sent(table), addresses
+
+    def _sent(self, table: Tensor) -> Tensor:
+        """A table of the host on the device."""
+        # From pinned memory, which is not used again before it has been read: nothing waits.
+        table = table.pin_memory() if self.plan.device.type == "cuda" else table
+        return table.to(self.plan.device, non_blocking=True)
 
     def squares(self, dtypes: Dtypes) -> tuple[Tensor, Tensor]:
         """Sums of g².
@@ -184,12 +205,19 @@ class Launches:
         evidence = self._evidence_parts(setup, takes_evidence)
         norms = self._empty(self.plan.tile_count) if setup.is_stable else None
         with self._on_device():
-            if setup.is_stable or takes_evidence:
+            if setup.is_stable or takes_evidence or (setup.direction and setup.has_momentum):
                 self._sweep(setup, n, evidence, norm_parts=norms)
             return None if norms is None else self._of_tensors(norms[None])[0], self._of_tensors(evidence)
 
     def move_(
-        self, setup: Setup, n: Packed, norms: Tensor | None, seeds: Tensor | None, *, takes_evidence: bool
+        self,
+        setup: Setup,
+        n: Packed,
+        norms: Tensor | None,
+        seeds: Tensor | None,
+        *,
+        takes_evidence: bool,
+        directions: Directions | None = None,
     ) -> Tensor:
         """Move everything.
 
@@ -198,13 +226,16 @@ class Launches:
             norms: The whole sums of the directions' squares, (tensors,), where StableAdamW needs them.
             seeds: Those of the noise, (tensors,), where weights are rounded stochastically.
             takes_evidence: Whether evidence is taken here.
+            directions: Those that are read, where the setup has them read.
 
         Returns:
             The sums of the evidence, (2 or 3, tensors); (0, tensors) where it is not taken.
         """
         evidence = self._evidence_parts(setup, takes_evidence)
         with self._on_device():
-            self._sweep(setup, n, evidence, moves=True, norms=norms, seeds=seeds)
+            if directions is not None:
+                self._point_to_directions(directions)
+            self._sweep(setup, n, evidence, moves=True, norms=norms, seeds=seeds, directions=directions)
             return self._of_tensors(evidence)
 
     def _sweep(
@@ -217,19 +248,22 @@ class Launches:
         norm_parts: Tensor | None = None,
         norms: Tensor | None = None,
         seeds: Tensor | None = None,
+        directions: Directions | None = None,
     ) -> None:
         plan = self.plan
         # A kernel's arguments are always tensors, also those that it does not read.
         norm_parts, norms = (plan.numels if given is None else given for given in (norm_parts, norms))
         seeds = plan.sizes if seeds is None else seeds
+        read = (plan.sizes, plan.numels) if directions is None else (self._directions, directions.scales)
+        is_aligned = directions is None or self._directions_are_aligned
         for tiles in plan.tiles:
             self._launch(
                 _kernels().sweep, (len(tiles.table),),
                 self._pointers, plan.sizes, plan.matrices, tiles.table, *_numbers(n),
                 norm_parts[tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
-                norms, plan.numels, seeds,
+                norms, plan.numels, seeds, *read,
                 MOVES=moves, EVIDENCE=len(evidence_parts) > 0,
-                **self._constants(setup, tiles.factored, tiles.fast),
+                **self._constants(setup, tiles.factored, tiles.fast and is_aligned),
             )  # fmt: skip
 
     def _constants(self, setup: Setup, factored: bool, fast: bool) -> dict[str, Any]:
@@ -242,6 +276,8 @@ class Launches:
             "FACTOR": _triton_dtype(setup.dtypes.outer),
             "MEAN_DTYPE": _triton_dtype(setup.dtypes.mean),
             "STATISTIC_DTYPE": _triton_dtype(setup.dtypes.statistic),
+            "DIRECTION_DTYPE": _triton_dtype(setup.direction),
+            "READS": setup.direction is not None,
             "FACTORED": factored,
             "FAST": self._is_fast(fast),
             "MOMENTUM": setup.has_momentum,
