@@ -1,4 +1,4 @@
-"""Triton's interpreter as these tests need it: rounding to bfloat16 as GPUs do, and in half the time."""
+"""Triton's interpreter as these tests need it: bfloat16 as GPUs have it, and in half the time."""
 
 import inspect
 
@@ -13,6 +13,18 @@ def _to_bfloat16(builder, source, dtype):
         rounded = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16).numpy()
         return interpreter.TensorHandle(rounded, tl.bfloat16)
     return builder.cast_impl(source, dtype)
+
+
+def _dot(builder, a, b, *arguments, multiply=interpreter.InterpreterBuilder.create_dot):
+    """Multiply what bfloat16 numbers are: the interpreter multiplies their bits, as integers."""
+    return multiply(builder, *map(_to_float32, (a, b)), *arguments)
+
+
+def _to_float32(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    numbers = torch.from_numpy(handle.data).view(torch.bfloat16).float().numpy()
+    return interpreter.TensorHandle(numbers, tl.float32)
 
 
 class _PatchOnce:
@@ -45,4 +57,5 @@ class _PatchOnce:
 
 
 interpreter.InterpreterBuilder.create_fp_trunc = _to_bfloat16
+interpreter.InterpreterBuilder.create_dot = _dot
 interpreter._patch_lang = _PatchOnce(interpreter._patch_lang)

@@ -220,6 +220,21 @@ def _factor_roots(factor, index, exists, mean, scale, IS_ROW):
 
 
 @triton.jit
+def _momentum(
+    g, address, index, exists, numbers, number_stride,
+    MULTIPLE: tl.constexpr, FIRST_DTYPE: tl.constexpr, STORES: tl.constexpr,
+):  # fmt: skip
+    """The first moment of a strip; ``STORES``: in memory too."""
+    first = tl.multiple_of(tl.load(address + FIRST).to(tl.pointer_type(FIRST_DTYPE)), MULTIPLE)
+    old = tl.load(first + index, mask=exists, other=0.0).to(tl.float32)
+    weight, keep = tl.load(numbers + GRAD_WEIGHT * number_stride), tl.load(numbers + BETA1 * number_stride)
+    momentum = g * weight + old * keep
+    if STORES:
+        tl.store(first + index, momentum.to(FIRST_DTYPE), mask=exists)
+    return momentum
+
+
+@triton.jit
 def _moments(
     g, address, index, exists, row_root, column_root, numbers, number_stride, d,
     ATAN2: tl.constexpr, MOMENTUM: tl.constexpr, FACTORED: tl.constexpr, MULTIPLE: tl.constexpr,
@@ -228,16 +243,9 @@ def _moments(
     """The direction of a strip, of unit scale; ``STORES``: move the moments in memory too."""
     numerator = g
     if MOMENTUM:
-        first = tl.multiple_of(tl.load(address + FIRST).to(tl.pointer_type(FIRST_DTYPE)), MULTIPLE)
-        old = tl.load(first + index, mask=exists, other=0.0).to(tl.float32)
-        weight, keep = (
-            tl.load(numbers + GRAD_WEIGHT * number_stride),
-            tl.load(numbers + BETA1 * number_stride),
+        numerator = (
+            _momentum(g, address, index, exists, numbers, number_stride, MULTIPLE, FIRST_DTYPE, STORES) / d
         )
-        momentum = g * weight + old * keep
-        if STORES:
-            tl.store(first + index, momentum.to(FIRST_DTYPE), mask=exists)
-        numerator = momentum / d
     eps = tl.load(numbers + EPS * number_stride)
     if FACTORED:
         deviation = row_root[:, None] * column_root[None, :] + eps
@@ -350,11 +358,11 @@ def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 @triton.jit
 def sweep(
     pointers, sizes, runs, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
-    norm_parts, evidence_parts, parts_stride, norms, numels, seeds,
+    norm_parts, evidence_parts, parts_stride, norms, numels, seeds, directions, scales,
     GRAD_DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr,
     FIRST_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr, FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr,
-    STATISTIC_DTYPE: tl.constexpr,
-    MOVES: tl.constexpr, EVIDENCE: tl.constexpr,
+    STATISTIC_DTYPE: tl.constexpr, DIRECTION_DTYPE: tl.constexpr,
+    MOVES: tl.constexpr, EVIDENCE: tl.constexpr, READS: tl.constexpr,
     FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr,
     IS_OFFSET: tl.constexpr, ATAN2: tl.constexpr, STABLE: tl.constexpr, DECAYS: tl.constexpr,
     STOCHASTIC: tl.constexpr, SPEED: tl.constexpr, EVERY: tl.constexpr,
@@ -364,6 +372,9 @@ def sweep(
 
     With ``EVIDENCE``, also move s, and sum up the evidence of each tile. To measure writes nothing else: the
     moments that are kept for each element are computed in both, and written where they are moved.
+
+    With ``READS``, directions are not computed but read where ``directions`` says, and scaled: they are made
+    between the two, of what measuring leaves. So it moves the first moment, and takes all of the evidence.
     """
     MULTIPLE: tl.constexpr = 16 if FAST else 1
     tensor, size, address, matrix, down, across, local, offset, height, width, row_stride, column_stride = (
@@ -380,6 +391,11 @@ def sweep(
     numbers += tensor * tensor_stride
     unit, d = tl.load(numbers + UNIT * number_stride), tl.load(numbers + D * number_stride)
     step = tl.load(numbers + DLR * number_stride) * unit
+    direction = grad
+    if READS and MOVES:
+        step = tl.load(numbers + DLR * number_stride) * (unit * tl.load(scales + tensor))
+        direction = tl.load(directions + tensor).to(tl.pointer_type(DIRECTION_DTYPE))
+        direction = tl.multiple_of(direction, MULTIPLE)
     if MOVES and STABLE:
         rms = tl.sqrt(tl.load(norms + tensor) / tl.load(numels + tensor))
         step = step / tl.sqrt(tl.maximum(rms, 1.0))
@@ -404,7 +420,8 @@ def sweep(
         index, exists = _elements(
             offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST
         )
-        g = tl.where(opens, tl.load(grad + index, mask=exists, other=0.0).to(tl.float32), 0.0)
+        # Read, a direction is what a gradient is otherwise, and the move needs no other.
+        g = tl.where(opens, tl.load(direction + index, mask=exists, other=0.0).to(tl.float32), 0.0)
         place, sampled, slot = _places(index, exists, size, runs, SINGLE, EVERY)
         # To measure, of y and z only the samples.
         read = exists if MOVES else sampled
@@ -423,7 +440,11 @@ def sweep(
             second_sum += tl.sum(second.to(tl.float64), 0)
             if SPEED == RELATIVE:
                 third_sum += tl.sum(third.to(tl.float64), 0)
-        if MOVES or STABLE:
+        u = g
+        if READS:
+            if MOMENTUM and not MOVES:
+                _momentum(g, address, index, exists, numbers, number_stride, MULTIPLE, FIRST_DTYPE, True)
+        elif MOVES or STABLE:
             row_root = tl.zeros((STRIP,), tl.float32)
             if FACTORED:
                 row_root = _factor_roots(outer, row * outer_stride, row < height, mean, d, is_row_outer)

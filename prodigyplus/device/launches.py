@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, Tiles, TileSize
+from prodigyplus.terms.requests import SymmetricProduct
 from prodigyplus.terms.scalars import Packed
 from prodigyplus.terms.tables import SentTable
 
@@ -70,6 +71,14 @@ class Setup(NamedTuple):
     use_speed: object
     every: int
     rounds: bool
+    direction: torch.dtype | None = None  # of directions that are read; None where they are computed
+
+
+class Directions(NamedTuple):
+    """Directions that are read: of each tensor one, contiguous and of its local shape; and their factors."""
+
+    tensors: list[Tensor]
+    scales: Tensor  # float32, (tensors,)
 
 
 @functools.cache
@@ -109,6 +118,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: 
     kernel[grid](*arguments, **constants, enable_fp_fusion=False)
 
 
+@functools.cache
+def symmetric_product(dtype: torch.dtype, device: torch.device) -> SymmetricProduct | None:
+    """The kernel for matrices' products with their own transposes, where there is one for them; else None."""
+    if device.type != "cuda" or not has_triton():
+        return None
+    from prodigyplus.device import symmetric
+
+    # GPUs before Ampere multiply no bfloat16.
+    can = torch.cuda.get_device_capability(device) >= (8, 0) and dtype in symmetric.DTYPES
+    return symmetric.symmetric_product if can else None
+
+
 class Launches:
     """The launches of one batch.
 
@@ -123,6 +144,9 @@ class Launches:
         self._sent = SentTable(plan.device)
         self._pointers: Tensor
         self._is_aligned = False
+        self._sent_directions = SentTable(plan.device)
+        self._directions: Tensor
+        self._directions_are_aligned = False
         rows, columns, strip = plan.tile
         self._tile = {"ROWS": rows, "COLUMNS": columns, "STRIP": strip}
 
@@ -148,6 +172,13 @@ class Launches:
 
         self._pointers = self._sent.of((addresses, gradients), table)
         return moved
+
+    def _point_to_directions(self, directions: Directions) -> None:
+        addresses = [tensor.data_ptr() for tensor in directions.tensors]
+        self._directions_are_aligned = not any(address % ALIGNMENT for address in addresses)
+        self._directions = self._sent_directions.of(
+            addresses, lambda: torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        )
 
     def squares(self, dtypes: Dtypes) -> tuple[Tensor, Tensor]:
         """Sums of g².
@@ -194,12 +225,19 @@ class Launches:
         evidence = self._evidence_parts(setup, takes_evidence)
         norms = self._empty(self.plan.tile_count) if setup.is_stable else None
         with on_device(self.plan.device):
-            if setup.is_stable or takes_evidence:
+            if setup.is_stable or takes_evidence or (setup.direction and setup.has_momentum):
                 self._sweep(setup, n, evidence, norm_parts=norms)
             return None if norms is None else self._of_tensors(norms[None])[0], self._of_tensors(evidence)
 
     def move_(
-        self, setup: Setup, n: Packed, norms: Tensor | None, seeds: Tensor | None, *, takes_evidence: bool
+        self,
+        setup: Setup,
+        n: Packed,
+        norms: Tensor | None,
+        seeds: Tensor | None,
+        *,
+        takes_evidence: bool,
+        directions: Directions | None = None,
     ) -> Tensor:
         """Move everything.
 
@@ -208,13 +246,16 @@ class Launches:
             norms: The whole sums of the directions' squares, (tensors,), where StableAdamW needs them.
             seeds: Those of the noise, (tensors,), where weights are rounded stochastically.
             takes_evidence: Whether evidence is taken here.
+            directions: Those that are read, where the setup has them read.
 
         Returns:
             The sums of the evidence, (2 or 3, tensors); (0, tensors) where it is not taken.
         """
         evidence = self._evidence_parts(setup, takes_evidence)
         with on_device(self.plan.device):
-            self._sweep(setup, n, evidence, moves=True, norms=norms, seeds=seeds)
+            if directions is not None:
+                self._point_to_directions(directions)
+            self._sweep(setup, n, evidence, moves=True, norms=norms, seeds=seeds, directions=directions)
             return self._of_tensors(evidence)
 
     def _sweep(
@@ -227,22 +268,25 @@ class Launches:
         norm_parts: Tensor | None = None,
         norms: Tensor | None = None,
         seeds: Tensor | None = None,
+        directions: Directions | None = None,
     ) -> None:
         plan = self.plan
         # A kernel's arguments are always tensors, also those that it does not read.
         norm_parts, norms = (plan.numels if given is None else given for given in (norm_parts, norms))
         seeds = plan.sizes if seeds is None else seeds
+        read = (plan.sizes, plan.numels) if directions is None else (self._directions, directions.scales)
+        is_aligned = directions is None or self._directions_are_aligned
         for tiles in plan.tiles:
             launch(
                 _kernels().sweep, (len(tiles.table),),
                 self._pointers, plan.sizes, plan.runs, plan.matrices, tiles.table, *_numbers(n),
                 norm_parts[tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
-                norms, plan.numels, seeds,
+                norms, plan.numels, seeds, *read,
                 MOVES=moves, EVIDENCE=len(evidence_parts) > 0,
-                **self._constants(setup, tiles),
+                **self._constants(setup, tiles, is_aligned),
             )  # fmt: skip
 
-    def _constants(self, setup: Setup, tiles: Tiles) -> dict[str, Any]:
+    def _constants(self, setup: Setup, tiles: Tiles, is_aligned: bool) -> dict[str, Any]:
         return {
             "GRAD_DTYPE": _triton_dtype(setup.dtypes.grad),
             "WEIGHT_DTYPE": _triton_dtype(setup.dtypes.weight),
@@ -252,9 +296,11 @@ class Launches:
             "FACTOR": _triton_dtype(setup.dtypes.outer),
             "MEAN_DTYPE": _triton_dtype(setup.dtypes.mean),
             "STATISTIC_DTYPE": _triton_dtype(setup.dtypes.statistic),
+            "DIRECTION_DTYPE": _triton_dtype(setup.direction),
+            "READS": setup.direction is not None,
             "FACTORED": tiles.factored,
             "SINGLE": tiles.single,
-            "FAST": self._is_fast(tiles.fast),
+            "FAST": self._is_fast(tiles.fast) and is_aligned,
             "MOMENTUM": setup.has_momentum,
             "IS_OFFSET": setup.is_offset,
             "ATAN2": setup.is_atan2,

@@ -11,20 +11,20 @@ from collections.abc import Generator, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prodigyplus.device.launches import Dtypes, Launches, Setup, has_triton, runs_on, tile_size
+from prodigyplus.device.launches import Directions, Dtypes, Launches, Setup, has_triton, runs_on, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
 from prodigyplus.engine.passes import Kind
-from prodigyplus.engine.rule import Answers, ParamStep
-from prodigyplus.formulas import moments, prodigy, schedule_free, stochastic_rounding
+from prodigyplus.engine.rule import Answers, ParamStep, matrices, orthogonalized_in
+from prodigyplus.formulas import moments, muon, prodigy, schedule_free, stochastic_rounding
 from prodigyplus.options import Options
 from prodigyplus.terms import stacks
-from prodigyplus.terms.requests import Requests, Sum
+from prodigyplus.terms.requests import Matrices, Requests, Sum
 from prodigyplus.terms.scalars import Constants, Scalars
 
 # The values that the fields of a kind may have for the kernels to move it.
 _SWITCH = (False, True)
 _ADMITTED: dict[str, tuple[object, ...]] = {
-    "direction": ("adam", "atan2"),
+    "direction": ("adam", "atan2", "muon"),
     "z": (schedule_free.BASE, schedule_free.OFFSET, None),
     "is_stable": _SWITCH,
     "decays": _SWITCH,
@@ -80,11 +80,13 @@ _MEMORY = (nn.Parameter, Tensor)
 class Batch:
     """Parameters of one batch key; see :class:`prodigyplus.engine.rule.Stack`."""
 
-    is_matrix = False
     nbytes = 0  # no direction is kept
 
     def __init__(self, params: Sequence[ParamStep]) -> None:
         first = params[0]
+        self.is_matrix = first.is_matrix
+        self.cost = first.cost if first.is_matrix else (0, 0, 0)
+        self.matrix_names = [f"matrices {param.number}" for param in params]
         self.weights = [param.weight for param in params]
         self.grads = [param.grad.contiguous() for param in params]
         self.states = [param.state for param in params]
@@ -167,11 +169,32 @@ class Batch:
             has_momentum=kind.has_momentum,
             is_offset=kind.is_offset,
             is_atan2=kind.direction == "atan2",
-            is_stable=kind.is_stable,
+            is_stable=kind.is_stable and not self.is_matrix,  # of matrices their directions are
             decays=kind.decays,
             use_speed=kind.use_speed,
             every=o.slice_p,
             rounds=o.stochastic_rounding and torch.bfloat16 in (dtypes.weight, dtypes.base),
+            direction=orthogonalized_in(self.group, self.dtype) if self.is_matrix else None,
+        )
+
+    def matrices(self) -> dict[str, Matrices]:
+        """The requests for its matrices, by ``matrix_names``."""
+        moved_by = [state["exp_avg"] for state in self.states] if self.kind.has_momentum else self.grads
+        return {
+            name: matrices(local, self.group, number, self.dtype)
+            for name, local, number in zip(self.matrix_names, moved_by, self.numbers, strict=True)
+        }
+
+    def scales(self, constants: Constants) -> Tensor:
+        """Of each tensor, what its orthogonalised matrices are multiplied with; (tensors,)."""
+        batched, device = self.group.options.muon_batched, self.weights[0].device
+        shapes = tuple(muon.sizes(layout.shape, batched=batched)[1:] for layout in self.layouts)
+        return constants.made(
+            device,
+            ("unit_rms", shapes),
+            lambda: torch.tensor(
+                [muon.unit_rms(*shape) for shape in shapes], dtype=torch.float32, device="cpu"
+            ).to(device),
         )
 
 
@@ -179,7 +202,8 @@ class _KernelWork:
     """The passes of a batch by kernels: a direction is made anew for the move, rather than kept.
 
     Where nothing has to be asked between the two, the move is made with the measuring, and takes the
-    evidence: it has all of g, y and z at hand.
+    evidence: it has all of g, y and z at hand. Of matrices a direction is not made but read, and what is
+    orthogonalised is asked for between the two.
 
     Args:
         batch: The batch.
@@ -192,7 +216,8 @@ class _KernelWork:
         self.batch, self.kind, self.n = batch, batch.kind, n
         keys = prodigy.AVERAGES if self.kind.use_speed == "relative" and batch.adapts else ()
         self.state = {key: stacks.stack_view([state[key] for state in batch.states]) for key in keys}
-        self._launches, self._sums = batch.launches(constants), squares
+        self._launches, self._sums, self._constants = batch.launches(constants), squares, constants
+        self._moves_at_once = not (batch.is_sharded or batch.is_matrix)
         self._setup = batch.setup(self._launches)
         numbers = constants.on(n.step.device, batch.numbers)
         self._seeds = stochastic_rounding.seeds(n.step, numbers) if self._setup.rounds else None
@@ -210,23 +235,35 @@ class _KernelWork:
         if sums:
             self._launches.factors_(sums[0] if len(sums) == 1 else torch.cat(sums), setup, n)
         takes = batch.adapts
-        norms, evidence = self._launches.measure_(setup, n, takes_evidence=takes and batch.is_sharded)
-        if not batch.is_sharded:
+        norms, evidence = self._launches.measure_(setup, n, takes_evidence=takes and not self._moves_at_once)
+        if self._moves_at_once:
             evidence = self._launches.move_(setup, n, norms, self._seeds, takes_evidence=takes)
         requests = self._evidence(evidence) if takes else {}
-        if batch.is_sharded and norms is not None:
+        if not self._moves_at_once and norms is not None:
             requests["uu"] = norms
         layout = batch.layouts[0]
-        return {name: Sum(value, layout.axes(layout.dims)) for name, value in requests.items()}
+        asked = {name: Sum(value, layout.axes(layout.dims)) for name, value in requests.items()}
+        return {**asked, **batch.matrices()} if batch.is_matrix else asked
 
     def _evidence(self, sums: Tensor) -> dict[str, Tensor]:
         names = ("product", "l1", "l2_square") if self.kind.use_speed == "relative" else ("product", "norm")
         return dict(zip(names, sums, strict=True))
 
     def move_(self, answers: Answers) -> None:
-        if self.batch.is_sharded:
-            norms = answers.get("uu")
-            self._launches.move_(self._setup, self.n.packed, norms, self._seeds, takes_evidence=False)
+        if self._moves_at_once:
+            return
+        directions = None
+        if self.batch.is_matrix:
+            pieces = [answers.pop(name).contiguous() for name in self.batch.matrix_names]
+            directions = Directions(pieces, self.batch.scales(self._constants))
+        self._launches.move_(
+            self._setup,
+            self.n.packed,
+            answers.get("uu"),
+            self._seeds,
+            takes_evidence=False,
+            directions=directions,
+        )
 
     def finish_(self) -> None:
         for key, values in self.state.items():

@@ -6,8 +6,9 @@ while whatever is whole here moves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -100,7 +101,7 @@ def start(params: Sequence[ParamStep], exchange: Exchange, constants: Constants)
     gradients are finite. The numbers of the groups must be set before :func:`finish`.
     """
     # Stacks are copies, of weights and gradients: they are small beside the updates that may be alive.
-    stacks = _stacked(params, min(STACK_BYTES, exchange.bucket_bytes // 8))
+    stacks = _stacked(params, exchange.bucket_bytes)
     rules = [update(stack, constants) for stack in stacks]
     asked = [_sums(next(rule)) for rule in rules]
     return list(map(Running, stacks, rules, exchange.complete(asked)()))
@@ -126,11 +127,12 @@ def finish(running: Sequence[Running], exchange: Exchange) -> None:
         _run_out(_ask(bucket, exchange), exchange)
 
 
-def _stacked(params: Sequence[ParamStep], limit: int) -> list[Moving]:
-    """What moves as one: batches, for kernels; and stacks of small ones of one key, of up to ``limit`` bytes.
+def _stacked(params: Sequence[ParamStep], bucket_bytes: int) -> list[Moving]:
+    """What moves as one: batches, for kernels; and stacks of small ones of one key.
 
     So do all ranks; in the order of the first of each: buckets are then as full as that order lets them be.
     """
+    limit = min(STACK_BYTES, bucket_bytes // 8)
     by_key: dict[Hashable, list[int]] = {}
     batches: dict[Hashable, list[int]] = {}
     for index, param in enumerate(params):
@@ -140,7 +142,9 @@ def _stacked(params: Sequence[ParamStep], limit: int) -> list[Moving]:
         alone = param.layout.max_local_numel > SMALL or param.is_matrix
         by_key.setdefault(index if alone else param.stack_key, []).append(index)
     moving: dict[int, Moving] = {
-        indices[0]: Batch([params[index] for index in indices]) for indices in batches.values()
+        run[0]: Batch([params[index] for index in run])
+        for indices in batches.values()
+        for run in _batch_runs(params, indices, bucket_bytes)
     }
     for indices in by_key.values():
         count = max(1, limit // max(1, params[indices[0]].nbytes))
@@ -149,8 +153,23 @@ def _stacked(params: Sequence[ParamStep], limit: int) -> list[Moving]:
     return [moving[index] for index in sorted(moving)]
 
 
+def _batch_runs(params: Sequence[ParamStep], indices: list[int], limit: int) -> Iterator[list[int]]:
+    """What of one key makes a batch: all; of matrices, what is orthogonalised at once, in ``limit`` bytes."""
+    if not params[indices[0]].is_matrix:
+        yield indices
+        return
+    # As they are orthogonalised, which is when they move.
+    ordered = sorted(indices, key=lambda index: params[index].cost, reverse=True)
+    for wave in muon.waves([(params[index].sent_bytes, 0) for index in ordered], limit):
+        yield [ordered[number] for number in wave]
+
+
 def _sums(asked: Requests) -> dict[str, Sum]:
     return {name: request for name, request in asked.items() if isinstance(request, Sum)}
+
+
+def _matrices(asked: Requests) -> list[tuple[str, Matrices]]:
+    return [(name, request) for name, request in asked.items() if isinstance(request, Matrices)]
 
 
 def _orthogonalize(running: Sequence[Running], exchange: Exchange) -> Iterable[list[Running]]:
@@ -158,19 +177,42 @@ def _orthogonalize(running: Sequence[Running], exchange: Exchange) -> Iterable[l
     if not running:
         return ()
     # Equal shapes together, the largest first, so that ranks share them evenly.
-    running = sorted(running, key=lambda one: cast("Stack", one.stack).cost, reverse=True)
-    layouts = [cast("Stack", one.stack).layout for one in running]
+    running = sorted(running, key=lambda one: one.stack.cost, reverse=True)
     asked = [one.rule.send(one.answers) for one in running]
-    matrices = [cast("Matrices", requests["matrices"]) for requests in asked]
-    done = exchange.orthogonalize(list(zip(layouts, matrices, strict=True)))
-    sums = exchange.complete(list(map(_sums, asked)))()
-    return (
-        [
-            running[index]._replace(answers={**sums[index], "matrices": piece})
-            for index, piece in zip(indices, pieces, strict=True)
-        ]
-        for indices, pieces in done
-    )
+    wanted = [
+        (index, name, layout, request)
+        for index, (one, requests) in enumerate(zip(running, asked, strict=True))
+        for layout, (name, request) in zip(one.stack.layouts, _matrices(requests), strict=True)
+    ]
+    done = exchange.orthogonalize([(layout, request) for _, _, layout, request in wanted])
+    answers = [dict(sums) for sums in exchange.complete(list(map(_sums, asked)))()]
+    return _completed(running, answers, [(index, name) for index, name, _, _ in wanted], done)
+
+
+def _completed(
+    running: Sequence[Running],
+    answers: Sequence[Answers],
+    wanted: Sequence[tuple[int, str]],
+    done: Iterable[tuple[Sequence[int], Sequence[Tensor]]],
+) -> Iterator[list[Running]]:
+    """Those of ``running`` that have all of their matrices, as these are done.
+
+    Args:
+        running: Rules that have asked for matrices.
+        answers: Of each, the sums that it has asked for; changed.
+        wanted: Of each matrix, the index of its rule, and its name there.
+        done: Indices of ``wanted`` and their results, of all in turn.
+    """
+    missing = Counter(index for index, _ in wanted)
+    for numbers, pieces in done:
+        complete = []
+        for number, piece in zip(numbers, pieces, strict=True):
+            index, name = wanted[number]
+            answers[index][name] = piece
+            missing[index] -= 1
+            if not missing[index]:
+                complete.append(running[index]._replace(answers=answers[index]))
+        yield complete
 
 
 def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:

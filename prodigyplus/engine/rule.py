@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from prodigyplus.device import launches
 from prodigyplus.engine import compiled, passes
 from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.passes import Kind, Moments, Noise, Samples
@@ -57,9 +58,20 @@ class ParamStep(NamedTuple):
         return self.group.options.use_muon_pp
 
     @property
+    def cost(self) -> tuple[int, int, int]:
+        """See :attr:`Moving.cost`."""
+        return _cost(self.layout, self.group)
+
+    @property
     def nbytes(self) -> int:
         """The bytes of its direction on the rank that has most of it."""
         return self.layout.max_local_numel * compute_dtype(self.weight).itemsize
+
+    @property
+    def sent_bytes(self) -> int:
+        """The bytes of its direction as a matrix that is orthogonalised, on the rank that has most of it."""
+        dtype = orthogonalized_in(self.group, compute_dtype(self.weight))
+        return self.layout.max_local_numel * dtype.itemsize
 
 
 class Moving(Protocol):
@@ -88,6 +100,16 @@ class Moving(Protocol):
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+    @property
+    def layouts(self) -> Sequence[Layout]:
+        """Those of the tensors whose matrices it asks for, in that order."""
+        ...
+
+    @property
+    def cost(self) -> tuple[int, int, int]:
+        """The cost of orthogonalising its largest matrix, and the shape: matrices are ordered by it."""
+        ...
 
     @property
     def axes(self) -> tuple[Hashable, ...]: ...
@@ -169,10 +191,12 @@ class Stack:
         return self.group.adapts and "p0" in self.states[0]
 
     @property
+    def layouts(self) -> Sequence[Layout]:
+        return (self.layout,)
+
+    @property
     def cost(self) -> tuple[int, int, int]:
-        """The cost of orthogonalising a matrix of it, and its shape: matrices are ordered by it."""
-        _, rows, columns = muon.sizes(self.layout.shape, batched=self.group.options.muon_batched)
-        return muon.cost(rows, columns), rows, columns
+        return _cost(self.layout, self.group)
 
     def noise(self, z: str | None, step: Tensor, constants: Constants) -> Noise:
         """What the weights and z are rounded with; None where they are not rounded stochastically.
@@ -195,6 +219,33 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 _promoted = functools.cache(torch.promote_types)  # asked of every parameter at every step
+
+
+def _cost(layout: Layout, group: GroupStep) -> tuple[int, int, int]:
+    _, rows, columns = muon.sizes(layout.shape, batched=group.options.muon_batched)
+    return muon.cost(rows, columns), rows, columns
+
+
+def orthogonalized_in(group: GroupStep, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that matrices are orthogonalised in, by that of the arithmetic on their parameters."""
+    # What is finite in float64 need not be in bfloat16.
+    return dtype if group.options.muon_fp32 or dtype == torch.float64 else torch.bfloat16
+
+
+def matrices(local: Tensor, group: GroupStep, number: int, dtype: torch.dtype) -> Matrices:
+    """The request for a parameter's matrices.
+
+    Args:
+        local: What is orthogonalised, the gradient or the first moment; its local piece.
+        group: The parameter's.
+        number: Its own.
+        dtype: That of the arithmetic.
+    """
+    o, computed_in = group.options, orthogonalized_in(group, dtype)
+    product = None if o.fused is False else launches.symmetric_product(computed_in, local.device)
+    return Matrices(
+        local, o.muon_batched, Method(computed_in, o.muon_quintic, o.use_stableadamw, product), number
+    )
 
 
 def update(stack: Moving, constants: Constants) -> Rule:
@@ -355,13 +406,10 @@ class _PlainWork:
         return {name: layout.sum(value, layout.dims) for name, value in sums.items()}
 
     def _matrices(self) -> Matrices:
-        o, dtype = self.stack.group.options, self.stack.dtype
-        # What is finite in float64 need not be in bfloat16.
-        computed_in = dtype if o.muon_fp32 or dtype == torch.float64 else torch.bfloat16
+        stack = self.stack
         moved_by = self.state["exp_avg"] if self.kind.has_momentum else self.grad()
         assert len(moved_by) == 1, "matrices are stacked by whoever orthogonalises them"
-        method = Method(computed_in, o.muon_quintic, o.use_stableadamw)
-        return Matrices(moved_by[0], o.muon_batched, method, self.stack.numbers[0])
+        return matrices(moved_by[0], stack.group, stack.numbers[0], stack.dtype)
 
     def move_(self, answers: Answers) -> Tensor | None:
         y, z, n, kind, noise = self.y, self.z, self.across, self.kind, self.noise

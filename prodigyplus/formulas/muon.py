@@ -23,7 +23,7 @@ from torch import Tensor
 from prodigyplus.formulas import directions
 from prodigyplus.terms.isolation import isolated
 from prodigyplus.terms.layout import wide_dtype
-from prodigyplus.terms.requests import Matrices, Method
+from prodigyplus.terms.requests import Matrices, Method, SymmetricProduct
 from prodigyplus.torch_private import foreach_copy_
 
 # arXiv 2505.16932, algorithm 1: five polynomials, each the best after those before it, for singular values
@@ -63,7 +63,9 @@ def unit_rms(rows: int, columns: int) -> float:
 
 
 @isolated
-def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
+def newton_schulz(
+    matrices: Tensor, *, quintic: bool = False, symmetric_product: SymmetricProduct | None = None
+) -> Tensor:
     """Matrices with the singular vectors of these, and singular values near 1.
 
     Near 1 means in [0.84, 1.15] for singular values from 1e-3 of the matrix's Frobenius norm on (``quintic``:
@@ -73,6 +75,7 @@ def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
     Args:
         matrices: (count, rows, columns), of any floating dtype, in which it is computed; not changed.
         quintic: Take the first Muon's polynomial in place of Polar Express's.
+        symmetric_product: What computes ``X Xᵀ`` and polynomials of it; None for torch's operators.
 
     Returns:
         New memory of the same shape and dtype.
@@ -84,15 +87,21 @@ def newton_schulz(matrices: Tensor, *, quintic: bool = False) -> Tensor:
     x: Tensor = matrices * scale.to(matrices.dtype)
     for a, b, c in QUINTIC if quintic else POLAR_EXPRESS:
         # Of the shorter side, from the left or from the right, which comes to the same.
-        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+        if symmetric_product is None:
+            gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+        else:
+            gram = symmetric_product(x.mT if tall else x, None)
+            # With a X in the product too, which else is a copy of X first. Rounded, it is as near to X's.
+            polynomial = symmetric_product(gram, (a, b, c))
+            x = torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)
     return x
 
 
 def orthogonalized(matrices: Tensor, method: Method) -> Tensor:
     """What ``unit_rms`` makes u of, with StableAdamW's scale; shapes and dtype as in ``newton_schulz``."""
-    x = newton_schulz(matrices, quintic=method.quintic)
+    x = newton_schulz(matrices, quintic=method.quintic, symmetric_product=method.symmetric_product)
     if method.stable:
         rows, columns = x.shape[-2:]
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -108,20 +117,35 @@ def orthogonalize_(batches: Sequence[tuple[Tensor, Method]], limit: int) -> None
         batches: Pairs of a batch (count, rows, columns), in the dtype of its method, and its method.
         limit: How many bytes of matrices may be computed on at once; one matrix may have more.
     """
-    by_method: dict[tuple[torch.Size, Method], list[Tensor]] = {}
+    alike: dict[tuple[torch.Size, Method, torch.device], list[Tensor]] = {}
     for batch, method in batches:
         if batch.numel():
-            by_method.setdefault((batch.shape[1:], method), []).extend(torch.split(batch, 1))
-    for (shape, method), matrices in by_method.items():
+            alike.setdefault((batch.shape[1:], method, batch.device), []).append(batch)
+    for (shape, method, device), of_shape in alike.items():
         # On the host more at once win nothing, and in bfloat16 a product's last bit depends on how many they
         # are: then it would depend on how matrices are shared among ranks.
-        on_host = matrices[0].device.type == "cpu"
+        on_host = device.type == "cpu"
         at_once = 1 if on_host else max(1, limit // (shape.numel() * method.dtype.itemsize))
-        for first in range(0, len(matrices), at_once):
-            chosen = matrices[first : first + at_once]
+        for chosen in _runs(of_shape, at_once):
             together = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
-            results = torch.split(orthogonalized(together, method), 1)
-            foreach_copy_(chosen, results)
+            foreach_copy_(chosen, torch.split(orthogonalized(together, method), list(map(len, chosen))))
+
+
+def _runs(batches: Sequence[Tensor], count: int) -> Iterator[list[Tensor]]:
+    """The matrices of batches, ``count`` at a time: as few parts of batches as they are in."""
+    run: list[Tensor] = []
+    room = count
+    for batch in batches:
+        left = batch
+        while len(left):
+            run.append(left[:room])
+            room -= len(run[-1])
+            left = left[len(run[-1]) :]
+            if not room:
+                yield run
+                run, room = [], count
+    if run:
+        yield run
 
 
 def in_one_process(
@@ -137,13 +161,32 @@ def in_one_process(
         Numbers of ``asked``, and their results in the shapes of their tensors.
     """
     for wave in waves([bytes_of(shape, matrices) for shape, matrices in asked], limit):
-        results, batches = [], []
-        for number in wave:
-            _, (local, batched, method, _) = asked[number]
-            results.append(local.to(method.dtype, memory_format=torch.contiguous_format, copy=True))
-            batches.append((results[-1].view(sizes(local.shape, batched=batched)), method))
+        results, batches = _gathered([asked[number][1] for number in wave])
         orthogonalize_(batches, limit)
         yield wave, results
+
+
+def _gathered(asked: Sequence[Matrices]) -> tuple[list[Tensor], list[tuple[Tensor, Method]]]:
+    """Copies of whole tensors; and what they are parts of, batches for :func:`orthogonalize_`."""
+    alike: dict[tuple[tuple[int, int], Method, torch.device], list[int]] = {}
+    counts = []
+    for index, (local, batched, method, _) in enumerate(asked):
+        count, rows, columns = sizes(local.shape, batched=batched)
+        counts.append(count)
+        alike.setdefault(((rows, columns), method, local.device), []).append(index)
+    results: dict[int, Tensor] = {}
+    batches = []
+    for (shape, method, device), indices in alike.items():
+        lengths = [counts[index] for index in indices]
+        batch = torch.empty(sum(lengths), *shape, dtype=method.dtype, device=device)
+        locals_ = [asked[index].local for index in indices]
+        copies = [
+            part.view(local.shape) for part, local in zip(torch.split(batch, lengths), locals_, strict=True)
+        ]
+        foreach_copy_(copies, locals_)
+        results.update(zip(indices, copies, strict=True))
+        batches.append((batch, method))
+    return [results[index] for index in range(len(asked))], batches
 
 
 def bytes_of(shape: Sequence[int], matrices: Matrices) -> tuple[int, int]:

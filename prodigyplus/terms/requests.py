@@ -7,7 +7,7 @@ process the local tensor is the global one, and the sum is complete already.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ class Sum(NamedTuple):
     axes: tuple[Hashable, ...]
 
 
+SymmetricProduct = Callable[[Tensor, tuple[float, float, float] | None], Tensor]
+"""``x xᵀ`` of matrices x, (count, rows, columns); or of symmetric ones, with a, b, c: ``a + b x + c x²``."""
+
+
 class Method(NamedTuple):
     """How matrices are orthogonalised; those of one method and shape may be orthogonalised together.
 
@@ -33,11 +37,13 @@ class Method(NamedTuple):
         dtype: The dtype that they are computed in, and sent in.
         quintic: Whether by the first Muon's polynomial rather than Polar Express's.
         stable: Whether StableAdamW holds the rms of the result to 1.
+        symmetric_product: What computes their products with their own transposes; None for torch's operators.
     """
 
     dtype: torch.dtype
     quintic: bool
     stable: bool
+    symmetric_product: SymmetricProduct | None = None
 
 
 class Matrices(NamedTuple):

@@ -18,10 +18,12 @@ pytest.importorskip("triton")
 # Rows that are cut evenly, unevenly, and so that a rank holds none; a convolution, whose two largest
 # dimensions are not its last; a bias, and one of a single element.
 SHAPES = ((33, 40), (3, 40), (35, 6, 3), (13,), (1,))
+MATRICES = ((33, 40), (3, 40), (35, 6, 3), (40, 33))
 ON = {
     "rows": Mesh((2,), SHAPES, along(0)),
     "columns": Mesh((2,), SHAPES, along(-1)),
     "strided": Mesh((2, 2), SHAPES, fsdp_and_tensor_parallel),
+    "matrices": Mesh((2,), MATRICES, along(0)),
 }
 
 NOISY = {"bfloat16_z": True, "factored": False, "slice_p": 3}
@@ -64,4 +66,17 @@ def test_as_in_one_process(pool, mesh, options):
         for value, reference, on_first in zip(found, expected, first[0], strict=True):
             assert torch.equal(value, on_first)
             # In units of the largest weight, some 2: 1.2e-7 was seen.
+            torch.testing.assert_close(value, reference, rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(not interprets(), reason="the ranks of these tests are on the CPU")
+@pytest.mark.parametrize("options", [{}, {"use_schedulefree": False, "weight_decay": 0.1}], ids=str)
+def test_matrices_on_rows_as_in_one_process(pool, options):
+    options = {"use_muon_pp": True, "muon_fp32": True, **options}
+    expected, d, _ = play(ProdigyPlusScheduleFree, Fed(*MATRICES), {**options, "fused": False})
+    for found, found_d, batched in pool.run(2, on_mesh, "matrices", {**options, "fused": True}):
+        assert batched == {len(MATRICES)}
+        assert found_d == pytest.approx(d.item(), rel=1e-6)
+        for value, reference in zip(found, expected, strict=True):
+            # In units of the largest weight, some 2.
             torch.testing.assert_close(value, reference, rtol=0, atol=2e-6)

@@ -16,6 +16,7 @@ from prodigyplus import ProdigyPlusScheduleFree, state
 from prodigyplus.device import launches
 from prodigyplus.device.launches import Launches, interprets
 from prodigyplus.engine.batches import Batch, obstacle
+from prodigyplus.engine.driver import OneProcess
 from prodigyplus.options import Options
 from tests import option_table
 from tests.single.problems import Fed
@@ -45,6 +46,11 @@ def is_admitted(options):
 
 ADMITTED = [options for options in option_table.alone() + option_table.together() if is_admitted(options)]
 
+# Of Muon's kernels: two shapes and more than one tile, a convolution, and rows that are read in 16 bytes.
+MATRICES = ((33, 70), (40, 3, 5), (48, 32), (33, 70))
+# What float32 has in last bits bfloat16 may round the other way, and the iterations make much of that.
+MUON = {"use_muon_pp": True, "muon_fp32": True}
+
 
 def untouched(step, index, p):
     """Gradients as they are."""
@@ -64,8 +70,8 @@ def play(fused, options, *, shapes=SHAPES, dtype=torch.float32, steps=3, device=
     return optimizer, parameters
 
 
-def assert_close(found, expected):
-    """Weights, state and numbers of two optimisers, of the kernels and of the reference."""
+def assert_close(found, expected, rel=1e-6):
+    """Weights, state and numbers (to ``rel``) of two optimisers, of the kernels and of the reference."""
     for p, q in zip(found[1], expected[1], strict=True):
         ours, theirs = found[0].state[p], expected[0].state[q]
         assert ours.keys() == theirs.keys()
@@ -78,7 +84,7 @@ def assert_close(found, expected):
                 assert difference.max() <= bound, (key, tuple(p.shape))
     for ours, theirs in zip(found[0].metrics(), expected[0].metrics(), strict=True):
         for name, value in theirs.items():
-            assert ours[name].item() == pytest.approx(value.item(), rel=1e-6), name
+            assert ours[name].item() == pytest.approx(value.item(), rel=rel), name
 
 
 def used_kernels(monkeypatch):
@@ -94,12 +100,75 @@ def used_kernels(monkeypatch):
     return batches
 
 
-@pytest.mark.parametrize("options", option_table.packed(ADMITTED), ids=str)
+@pytest.mark.parametrize("options", option_table.packed(option_table.elementwise(ADMITTED)), ids=str)
 def test_steps_as_the_plain_passes(options, monkeypatch):
     batches = used_kernels(monkeypatch)
     found = play(True, options, device=DEVICE)
     assert set(batches) == {len(SHAPES)}
     assert_close(found, play(False, options))
+
+
+@pytest.mark.parametrize("options", option_table.packed(option_table.of_matrices(ADMITTED)), ids=str)
+def test_muon_as_the_plain_passes(options, monkeypatch):
+    options = {**options, **MUON}
+    batches = used_kernels(monkeypatch)
+    found = play(True, options, shapes=MATRICES, device=DEVICE)
+    assert set(batches) == {len(MATRICES)}
+    assert_close(found, play(False, options, shapes=MATRICES), EVIDENCE)
+
+
+@pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"use_schedulefree": False}], ids=str)
+def test_muon_in_bfloat16(options):
+    """Orthogonalised in it too, of weights in it."""
+    options = {**options, "use_muon_pp": True, "muon_fp32": DEVICE.type != "cpu"}
+    found = play(True, options, shapes=MATRICES, dtype=torch.bfloat16, device=DEVICE, steps=2)
+    assert_close(found, play(False, options, shapes=MATRICES, dtype=torch.bfloat16, steps=2), EVIDENCE)
+
+
+def test_matrices_move_as_they_are_orthogonalised(monkeypatch):
+    """Those that are so at once, within the limit, in one batch."""
+    monkeypatch.setattr(OneProcess, "bucket_bytes", 4 * (48 * 32 + 40 * 15))
+    batches = used_kernels(monkeypatch)
+    found = play(True, MUON, shapes=MATRICES, device=DEVICE)
+    assert batches == [1, 2, 1] * 3
+    assert_close(found, play(False, MUON, shapes=MATRICES), EVIDENCE)
+
+
+def test_directions_that_begin_anywhere(monkeypatch):
+    """What is received from other ranks need not begin where 16 bytes can be read at a time."""
+    orthogonalize, launch, fast = OneProcess.orthogonalize, launches.launch, set()
+
+    def shifted(self, asked):
+        for numbers, pieces in orthogonalize(self, asked):
+            memories = [torch.empty(piece.numel() + 1, device=piece.device) for piece in pieces]
+            yield (
+                numbers,
+                [m[1:].view(piece.shape).copy_(piece) for m, piece in zip(memories, pieces, strict=True)],
+            )
+
+    def note(kernel, *arguments, **constants):
+        if "MOVES" in constants:
+            fast.add((constants["MOVES"], constants["FAST"]))
+        launch(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(launches, "launch", note)
+    expected = play(True, MUON, shapes=((48, 32),), device=DEVICE)
+    monkeypatch.setattr(OneProcess, "orthogonalize", shifted)
+    found = play(True, MUON, shapes=((48, 32),), device=DEVICE)
+    assert fast == {(False, True), (True, True), (True, False)}
+    assert torch.equal(found[1][0], expected[1][0])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_schedulefree": False}], ids=str)
+def test_muon_skips_a_step_with_a_nan(options):
+    def spoil(step, index, p):
+        if step == 1 and index == 1:
+            p.grad[3] = torch.nan
+
+    found = play(True, {**MUON, **options}, shapes=MATRICES, device=DEVICE, spoil=spoil)
+    expected = play(False, {**MUON, **options}, shapes=MATRICES, spoil=spoil)
+    assert_close(found, expected, EVIDENCE)
+    assert found[0].metrics()[0]["skipped_steps"] == 1
 
 
 @pytest.mark.parametrize(
@@ -205,7 +274,7 @@ def test_without_a_gpu_they_are_refused_and_left_alone(monkeypatch):
 def test_a_launch_serves_all_parameters(monkeypatch):
     """As many launches for many tensors as for few; no table is sent while tensors stay where they are."""
 
-    def count(shapes):
+    def count(shapes, options):
         names, tables = [], []
         launch, point = launches.launch, Launches.point
 
@@ -225,15 +294,20 @@ def test_a_launch_serves_all_parameters(monkeypatch):
         def keep(step, index, p):
             p.grad = gradients.setdefault(index, p.grad).copy_(p.grad)
 
-        play(True, {}, shapes=shapes, device=DEVICE, steps=2, spoil=keep)
+        play(True, options, shapes=shapes, device=DEVICE, steps=2, spoil=keep)
         monkeypatch.undo()
         assert len(set(tables)) == 1
         return len(names) // 2, set(names)
 
-    few = count(((64, 48), (33, 70), (70,), (32,)))
-    many = count(((64, 48), (33, 70), (70,), (32,)) * 3)
+    few = count(((64, 48), (33, 70), (70,), (32,)), {})
+    many = count(((64, 48), (33, 70), (70,), (32,)) * 3, {})
     assert few == many
     assert few[0] == 21  # with tiles of all four kinds; of one kind, 12
+    few, many = (count(((64, 48), (33, 70)) * times, MUON) for times in (1, 3))
+    assert few == many
+    assert (
+        few[0] == 10
+    )  # with tiles of both kinds: three for each, two that add up, two for the groups' numbers
 
 
 COMPILE = """
@@ -250,9 +324,9 @@ rows, columns, strip = TileSize()
 # As a launch has them, which makes constants of strides that are 1.
 ones = dict(number_stride=1)
 tile = dict(ROWS=rows, COLUMNS=columns, STRIP=strip)
-types = dict.fromkeys(("pointers", "sizes", "matrices", "segments", "pieces"), "*i64")
+types = dict.fromkeys(("pointers", "sizes", "matrices", "segments", "pieces", "directions"), "*i64")
 types |= dict.fromkeys(("tiles", "gate", "seeds", "runs"), "*i32") | {"evidence_parts": "*fp64"}
-types |= dict.fromkeys(("outer_parts", "inner_parts", "sums", "numbers"), "*fp32")
+types |= dict.fromkeys(("outer_parts", "inner_parts", "sums", "numbers", "scales"), "*fp32")
 types |= dict.fromkeys(("norm_parts", "norms", "numels", "values", "out"), "*fp32")
 
 def build(kernel, **constants):
@@ -283,24 +357,26 @@ build(kernels.add_up, DTYPE=tl.float64, BLOCK=1024)
 for factor in (fp32, bf16):
     build(kernels.factors, FACTOR=factor, MEAN_DTYPE=fp32, BLOCK=1024, **ones)
 ways = itertools.cycle(itertools.product((True, False), (True, False)))
-for momentum, is_offset, atan2, stable, evidence, speed, dtype in (
-    (False, False, False, True, True, 0, fp32),
-    (False, True, False, True, True, 1, fp32),
-    (True, False, False, True, True, 2, fp32),
-    (False, False, True, False, True, 0, bf16),
-    (True, False, True, False, False, 0, bf16),
-    (False, False, False, True, False, 0, bf16),
+for momentum, is_offset, atan2, stable, evidence, speed, dtype, reads in (
+    (False, False, False, True, True, 0, fp32, False),
+    (False, True, False, True, True, 1, fp32, False),
+    (True, False, False, True, True, 2, fp32, False),
+    (False, False, True, False, True, 0, bf16, False),
+    (True, False, True, False, False, 0, bf16, False),
+    (False, False, False, True, False, 0, bf16, False),
+    (False, True, False, False, True, 0, fp32, True),
+    (True, False, False, False, True, 0, bf16, True),
 ):
-    factored, fast = next(ways)
+    factored, fast = (False, not momentum) if reads else next(ways)
     constants = dict(
         GRAD_DTYPE=dtype, WEIGHT_DTYPE=dtype, BASE_DTYPE=bf16 if is_offset else dtype, FIRST_DTYPE=dtype,
         SECOND_DTYPE=dtype, FACTOR=fp32, MEAN_DTYPE=fp32, STATISTIC_DTYPE=bf16, FACTORED=factored,
         SINGLE=fast, FAST=fast, MOMENTUM=momentum, IS_OFFSET=is_offset, ATAN2=atan2, STABLE=stable,
-        EVIDENCE=evidence, SPEED=speed, EVERY=11, **tile,
+        SPEED=speed, EVERY=11, READS=reads, DIRECTION_DTYPE=fp32 if is_offset else bf16, **tile,
     )
     constants |= dict(DECAYS=stable, STOCHASTIC=is_offset or dtype == bf16, **ones)
-    build(kernels.sweep, **constants, MOVES=False)
-    build(kernels.sweep, **constants, MOVES=True)
+    build(kernels.sweep, **constants, MOVES=False, EVIDENCE=evidence)
+    build(kernels.sweep, **constants, MOVES=True, EVIDENCE=evidence and not reads)
 """
 
 

@@ -14,6 +14,7 @@ from prodigyplus.formulas import muon, variants
 from prodigyplus.formulas.muon import newton_schulz
 from prodigyplus.terms.requests import Matrices, Method
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
+from tests.watching import Watch
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -383,6 +384,25 @@ def test_how_many_are_computed_at_once(monkeypatch, limit, at_once):
     muon.orthogonalize_(batches, limit)
     assert sizes[-1] == 1
     assert sizes[:-1] == [min(at_once, 5 - first) for first in range(0, 5, at_once)]
+
+
+def test_equal_shapes_are_computed_where_they_are_gathered():
+    """As an accelerator does: many take the operators that few take, and none brings them together."""
+
+    def operators(count):
+        method = Method(BF16, quintic=False, stable=True)
+        tensors = [torch.empty(shape, device="meta") for shape in ((4, 6), (6, 4), (2, 3, 2)) * count]
+        asked = [(tuple(t.shape), Matrices(t, t.ndim == 3, method)) for t in tensors]
+        with Watch() as watch:
+            ((numbers, results),) = muon.in_one_process(asked, 1 << 20)
+        assert numbers == list(range(3 * count))
+        assert [result.shape for result in results] == [t.shape for t in tensors]
+        views = ("view", "slice", "split", "split_with_sizes", "transpose")
+        return [call.name for call in watch.calls if call.name not in views]
+
+    few = operators(1)
+    assert operators(5) == few
+    assert "cat" not in few
 
 
 # -------------------------------------------------------------------------------------- how large a step is

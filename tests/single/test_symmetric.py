@@ -1,0 +1,211 @@
+"""Products of matrices with their own transposes by a kernel, and Muon's iterations by it.
+
+On a GPU it runs as it is; without one, through Triton's interpreter.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from prodigyplus.device import launches
+from prodigyplus.device.launches import interprets
+from prodigyplus.formulas import muon
+from prodigyplus.terms.requests import Method
+from tests.single.problems import pair, run
+from tests.single.test_muon import EXPECTED, SHORT, SPECTRA, Factored, what_becomes_of
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+if interprets():
+    import tests.interpreting  # noqa: F401
+
+from prodigyplus.device import symmetric  # noqa: E402
+from prodigyplus.device.symmetric import symmetric_product  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# Of a sum and of what is written, relative to the size of the result: a last bit or so.
+TOLERANCE = {torch.float32: 4e-7, torch.bfloat16: 2**-8}
+
+# A part of a block, a whole one, several, and more of them than on a diagonal; several matrices.
+SHAPES = ((1, 1, 1), (3, 5, 3), (1, 16, 16), (2, 40, 20), (1, 50, 33))
+
+
+def drawn(*shape, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+
+
+def assert_near(found, expected, dtype):
+    assert (found.shape, found.dtype) == (expected.shape, dtype)
+    assert (found.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", symmetric.DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_and_polynomials(shape, dtype):
+    """In any order of memory, and of parts of it."""
+    drawn_twice = drawn(*shape[:2], 2 * shape[2], dtype=dtype)
+    for x in (drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype).mT, drawn_twice[:, :, ::2]):
+        gram = symmetric_product(x)
+        wide = x.double()
+        assert_near(gram, wide @ wide.mT, dtype)
+        wide = gram.double()
+        eye = torch.eye(len(gram[0]), device=DEVICE, dtype=torch.float64)
+        expected = 1.5 * eye - 2 * wide + 0.5 * wide @ wide
+        assert_near(symmetric_product(gram, (1.5, -2.0, 0.5)), expected, dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 4, 0)])
+def test_products_of_nothing(shape):
+    x = torch.empty(shape, device=DEVICE)
+    assert torch.equal(symmetric_product(x), x @ x.mT)
+
+
+def test_float32_stays_float32():
+    """A factor with more bits than TensorFloat-32 has, whatever torch may do."""
+    x = torch.full((1, 16, 16), 1 + 2.0**-12, device=DEVICE)
+    torch.testing.assert_close(symmetric_product(x), x @ x.mT, rtol=1e-6, atol=0)
+
+
+def test_half_of_the_blocks_are_computed(monkeypatch):
+    grids = []
+
+    class Noted:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **constants: None
+
+    monkeypatch.setattr(symmetric, "product", Noted())
+    monkeypatch.setitem(symmetric._BLOCKS, torch.float32, symmetric._INTERPRETED)
+    symmetric_product(torch.empty(3, 64, 20, device=DEVICE))  # of four by four
+    symmetric_product(torch.empty(1, 65, 20, device=DEVICE))
+    assert grids == [(3 * 10,), (15,)]
+
+
+@triton.jit
+def _places(first, out, COUNT: tl.constexpr):
+    pair = tl.load(first) + tl.arange(0, COUNT)
+    down, across = symmetric._block_of(pair)
+    tl.store(out + tl.arange(0, COUNT), down)
+    tl.store(out + COUNT + tl.arange(0, COUNT), across)
+
+
+@pytest.mark.parametrize("column", [1, 2, 3, 100, 2897, 2898, 4097, 16001])
+def test_which_block_a_program_computes(column):
+    """Also where a root in float32 is one off: about the first of a column."""
+    first = column * (column + 1) // 2 - 1
+    found = torch.empty(2, 4, dtype=torch.int32, device=DEVICE)
+    _places[(1,)](torch.tensor([first], dtype=torch.int32, device=DEVICE), found, COUNT=4)
+    places = [(column - 1, column - 1), *((down, column) for down in range(min(3, column + 1)))]
+    if column == 1:
+        places.append((0, 2))
+    assert list(zip(*found.tolist(), strict=True)) == places
+
+
+# ------------------------------------------------------------------------------------ Muon's iterations
+
+
+@pytest.mark.parametrize("dtype", symmetric.DTYPES)
+@pytest.mark.parametrize("shape", [(SHORT, 40), (40, SHORT)], ids=str)
+@pytest.mark.parametrize(("spectrum", "quintic"), EXPECTED, ids=str)
+def test_newton_schulz_is_near_the_polar_factor(spectrum, quintic, shape, dtype):
+    """As near as by torch's operators."""
+    _, _, rounding = EXPECTED[spectrum, quintic]
+    several = [Factored(shape, SPECTRA[spectrum], seed) for seed in range(2)]
+    given = torch.from_numpy(np.stack([its.matrix * 7.0 for its in several])).to(DEVICE, dtype)
+    found = muon.newton_schulz(given, quintic=quintic, symmetric_product=symmetric_product)
+    assert (found.shape, found.dtype) == (given.shape, dtype)
+    for its, matrix in zip(several, found.double().cpu().numpy(), strict=True):
+        exact = its.of(what_becomes_of(its.values, quintic))
+        assert np.linalg.norm(matrix - exact) <= rounding[dtype] * np.linalg.norm(its.polar)
+
+
+def used(monkeypatch, **options):
+    """How many products of which dtypes a step takes to the kernel, where it is there for all devices."""
+    products = []
+
+    def note(x, coefficients):
+        products.append(x.dtype)
+        return symmetric_product(x, coefficients)
+
+    monkeypatch.setattr(launches, "symmetric_product", lambda dtype, device: note)
+    problem, optimizer = pair((8, 12), (24, 8), use_muon_pp=True, **options)
+    run(optimizer, problem, 1)
+    return products
+
+
+@pytest.mark.parametrize("options", [{}, {"muon_fp32": True}], ids=str)
+def test_a_step_takes_it(monkeypatch, options):
+    """Two of each of five iterations, of each matrix."""
+    dtype = torch.float32 if options else torch.bfloat16
+    assert used(monkeypatch, **options) == [dtype] * 20
+
+
+def test_fused_false_is_without_it(monkeypatch):
+    assert not used(monkeypatch, fused=False)
+
+
+def test_where_it_is():
+    """On a GPU, of what it multiplies."""
+    assert launches.symmetric_product(torch.bfloat16, torch.device("cpu")) is None
+    if DEVICE.type == "cuda":
+        assert launches.symmetric_product(torch.bfloat16, DEVICE) is symmetric_product
+        assert launches.symmetric_product(torch.float64, DEVICE) is None
+
+
+def test_by_which_products_is_part_of_the_method():
+    """What is orthogonalised otherwise is not orthogonalised with it."""
+    one = Method(torch.float32, quintic=False, stable=True)
+    assert one != one._replace(symmetric_product=symmetric_product)
+
+
+COMPILE = """
+import itertools
+import torch
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from prodigyplus.device import symmetric
+
+kernel, types = symmetric.product, {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+def build(capability, dtype, is_product, is_tall):
+    block = symmetric._BLOCKS[dtype]
+    # As a launch has them, which makes a constant of a stride that is 1.
+    one, other = ("row_stride", "column_stride")[:: 1 if is_tall else -1]
+    constants = {"IS_PRODUCT": is_product, "SIDE": block.side, "DEPTH": block.depth, one: 1}
+    signature = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
+    signature |= dict.fromkeys(("x", "out"), types[dtype])
+    signature |= dict.fromkeys(("constant", "linear", "square"), "fp32")
+    multiples = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name in ("x", "out", "size", "terms", "matrix_stride", other)
+    }
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=multiples)
+    options = {"num_warps": block.warps, "num_stages": block.stages}
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+for capability, dtype, is_product in itertools.product((80, 90), types, (True, False)):
+    made = build(capability, dtype, is_product, is_tall=is_product)
+    ptx = made.asm["ptx"]
+    assert made.metadata.shared <= 99 << 10, made.metadata.shared
+    assert "tf32" not in ptx
+    assert "cp.async" in ptx and "st.global.v4" in ptx, "memory is not read and written 16 bytes at a time"
+    if dtype == torch.bfloat16:
+        assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in ptx
+"""
+
+
+def test_it_compiles_for_gpus(tmp_path):
+    """For the tensor cores of Ampere and Hopper; to machine code, for which no GPU is needed."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
