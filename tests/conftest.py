@@ -14,6 +14,12 @@ HERE = Path(__file__).parent
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser, pluginmanager):
+    # The tests of tests/cuda need no plugin; what pyproject.toml sets for this one is unknown without it.
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "of pytest-timeout, which is not installed")
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     # What starts processes stays together, so that one pool serves it and few processes run at a time.

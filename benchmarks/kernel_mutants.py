@@ -1,0 +1,221 @@
+"""Which mistakes in the kernels the tests would not see: each a small edit, tried in a copy of the tree.
+
+    python benchmarks/kernel_mutants.py --sample 60
+    python benchmarks/kernel_mutants.py --only _atan2
+
+An edit that no test sees survives. It is one that a test is missing for, or that changes nothing: these are
+listed in ``UNSEEN``, with the reason, and are not tried. The tests run on the CPU through Triton's
+interpreter, a quarter of a minute for most edits, minutes for one that survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+KERNELS = Path("prodigyplus/device/kernels.py")
+COPIED = ("prodigyplus", "prodigyplus_dist", "tests")
+TESTS = ("tests/single/test_kernels.py", "tests/dist/test_kernels.py")
+
+# The tests that see most mistakes of a function soonest; the others run where these see none.
+FIRST = {
+    "_atan2": "eps",
+    "_evidence": "plain_passes",
+    "_hash": "bfloat16",
+    "_moved": "plain_passes",
+    "_rounded": "bfloat16",
+    "factors": "sixteen or bfloat16",
+}
+OTHERS_FIRST = "sixteen or empty or eps"
+
+_OPERATORS = {
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "/"),
+    ast.Div: ("/", "*"),
+    ast.FloorDiv: ("//", "*"),
+    ast.Mod: ("%", "//"),
+    ast.RShift: (">>", "<<"),
+    ast.BitXor: ("^", "|"),
+    ast.BitAnd: ("&", "|"),
+    ast.Lt: ("<", "<="),
+    ast.Gt: (">", ">="),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+    ast.And: ("and", "or"),
+    ast.Or: ("or", "and"),
+}
+_SWAPPED = (
+    ("row", "column"),
+    ("down", "across"),
+    ("height", "width"),
+    ("row_stride", "column_stride"),
+    ("outer_stride", "inner_stride"),
+    ("outer", "inner"),
+    ("y", "z"),
+    ("phase", "first_index"),
+)
+_PARTNERS = {one: other for pair in _SWAPPED for one, other in (pair, pair[::-1])}
+_CALLS = {"tl.maximum": "tl.minimum", "tl.minimum": "tl.maximum", "tl.sqrt": "", "tl.abs": ""}
+
+# What changes nothing that there is to see: the function, and the line with its mistake.
+UNSEEN: dict[tuple[str, str], str] = {}
+
+
+class Mutant(NamedTuple):
+    """An edit of the kernels."""
+
+    function: str
+    number: int  # of the line
+    line: str  # with the mistake
+    source: bytes  # all of it
+
+    def __str__(self) -> str:
+        return f"{self.number:4} {self.function}: {self.line}"
+
+
+class Finder:
+    """All mutants of a source."""
+
+    def __init__(self, source: bytes) -> None:
+        self._source = source
+        self._lines = [0]
+        for line in source.splitlines(keepends=True):
+            self._lines.append(self._lines[-1] + len(line))
+        self._families: dict[str, str] = {}  # of a field's name, the next one's in its table
+
+    def mutants(self) -> Iterator[Mutant]:
+        """Those of each function, in the order of the source."""
+        tree = ast.parse(self._source)
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+                names = [name.id for name in node.targets[0].elts if isinstance(name, ast.Name)]
+                self._families |= dict(zip(names, (*names[1:], names[0]), strict=True))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                for statement in node.body:
+                    yield from self._of(node.name, statement)
+
+    def _of(self, function: str, statement: ast.stmt) -> Iterator[Mutant]:
+        for node in ast.walk(statement):
+            for start, end, after in self._edits(node):
+                source = self._source[:start] + after.encode() + self._source[end:]
+                number = source[:start].count(b"\n") + 1
+                yield Mutant(function, number, source.splitlines()[number - 1].decode().strip(), source)
+
+    def _edits(self, node: ast.AST) -> Iterator[tuple[int, int, str]]:
+        if isinstance(node, ast.BinOp):
+            yield from self._operator(type(node.op), node.left, node.right)
+        elif isinstance(node, ast.Compare):
+            yield from self._operator(type(node.ops[0]), node.left, node.comparators[0])
+        elif isinstance(node, ast.BoolOp):
+            yield from self._operator(type(node.op), node.values[0], node.values[1])
+        elif isinstance(node, ast.AugAssign):
+            start, end = self._span(node)
+            target, value = (self._source[slice(*self._span(part))] for part in (node.target, node.value))
+            yield start, end, f"{target.decode()} = {value.decode()}"
+        elif isinstance(node, ast.UnaryOp):
+            yield (*self._span(node), self._text(node.operand))
+        elif isinstance(node, ast.Call):
+            yield from self._call(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, float):
+            yield (*self._span(node), repr(node.value * 1.01 or 1.0))
+        elif isinstance(node, ast.Constant) and type(node.value) is int:
+            yield (*self._span(node), repr(node.value + 1))
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            others = self._families.get(node.id), _PARTNERS.get(node.id)
+            yield from ((*self._span(node), other) for other in others if other)
+
+    def _call(self, node: ast.Call) -> Iterator[tuple[int, int, str]]:
+        name = ast.unparse(node.func)
+        if name == "tl.where":
+            yield (*self._span(node), f"({self._text(node.args[1])})")
+            yield (*self._span(node), f"({self._text(node.args[2])})")
+        elif name in _CALLS:
+            yield (*self._span(node.func), _CALLS[name])
+        elif name == "tl.store":
+            yield (*self._span(node), "pass")
+
+    def _operator(
+        self, kind: type[ast.AST], left: ast.expr, right: ast.expr
+    ) -> Iterator[tuple[int, int, str]]:
+        if kind in _OPERATORS:
+            before, after = _OPERATORS[kind]
+            between = self._span(left)[1], self._span(right)[0]
+            at = between[0] + self._source[slice(*between)].index(before.encode())
+            yield at, at + len(before), after
+
+    def _span(self, node: ast.expr | ast.stmt) -> tuple[int, int]:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        start = self._lines[node.lineno - 1] + node.col_offset
+        return start, self._lines[node.end_lineno - 1] + node.end_col_offset
+
+    def _text(self, node: ast.expr) -> str:
+        return self._source[slice(*self._span(node))].decode()
+
+
+def outcome(tree: Path, arguments: list[str], limit: float) -> str:
+    """How the tests end there: "seen", "unseen", or "hangs"."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, timeout=limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "hangs"
+    return "unseen" if done.returncode == 0 else "seen"
+
+
+def try_(mutant: Mutant, tree: Path, limit: float) -> str:
+    """What the tests make of an edit."""
+    (tree / KERNELS).write_bytes(mutant.source)
+    first = [TESTS[0], "-k", FIRST.get(mutant.function, OTHERS_FIRST)]
+    found = outcome(tree, first, limit)
+    return outcome(tree, list(TESTS), limit) if found == "unseen" else found
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sample", type=int, metavar="N", help="so many, drawn; default: all, for hours")
+    parser.add_argument("--seed", type=int, default=0, help="what is drawn; default: %(default)s")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only those that print with this in them")
+    parser.add_argument("--limit", type=float, default=900.0, metavar="SECONDS", help="default: %(default)s")
+    args = parser.parse_args()
+    source = (ROOT / KERNELS).read_bytes()
+    mutants = [mutant for mutant in Finder(source).mutants() if args.only in str(mutant)]
+    if args.sample is not None and args.sample < len(mutants):
+        mutants = sorted(random.Random(args.seed).sample(mutants, args.sample), key=lambda one: one.number)
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        for name in COPIED:
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if outcome(tree, list(TESTS), args.limit) != "unseen":
+            sys.exit("benchmarks/kernel_mutants.py: the tests fail as it is.")
+        for mutant in mutants:
+            began = time.perf_counter()
+            reason = UNSEEN.get((mutant.function, mutant.line))
+            found = f"the same: {reason}" if reason else try_(mutant, tree, args.limit)
+            survivors += [mutant] if found == "unseen" else []
+            print(f"{found:6} {time.perf_counter() - began:4.0f} s {mutant}", flush=True)
+    print(f"\n{len(survivors)} of {len(mutants)} survive:", *survivors, sep="\n")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What a step on a GPU may cost: no wait, few launches, no memory that stays."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from tests import option_table
+from tests.cuda.feeding import ADMITTED, GPU, OTHERS, begun, trained
+from tests.single.problems import run
+
+# Launches of kernels of ours in a step of 148 tensors; and of operators, of whatever many: they move numbers.
+LAUNCHES, OPERATORS = 25, 150
+
+OURS = ("squares", "add_parts", "add_up", "factors", "sweep")
+
+
+@contextlib.contextmanager
+def never_waiting():
+    """The host may not wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def take_steps(options, steps, **how):
+    """Steps that do not wait, after some that may."""
+    problem, optimizer = begun(options, **how)
+    run(optimizer, problem, 3)
+    gradients = []
+    for _ in range(steps):
+        problem.backward()
+        gradients.append([p.grad for p in problem.parameters])
+    with never_waiting():
+        for of_step in gradients:
+            for p, grad in zip(problem.parameters, of_step, strict=True):
+                p.grad = grad
+            optimizer.step()
+        optimizer.eval()
+        optimizer.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", ADMITTED + OTHERS[:6], ids=option_table.text_of)
+def test_a_step_waits_for_nothing(options, dtype):
+    take_steps(options, 4, dtype=dtype)
+
+
+def test_a_look_at_the_numbers_waits_for_nothing():
+    """They are sent to the host every 50 steps."""
+    take_steps({}, 110, shapes=((33, 70), (70,)))
+
+
+def test_the_check_can_fail():
+    with pytest.raises(RuntimeError, match="synchroniz"), never_waiting():
+        torch.ones((), device=GPU).item()
+
+
+def launched(shapes):
+    """The kernels of a step, by their names."""
+    problem, optimizer = trained({}, 3, shapes=shapes, moves=False)
+    problem.backward()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as watch:
+        optimizer.step()
+        torch.cuda.synchronize()
+    names = [event.name for event in watch.events() if event.device_type == DeviceType.CUDA]
+    return [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+
+
+def test_launches_of_a_step():
+    few, many = (
+        launched(((64, 48), (33, 70), (70,), (32,))),
+        launched(((64, 48), (33, 70), (70,), (32,)) * 37),
+    )
+    ours = [name for name in many if name in OURS]
+    assert {"squares", "sweep"} <= set(ours)
+    assert len(ours) <= LAUNCHES
+    assert len(many) - len(ours) <= OPERATORS
+    assert len(many) == len(few)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bfloat16_z": True}, {"use_cautious": True}, {"use_muon_pp": True}], ids=str
+)
+def test_memory_stays(options):
+    problem, optimizer = begun(options)
+    allocated = []
+    for step in range(1, 201):
+        problem.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step == 5:
+            torch.cuda.reset_peak_memory_stats()
+        if step in (5, 10, 200):
+            allocated.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
+    (first, _), (_, peak), last = allocated
+    assert first > 0
+    assert last == (first, peak)
