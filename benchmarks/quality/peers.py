@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -113,20 +114,29 @@ def adamw(model: nn.Module, setting: Setting, steps: int) -> Built:
 
 def muon(model: nn.Module, setting: Setting, steps: int) -> Built:
     """Muon of torch for the hidden matrices, its update as large as AdamW's, which moves the rest."""
-    hidden = {
-        p
-        for group in muon_groups(model)
-        if group["use_muon_pp"]
-        for _, p in group["params"]
-        if p.requires_grad and p.ndim == 2
-    }
-    rest = [p for p in trained(model) if p not in hidden]
+    hidden, rest = hidden_and_rest(model)
     rate = rate_of(setting)
     built: list[Optimizer] = [AdamW(rest, lr=rate, betas=BETAS, weight_decay=0.0)] if rest else []
     if hidden:
-        matrices = [p for p in trained(model) if p in hidden]
-        built.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        built.append(torch.optim.Muon(hidden, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return built
+
+
+def dion(model: nn.Module, setting: Setting, steps: int, *, name: str) -> Built:
+    """An optimiser of the dion package, divided and scaled as torch's Muon is here."""
+    kind = getattr(importlib.import_module("dion"), name)
+    hidden, rest = hidden_and_rest(model)
+    groups = [{"params": hidden}, {"params": rest, "algorithm": "adamw"}]
+    groups = [group for group in groups if group["params"]]
+    return [kind(groups, lr=rate_of(setting), betas=BETAS, weight_decay=0.0, adjust_lr="rms_norm")]
+
+
+def hidden_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices that Muon is for, and the other parameters that are trained."""
+    groups = [group["params"] for group in muon_groups(model) if group["use_muon_pp"]]
+    matrices = {p for group in groups for _, p in group if p.ndim == 2}
+    hidden = [p for p in trained(model) if p in matrices]
+    return hidden, [p for p in trained(model) if p not in matrices]
 
 
 def schedulefree(model: nn.Module, setting: Setting, steps: int) -> Built:
@@ -197,6 +207,8 @@ OPTIMIZERS: dict[str, Entry] = {
         Entry("adamw-wsd", adamw, RATES, schedule="wsd"),
         Entry("muon-constant", muon, RATES),
         Entry("muon-cosine", muon, RATES, schedule="cosine"),
+        Entry("dion-muon-cosine", partial(dion, name="Muon"), RATES, schedule="cosine", distribution="dion"),
+        Entry("normuon-cosine", partial(dion, name="NorMuon"), RATES, schedule="cosine", distribution="dion"),
         Entry(
             "schedulefree-adamw",
             schedulefree,
@@ -234,6 +246,9 @@ def step(optimizer: Optimizer, loss: torch.Tensor) -> None:
     """Take a step."""
     if hasattr(optimizer, "step_func"):  # ScheduleFree+, which asks for the loss
         optimizer.step_func(loss.item())
+    elif type(optimizer).__module__.startswith("dion"):
+        with torch.compiler.set_stance("force_eager"):  # to compile takes longer than a small task does
+            optimizer.step()
     else:
         optimizer.step()
 

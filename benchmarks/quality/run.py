@@ -11,11 +11,12 @@ by --peers, which may also have the package that shares our import name:
     pip install --target FOLDER --no-deps schedulefree==1.4.1 prodigyopt==1.1.2 dadaptation==3.2 \
         prodigy-plus-schedule-free==2.0.1
 
-ScheduleFree+ is in schedulefree's repository, and not in a release yet:
+ScheduleFree+ is in schedulefree's repository, and not in a release yet; dion has Muon and NorMuon:
 
-    REPOSITORY=https://github.com/facebookresearch/schedule_free
+    GITHUB=git+https://github.com
     pip install --target FOLDER --no-deps \
-        "schedulefree @ git+$REPOSITORY@70785b53e778d0e872c0bbb75ff4ee54ee10c291"
+        "schedulefree @ $GITHUB/facebookresearch/schedule_free@70785b53e778d0e872c0bbb75ff4ee54ee10c291" \
+        "dion @ $GITHUB/microsoft/dion@0a059a4542e5aa74b40dcd1dce363836c7afcd48"
 
 What is not there is said, and left out.
 """

@@ -44,7 +44,7 @@ def points(
     """Take all steps; the points of the anytime curve as they come."""
     steps = setup.scale.steps
     at = evaluated_after(steps)
-    first = [[group["lr"] for group in optimizer.param_groups] for optimizer in built]
+    first = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in built]
     for optimizer in built:
         if hasattr(optimizer, "train"):
             optimizer.train()
