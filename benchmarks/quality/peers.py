@@ -63,7 +63,7 @@ class Entry:
         tuned: Whether these are rates, or factors of a step size that the optimiser finds.
         schedule: What the rate is multiplied by.
         warms_itself: Whether it has a warm-up of its own, so that the loop has none.
-        distribution: What has to be installed.
+        distribution: The package that has to be installed; empty for ours.
     """
 
     name: str
@@ -126,7 +126,7 @@ def dion(model: nn.Module, setting: Setting, steps: int, *, name: str) -> Built:
     """An optimiser of the dion package, divided and scaled as torch's Muon is here."""
     kind = getattr(importlib.import_module("dion"), name)
     hidden, rest = hidden_and_rest(model)
-    groups = [{"params": hidden}, {"params": rest, "algorithm": "adamw"}]
+    groups: list[dict[str, Any]] = [{"params": hidden}, {"params": rest, "algorithm": "adamw"}]
     groups = [group for group in groups if group["params"]]
     return [kind(groups, lr=rate_of(setting), betas=BETAS, weight_decay=0.0, adjust_lr="rms_norm")]
 
@@ -200,7 +200,7 @@ OPTIMIZERS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
         # Ours: what is to be compared without tuning, each with the arguments that its name says.
-        Entry("ours", ours, tuned="nothing"),
+        Entry("ours", ours, tuned="nothing", distribution=""),
         # Peers.
         Entry("adamw-constant", adamw, RATES),
         Entry("adamw-cosine", adamw, RATES, schedule="cosine"),
@@ -232,6 +232,7 @@ def missing(entry: Entry) -> str | None:
     """Why an optimiser cannot be built here; None if it can."""
     try:
         entry.build(nn.Linear(2, 2), entry.settings()[0], 1)
+        version(entry)
     except (ImportError, AttributeError) as error:
         return str(error)
     return None
@@ -239,6 +240,8 @@ def missing(entry: Entry) -> str | None:
 
 def version(entry: Entry) -> str:
     """The version of the package that an optimiser comes from."""
+    if not entry.distribution:
+        return "of this checkout"
     return importlib.metadata.version(entry.distribution)
 
 
