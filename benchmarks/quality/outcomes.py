@@ -1,0 +1,107 @@
+"""What came of runs: the same setting over seeds, and all settings of a task."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from .peers import Setting
+from .results import Row
+from .tasks import TASKS
+
+
+@dataclass
+class Outcome:
+    """What came of one optimiser with one setting, over seeds."""
+
+    optimizer: str
+    setting: Setting
+    rows: list[Row] = field(default_factory=list)
+
+    @cached_property
+    def losses(self) -> list[float]:
+        """The final losses; infinite where a run diverged."""
+        return [math.inf if row["loss"] is None else row["loss"] for row in self.rows]
+
+    @property
+    def loss(self) -> float:
+        """The mean of the final losses."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over seeds."""
+        if len(self.rows) < 2 or math.isinf(self.loss):
+            return None
+        return statistics.stdev(self.losses)
+
+    def after(self, fraction: float) -> float:
+        """The mean loss after a fraction of training."""
+        losses = [
+            next((point["loss"] for point in row["curve"] if point["fraction"] == fraction), None)
+            for row in self.rows
+        ]
+        return statistics.fmean(math.inf if loss is None else loss for loss in losses)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The mean accuracy, of a task that has one."""
+        found = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
+        return statistics.fmean(found) if found else None
+
+
+@dataclass
+class Comparison:
+    """All outcomes of a task at one scale."""
+
+    task: str
+    size: str
+    device: str
+    scale: Mapping[str, int]
+    outcomes: dict[tuple[str, Setting], Outcome] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The task's name, with the size and the device where they are not the usual ones."""
+        also = [word for word, usual in ((self.size, "small"), (self.device, "cpu")) if word != usual]
+        return " ".join([self.task, *also])
+
+    def of(self, optimizer: str) -> list[Outcome]:
+        """The outcomes of an optimiser."""
+        return [outcome for outcome in self.outcomes.values() if outcome.optimizer == optimizer]
+
+    @property
+    def untuned(self) -> list[Outcome]:
+        """What nothing was tuned of."""
+        return [outcome for outcome in self.outcomes.values() if outcome.setting.rate is None]
+
+    @property
+    def best_tuned(self) -> list[Outcome]:
+        """The best outcome of each optimiser that was tuned, from the best to the worst."""
+        names = {outcome.optimizer for outcome in self.outcomes.values() if outcome.setting.rate is not None}
+        return sorted((best(self.of(name)) for name in names), key=lambda its: (its.loss, its.optimizer))
+
+
+def best(outcomes: Sequence[Outcome]) -> Outcome:
+    """The least mean loss of those that have the most seeds: a single lucky one is none."""
+    seeds = max(len(outcome.rows) for outcome in outcomes)
+    return min((its for its in outcomes if len(its.rows) == seeds), key=lambda its: its.loss)
+
+
+def comparisons(rows: Iterable[Row]) -> list[Comparison]:
+    """The rows, by what is to be compared with what."""
+    found: dict[str, Comparison] = {}
+    for row in rows:
+        key = json.dumps([row[name] for name in ("task", "size", "device", "scale")])
+        comparison = found.setdefault(key, Comparison(row["task"], row["size"], row["device"], row["scale"]))
+        setting = Setting(**row["setting"])
+        outcome = comparison.outcomes.setdefault(
+            (row["optimizer"], setting), Outcome(row["optimizer"], setting)
+        )
+        outcome.rows.append(row)
+    order = {name: number for number, name in enumerate(TASKS)}
+    return sorted(found.values(), key=lambda its: (order.get(its.task, len(order)), its.size, its.device))

@@ -1,0 +1,73 @@
+"""The file of results: a JSON line for each finished run, which says what it was and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .peers import Entry, Setting
+from .task import Scale
+
+Row = dict[str, Any]
+IDENTITY = ("task", "size", "scale", "optimizer", "setting", "seed", "device")
+
+
+def identity(
+    task: str, size: str, scale: Scale, entry: Entry, setting: Setting, seed: int, device: str
+) -> Row:
+    """What a run is: two runs of which this is equal are the same."""
+    return {
+        "task": task,
+        "size": size,
+        "scale": {"steps": scale.steps, "batch": scale.batch, **scale.shape},
+        "optimizer": entry.name,
+        "setting": asdict(setting),
+        "seed": seed,
+        "device": device,
+    }
+
+
+def key(row: Row) -> str:
+    """The identity of a run as one string."""
+    return json.dumps([row[name] for name in IDENTITY], sort_keys=True)
+
+
+def read(paths: Iterable[Path]) -> dict[str, Row]:
+    """All runs of some files by their keys; a file that is not there has none.
+
+    Raises:
+        ValueError: A line is not a run. The last line may be cut short, by an end in the midst of a write.
+    """
+    rows: dict[str, Row] = {}
+    for path in paths:
+        whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
+        for number, line in enumerate(whole.splitlines(), start=1):
+            row = parsed(line, f"{path}, line {number}")
+            rows[key(row)] = row
+    return rows
+
+
+def parsed(line: str, place: str) -> Row:
+    """A line as a run.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        row: Row = json.loads(line)
+        key(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place} is not a run: {error!r}") from error
+    return row
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a run, on a line of its own even after one that was cut short."""
+    whole = path.read_bytes() if path.exists() else b""
+    if whole and not whole.endswith(b"\n"):
+        path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+    with path.open("a") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")

@@ -1,0 +1,195 @@
+"""Train tasks with optimisers, and add a JSON line to a file for each finished run; resumable.
+
+    python benchmarks/quality/run.py --out FILE.jsonl [--tasks NAME ...] [--optimizers NAME ...]
+        [--seeds N ...] [--size small|large] [--device cpu|cuda] [--peers FOLDER] [--minutes M] [--best N]
+
+What the file has already is skipped, so that the same command goes on after any end. With `--best 3`, the
+further seeds run the three settings of each tuned optimiser that were best with the first seed, not all. What
+others publish comes with `pip install -c constraints.txt ".[quality]"`, or lies in a folder of its own, given
+by --peers, which may also have the package that shares our import name:
+
+    pip install --target FOLDER --no-deps schedulefree==1.4.1 prodigyopt==1.1.2 dadaptation==3.2 \
+        prodigy-plus-schedule-free==2.0.1
+
+ScheduleFree+ is in schedulefree's repository, and not in a release yet; dion has Muon and NorMuon:
+
+    GITHUB=git+https://github.com
+    pip install --target FOLDER --no-deps \
+        "schedulefree @ $GITHUB/facebookresearch/schedule_free@70785b53e778d0e872c0bbb75ff4ee54ee10c291" \
+        "dion @ $GITHUB/microsoft/dion@0a059a4542e5aa74b40dcd1dce363836c7afcd48"
+
+What is not there is said, and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the package is
+
+from quality import ROOT, peers, results
+from quality.peers import OPTIMIZERS, Entry, Setting
+from quality.results import Row
+from quality.task import Setup, Task
+from quality.tasks import TASKS
+from quality.train import train
+
+SIZES = ("small", "large")
+WARM_UPS = {"both": (True, False), "with": (True,), "without": (False,)}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that may be done already."""
+
+    task: Task
+    entry: Entry
+    setting: Setting
+    seed: int
+
+    def identity(self, args: argparse.Namespace) -> Row:
+        """What the results say it is."""
+        scale = self.task.scales[args.size]
+        return results.identity(
+            self.task.name, args.size, scale, self.entry, self.setting, self.seed, args.device
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what is left to do."""
+    args = parse(arguments)
+    if args.peers is not None:
+        sys.path.append(str(args.peers))  # after ours
+    entries = available([OPTIMIZERS[name] for name in args.optimizers])
+    tasks = [TASKS[name] for name in args.tasks if TASKS[name].is_available]
+    for name in sorted(set(args.tasks) - {task.name for task in tasks}):
+        print(f"Left out: {name}: {TASKS[name].needs} is not installed", flush=True)
+    end = time.monotonic() + 60 * args.minutes
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = results.read([args.out])
+    for run in plan(args, tasks, entries, done):
+        identity = run.identity(args)
+        key = results.key(identity)
+        if key in done:
+            continue
+        if time.monotonic() > end:
+            print("The time is over: the same command goes on from here.")
+            return
+        row = {**identity, **perform(run, args)}
+        results.append(args.out, row)
+        done[key] = row
+        print(line(row), flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="FILE.jsonl")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME", help=", ".join(TASKS))
+    names = list(OPTIMIZERS)
+    add("--optimizers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="default: 1 2 3")
+    add("--rates", nargs="+", type=float, metavar="R", help="instead of each tuned optimiser's own")
+    add("--warm-up", choices=WARM_UPS, default="both", help="of each rate; default: %(default)s")
+    add("--best", type=int, metavar="N", help="settings of the first seed that the further seeds repeat")
+    add("--size", choices=SIZES, default=SIZES[0], help="default: %(default)s, minutes on a CPU core")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--threads", type=int, default=1, help="of the CPU; default: %(default)s")
+    add("--minutes", type=float, default=math.inf, help="begin no run after that")
+    add("--peers", type=Path, metavar="FOLDER", help="with the packages of others")
+    add(
+        "--cache", type=Path, default=Path("runs/quality"), help="for pretrained models; default: %(default)s"
+    )
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def available(entries: Sequence[Entry]) -> list[Entry]:
+    """The optimisers that are installed; says which are not."""
+    found = []
+    for entry in entries:
+        if (why := peers.missing(entry)) is None:
+            found.append(entry)
+        else:
+            print(f"Left out: {entry.name}: {why}", flush=True)
+    return found
+
+
+def plan(
+    args: argparse.Namespace, tasks: Sequence[Task], entries: Sequence[Entry], done: dict[str, Row]
+) -> Iterator[Run]:
+    """All runs in order: a whole round of tasks and optimisers for each seed."""
+    for seed, task, entry in itertools.product(args.seeds, tasks, entries):
+        settings = entry.settings(args.rates, WARM_UPS[args.warm_up])
+        if args.best is not None and seed != args.seeds[0]:
+
+            def loss(setting: Setting, task: Task = task, entry: Entry = entry) -> float:
+                row = done.get(results.key(Run(task, entry, setting, args.seeds[0]).identity(args)))
+                return math.inf if row is None or row["loss"] is None else float(row["loss"])
+
+            settings = sorted(settings, key=loss)[: args.best]
+        for setting in settings:
+            yield Run(task, entry, setting, seed)
+
+
+def perform(run: Run, args: argparse.Namespace) -> Row:
+    """Train; returns what was measured, and where."""
+    scale = run.task.scales[args.size]
+    setup = Setup(scale, run.seed, torch.device(args.device), args.cache)
+    measured = train(run.task, setup, run.entry, run.setting)
+    return {**measured, "environment": {**environment(args.device), "package": peers.version(run.entry)}}
+
+
+@cache
+def environment(device: str) -> dict[str, Any]:
+    """The machine and the versions."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+    }
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    with suppress(OSError):
+        for text in Path("/proc/cpuinfo").read_text().splitlines():
+            if text.startswith("model name"):
+                return text.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def line(row: Row) -> str:
+    """A finished run in words."""
+    setting = row["setting"]
+    how = "" if setting["rate"] is None else f" {setting['rate']:g}{' with warm-up' * setting['warm_up']}"
+    loss = "diverged" if row["loss"] is None else f"{row['loss']:.5g}"
+    accuracy = "" if row["accuracy"] is None else f", accuracy {row['accuracy']:.2%}"
+    what = f"{row['task']}, {row['optimizer']}{how}, seed {row['seed']}"
+    return f"{what}: {loss}{accuracy}, {row['cpu_seconds']} s of the CPU"
+
+
+if __name__ == "__main__":
+    main()
