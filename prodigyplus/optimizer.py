@@ -50,6 +50,7 @@ class _Cache:
         self.warned: set[str] = set()
         self.step: Step | None = None  # a step that a backward pass has begun
         self.locations: dict[Tensor, Location] = {}  # of the parameters, in that step
+        self.listed: tuple[object, list[Location]] = (None, [])  # of all parameters, and what it was made of
         self.fuses_backward = False  # whether fuse_backward() has been called
 
 
@@ -326,7 +327,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """What the parameters bring that no backward pass has moved."""
         parameters = self._parameters
         parameters.forget_replaced()
-        every = locations(self.param_groups)
+        every = self._locations()
         remaining = [
             parameters.bring(location, location.p.grad, step.groups.steps[location.group])
             for location in every
@@ -334,6 +335,13 @@ class ProdigyPlusScheduleFree(Optimizer):
         ]
         self._placement.end_step(location.p for location in every)
         return remaining
+
+    def _locations(self) -> list[Location]:
+        """Where the parameters stand, made anew only where ``param_groups`` has others than before."""
+        key = [list(map(id, group["params"])) for group in self.param_groups]
+        if key != self._cache.listed[0]:  # which holds them: no other has the id of one of them
+            self._cache.listed = key, locations(self.param_groups)
+        return self._cache.listed[1]
 
     @isolated
     def _columns(self) -> Columns:
@@ -435,7 +443,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """Move a parameter by its gradient, now or soon. Returns whether it is one to be moved so."""
         cache = self._cache
         if cache.step is None:
-            cache.locations = {location.p: location for location in locations(self.param_groups)}
+            cache.locations = {location.p: location for location in self._locations()}
         location = cache.locations.get(p)
         if location is None or not self.param_groups[location.group]["fused_back_pass"]:
             return False

@@ -31,6 +31,10 @@ class _MadeFor(NamedTuple):
     layout: Layout
     options: StateOptions
 
+    def fits(self, layout: Layout, options: StateOptions) -> bool:
+        """Whether it fits a parameter of this layout, under these options."""
+        return (self.layout is layout or self.layout == layout) and self.options == options
+
 
 class Parameters:
     """The parameters of an optimiser, and their states.
@@ -85,12 +89,16 @@ class Parameters:
                 "parameter's dtype, or of bfloat16 beside float32."
             )
         weight, gradient, layout = local(p), local(gradient), self._placement.layout(p)
-        made_for = _MadeFor(layout, group.state_options)
-        if not state:
-            state.update(self.new_state(p, gradient, group.state_options))
-        elif self._made_for.get(p) != made_for:
-            self._check_state(location, weight, gradient, made_for, group)
-        self._made_for[p] = made_for
+        before = self._made_for.get(p)
+        # Field by field: tuples made for every parameter at every step would keep the garbage collector busy.
+        fits = before is not None and before.fits(layout, group.state_options)
+        if not (state and fits):
+            made_for = _MadeFor(layout, group.state_options)
+            if not state:
+                state.update(self.new_state(p, gradient, group.state_options))
+            else:
+                self._check_state(location, weight, gradient, made_for, group)
+            self._made_for[p] = made_for
         if not group.adapts:
             for key in states.EVIDENCE:
                 state.pop(key, None)

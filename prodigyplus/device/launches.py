@@ -135,12 +135,19 @@ class Launches:
 
     Args:
         plan: The batch's tables.
+
+    Attributes:
+        dtypes: Those of the batch's tensors.
+        places: Where weights and states are, by which it is seen whether one has moved.
+        addresses: The same, of each tensor those of the weight and of ``plan.keys``, one after another; 0 for
+            none.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.dtypes: Dtypes
-        self._addresses: list[int] = []
+        self.places: list[int] = []
+        self.addresses: list[int] = []
         self._sent = SentTable(plan.device)
         self._pointers: Tensor
         self._is_aligned = False
@@ -150,28 +157,21 @@ class Launches:
         rows, columns, strip = plan.tile
         self._tile = {"ROWS": rows, "COLUMNS": columns, "STRIP": strip}
 
-    def point(self, addresses: list[int], gradients: list[int]) -> bool:
-        """Say where the tensors are; nothing is sent while they are where they were.
+    def point(self, gradients: list[int]) -> None:
+        """Say where the tensors are; nothing is sent while all are where they were.
 
         Args:
-            addresses: Of each tensor those of the weight and of ``plan.keys``, one after another; 0 for none.
-            gradients: Of each tensor that of its gradient.
-
-        Returns:
-            Whether ``addresses`` are others than before.
+            gradients: The address of each tensor's gradient.
         """
-        moved = addresses != self._addresses
-        self._addresses = addresses
 
         def table() -> Tensor:
-            rows = torch.tensor(addresses, dtype=torch.int64, device="cpu").view(len(gradients), -1)
+            rows = torch.tensor(self.addresses, dtype=torch.int64, device="cpu").view(len(gradients), -1)
             last = torch.tensor(gradients, dtype=torch.int64, device="cpu").unsqueeze(1)
             rows = torch.cat((rows, last), 1)
             self._is_aligned = not (rows % ALIGNMENT).any()
             return rows
 
-        self._pointers = self._sent.of((addresses, gradients), table)
-        return moved
+        self._pointers = self._sent.of((self.places, gradients), table)
 
     def _point_to_directions(self, directions: Directions) -> None:
         addresses = [tensor.data_ptr() for tensor in directions.tensors]

@@ -282,10 +282,9 @@ def test_a_launch_serves_all_parameters(monkeypatch):
             names.append(kernel.__name__)
             launch(kernel, *arguments, **constants)
 
-        def note_table(self, *addresses):
-            moved = point(self, *addresses)
+        def note_table(self, gradients):
+            point(self, gradients)
             tables.append(id(self._pointers))
-            return moved
 
         monkeypatch.setattr(launches, "launch", count_launch)
         monkeypatch.setattr(Launches, "point", note_table)
