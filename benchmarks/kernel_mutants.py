@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_mutants.py --sample 60
     python benchmarks/kernel_mutants.py --only _atan2
+    python benchmarks/kernel_mutants.py --source group_kernels
 
 An edit that no test sees survives. It is one that a test is missing for, or that changes nothing: these are
 listed in ``UNSEEN``, with the reason, and are not tried. The tests run on the CPU through Triton's
@@ -24,9 +25,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-KERNELS = Path("prodigyplus/device/kernels.py")
+DEVICE = Path("prodigyplus/device")
 COPIED = ("prodigyplus", "prodigyplus_dist", "tests")
-TESTS = ("tests/single/test_kernels.py", "tests/dist/test_kernels.py")
+# The tests of each source: what sees most of it first.
+TESTS = {
+    "kernels": ("tests/single/test_kernels.py", "tests/dist/test_kernels.py"),
+    "group_kernels": ("tests/single/test_group_kernels.py",),
+    "symmetric": ("tests/single/test_symmetric.py",),
+}
 
 # The tests that see most mistakes of a function soonest; the others run where these see none.
 FIRST = {
@@ -176,15 +182,19 @@ def outcome(tree: Path, arguments: list[str], limit: float) -> str:
         )
     except subprocess.TimeoutExpired:
         return "hangs"
+    if done.returncode in (4, 5):  # no tests were run
+        sys.exit(done.stdout.decode() + done.stderr.decode())
     return "unseen" if done.returncode == 0 else "seen"
 
 
-def try_(mutant: Mutant, tree: Path, limit: float) -> str:
-    """What the tests make of an edit."""
-    (tree / KERNELS).write_bytes(mutant.source)
-    first = [TESTS[0], "-k", FIRST.get(mutant.function, OTHERS_FIRST)]
-    found = outcome(tree, first, limit)
-    return outcome(tree, list(TESTS), limit) if found == "unseen" else found
+def try_(mutant: Mutant, tree: Path, source: str, limit: float) -> str:
+    """What the tests make of an edit of a source."""
+    (tree / DEVICE / f"{source}.py").write_bytes(mutant.source)
+    found = "unseen"
+    if source == "kernels":
+        first = [TESTS[source][0], "-k", FIRST.get(mutant.function, OTHERS_FIRST)]
+        found = outcome(tree, first, limit)
+    return outcome(tree, list(TESTS[source]), limit) if found == "unseen" else found
 
 
 def main() -> None:
@@ -192,10 +202,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sample", type=int, metavar="N", help="so many, drawn; default: all, for hours")
     parser.add_argument("--seed", type=int, default=0, help="what is drawn; default: %(default)s")
+    parser.add_argument("--source", choices=TESTS, default="kernels", help="default: %(default)s")
     parser.add_argument("--only", default="", metavar="TEXT", help="only those that print with this in them")
     parser.add_argument("--limit", type=float, default=900.0, metavar="SECONDS", help="default: %(default)s")
     args = parser.parse_args()
-    source = (ROOT / KERNELS).read_bytes()
+    source = (ROOT / DEVICE / f"{args.source}.py").read_bytes()
     mutants = [mutant for mutant in Finder(source).mutants() if args.only in str(mutant)]
     if args.sample is not None and args.sample < len(mutants):
         mutants = sorted(random.Random(args.seed).sample(mutants, args.sample), key=lambda one: one.number)
@@ -205,12 +216,12 @@ def main() -> None:
         shutil.copy(ROOT / "pyproject.toml", tree)
         for name in COPIED:
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-        if outcome(tree, list(TESTS), args.limit) != "unseen":
+        if outcome(tree, list(TESTS[args.source]), args.limit) != "unseen":
             sys.exit("benchmarks/kernel_mutants.py: the tests fail as it is.")
         for mutant in mutants:
             began = time.perf_counter()
             reason = UNSEEN.get((mutant.function, mutant.line))
-            found = f"the same: {reason}" if reason else try_(mutant, tree, args.limit)
+            found = f"the same: {reason}" if reason else try_(mutant, tree, args.source, args.limit)
             survivors += [mutant] if found == "unseen" else []
             print(f"{found:6} {time.perf_counter() - began:4.0f} s {mutant}", flush=True)
     print(f"\n{len(survivors)} of {len(mutants)} survive:", *survivors, sep="\n")

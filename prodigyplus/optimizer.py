@@ -133,8 +133,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         compile: Run passes over whole tensors through ``torch.compile``: those of the default options. Groups
             with Cautious, Grams, ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` run without.
         fused: Move a group's parameters by Triton kernels, a handful of launches for all of them. None: where
-            they are on a GPU, of float32 or bfloat16, whole or sharded, and have no Cautious, Grams,
-            ADOPT, OrthoGrad, FOCUS or Muon. True: an error where they cannot. False: never.
+            they are on a GPU, of float32 or bfloat16, and have no Cautious, Grams, ADOPT, OrthoGrad or FOCUS.
+            True: an error where they cannot. False: never.
 
     Raises:
         ValueError: An option has a value it cannot have, or a parameter is of another dtype.
@@ -328,10 +328,12 @@ class ProdigyPlusScheduleFree(Optimizer):
         parameters = self._parameters
         parameters.forget_replaced()
         every = self._locations()
+        left = [location for location in every if location.p not in step.taken] if step.taken else every
+        takes_part, groups = self._placement.takes_part, step.groups.steps
         remaining = [
-            parameters.bring(location, location.p.grad, step.groups.steps[location.group])
-            for location in every
-            if self._placement.takes_part(location.p) and location.p not in step.taken
+            parameters.bring(location, location.p.grad, groups[location.group])
+            for location in left
+            if takes_part(location.p)
         ]
         self._placement.end_step(location.p for location in every)
         return remaining

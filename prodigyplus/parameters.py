@@ -74,7 +74,7 @@ class Parameters:
             RuntimeError: It cannot be trained, with this gradient or this state.
         """
         p, state, local = location.p, self._state[location.p], self._placement.local
-        gradient, present = self._placement.gradient(p, grad, lambda: self.name(location))
+        gradient, present = self._placement.gradient(location, grad, self.name)
         if gradient.layout is not torch.strided:
             raise RuntimeError(
                 f"{self.name(location)} has a sparse gradient, which this optimiser cannot use: build its "

@@ -53,11 +53,13 @@ class Placement(Protocol):
         """:meth:`local` of all entries of a state."""
         ...
 
-    def gradient(self, p: Tensor, grad: Tensor | None, name: Callable[[], str]) -> tuple[Tensor, bool | None]:
+    def gradient(
+        self, location: Location, grad: Tensor | None, name: Callable[[Location], str]
+    ) -> tuple[Tensor, bool | None]:
         """The gradient of a parameter that takes part; and whether it has one here, or None if it must have.
 
         Args:
-            p: The parameter.
+            location: The parameter.
             grad: Its gradient here, if it has one.
             name: Gives what to call it in a message.
 
@@ -115,7 +117,9 @@ class WholeTensors:
     def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state
 
-    def gradient(self, p: Tensor, grad: Tensor | None, name: Callable[[], str]) -> tuple[Tensor, bool | None]:
+    def gradient(
+        self, location: Location, grad: Tensor | None, name: Callable[[Location], str]
+    ) -> tuple[Tensor, bool | None]:
         assert grad is not None
         return grad, None
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from prodigyplus.placement import WholeTensors
+from prodigyplus.placement import Location, WholeTensors
 from prodigyplus.state import TABLE
 from prodigyplus_dist.layout import MeshLayout, layout_of, placements_of
 from prodigyplus_dist.torch_private import reshard_modules_of
@@ -84,14 +84,17 @@ class MeshTensors:
     def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: self.local(value) for key, value in state.items()}
 
-    def gradient(self, p: Tensor, grad: Tensor | None, name: Callable[[], str]) -> tuple[Tensor, bool | None]:
+    def gradient(
+        self, location: Location, grad: Tensor | None, name: Callable[[Location], str]
+    ) -> tuple[Tensor, bool | None]:
+        p = location.p
         if grad is None:
             return torch.zeros_like(p), False
         if isinstance(p, DTensor):
             found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
             if found != (p.device_mesh, p.placements):
                 raise RuntimeError(
-                    f"{name()} has placements {p.placements} on {p.device_mesh}, but its gradient "
+                    f"{name(location)} has placements {p.placements} on {p.device_mesh}, but its gradient "
                     f"is {found}. Give it the parameter's, as FSDP2 does: "
                     "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
                 )

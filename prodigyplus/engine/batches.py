@@ -55,27 +55,32 @@ def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None
 def batch_key(param: ParamStep) -> Hashable | None:
     """Parameters of equal keys move as one batch, the same on all ranks; None: not by kernels."""
     weight, grad, state, group, layout = param.weight, param.grad, param.state, param.group, param.layout
-    if not group.options.wants_kernels(weight.device):
+    if group.options.fused is False or type(weight) not in _MEMORY or type(grad) is not Tensor:
         return None
-    # Subclasses may have their data elsewhere, as quantised tensors, or none, as fake ones.
-    if not (type(weight) in _MEMORY and type(grad) is Tensor):
+    if not weight.is_contiguous():
         return None
-    # For every parameter at every step: what is asked of a group is asked once.
-    where = weight.dtype, weight.device
-    if where not in group.obstacles:
-        group.obstacles[where] = obstacle(group.options, *where)
-    if group.obstacles[where] or grad.dtype not in _DTYPES:
-        return None
-    if layout.max_local_numel > MAX_NUMEL or not weight.is_contiguous():
-        return None
-    if not all(map(Tensor.is_contiguous, state.values())):
-        return None
-    # Groups and layouts live as long as the step.
-    axes = tuple([axis for axis, _ in layout.shard_axes]) if layout.shard_axes else ()
-    return id(group), axes, layout.replica_axes, where, grad.dtype, "p0" in state, param.present is None
+    # For every parameter at every step: what is the same for many is found once. Groups and layouts live as
+    # long as the step.
+    kind = id(layout), weight.dtype, weight.get_device(), grad.dtype, "p0" in state, param.present is None
+    keys = group.batch_keys
+    if kind not in keys:
+        keys[kind] = _batch_key(param)
+    return keys[kind]
 
 
-# The types of tensors that have their elements where ``data_ptr()`` says.
+def _batch_key(param: ParamStep) -> Hashable | None:
+    weight, grad, group, layout = param.weight, param.grad, param.group, param.layout
+    if not group.options.wants_kernels(weight.device) or grad.dtype not in _DTYPES:
+        return None
+    if obstacle(group.options, weight.dtype, weight.device) or layout.max_local_numel > MAX_NUMEL:
+        return None
+    axes = tuple([axis for axis, _ in layout.shard_axes]), layout.replica_axes
+    has_evidence, may_lack = "p0" in param.state, param.present is not None
+    return group.index, axes, weight.device, weight.dtype, grad.dtype, has_evidence, may_lack
+
+
+# The types of tensors that have their elements where ``data_ptr()`` says. Others have them elsewhere, as
+# quantised tensors, or none, as fake ones.
 _MEMORY = (nn.Parameter, Tensor)
 
 
@@ -152,6 +157,9 @@ class Batch:
         entries = itertools.chain.from_iterable(map(dict.values, self.states))
         places = [*map(Tensor.data_ptr, self.weights), *map(Tensor.data_ptr, entries)]
         if places != launches.places or self.grads[0].dtype != launches.dtypes.grad:
+            for value in itertools.chain.from_iterable(map(dict.values, self.states)):
+                if not value.is_contiguous():  # of a state that was loaded
+                    value.set_(value.contiguous())  # type: ignore[call-overload]
             rows = [
                 (weight, *map(state.get, keys))
                 for weight, state, keys in zip(self.weights, self.states, launches.plan.keys, strict=True)

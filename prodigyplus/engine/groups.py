@@ -7,7 +7,7 @@ change nothing is a step with other numbers (see :class:`prodigyplus.terms.scala
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class GroupStep:
     Attributes:
         skips_per_param: Whether each parameter is skipped for itself, rather than all together.
         adapts: Whether its step size does; not once ``prodigy_steps`` has passed.
-        obstacles: What stands in the way of kernels, by dtype and device; see ``engine/batches.py``.
+        batch_keys: Those of its parameters, by what they hang on; see ``engine/batches.py``.
     """
 
     def __init__(self, index: int, entry: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ class GroupStep:
         self.state_options = StateOptions.of(self.options)
         self.skips_per_param = False
         self.adapts = not self.options.is_frozen(entry)
-        self.obstacles: dict[tuple[torch.dtype, torch.device], str | None] = {}
+        self.batch_keys: dict[Hashable, Hashable | None] = {}
         self._numbers: tuple[Packed, ...]
         self._observed: list[tuple[list[int], Tensor, Tensor]] = []
         self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}

@@ -17,7 +17,7 @@ from prodigyplus.terms.isolation import is_captured
 T = TypeVar("T")
 
 # How many constants an optimiser keeps.
-_MAX_CONSTANTS = 4096
+_MAX_CONSTANTS = 1 << 14
 
 # Integers as wide as the dtypes of a step's arithmetic.
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
