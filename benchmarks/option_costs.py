@@ -428,8 +428,8 @@ NOTES = """\
 - Every option may be set per parameter group. Groups with `split_groups=False` share d under the options of
   the first of them.
 - On a GPU, kernels move what has float32 or bfloat16 weights, but for groups with Cautious, Grams, ADOPT,
-  OrthoGrad or FOCUS, which move operator by operator: a launch for each of some 45 operators and each shape. With
-  `fused_back_pass`, parameters move by kernels one by one, as their gradients come.
+  OrthoGrad or FOCUS: these move operator by operator, a launch for each of some 45 operators and each shape.
+  With `fused_back_pass`, parameters move by kernels one by one, as their gradients come.
 - `use_schedulefree`, `use_focus`, `use_muon_pp`, `use_speed="relative"`, `factored`, `factored_fp32`,
   `bfloat16_z`, `slice_p` say what state there is, and hold from a parameter's first step on. The others may
   change between two steps, and are checked when they do. Once `prodigy_steps` has passed, d stays frozen.

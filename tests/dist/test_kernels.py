@@ -23,7 +23,8 @@ ON = {
     "rows": Mesh((2,), SHAPES, along(0)),
     "columns": Mesh((2,), SHAPES, along(-1)),
     "strided": Mesh((2, 2), SHAPES, fsdp_and_tensor_parallel),
-    "matrices": Mesh((2,), MATRICES, along(0)),
+    "rows of matrices": Mesh((2,), MATRICES, along(0)),
+    "columns of matrices": Mesh((2,), MATRICES, along(-1)),
 }
 
 NOISY = {"bfloat16_z": True, "factored": False, "slice_p": 3}
@@ -70,11 +71,15 @@ def test_as_in_one_process(pool, mesh, options):
 
 
 @pytest.mark.skipif(not interprets(), reason="the ranks of these tests are on the CPU")
-@pytest.mark.parametrize("options", [{}, {"use_schedulefree": False, "weight_decay": 0.1}], ids=str)
-def test_matrices_on_rows_as_in_one_process(pool, options):
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [("rows of matrices", {}), ("columns of matrices", {"use_schedulefree": False, "weight_decay": 0.1})],
+    ids=str,
+)
+def test_matrices_as_in_one_process(pool, mesh, options):
     options = {"use_muon_pp": True, "muon_fp32": True, **options}
     expected, d, _ = play(ProdigyPlusScheduleFree, Fed(*MATRICES), {**options, "fused": False})
-    for found, found_d, batched in pool.run(2, on_mesh, "matrices", {**options, "fused": True}):
+    for found, found_d, batched in pool.run(2, on_mesh, mesh, {**options, "fused": True}):
         assert batched == {len(MATRICES)}
         assert found_d == pytest.approx(d.item(), rel=1e-6)
         for value, reference in zip(found, expected, strict=True):
