@@ -28,6 +28,12 @@ SIGNS, RELATIVE = tl.constexpr(1.0), tl.constexpr(2.0)
 
 
 @triton.jit
+def _row(table, row: tl.constexpr, count, group, other):
+    """Of a table, the row of all groups; ``other`` where a lane has none."""
+    return tl.load(table + row * count + group, mask=group < count, other=other)
+
+
+@triton.jit
 def _store(values, values32, place: tl.constexpr, group, NUMBERS: tl.constexpr, exists, number):
     """Write one of the numbers of a step, of all groups, in both dtypes."""
     index = group * NUMBERS + place
@@ -49,6 +55,28 @@ def _rectified(step, beta2):
 
 
 @triton.jit
+def _rates(options, count, group, lr, step, shared_d, beta2):
+    """``dlr`` and the rate without d, by RAdam and warm-up; and β2, which RAdam corrects."""
+    rectifies = _row(options, RECTIFIES, count, group, 0.0) > 0
+    rectification, corrected = _rectified(step, beta2)
+    beta2 = tl.where(rectifies, corrected, beta2)
+    factor = tl.where(rectifies, rectification, 1.0)
+    dlr, rate = shared_d * lr * factor, lr * factor
+    warmup = _row(options, WARMUP, count, group, 0.0)
+    factor = tl.where(warmup > 0, tl.minimum(step / tl.maximum(warmup, 1.0), 1.0), 1.0)
+    return dlr * factor, rate * factor, beta2
+
+
+@triton.jit
+def _averaging(options, count, group, weight, weight_sum, beta1):
+    """Schedule-Free's c, and the fraction of z's step that y makes."""
+    c = tl.where(weight_sum > 0, weight / tl.where(weight_sum > 0, weight_sum, 1.0), 0.0)
+    strength = _row(options, STRENGTH, count, group, 0.0)
+    c = tl.where(strength > 0, tl.minimum(c * ((1.0 - beta1) * strength), 1.0), c)
+    return c, 1.0 - beta1 * (1.0 - c)
+
+
+@triton.jit
 def begin(
     floats, counts, options, square, present,
     values, values32, gates, gates32, observes, steps, learns, count,
@@ -62,7 +90,7 @@ def begin(
     group = tl.arange(0, BLOCK)
     exists = group < count
     total = tl.load(square + group * 0)
-    lr = tl.load(options + LR * count + group, mask=exists, other=0.0)
+    lr = _row(options, LR, count, group, 0.0)
     infinity = float("inf")
     is_finite = tl.abs(total) < infinity  # not of nan either
     has_gradients = exists & (tl.load(present + group, mask=exists, other=0.0) > 0)
@@ -73,51 +101,36 @@ def begin(
     skips = has_gradients & (is_finite == 0)
     skips = skips | (has_gradients & happens & (valid == 0))
 
-    d = tl.load(floats + D * count + group, mask=exists, other=1.0)
-    shared_d = tl.load(floats + SHARED_D * count + group, mask=exists, other=1.0)
-    weight_sum = tl.load(floats + WEIGHT_SUM * count + group, mask=exists, other=0.0)
-    old_rate = tl.load(floats + EFFECTIVE_LR * count + group, mask=exists, other=0.0)
-    k = tl.load(counts + K * count + group, mask=exists, other=0)
-    skipped = tl.load(counts + SKIPPED * count + group, mask=exists, other=0)
-    beta1 = tl.load(options + BETA1 * count + group, mask=exists, other=0.5)
-    beta2 = tl.load(options + BETA2 * count + group, mask=exists, other=0.9)
-    beta3 = tl.load(options + BETA3 * count + group, mask=exists, other=0.9)
-    d0 = tl.load(options + D0 * count + group, mask=exists, other=1.0)
-    speed = tl.load(options + SPEED * count + group, mask=exists, other=0.0)
+    d = _row(floats, D, count, group, 1.0)
+    shared_d = _row(floats, SHARED_D, count, group, 1.0)
+    weight_sum = _row(floats, WEIGHT_SUM, count, group, 0.0)
+    old_rate = _row(floats, EFFECTIVE_LR, count, group, 0.0)
+    k = _row(counts, K, count, group, 0)
+    skipped = _row(counts, SKIPPED, count, group, 0)
+    beta1 = _row(options, BETA1, count, group, 0.5)
+    beta2 = _row(options, BETA2, count, group, 0.9)
+    beta3 = _row(options, BETA3, count, group, 0.9)
+    d0 = _row(options, D0, count, group, 1.0)
+    speed = _row(options, SPEED, count, group, 0.0)
 
     step = (k + 1).to(tl.float64)
-    dlr, rate = shared_d * lr, lr
     prodigy_weight = tl.where(speed == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
-    rectifies = tl.load(options + RECTIFIES * count + group, mask=exists, other=0.0) > 0
-    rectification, corrected = _rectified(step, beta2)
-    beta2 = tl.where(rectifies, corrected, beta2)
-    factor = tl.where(rectifies, rectification, 1.0)
-    dlr, rate = dlr * factor, rate * factor
-    warmup = tl.load(options + WARMUP * count + group, mask=exists, other=0.0)
-    factor = tl.where(warmup > 0, tl.minimum(step / tl.maximum(warmup, 1.0), 1.0), 1.0)
-    dlr, rate = dlr * factor, rate * factor
-    adopts = tl.load(options + ADOPTS * count + group, mask=exists, other=0.0) > 0
-    counts_evidence = (adopts == 0) | (step > 1)
+    dlr, rate, beta2 = _rates(options, count, group, lr, step, shared_d, beta2)
+    # ADOPT's first gradient starts the second moment, and does nothing else.
+    counts_evidence = (_row(options, ADOPTS, count, group, 0.0) == 0) | (step > 1)
     unit = tl.where(counts_evidence, 1.0, 0.0)
     dlr, rate, beta2 = dlr * unit, rate * unit, tl.where(counts_evidence, beta2, 0.0)
     prodigy_weight, beta3 = prodigy_weight * unit, tl.where(counts_evidence, beta3, 1.0)
-
-    weight = dlr * dlr
-    new_sum = weight_sum + weight
-    c = tl.where(new_sum > 0, weight / tl.where(new_sum > 0, new_sum, 1.0), 0.0)
-    strength = tl.load(options + STRENGTH * count + group, mask=exists, other=0.0)
-    c = tl.where(strength > 0, tl.minimum(c * ((1.0 - beta1) * strength), 1.0), c)
-    y_fraction = 1.0 - beta1 * (1.0 - c)
-    averages = tl.load(options + AVERAGES * count + group, mask=exists, other=0.0) > 0
-    rate = tl.where(averages, rate * y_fraction, rate)
-    by_lr = tl.load(options + DECAYS_BY_LR * count + group, mask=exists, other=0.0) > 0
-    decay = tl.where(by_lr, dlr, unit) * tl.load(options + DECAY * count + group, mask=exists, other=0.0)
-    eps = tl.load(options + EPS * count + group, mask=exists, other=0.0)
+    new_sum = weight_sum + dlr * dlr
+    c, y_fraction = _averaging(options, count, group, dlr * dlr, new_sum, beta1)
+    rate = tl.where(_row(options, AVERAGES, count, group, 0.0) > 0, rate * y_fraction, rate)
+    by_lr = _row(options, DECAYS_BY_LR, count, group, 0.0) > 0
+    decay = tl.where(by_lr, dlr, unit) * _row(options, DECAY, count, group, 0.0)
+    eps = _row(options, EPS, count, group, 0.0)
     fourth_root = tl.sqrt(tl.sqrt(step))
 
     # What keeps something is 1 where the step is to change nothing, what adds something 0.
-    kept = tl.where(moves, 0.0, 1.0)
-    added = 1.0 - kept
+    added = tl.where(moves, 1.0, 0.0)
     _store(values, values32, 0, group, NUMBERS, exists, tl.where(moves, beta1, 1.0))
     _store(values, values32, 1, group, NUMBERS, exists, tl.where(moves, beta2, 1.0))
     _store(values, values32, 2, group, NUMBERS, exists, tl.where(moves, beta3, 1.0))
@@ -151,19 +164,21 @@ def _next_d(
     LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
 ):  # fmt: skip
     """:func:`prodigyplus.formulas.prodigy.next_d`: the next ``d``, the estimate, and the next numerator."""
-    d0 = tl.load(options + D0 * count + group, mask=exists, other=1.0)
-    d_coef = tl.load(options + D_COEF * count + group, mask=exists, other=1.0)
-    limit = tl.load(options + LIMIT * count + group, mask=exists, other=1.0)
-    speed_coef = tl.load(options + SPEED_COEF * count + group, mask=exists, other=1.0)
-    speed = tl.load(options + SPEED * count + group, mask=exists, other=0.0)
-    limits = tl.load(options + LIMITS * count + group, mask=exists, other=0.0) > 0
-    beta4 = tl.load(options + BETA4 * count + group, mask=exists, other=0.0)
+    d0 = _row(options, D0, count, group, 1.0)
+    d_coef = _row(options, D_COEF, count, group, 1.0)
+    limit = _row(options, LIMIT, count, group, 1.0)
+    speed_coef = _row(options, SPEED_COEF, count, group, 1.0)
+    speed = _row(options, SPEED, count, group, 0.0)
+    limits = _row(options, LIMITS, count, group, 0.0) > 0
+    beta4 = _row(options, BETA4, count, group, 0.0)
     before = numerator
-    numerator = numerator * tl.load(options + BETA3 * count + group, mask=exists, other=0.0)
+    numerator = numerator * _row(options, BETA3, count, group, 0.0)
     numerator = tl.where((d > d0) | (product > 0), numerator + product, numerator)
     grows = (numerator >= largest) & (numerator > 0) & (before > 0)
     growth = tl.sqrt(tl.where(grows, numerator, 1.0) / tl.where(grows, before, 1.0))
-    relative = tl.where(grows, d * tl.minimum(growth, LARGEST_FACTOR), d)
+    # As float64: a constant would be one of float32 here.
+    largest_factor = tl.full(growth.shape, LARGEST_FACTOR, tl.float64)
+    relative = tl.where(grows, d * tl.minimum(growth, largest_factor), d)
     observed = norm > 0
     d_hat = numerator / tl.where(observed, norm, 1.0)
     by_speed = tl.minimum(d_hat * d_coef, tl.exp(LIMIT_OF_SPEED * tl.log(d)))
@@ -184,6 +199,30 @@ def _harmonic_mean(d, where):
 
 
 @triton.jit
+def _share(
+    floats, counts, options, group, count, exists, d, happens,
+    LEAST_GROWTH: tl.constexpr, NEAR: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Set the step sizes in use: of groups that share one, :func:`prodigyplus.formulas.prodigy.shared_d`."""
+    shares = exists & (_row(options, SHARES, count, group, 0.0) > 0)
+    weight_sum = _row(floats, WEIGHT_SUM, count, group, 0.0)
+    k = _row(counts, K, count, group, 0)
+    in_mean = _row(floats, IN_MEAN, count, group, 0.0)
+    shared_d = _row(floats, SHARED_D, count, group, 1.0)
+    d0 = _row(options, D0, count, group, 1.0)
+    moved = shares & (weight_sum > 0)
+    is_early = (k == tl.max(tl.where(shares, k, 0), 0)) & (k <= EARLY)
+    is_near = d * NEAR >= _harmonic_mean(d, moved & (in_mean > 0))
+    counting = moved & ((in_mean > 0) | ((d > LEAST_GROWTH * d0) & (is_early | is_near)))
+    over = counting | (moved & is_early & (d > d0))
+    over = tl.where(tl.max(over.to(tl.int32), 0) + group * 0 > 0, over, moved)
+    mean = tl.where(moved, _harmonic_mean(d, over), d)
+    next_in_mean = tl.where(shares, counting.to(tl.float64), in_mean)
+    tl.store(floats + SHARED_D * count + group, tl.where(happens, mean, shared_d), mask=exists)
+    tl.store(floats + IN_MEAN * count + group, tl.where(happens, next_in_mean, in_mean), mask=exists)
+
+
+@triton.jit
 def end(
     floats, counts, options, totals, values, learns, count,
     LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
@@ -201,9 +240,9 @@ def end(
     norm = tl.load(totals + group * 2 + 1, mask=exists, other=0.0)
     learning = exists & tl.load(learns + group, mask=exists, other=0).to(tl.int1)
     happens = tl.max(learning.to(tl.int32), 0) + group * 0 > 0
-    adapts = tl.load(options + ADAPTS * count + group, mask=exists, other=0.0) > 0
+    adapts = _row(options, ADAPTS, count, group, 0.0) > 0
     # Groups that have one d: the first of them adapts, by the sums of all.
-    pooled = exists & (tl.load(options + IS_POOLED * count + group, mask=exists, other=0.0) > 0)
+    pooled = exists & (_row(options, IS_POOLED, count, group, 0.0) > 0)
     leader = tl.min(tl.where(pooled, group, BLOCK), 0)
     leads = group == leader
     product = tl.where(leads, tl.sum(tl.where(pooled, product, 0.0), 0), product)
@@ -211,11 +250,11 @@ def end(
     pool_learns = tl.max((pooled & learning).to(tl.int32), 0)
     learning = tl.where(leads, pool_learns, learning.to(tl.int32)) > 0
 
-    d = tl.load(floats + D * count + group, mask=exists, other=1.0)
-    d_hat = tl.load(floats + D_HAT * count + group, mask=exists, other=1.0)
-    numerator = tl.load(floats + NUMERATOR * count + group, mask=exists, other=0.0)
-    largest = tl.load(floats + LARGEST * count + group, mask=exists, other=0.0)
-    denominator = tl.load(floats + DENOMINATOR * count + group, mask=exists, other=0.0)
+    d = _row(floats, D, count, group, 1.0)
+    d_hat = _row(floats, D_HAT, count, group, 1.0)
+    numerator = _row(floats, NUMERATOR, count, group, 0.0)
+    largest = _row(floats, LARGEST, count, group, 0.0)
+    denominator = _row(floats, DENOMINATOR, count, group, 0.0)
     next_d, estimate, next_numerator = _next_d(
         d, numerator, largest, product, norm, options, group, count, exists, LIMIT_OF_SPEED, LARGEST_FACTOR
     )
@@ -236,20 +275,4 @@ def end(
     tl.store(floats + LARGEST * count + group, largest, mask=exists)
     tl.store(floats + DENOMINATOR * count + group, denominator, mask=exists)
 
-    # The mean of those that share one, see prodigyplus.formulas.prodigy.shared_d.
-    shares = exists & (tl.load(options + SHARES * count + group, mask=exists, other=0.0) > 0)
-    weight_sum = tl.load(floats + WEIGHT_SUM * count + group, mask=exists, other=0.0)
-    k = tl.load(counts + K * count + group, mask=exists, other=0)
-    in_mean = tl.load(floats + IN_MEAN * count + group, mask=exists, other=0.0)
-    shared_d = tl.load(floats + SHARED_D * count + group, mask=exists, other=1.0)
-    d0 = tl.load(options + D0 * count + group, mask=exists, other=1.0)
-    moved = shares & (weight_sum > 0)
-    is_early = (k == tl.max(tl.where(shares, k, 0), 0)) & (k <= EARLY)
-    is_near = d * NEAR >= _harmonic_mean(d, moved & (in_mean > 0))
-    counting = moved & ((in_mean > 0) | ((d > LEAST_GROWTH * d0) & (is_early | is_near)))
-    over = counting | (moved & is_early & (d > d0))
-    over = tl.where(tl.max(over.to(tl.int32), 0) + group * 0 > 0, over, moved)
-    mean = tl.where(moved, _harmonic_mean(d, over), d)
-    next_in_mean = tl.where(shares, counting.to(tl.float64), in_mean)
-    tl.store(floats + SHARED_D * count + group, tl.where(happens, mean, shared_d), mask=exists)
-    tl.store(floats + IN_MEAN * count + group, tl.where(happens, next_in_mean, in_mean), mask=exists)
+    _share(floats, counts, options, group, count, exists, d, happens, LEAST_GROWTH, NEAR, EARLY)

@@ -339,12 +339,10 @@ bf16, fp32 = tl.bfloat16, tl.float32
 types |= dict.fromkeys(("floats", "options", "square", "present", "values", "totals"), "*fp64")
 types |= dict.fromkeys(("counts", "gates", "steps"), "*i64") | dict.fromkeys(("observes", "learns"), "*i1")
 types |= {"values32": "*fp32", "gates32": "*i32"}
-for initializes in (True, False):
-    build(group_kernels.begin, INITIALIZES=initializes, NUMBERS=15, BLOCK=4)
-build(
-    group_kernels.end, LIMIT_OF_SPEED=0.975, LARGEST_FACTOR=1.19, LEAST_GROWTH=10.0, NEAR=10.0, EARLY=30,
-    WEIGHT=5, NUMBERS=15, BLOCK=4,
-)
+limits = dict(LIMIT_OF_SPEED=0.975, LARGEST_FACTOR=1.19, LEAST_GROWTH=10.0, NEAR=10.0, EARLY=30, WEIGHT=5)
+for initializes, of_one_group in ((True, {}), (False, dict(count=1))):
+    build(group_kernels.begin, INITIALIZES=initializes, NUMBERS=15, BLOCK=4, **of_one_group)
+    build(group_kernels.end, NUMBERS=15, BLOCK=4, **limits, **of_one_group)
 types["values"] = "*fp32"
 for dtype, factored, fast in itertools.product((fp32, bf16), (True, False), (True, False)):
     ptx = build(kernels.squares, DTYPE=dtype, FACTORED=factored, FAST=fast, **tile)
