@@ -76,7 +76,24 @@ _PARTNERS = {one: other for pair in _SWAPPED for one, other in (pair, pair[::-1]
 _CALLS = {"tl.maximum": "tl.minimum", "tl.minimum": "tl.maximum", "tl.sqrt": "", "tl.abs": ""}
 
 # What changes nothing that there is to see: the function, and the line with its mistake.
-UNSEEN: dict[tuple[str, str], str] = {}
+_NO_GROUP = "of lanes that no group has"
+_NEAREST = "a root that is rounded to the nearest, as the interpreter's, needs no correction"
+UNSEEN: dict[tuple[str, str], str] = {
+    ("_rates", "rectifies = _row(options, RECTIFIES, count, group, 1.0) > 0"): _NO_GROUP,
+    ("_next_d", "speed = _row(options, SPEED, count, group, 1.0)"): _NO_GROUP,
+    ("end", "weight = tl.load(values + group * NUMBERS + WEIGHT, mask=exists, other=1.0)"): _NO_GROUP,
+    (
+        "_share",
+        "counting = moved & ((in_mean > 0) | ((d >= LEAST_GROWTH * d0) & (is_early | is_near)))",
+    ): "d is never exactly that",
+    (
+        "_harmonic_mean",
+        "return tl.where(total > 1, tl.sum(where.to(tl.float64), 0) / tl.where(total > 0, total, 1.0), 0.0)",
+    ): "step sizes are below 1, and the sum is of their inverses",
+    ("_block_of", "across = ((tl.sqrt((8 * pair + 2).to(tl.float32)) - 1.0) / 2.0).to(tl.int32)"): _NEAREST,
+    ("_block_of", "across = tl.where(across * (across + 1) // 2 > pair, across - 2, across)"): _NEAREST,
+    ("_block_of", "across = (across)"): _NEAREST,
+}
 
 
 class Mutant(NamedTuple):

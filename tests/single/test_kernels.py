@@ -159,6 +159,19 @@ def test_directions_that_begin_anywhere(monkeypatch):
     assert torch.equal(found[1][0], expected[1][0])
 
 
+@pytest.mark.parametrize("gradient", [0.0, torch.inf, -torch.inf])
+def test_the_angle_of_nothing_and_of_no_end(gradient):
+    """Where a gradient was always 0, atan2(0, 0) is 0. What is not finite is seen, and changes nothing."""
+
+    def spoil(step, index, p):
+        if p.ndim and (gradient == 0 or step == 1):
+            p.grad[..., 3] = gradient
+
+    options = {"eps": None, "use_stableadamw": False, "factored": False}
+    played = {"shapes": ((70,), (4, 20)), "spoil": spoil}
+    assert_close(play(True, options, device=DEVICE, **played), play(False, options, **played))
+
+
 @pytest.mark.parametrize("options", [{}, {"use_schedulefree": False}], ids=str)
 def test_muon_skips_a_step_with_a_nan(options):
     def spoil(step, index, p):

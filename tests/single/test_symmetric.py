@@ -45,6 +45,27 @@ def assert_near(found, expected, dtype):
     assert (found.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
+@triton.jit
+def places(pairs, down, across, COUNT: tl.constexpr):
+    index = tl.arange(0, COUNT)
+    row, column = symmetric._block_of(tl.load(pairs + index))
+    tl.store(down + index, row)
+    tl.store(across + index, column)
+
+
+def test_each_pair_of_blocks_is_found():
+    """Also where a root in float32 is one off: around the diagonal, of matrices of up to 4096 blocks."""
+    column = torch.arange(1, 4097)
+    first = column * (column + 1) // 2
+    pairs = torch.cat((first - 1, first, first + 1, first + column // 2)).to(torch.int32)
+    expected = torch.cat((column - 1, column, column, column))
+    given = pairs.to(DEVICE)
+    down, across = torch.empty_like(given), torch.empty_like(given)
+    places[(1,)](given, down, across, COUNT=len(pairs))
+    assert torch.equal(across.cpu().long(), expected)
+    assert torch.equal(down.cpu().long(), pairs.long() - expected * (expected + 1) // 2)
+
+
 @pytest.mark.parametrize("dtype", symmetric.DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_and_polynomials(shape, dtype):
