@@ -4,6 +4,7 @@ Groups of all kinds at once, with numbers as they may be in the middle of a run.
 """
 
 import random
+from dataclasses import fields
 
 import pytest
 import torch
@@ -146,3 +147,18 @@ def test_rates_are_read_where_they_are():
     effective()
     assert table._table is sent
     assert table._table[0].item() == 0.25
+
+
+def test_every_option_is_known_to_them():
+    """An option that changes the numbers of a group, and is not in the kernels, is a mistake here."""
+    in_kernels = {
+        *("lr", "betas", "beta3", "beta4", "d0", "d_coef", "d_limiter", "use_speed", "prodigy_steps", "eps"),
+        *("weight_decay", "weight_decay_by_lr", "warmup_steps", "use_bias_correction", "use_adopt"),
+        *("use_schedulefree", "schedulefree_c", "split_groups", "split_groups_mean"),
+    }
+    change_no_number = {
+        *("factored", "factored_fp32", "use_stableadamw", "use_cautious", "use_grams", "use_orthograd"),
+        *("use_focus", "use_muon_pp", "muon_fp32", "muon_quintic", "muon_batched", "stochastic_rounding"),
+        *("bfloat16_z", "slice_p", "compile", "fused", "fused_back_pass"),
+    }
+    assert in_kernels | change_no_number == {field.name for field in fields(options.Options)}
