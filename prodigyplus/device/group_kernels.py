@@ -34,11 +34,11 @@ def _row(table, row: tl.constexpr, count, group, other):
 
 
 @triton.jit
-def _store(values, values32, place: tl.constexpr, group, NUMBERS: tl.constexpr, exists, number):
+def _store_number(values, values32, number: tl.constexpr, group, NUMBERS: tl.constexpr, exists, value):
     """Write one of the numbers of a step, of all groups, in both dtypes."""
-    index = group * NUMBERS + place
-    tl.store(values + index, number, mask=exists)
-    tl.store(values32 + index, number.to(tl.float32), mask=exists)
+    index = group * NUMBERS + number
+    tl.store(values + index, value, mask=exists)
+    tl.store(values32 + index, value.to(tl.float32), mask=exists)
 
 
 @triton.jit
@@ -131,21 +131,21 @@ def begin(
 
     # What keeps something is 1 where the step is to change nothing, what adds something 0.
     added = tl.where(moves, 1.0, 0.0)
-    _store(values, values32, 0, group, NUMBERS, exists, tl.where(moves, beta1, 1.0))
-    _store(values, values32, 1, group, NUMBERS, exists, tl.where(moves, beta2, 1.0))
-    _store(values, values32, 2, group, NUMBERS, exists, tl.where(moves, beta3, 1.0))
-    _store(values, values32, 3, group, NUMBERS, exists, (1.0 - beta1) * d * unit * added)
-    _store(values, values32, 4, group, NUMBERS, exists, (1.0 - beta2) * (d * d) * added)
-    _store(values, values32, 5, group, NUMBERS, exists, prodigy_weight * added)
-    _store(values, values32, 6, group, NUMBERS, exists, unit * added)
-    _store(values, values32, 7, group, NUMBERS, exists, dlr * added)
-    _store(values, values32, 8, group, NUMBERS, exists, decay * added)
-    _store(values, values32, 9, group, NUMBERS, exists, c * added)
-    _store(values, values32, 10, group, NUMBERS, exists, y_fraction)
-    _store(values, values32, 11, group, NUMBERS, exists, d)
-    _store(values, values32, 12, group, NUMBERS, exists, eps)
-    _store(values, values32, 13, group, NUMBERS, exists, 1.0 / (fourth_root * tl.sqrt(step)))
-    _store(values, values32, 14, group, NUMBERS, exists, fourth_root)
+    _store_number(values, values32, 0, group, NUMBERS, exists, tl.where(moves, beta1, 1.0))
+    _store_number(values, values32, 1, group, NUMBERS, exists, tl.where(moves, beta2, 1.0))
+    _store_number(values, values32, 2, group, NUMBERS, exists, tl.where(moves, beta3, 1.0))
+    _store_number(values, values32, 3, group, NUMBERS, exists, (1.0 - beta1) * d * unit * added)
+    _store_number(values, values32, 4, group, NUMBERS, exists, (1.0 - beta2) * (d * d) * added)
+    _store_number(values, values32, 5, group, NUMBERS, exists, prodigy_weight * added)
+    _store_number(values, values32, 6, group, NUMBERS, exists, unit * added)
+    _store_number(values, values32, 7, group, NUMBERS, exists, dlr * added)
+    _store_number(values, values32, 8, group, NUMBERS, exists, decay * added)
+    _store_number(values, values32, 9, group, NUMBERS, exists, c * added)
+    _store_number(values, values32, 10, group, NUMBERS, exists, y_fraction)
+    _store_number(values, values32, 11, group, NUMBERS, exists, d)
+    _store_number(values, values32, 12, group, NUMBERS, exists, eps)
+    _store_number(values, values32, 13, group, NUMBERS, exists, 1.0 / (fourth_root * tl.sqrt(step)))
+    _store_number(values, values32, 14, group, NUMBERS, exists, fourth_root)
     gate = tl.where(moves, -1, 0)
     tl.store(gates + group, gate.to(tl.int64), mask=exists)
     tl.store(gates32 + group, gate, mask=exists)
@@ -176,7 +176,7 @@ def _next_d(
     numerator = tl.where((d > d0) | (product > 0), numerator + product, numerator)
     grows = (numerator >= largest) & (numerator > 0) & (before > 0)
     growth = tl.sqrt(tl.where(grows, numerator, 1.0) / tl.where(grows, before, 1.0))
-    # As float64: a constant would be one of float32 here.
+    # Of float64, whatever a version of Triton makes of a constant beside it.
     largest_factor = tl.full(growth.shape, LARGEST_FACTOR, tl.float64)
     relative = tl.where(grows, d * tl.minimum(growth, largest_factor), d)
     observed = norm > 0

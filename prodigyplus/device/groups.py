@@ -44,11 +44,6 @@ class GroupOptions(NamedTuple):
     shares: float
 
 
-def speed_number(use_speed: object) -> float:
-    """A kind of ``use_speed``, as the kernels number it."""
-    return float(launches.SPEED[use_speed])
-
-
 def table_of(groups: Sequence[GroupOptions], sent: SentTable) -> Tensor:
     """The options of all groups on a device; float64, (options, groups).
 

@@ -289,7 +289,7 @@ def _moved(
 
 
 @triton.jit
-def _places(index, exists, size, runs, SINGLE: tl.constexpr, EVERY: tl.constexpr):
+def _global_indices(index, exists, size, runs, SINGLE: tl.constexpr, EVERY: tl.constexpr):
     """Where the elements of a strip lie in the whole tensor.
 
     Returns:
@@ -422,7 +422,7 @@ def sweep(
         )
         # Read, a direction is what a gradient is otherwise, and the move needs no other.
         g = tl.where(opens, tl.load(direction + index, mask=exists, other=0.0).to(tl.float32), 0.0)
-        place, sampled, slot = _places(index, exists, size, runs, SINGLE, EVERY)
+        global_index, sampled, slot = _global_indices(index, exists, size, runs, SINGLE, EVERY)
         # To measure, of y and z only the samples.
         read = exists if MOVES else sampled
         y, z = tl.zeros((STRIP, COLUMNS), tl.float32), tl.zeros((STRIP, COLUMNS), tl.float32)
@@ -456,7 +456,7 @@ def sweep(
                 norm += tl.sum(u * u, 0)
         if MOVES:
             y, z = _moved(y, z, u, step, unit, numbers, number_stride, MOMENTUM, IS_OFFSET, DECAYS)
-            noise = _hash(place + seed) if STOCHASTIC else place
+            noise = _hash(global_index + seed) if STOCHASTIC else global_index
             tl.store(weight + index, _rounded(y, noise & 0xFFFF, WEIGHT_DTYPE, STOCHASTIC), mask=exists)
             if not MOMENTUM:
                 tl.store(base + index, _rounded(z, noise >> 16, BASE_DTYPE, STOCHASTIC), mask=exists)

@@ -138,15 +138,15 @@ class Launches:
 
     Attributes:
         dtypes: Those of the batch's tensors.
-        places: Where weights and states are, by which it is seen whether one has moved.
-        addresses: The same, of each tensor those of the weight and of ``plan.keys``, one after another; 0 for
-            none.
+        data_ptrs: The addresses of weights and states, by which it is seen whether one has moved.
+        addresses: The same as the kernels read them: of each tensor that of the weight and those of
+            ``plan.keys``, one after another; 0 for none.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.dtypes: Dtypes
-        self.places: list[int] = []
+        self.data_ptrs: list[int] = []
         self.addresses: list[int] = []
         self._sent = SentTable(plan.device)
         self._pointers: Tensor
@@ -171,7 +171,7 @@ class Launches:
             self._is_aligned = not (rows % ALIGNMENT).any()
             return rows
 
-        self._pointers = self._sent.of((self.places, gradients), table)
+        self._pointers = self._sent.of((self.data_ptrs, gradients), table)
 
     def _point_to_directions(self, directions: Directions) -> None:
         addresses = [tensor.data_ptr() for tensor in directions.tensors]

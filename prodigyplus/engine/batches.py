@@ -55,9 +55,9 @@ def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None
 def batch_key(param: ParamStep) -> Hashable | None:
     """Parameters of equal keys move as one batch, the same on all ranks; None: not by kernels."""
     weight, grad, state, group, layout = param.weight, param.grad, param.state, param.group, param.layout
-    if group.options.fused is False or type(weight) not in _MEMORY or type(grad) is not Tensor:
+    if not group.options.wants_kernels(weight.device):
         return None
-    if not weight.is_contiguous():
+    if type(weight) not in _MEMORY or type(grad) is not Tensor or not weight.is_contiguous():
         return None
     # For every parameter at every step: what is the same for many is found once. Groups and layouts live as
     # long as the step.
@@ -70,9 +70,9 @@ def batch_key(param: ParamStep) -> Hashable | None:
 
 def _batch_key(param: ParamStep) -> Hashable | None:
     weight, grad, group, layout = param.weight, param.grad, param.group, param.layout
-    if not group.options.wants_kernels(weight.device) or grad.dtype not in _DTYPES:
+    if grad.dtype not in _DTYPES or layout.max_local_numel > MAX_NUMEL:
         return None
-    if obstacle(group.options, weight.dtype, weight.device) or layout.max_local_numel > MAX_NUMEL:
+    if obstacle(group.options, weight.dtype, weight.device):
         return None
     axes = tuple([axis for axis, _ in layout.shard_axes]), layout.replica_axes
     has_evidence, may_lack = "p0" in param.state, param.present is not None
@@ -155,8 +155,8 @@ class Batch:
     def _point(self, launches: Launches) -> None:
         # For every parameter at every step: by map, which asks a thousand without a line of Python for each.
         entries = itertools.chain.from_iterable(map(dict.values, self.states))
-        places = [*map(Tensor.data_ptr, self.weights), *map(Tensor.data_ptr, entries)]
-        if places != launches.places or self.grads[0].dtype != launches.dtypes.grad:
+        data_ptrs = [*map(Tensor.data_ptr, self.weights), *map(Tensor.data_ptr, entries)]
+        if data_ptrs != launches.data_ptrs or self.grads[0].dtype != launches.dtypes.grad:
             for value in itertools.chain.from_iterable(map(dict.values, self.states)):
                 if not value.is_contiguous():  # of a state that was loaded
                     value.set_(value.contiguous())  # type: ignore[call-overload]
@@ -171,7 +171,7 @@ class Batch:
             ]
             assert all(len(dtypes) <= 1 for dtypes in of_column), "a state of several dtypes"
             launches.dtypes = Dtypes(self.grads[0].dtype, *(next(iter(dtypes), None) for dtypes in of_column))
-            launches.places = places
+            launches.data_ptrs = data_ptrs
             launches.addresses = [
                 0 if tensor is None else tensor.data_ptr() for row in rows for tensor in row
             ]

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus.device.groups import GroupNumbers, GroupOptions, speed_number, table_of
-from prodigyplus.device.launches import runs_on
+from prodigyplus.device.groups import GroupNumbers, GroupOptions, table_of
+from prodigyplus.device.launches import SPEED, runs_on
 from prodigyplus.engine.columns import Columns
 from prodigyplus.formulas import prodigy, radam, schedule_free, variants
 from prodigyplus.options import Options
@@ -110,7 +110,7 @@ def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
         use_schedulefree=o.use_schedulefree,
         use_bias_correction=o.use_bias_correction,
         use_adopt=o.use_adopt,
-        use_speed=speed_number(o.use_speed),
+        use_speed=SPEED[o.use_speed],
         weight_decay_by_lr=o.weight_decay_by_lr,
         d_limiter=o.d_limiter,
         adapts=group.adapts,

@@ -130,6 +130,16 @@ def test_nothing_is_made_while_a_graph_is_captured(monkeypatch):
     optimizer.step()
 
 
+def test_what_is_sent_to_a_gpu_is_pinned(monkeypatch):
+    """Else the copy would wait; and it is sent again only where it is another."""
+    captured(monkeypatch, value=False)
+    table = mock.Mock()
+    sent = tables.SentTable(torch.device("cuda", 0))
+    for _ in range(2):
+        assert sent.of("key", lambda: table) is table.pin_memory().to.return_value
+    table.pin_memory().to.assert_called_once_with(torch.device("cuda", 0), non_blocking=True)
+
+
 def test_what_a_graph_sends_is_sent_again_by_the_next_step(monkeypatch):
     """A table of a graph has its values when it is replayed; and it is kept, with what it is sent from."""
     table = tables.SentTable(torch.device("cpu"))

@@ -5,9 +5,6 @@ order its last bits differ, and nothing else does.
 """
 
 import contextlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from prodigyplus.engine.batches import Batch, obstacle
 from prodigyplus.engine.driver import OneProcess
 from prodigyplus.options import Options
 from tests import option_table
+from tests.compiling import compile_alone
 from tests.single.problems import Fed
 
 pytest.importorskip("triton")
@@ -323,7 +321,7 @@ def test_a_launch_serves_all_parameters(monkeypatch):
 
 
 COMPILE = """
-import itertools, warnings
+import itertools, struct, warnings
 warnings.simplefilter("ignore")
 import triton.language as tl
 from triton import compile
@@ -352,10 +350,12 @@ bf16, fp32 = tl.bfloat16, tl.float32
 types |= dict.fromkeys(("floats", "options", "square", "present", "values", "totals"), "*fp64")
 types |= dict.fromkeys(("counts", "gates", "steps"), "*i64") | dict.fromkeys(("observes", "learns"), "*i1")
 types |= {"values32": "*fp32", "gates32": "*i32"}
-limits = dict(LIMIT_OF_SPEED=0.975, LARGEST_FACTOR=1.19, LEAST_GROWTH=10.0, NEAR=10.0, EARLY=30, WEIGHT=5)
+limits = dict(LIMIT_OF_SPEED=0.975, LARGEST_FACTOR=2**0.25, LEAST_GROWTH=10.0, NEAR=10.0, EARLY=30, WEIGHT=5)
 for initializes, of_one_group in ((True, {}), (False, dict(count=1))):
     build(group_kernels.begin, INITIALIZES=initializes, NUMBERS=15, BLOCK=4, **of_one_group)
-    build(group_kernels.end, NUMBERS=15, BLOCK=4, **limits, **of_one_group)
+    ptx = build(group_kernels.end, NUMBERS=15, BLOCK=4, **limits, **of_one_group)
+    # Constants that are no float32 numbers.
+    assert all(struct.pack(">d", value).hex().upper() in ptx for value in (2**0.25, 0.975))
 types["values"] = "*fp32"
 for dtype, factored, fast in itertools.product((fp32, bf16), (True, False), (True, False)):
     ptx = build(kernels.squares, DTYPE=dtype, FACTORED=factored, FAST=fast, **tile)
@@ -392,12 +392,34 @@ for momentum, is_offset, atan2, stable, evidence, speed, dtype, reads in (
 
 def test_they_compile_for_gpus(tmp_path):
     """What the interpreter takes, the compiler need not: to machine code, for which no GPU is needed."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    compile_alone(COMPILE, tmp_path)
+
+
+def test_what_is_on_a_gpu_moves_by_them_unless_it_is_said():
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    for fused, expected in ((None, (True, False)), (True, (True, True)), (False, (False, False))):
+        o = Options.of({**option_table.defaults(), "fused": fused})
+        assert (o.wants_kernels(gpu), o.wants_kernels(cpu)) == expected
+    assert launches.runs_on(gpu)
+    assert isinstance(launches.on_device(gpu), torch.cuda.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_state_of_other_strides(dtype):
+    """It is put in order, in the tensor that the state has."""
+
+    def turned(fused):
+        p = torch.nn.Parameter(torch.ones(6, 5, dtype=dtype))
+        optimizer = ProdigyPlusScheduleFree([p], fused=fused)
+        for step in range(3):
+            p.grad = torch.arange(-9.0, 21.0).view(6, 5).to(dtype) / (step + 8)
+            if step == 1:
+                state = optimizer.state[p]
+                state["z"] = state["z"].t().contiguous().t()
+            optimizer.step()
+        return optimizer, [p]
+
+    assert_close(turned(True), turned(False))
 
 
 def test_every_entry_of_the_state_is_known_to_them():

@@ -3,10 +3,6 @@
 On a GPU it runs as it is; without one, through Triton's interpreter.
 """
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +11,7 @@ from prodigyplus.device import launches
 from prodigyplus.device.launches import interprets
 from prodigyplus.formulas import muon
 from prodigyplus.terms.requests import Method
+from tests.compiling import compile_alone
 from tests.single.problems import pair, run
 from tests.single.test_muon import EXPECTED, SHORT, SPECTRA, Factored, what_becomes_of
 
@@ -224,9 +221,4 @@ for capability, dtype, is_product in itertools.product((80, 90), types, (True, F
 
 def test_it_compiles_for_gpus(tmp_path):
     """For the tensor cores of Ampere and Hopper; to machine code, for which no GPU is needed."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    compile_alone(COMPILE, tmp_path)

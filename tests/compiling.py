@@ -1,0 +1,20 @@
+"""Kernels compiled for GPUs that are not there."""
+
+import os
+import subprocess
+import sys
+
+
+def compile_alone(script, cache):
+    """Run a script in a process of its own, whose Triton compiles rather than interprets; fail if it fails.
+
+    Args:
+        script: Its source.
+        cache: A folder for what is compiled: none of it comes from a run before.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
