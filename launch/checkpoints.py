@@ -166,8 +166,7 @@ class Checkpoints:
         self._folder = args.out / FOLDER
         self._keep = args.keep
         self._ranks = ranks
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[Any] | None = None
+        self._pending: tuple[ThreadPoolExecutor, Future[Any]] | None = None
         # A group of its own, so that background collectives do not interleave with those of training.
         self._group = dist.new_group(backend="gloo", timeout=args.timeout) if ranks.size > 1 else None
         _ignore_no_process_group()
@@ -200,12 +199,14 @@ class Checkpoints:
         if self._ranks.rank == 0:
             values = {f.name: getattr(run, f.name) for f in fields(run)}
             texts = {RUN: json.dumps(values, default=str)}
-        self._pending = self._thread.submit(
+        thread = ThreadPoolExecutor(1)
+        future = thread.submit(
             dcp_save,
             _map_tensors(_state(model, optimizer), lambda tensor: tensor.detach().to("cpu", copy=True)),
             storage_writer=storage.Writer(path, texts, self._writer),
             process_group=self._group,
         )
+        self._pending = thread, future
 
     def finish(self) -> None:
         """Wait until the pending checkpoint is written, and remove those beyond ``--keep``.
@@ -216,8 +217,10 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        with _plain_errors(f"a checkpoint cannot be written to {self._folder}"):
-            pending.result()
+        thread, future = pending
+        # The thread is joined: as long as it lives, it can hold the process group, and so gloo's own threads.
+        with _plain_errors(f"a checkpoint cannot be written to {self._folder}"), thread:
+            future.result()
         if self._ranks.rank == 0:
             for path in _all_in(self._folder)[: -self._keep]:
                 _remove(path)

@@ -29,11 +29,11 @@ def worker(script, options, folder, death):
     sys.argv = [script, *options]
     try:
         importlib.import_module(script.removesuffix(".py")).main()
+        threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        assert not any("gloo" in name for name in threads), threads  # one can abort the process as Python ends
     except Exception:
         traceback.print_exc()  # as a script does
         raise
-    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    assert not any("gloo" in name for name in threads), threads  # one can abort the process as Python ends
     if os.environ.get("RANK", "0") == "0":
         starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
         (Path(folder) / "starts").write_text(str(starts))
@@ -76,7 +76,9 @@ def run(number, script, processes, options, folder, death=None, restarts=0):
     )
     try:
         elastic_launch(config, worker)(*arguments)
-    except ChildFailedError:
+    except ChildFailedError as error:
+        with (Path(folder) / "stderr").open("a") as file:
+            file.write(f"{error}\n")  # a process that a signal has ended says nothing itself
         return 1
     return 0
 
