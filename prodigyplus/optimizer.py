@@ -180,6 +180,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         bfloat16_z: bool = False,
         compile: bool = False,  # noqa: A002
         fused: bool | None = None,
+        step_size: Literal["prodigy", "balance"] = "prodigy",
     ) -> None:
         # The signature is the one place that has the defaults: its arguments are taken by their names.
         given = {name: value for name, value in locals().items() if name in options.NAMES}

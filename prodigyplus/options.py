@@ -61,6 +61,7 @@ class Options:
     slice_p: int
     compile: bool
     fused: bool | None
+    step_size: Literal["prodigy", "balance"]
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
@@ -89,6 +90,18 @@ class Options:
     def d_beta(self) -> float:
         """β4, the decay of a moving step size; 0 is Prodigy's step size, which never shrinks."""
         return self.betas[1] if self.beta4 is None else self.beta4
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether the step size is that of Schedule-Free's equilibrium, not Prodigy's."""
+        return self.step_size == "balance"
+
+    @property
+    def pool(self) -> str | None:
+        """With which groups it has one step size, found from the sums of all; None: with none."""
+        # A mean of step sizes is none that any group is in balance at.
+        is_pooled = not (self.split_groups and (not self.is_balanced or not self.split_groups_mean))
+        return self.step_size if is_pooled else None
 
     def wants_kernels(self, device: torch.device) -> bool:
         """Whether what is on ``device`` is to move by kernels, if they can move it."""
@@ -151,6 +164,10 @@ def _speed(value: Any) -> bool | str | None:
     return value if isinstance(value, str) and value == "relative" else _switch(value)
 
 
+def _step_size(value: Any) -> str | None:
+    return value if isinstance(value, str) and value in ("prodigy", "balance") else None
+
+
 def _betas(value: Any) -> tuple[float, float] | None:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
         return None
@@ -193,6 +210,7 @@ _ALLOWED: dict[str, tuple[_Test, bool, str]] = {
     "slice_p": (_count(1), False, "a whole number, 1 or greater"),
     "fused": (_switch, True, "None, True or False"),
     "use_speed": (_speed, False, "True, False or 'relative'"),
+    "step_size": (_step_size, False, "'prodigy' or 'balance'"),
 }
 
 
@@ -224,6 +242,11 @@ def plain(group: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"betas={betas!r}: Schedule-Free averages with betas[0], which must be greater than 0; or set "
             "use_schedulefree=False."
+        )
+    if values["step_size"] == "balance" and not values["use_schedulefree"]:
+        raise ValueError(
+            "step_size='balance': it goes by how Schedule-Free's iterates move, but use_schedulefree=False. "
+            "Leave use_schedulefree on, or take step_size='prodigy'."
         )
     if values["use_bias_correction"] and betas[1] <= _SHORTEST_RECTIFIED:
         raise ValueError(
@@ -296,6 +319,14 @@ def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
 
 # What excludes what, in this order: (when, what is then set, what to say of it).
 _EXCLUSIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], dict[str, Any], str], ...] = (
+    *(
+        (
+            lambda o, name=name, off=off: o["step_size"] == "balance" and o[name] not in (off, None),
+            {name: off},
+            f"step_size='balance' excludes {name}, which is of Prodigy's step size: {name}={off!r}",
+        )
+        for name, off in (("use_speed", False), ("d_coef", 1.0), ("beta4", 0.0))
+    ),
     (
         lambda o: o["eps"] is None and o["use_stableadamw"] and not o["use_muon_pp"],  # which has no eps
         {"use_stableadamw": False},

@@ -30,6 +30,7 @@ class StateOptions(NamedTuple):
     factored: bool
     factored_fp32: bool
     slice_p: int
+    step_size: str
 
     @classmethod
     def of(cls, o: Options) -> StateOptions:
@@ -135,8 +136,12 @@ def _number(s: Subject) -> torch.dtype:
     return wide_dtype(s.device)
 
 
+def _is_prodigys(s: Subject) -> bool:
+    return s.options.step_size == "prodigy"
+
+
 def _is_relative(s: Subject) -> bool:
-    return s.options.use_speed
+    return _is_prodigys(s) and s.options.use_speed
 
 
 TABLE = {
@@ -166,14 +171,14 @@ TABLE = {
     # Prodigy's evidence. p0 is in the weight's dtype: rounded, its distance to the weights would be progress
     # that nobody made.
     "p0": Entry(
-        lambda s: True,
+        _is_prodigys,
         lambda s: s.weight,
         is_sampled=True,
         starts_at_weight=True,
         restarts=True,
         is_evidence=True,
     ),
-    "s": Entry(lambda s: not _is_relative(s), _of_statistics, is_sampled=True, is_evidence=True),
+    "s": Entry(lambda s: _is_prodigys(s) and not s.options.use_speed, _of_statistics, is_sampled=True, is_evidence=True),
     **{key: Entry(_is_relative, _number, is_number=True, is_evidence=True) for key in prodigy.AVERAGES},
 }
 

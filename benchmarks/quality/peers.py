@@ -102,9 +102,9 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 # ----------------------------------------------------------------------- how each of them is built
 
 
-def ours(model: nn.Module, setting: Setting, steps: int) -> Built:
-    """Ours, as it comes."""
-    return [ProdigyPlusScheduleFree(trained(model))]
+def ours(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Built:
+    """Ours, as it comes but for ``options``."""
+    return [ProdigyPlusScheduleFree(trained(model), **options)]
 
 
 def adamw(model: nn.Module, setting: Setting, steps: int) -> Built:
@@ -201,6 +201,7 @@ OPTIMIZERS: dict[str, Entry] = {
     for entry in (
         # Ours: what is to be compared without tuning, each with the arguments that its name says.
         Entry("ours", ours, tuned="nothing", distribution=""),
+        Entry("ours-balance", partial(ours, step_size="balance"), tuned="nothing", distribution=""),
         # Peers.
         Entry("adamw-constant", adamw, RATES),
         Entry("adamw-cosine", adamw, RATES, schedule="cosine"),

@@ -39,6 +39,7 @@ _ADMITTED: dict[str, tuple[object, ...]] = {
     "decays": _SWITCH,
     "decays_by_lr": _SWITCH,
     "use_speed": (*_SWITCH, "relative"),
+    "is_balanced": _SWITCH,
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prodigyplus.device.groups import GroupNumbers, GroupOptions, table_of
 from prodigyplus.device.launches import SPEED, runs_on
 from prodigyplus.engine.columns import Columns
-from prodigyplus.formulas import prodigy, radam, schedule_free, variants
+from prodigyplus.formulas import balance, prodigy, radam, schedule_free, variants
 from prodigyplus.options import Options
 from prodigyplus.state import StateOptions
 from prodigyplus.terms.scalars import VALUES, Constants, Packed, Scalars
@@ -68,9 +68,11 @@ class GroupStep:
         self._observed.append((parameters, products, norms))
 
     @property
-    def prodigy_weight(self) -> Tensor:
-        """What multiplies the products of this step's evidence; 0-dim."""
-        return self._numbers[0].across(0).prodigy_weight
+    def evidence_weights(self) -> Tensor:
+        """What multiplies the products and the norms of this step's evidence; a tensor of two."""
+        n = self._numbers[0].across(0)
+        of_norm = n.dlr if self.options.is_balanced else torch.ones_like(n.dlr)
+        return torch.stack((n.prodigy_weight, of_norm))
 
     def totals(self, constants: Constants) -> Tensor:
         """The group's sums of this step, of products and of norms, as a tensor of two."""
@@ -126,6 +128,7 @@ class _Branches(NamedTuple):
     use_bias_correction: bool
     use_adopt: bool
     use_speed: object
+    is_balanced: bool
     weight_decay_by_lr: bool
     d_limiter: bool
     scales_c: bool
@@ -135,7 +138,7 @@ class _Branches(NamedTuple):
     @classmethod
     def of(cls, o: Options) -> _Branches:
         of_step = o.use_schedulefree, o.use_bias_correction, o.use_adopt
-        of_d = o.use_speed, o.weight_decay_by_lr, o.d_limiter
+        of_d = o.use_speed, o.is_balanced, o.weight_decay_by_lr, o.d_limiter
         return cls(*of_step, *of_d, o.schedulefree_c > 0, o.d_beta > 0, o.warmup_steps > 0)
 
 
@@ -189,9 +192,12 @@ class GroupBatch:
         moves = _and(moves, valid)
         dlr, unit, rate = shared_d * lr, one, one * lr
         beta3, observes = one * self._option(lambda o: o.prodigy_beta), torch.ones_like(moves)
-        prodigy_weight = prodigy.evidence_weight(
-            d, self._option(lambda o: o.d0), self._option(lambda o: math.sqrt(o.d0)), do.use_speed
-        )
+        if do.is_balanced:
+            prodigy_weight = 1 / beta1  # of β1⟨g, x − z⟩
+        else:
+            prodigy_weight = prodigy.evidence_weight(
+                d, self._option(lambda o: o.d0), self._option(lambda o: math.sqrt(o.d0)), do.use_speed
+            )
         if do.use_bias_correction:
             rectification, beta2 = radam.rectified(step, beta2)
             dlr, rate = dlr * rectification, rate * rectification
@@ -280,6 +286,9 @@ class GroupBatch:
             learns: bool, for all groups: where to.
         """
         product, norm = self.select(totals).unbind(1)
+        if self._branches.is_balanced:
+            self._balance_(balance.Averages(product, norm), self.select(learns))
+            return
         d, d_hat = self._read("d"), self._read("d_hat")
         evidence = prodigy.Evidence(self._read("d_numerator"), self._read("max_d_numerator"), product, norm)
         d, estimate, numerator = prodigy.next_d(d, evidence, self._estimator)
@@ -291,6 +300,12 @@ class GroupBatch:
             max_d_numerator=torch.maximum(numerator, evidence.largest),
             d_denom=norm,
         )
+
+    def _balance_(self, now: balance.Averages, learns: Tensor) -> None:
+        before = balance.Averages(self._read("d_numerator"), self._read("d_denom"))
+        d, rho, averages = balance.next_d(self._read("d"), self._read("k"), before, now)
+        numerator, denominator = averages
+        self._write_(learns, d=d, d_hat=rho, d_numerator=numerator, d_denom=denominator)
 
     @property
     def _estimator(self) -> prodigy.Estimator:
@@ -427,20 +442,18 @@ class Groups:
         if self._kernels is not None:
             self._kernels.end_(totals, learns)
             return
-        products, norms = totals.unbind(1)
-        weights = torch.stack([step.prodigy_weight for step in self.steps])
-        totals = torch.stack((products * weights, norms), 1)
-        # Groups without split_groups have one d: the first of them adapts, by the sums of all.
-        pool = [step.index for step in self.steps if not step.options.split_groups]
-        leaders = [pool[0] if index in pool else index for index in range(len(self))]
-        if len(pool) > 1:
+        totals = totals * torch.stack([step.evidence_weights for step in self.steps])
+        # Groups of one pool have one d: the first of them adapts, by the sums of all.
+        leaders = self._leaders
+        pools = [[index for index, of in enumerate(leaders) if of == leader] for leader in set(leaders)]
+        for pool in sorted(pool for pool in pools if len(pool) > 1):
             rows, first = (self.constants.on(totals.device, indices) for indices in (pool, pool[:1]))
             totals = totals.index_copy(0, first, totals.index_select(0, rows).sum(dim=0, keepdim=True))
             learns = learns.index_copy(0, first, learns.index_select(0, rows).any(dim=0, keepdim=True))
         adapting = [step for step in self.steps if step.adapts and leaders[step.index] == step.index]
         for batch in self._split(adapting):
             batch.adapt_(totals, learns)
-        if len(pool) > 1:
+        if len(set(leaders)) < len(leaders):
             rows = self.constants.on(totals.device, leaders)
             for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
                 self.columns[name].copy_(self.columns[name].index_select(0, rows))
@@ -457,9 +470,18 @@ class Groups:
             self.columns[name].copy_(torch.where(happens, values, self.columns[name]))
 
     @property
+    def _leaders(self) -> list[int]:
+        """Of each group, the first of its pool; of one that is in none, itself."""
+        first: dict[str, int] = {}
+        return [
+            step.index if (pool := step.options.pool) is None else first.setdefault(pool, step.index)
+            for step in self.steps
+        ]
+
+    @property
     def _sharing(self) -> list[GroupStep]:
         """The groups that move by a mean of several."""
-        sharing = [s for s in self.steps if s.options.split_groups and s.options.split_groups_mean]
+        sharing = [s for s in self.steps if s.options.pool is None and s.options.split_groups_mean]
         return sharing if len(sharing) > 1 else []
 
     def in_mean_or_nan(self) -> Tensor:

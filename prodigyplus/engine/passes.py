@@ -15,9 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from prodigyplus.formulas import directions, moments, prodigy, schedule_free, stochastic_rounding, variants
+from prodigyplus.formulas import (
+    balance,
+    directions,
+    moments,
+    prodigy,
+    schedule_free,
+    stochastic_rounding,
+    variants,
+)
 from prodigyplus.options import Options
 from prodigyplus.terms import stacks
 from prodigyplus.terms.scalars import Numbers, Scalars
@@ -50,15 +59,17 @@ class Kind(NamedTuple):
     decays: bool = False
     decays_by_lr: bool = True
     use_speed: object = False
+    is_balanced: bool = False  # whether the evidence for the step size is that of balance
 
     @classmethod
-    def of(cls, o: Options, state: State, numel: int) -> Kind:
+    def of(cls, o: Options, state: State, numel: int, *, adapts: bool = True) -> Kind:
         """The kind of a stack.
 
         Args:
             o: Its group's options.
             state: The state of one of its parameters.
             numel: The number of elements of a whole tensor.
+            adapts: Whether the step size does.
         """
         direction: Literal["adam", "atan2", "focus", "muon"] = "atan2" if o.eps is None else "adam"
         return cls(
@@ -72,6 +83,7 @@ class Kind(NamedTuple):
             decays=o.weight_decay > 0,
             decays_by_lr=o.weight_decay_by_lr,
             use_speed=o.use_speed,
+            is_balanced=o.is_balanced and adapts,
         )
 
     def refused_by(self, admitted: Mapping[str, tuple[object, ...]]) -> str | None:
@@ -90,6 +102,11 @@ class Kind(NamedTuple):
     def projects(self) -> bool:
         """Whether OrthoGrad projects the direction."""
         return self.use_orthograd and not self.is_single
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the evidence is of directions that are there only after what is measured."""
+        return self.is_balanced and self.direction == "muon"
 
     @property
     def is_offset(self) -> bool:
@@ -174,7 +191,7 @@ def measure_(
 
     Returns:
         Local sums by their names, of shapes (count,): those of the evidence, and of the direction ``uu``, or
-        with OrthoGrad ``uu``, ``wu`` and ``ww``. And what :func:`move_` takes for the direction: itself, or
+        with OrthoGrad ``uu``, ``wu`` and ``ww``; see :func:`scales` and :func:`balance_evidence`. And what :func:`move_` takes for the direction: itself, or
         what it can be made of.
     """
     across = n.across(grad.ndim - 1)
@@ -202,11 +219,63 @@ def measure_(
             sums |= variants.dots(u, base(y, state, kind))._asdict()
         elif kind.is_stable:
             sums["uu"] = stacks.square_total(u)
+        if kind.is_balanced:
+            sums["gu"] = balance.dot(u, across.gated(grad.to(u.dtype)))
+            if kind.projects:
+                w = base(y, state, kind).to(u.dtype)
+                sums["gw"] = balance.dot(w, across.gated(grad.to(u.dtype)))
+    if kind.is_balanced:
+        assert kind.z is not None
+        of_grad = across.gated(grad.to(across.d.dtype))
+        sums["product"] = balance.product_sum(of_grad, y, state[kind.z], is_offset=kind.is_offset)
     if samples is not None:
         over = n.across(1)
         of_grad = over.gated(samples.grad.to(over.d.dtype))
         sums |= prodigy.evidence_sums_(of_grad, samples.base, state, kind.use_speed, over)
     return sums, kept
+
+
+class Scales(NamedTuple):
+    """What a direction is made of u by: ``(u − along·w)·factor``; shapes (count,)."""
+
+    along: Tensor | None  # with OrthoGrad
+    factor: Tensor | None  # None: 1
+
+
+def scales(sums: State, numel: int | Tensor, dtype: torch.dtype, kind: Kind) -> Scales:
+    """OrthoGrad's projection and StableAdamW's factor.
+
+    Args:
+        sums: Those that :func:`measure_` gave, over whole tensors.
+        numel: How many elements a whole tensor has, or each of them.
+        dtype: That of the arithmetic.
+        kind: The stack's.
+    """
+    along, factor, square = None, None, sums.get("uu")
+    if kind.projects:
+        dots = variants.Dots(*(sums[name] for name in variants.Dots._fields))
+        along, factor, square = variants.projection(dots, dtype)
+    if kind.is_stable:
+        assert square is not None
+        stable = directions.stable_scale(square, numel)
+        factor = stable if factor is None else factor * stable
+    return Scales(along, factor)
+
+
+def balance_evidence(sums: State, by: Scales, n: Scalars) -> tuple[Tensor, Tensor]:
+    """What balance goes by, β1⟨g, x − z⟩ and ⟨g, u⟩ of the directions as they are moved by; shapes (count,).
+
+    Args:
+        sums: Those that :func:`measure_` gave, over whole tensors; of Muon's, with ``gu``.
+        by: What the directions are made by.
+        n: The numbers of the step.
+    """
+    norm = sums["gu"]
+    if by.along is not None:
+        norm = norm - by.along * sums["gw"]
+    if by.factor is not None:
+        norm = norm * by.factor
+    return torch.where(n.observes, sums["product"], 0), torch.where(n.observes, norm, 0)
 
 
 def move_(

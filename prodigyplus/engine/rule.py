@@ -22,7 +22,7 @@ from prodigyplus.device import launches
 from prodigyplus.engine import compiled, passes
 from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.passes import Kind, Moments, Noise, Samples
-from prodigyplus.formulas import directions, moments, muon, prodigy, stochastic_rounding, variants
+from prodigyplus.formulas import balance, directions, moments, muon, prodigy, stochastic_rounding, variants
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import Layout
 from prodigyplus.terms.requests import Matrices, Method, Requests, Sum
@@ -150,7 +150,7 @@ class Stack:
             None if first.present is None else [bool(param.present) for param in params],
             len(params) * first.nbytes,
             first.is_matrix,
-            Kind.of(first.group.options, first.state, first.layout.numel),
+            Kind.of(first.group.options, first.state, first.layout.numel, adapts=first.group.adapts),
         )
 
     @property
@@ -188,7 +188,7 @@ class Stack:
     @property
     def adapts(self) -> bool:
         """Whether the gradients are evidence for the step size; once their state is freed, they are not."""
-        return self.group.adapts and "p0" in self.states[0]
+        return self.group.adapts and (self.kind.is_balanced or "p0" in self.states[0])
 
     @property
     def layouts(self) -> Sequence[Layout]:
@@ -265,11 +265,14 @@ def update(stack: Moving, constants: Constants) -> Rule:
     if work.kind.has_momentum:
         yield from work.scale_up_(work.momentum_())
     answers = yield from _asked(work.measure_())
-    if stack.adapts:
-        evidence = prodigy.evidence_(answers, work.state, work.kind.use_speed, work.n)
-        stack.group.observe(stack.numbers, *evidence)
+    evidence = work.evidence_(answers) if stack.adapts and not work.kind.is_late else None
     if (agreeing := work.move_(answers)) is not None:
         yield from work.scale_up_(agreeing)
+    if stack.adapts and work.kind.is_late:
+        answers |= yield from _asked(work.late_sums())
+        evidence = work.evidence_(answers)
+    if evidence is not None:
+        stack.group.observe(stack.numbers, *evidence)
     work.finish_()
 
 
@@ -304,11 +307,6 @@ class Work(Protocol):
     kind: Kind
     n: Scalars
 
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        """What of the stack's state evidence is made of; changed in place."""
-        ...
-
     def momentum_(self) -> Tensor | None:
         """Move the first moment; where it is masked, returns what :meth:`scale_up_` asks for."""
         ...
@@ -323,6 +321,14 @@ class Work(Protocol):
 
     def move_(self, answers: Answers) -> Tensor | None:
         """Move y and z; where the move is masked, propose it, and return what :meth:`scale_up_` asks for."""
+        ...
+
+    def late_sums(self) -> Requests:
+        """What evidence needs to know of directions that came after :meth:`measure_`."""
+        ...
+
+    def evidence_(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        """The evidence for the step size, of each parameter, from sums over whole tensors; shapes (count,)."""
         ...
 
     def finish_(self) -> None:
@@ -356,6 +362,7 @@ class _PlainWork:
         self._grad: Tensor | None = None  # held from the first pass to the last that reads it
         self._masked: Tensor | None = None  # what scale_up_() scales
         self._kept: tuple[Tensor, ...] = ()  # see passes.measure_
+        self._late: dict[str, Tensor] = {}  # see late_sums()
         self._rest: Callable[[], object] | None = None  # of a move that is masked, what remains to be done
 
     def grad(self) -> Tensor:
@@ -366,7 +373,7 @@ class _PlainWork:
 
     def samples(self) -> Samples | None:
         """The evidence for the step size, if it adapts."""
-        if not self.stack.adapts:
+        if not self.stack.adapts or self.kind.is_balanced:
             return None
         layout, every = self.stack.layout, self.stack.group.options.slice_p
         return Samples.of(lambda stack: layout.sample(stack, every), self.y, self.grad(), self.z, self.kind)
@@ -429,23 +436,38 @@ class _PlainWork:
 
     def _direction(self, answers: Answers) -> tuple[Tensor, Tensor]:
         """The direction, and a factor of it that broadcasts; what is kept of it is let go."""
-        o, layout, n, kind = self.stack.group.options, self.stack.layout, self.across, self.kind
+        n, kind = self.across, self.kind
         kept, self._kept = self._kept, ()
         if kind.direction == "muon":
-            _, rows, columns = muon.sizes(layout.shape, batched=o.muon_batched)
             u = n.gated(answers.pop("matrices").unsqueeze(0).to(self.stack.dtype))
-            return u, n.unit * muon.unit_rms(rows, columns)
-        (u,), scale, square = kept, n.unit, answers.get("uu")
-        if kind.projects:
-            dots = variants.Dots(*(answers[name] for name in variants.Dots._fields))
-            along, factor, square = variants.projection(dots, u.dtype)
+            if kind.is_late:
+                self._late = {"gu": balance.dot(u, n.gated(self.grad().to(u.dtype)))}
+            return u, n.unit * self._unit_rms
+        (u,), (along, factor) = kept, self._scales(answers)
+        if along is not None:
             base = passes.base(self.y, self.state, kind).to(u.dtype)
             u.addcmul_(base, stacks.across(along, u), value=-1)
-            scale = stacks.across(factor, u)
-        if kind.is_stable:
-            assert square is not None
-            scale = scale * stacks.across(directions.stable_scale(square, layout.numel), u)
-        return u, scale
+        return u, n.unit if factor is None else n.unit * stacks.across(factor, u)
+
+    @property
+    def _unit_rms(self) -> float:
+        """What orthogonalised matrices are multiplied with."""
+        stack = self.stack
+        _, rows, columns = muon.sizes(stack.layout.shape, batched=stack.group.options.muon_batched)
+        return muon.unit_rms(rows, columns)
+
+    def _scales(self, answers: Answers) -> passes.Scales:
+        if self.kind.direction == "muon":
+            return passes.Scales(None, self.n.unit * self._unit_rms)
+        return passes.scales(answers, self.stack.layout.numel, self.stack.dtype, self.kind)
+
+    def late_sums(self) -> Requests:
+        return self._sums(self._late)
+
+    def evidence_(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        if self.kind.is_balanced:
+            return passes.balance_evidence(answers, self._scales(answers), self.n)
+        return prodigy.evidence_(answers, self.state, self.kind.use_speed, self.n)
 
     def finish_(self) -> None:
         if self._rest is not None:
@@ -466,7 +488,7 @@ class _CompiledWork(_PlainWork):
             sums, self._kept = compiled.measure_(*arguments)
             self._grad = None
         else:  # there is nothing to wait for: the move is made with it
-            every = stack.group.options.slice_p if stack.adapts else 0
+            every = 0 if self.kind.is_balanced or not stack.adapts else stack.group.options.slice_p
             state, feed, numel = self.state, self.feed, stack.layout.numel
             sums = compiled.measure_and_move_(
                 self.y, self.grad(), state, feed, every, packed, self.kind, numel, self.noise

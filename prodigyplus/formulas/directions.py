@@ -21,6 +21,6 @@ def atan2_(grad: Tensor, deviation: Tensor) -> Tensor:
     return torch.atan2(grad, deviation, out=deviation).mul_(4 / math.pi)
 
 
-def stable_scale(square_sum: Tensor, numel: int) -> Tensor:
+def stable_scale(square_sum: Tensor, numel: int | Tensor) -> Tensor:
     """StableAdamW's factor (arXiv 2304.13013) ``1 / sqrt(max(1, rms(u)))``, from the sum of u²."""
     return square_sum.div(numel).sqrt_().clamp_(min=1).rsqrt_()

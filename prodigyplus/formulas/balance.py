@@ -1,0 +1,106 @@
+"""Balance: the step size at which Schedule-Free's base iterate z neither travels nor shakes.
+
+z steps by γ·u, and x is its average. Let ``e = z − x``. A step makes of it ``(1 − c)(e − γu)``, so in the norm
+in which u is the gradient, ``‖v‖² = ⟨P v, v⟩`` with ``P u = g``,
+
+    ‖e'‖² = (1 − c)² (‖e‖² − 2γ⟨g, e⟩ + γ²⟨g, u⟩),
+
+and with ``ρ = ⟨g, x − z⟩ / (γ⟨g, u⟩)``
+
+    ρ = −½ + (what ‖e‖² grows by + 2c‖e‖²) / (2γ²⟨g, u⟩).
+
+As long as γ is too small, z travels away from x, and keeps descending: e grows, and ρ is above 0. Where
+gradients know nothing of e, as noise does, e walks at random, and ρ is 0. Once z moves about a minimum that is
+within its reach, e is stationary, and ρ tends to −½ whatever γ is. Between them lies what is sought: ρ near
+``−TARGET``, where z is as fast as it can be without undoing its own steps.
+
+All is by the number k of the step, so that nothing depends on how long a run is: ρ is averaged over the last
+``k / WINDOW`` steps, each with the weight of its γ⟨g, u⟩, and d follows it in log k,
+
+    d log d / d log k = GROWTH · min(1, (ρ + TARGET) / TARGET)      above −TARGET,
+                      = ½ · max(−1, (ρ + TARGET) / (½ − TARGET))    below.
+
+So it grows as a power of k from a start that is chosen too small, which is a warm-up; and at −½, where all that
+is left is noise, it falls as 1/√k, as theory would have it for steps whose number is not known before. z − x is
+known of y, which lies between them: ``x − z = (y − z) / β1``. There is no state beside Schedule-Free's own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus.terms import stacks
+from prodigyplus.terms.layout import wide_dtype
+
+# The −ρ that d is led to.
+TARGET = 0.2
+
+# To which power of the step's number d grows at most, and by how much in one step.
+GROWTH, LIMIT = 4.0, 2**0.5
+
+# The average of ρ is over the last of so many parts of the run.
+WINDOW = 4.0
+
+
+def product_sum(grad: Tensor, y: Tensor, z: Tensor, *, is_offset: bool) -> Tensor:
+    """The local sums of ⟨g, y − z⟩, that is of β1⟨g, x − z⟩; shape (count,), in float64.
+
+    Args:
+        grad: A stack of gradients in the dtype of the arithmetic.
+        y, z: Those of the weights and of the base iterates, or with ``is_offset`` of z − y.
+        is_offset: See ``z``.
+    """
+    lag = z.to(grad.dtype).neg() if is_offset else y.to(grad.dtype, copy=True).sub_(z)
+    return dot(grad, lag)
+
+
+def dot(one: Tensor, other_: Tensor) -> Tensor:
+    """The sums of the products of two stacks, of each of their tensors; (count,), in float64.
+
+    The products are rounded once, in place in ``other_``.
+    """
+    return stacks.total(other_.mul_(one), wide_dtype(one.device))
+
+
+def averaging_decay(k: Tensor | float) -> Tensor | float:
+    """What the averages of step ``k`` keep of those before it."""
+    return (1 - WINDOW / k).clamp(min=0) if isinstance(k, Tensor) else max(0.0, 1 - WINDOW / k)
+
+
+class Averages(NamedTuple):
+    """What ρ is the ratio of: averages of ⟨g, x − z⟩ and of γ⟨g, u⟩; shapes (groups,)."""
+
+    numerator: Tensor
+    denominator: Tensor
+
+
+def next_d(d: Tensor, k: Tensor, averages: Averages, now: Averages) -> tuple[Tensor, Tensor, Averages]:
+    """One step of the step size.
+
+    Args:
+        d: Step sizes before the step; shape (groups,).
+        k: The number of the step, from 1; int64, (groups,).
+        averages: Those before the step.
+        now: What the step adds to them.
+
+    Returns:
+        The next ``d``, ρ, and the next averages. Where ``now`` has no denominator above 0, nothing was observed,
+        and ``d`` stays.
+    """
+    count = k.to(d.dtype)
+    keep = averaging_decay(count)
+    numerator, denominator = (
+        old * keep + new * (1 - keep) for old, new in zip(averages, now, strict=True)
+    )
+    rho = numerator / denominator
+    above = (rho + TARGET) / TARGET
+    power = torch.where(
+        above > 0, GROWTH * above.clamp(max=1), 0.5 * (above * (TARGET / (0.5 - TARGET))).clamp(min=-1)
+    )
+    grown = d * (power / count).clamp(max=math.log(LIMIT)).exp()
+    observed = (now.denominator > 0) & (denominator > 0)
+    return torch.where(observed, grown, d), rho, Averages(numerator, denominator)
