@@ -178,7 +178,12 @@ TABLE = {
         restarts=True,
         is_evidence=True,
     ),
-    "s": Entry(lambda s: _is_prodigys(s) and not s.options.use_speed, _of_statistics, is_sampled=True, is_evidence=True),
+    "s": Entry(
+        lambda s: _is_prodigys(s) and not s.options.use_speed,
+        _of_statistics,
+        is_sampled=True,
+        is_evidence=True,
+    ),
     **{key: Entry(_is_relative, _number, is_number=True, is_evidence=True) for key in prodigy.AVERAGES},
 }
 

@@ -152,6 +152,7 @@ TABLE: dict[str, Row] = {
     ),
     "compile": _switch("compile", acts_on="execution", is_compiled=True),
     "fused": Row(values=({"fused": False},), bad=(1, "yes"), acts_on="execution", is_compiled=True),
+    "step_size": Row(values=({"step_size": "balance"},), bad=("fast", None, True), is_compiled=True),
 }
 
 _ADAM = {"use_schedulefree": False}
@@ -159,6 +160,7 @@ _BY_ITSELF = dict(TABLE["weight_decay_by_lr"].values[0])
 _ATAN2 = dict(TABLE["eps"].values[0])
 _RADAM = dict(TABLE["use_bias_correction"].values[0])
 _FOCUS = dict(TABLE["use_focus"].values[0])
+_BALANCE = dict(TABLE["step_size"].values[0])
 
 # What meets in the formulas, or in what a pass writes, and may go wrong only together.
 TOGETHER: tuple[Options, ...] = (
@@ -220,6 +222,22 @@ TOGETHER: tuple[Options, ...] = (
     {**_MUON, "use_cautious": True, "use_speed": True, **_ADAM},
     {**_MUON, **_RADAM},
     {**_MUON, "use_speed": True, **_RADAM},
+    {**_BALANCE, "bfloat16_z": True, "weight_decay": 0.1},
+    {**_BALANCE, "betas": (0.8, 0.95), "lr": 0.3},
+    {**_BALANCE, "d0": 1e-2, "factored": False},
+    {**_BALANCE, "use_orthograd": True, "bfloat16_z": True},
+    {**_BALANCE, "use_orthograd": True, "use_stableadamw": False},
+    {**_BALANCE, "use_cautious": True, **_BY_ITSELF},
+    {**_BALANCE, "use_grams": True, "use_adopt": True},
+    {**_BALANCE, **_FOCUS},
+    {**_BALANCE, **_ATAN2, "split_groups": False},
+    {**_BALANCE, **_RADAM, "schedulefree_c": 20.0},
+    {**_BALANCE, "warmup_steps": 5, "split_groups_mean": False},
+    {**_BALANCE, "prodigy_steps": 5},
+    {**_BALANCE, **_MUON},
+    {**_BALANCE, **_MUON, "muon_batched": True, "use_cautious": True},
+    {**_BALANCE, **_MUON, "muon_fp32": True, "split_groups_mean": False},
+    {**_BALANCE, **_MUON, "prodigy_steps": 5},
 )
 
 
@@ -313,6 +331,7 @@ _WAYS: Options = {
     "use_focus": False,
     "prodigy_steps": 0,
     "weight_decay_by_lr": True,
+    "step_size": "prodigy",
 }
 
 # What cannot be together: one excludes the other, or leaves nothing of it to be seen.
@@ -336,7 +355,7 @@ def same(one: Any, other: Any) -> bool:
 
 def without_schedulefree(many: Iterable[Options]) -> list[dict[str, Any]]:
     """The same options without Schedule-Free, where they have something to do there."""
-    of_average = ("use_schedulefree", "schedulefree_c", "bfloat16_z")
+    of_average = ("use_schedulefree", "schedulefree_c", "bfloat16_z", "step_size")
     return [{**options, **_ADAM} for options in many if not options.keys() & set(of_average)]
 
 

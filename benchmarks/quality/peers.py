@@ -107,6 +107,13 @@ def ours(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Buil
     return [ProdigyPlusScheduleFree(trained(model), **options)]
 
 
+def ours_muon(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Built:
+    """Ours, with Muon for the hidden matrices."""
+    hidden, rest = hidden_and_rest(model)
+    groups = [{"params": rest}, {"params": hidden, "use_muon_pp": True}]
+    return [ProdigyPlusScheduleFree([group for group in groups if group["params"]], **options)]
+
+
 def adamw(model: nn.Module, setting: Setting, steps: int) -> Built:
     """AdamW of torch."""
     return [AdamW(trained(model), lr=rate_of(setting), betas=BETAS, weight_decay=0.0)]
@@ -202,6 +209,13 @@ OPTIMIZERS: dict[str, Entry] = {
         # Ours: what is to be compared without tuning, each with the arguments that its name says.
         Entry("ours", ours, tuned="nothing", distribution=""),
         Entry("ours-balance", partial(ours, step_size="balance"), tuned="nothing", distribution=""),
+        Entry("ours-muon", ours_muon, tuned="nothing", distribution=""),
+        Entry(
+            "ours-balance-muon",
+            partial(ours_muon, step_size="balance", split_groups_mean=False),
+            tuned="nothing",
+            distribution="",
+        ),
         # Peers.
         Entry("adamw-constant", adamw, RATES),
         Entry("adamw-cosine", adamw, RATES, schedule="cosine"),

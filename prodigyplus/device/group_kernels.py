@@ -19,12 +19,13 @@ K, SKIPPED = map(tl.constexpr, range(2))
 LR, BETA1, BETA2, BETA3, BETA4, D0, D_COEF, LIMIT, SPEED_COEF, WARMUP, STRENGTH, DECAY, EPS = map(
     tl.constexpr, range(13)
 )
-AVERAGES, RECTIFIES, ADOPTS, SPEED, DECAYS_BY_LR, LIMITS, ADAPTS, IS_POOLED, SHARES = map(
+AVERAGES, RECTIFIES, ADOPTS, EVIDENCE, DECAYS_BY_LR, LIMITS, ADAPTS, POOL, SHARES = map(
     tl.constexpr, range(13, 22)
 )
 
-# SPEED's kinds.
-SIGNS, RELATIVE = tl.constexpr(1.0), tl.constexpr(2.0)
+# The kinds of evidence, as ``prodigyplus.device.launches`` numbers them, and how many pools there may be.
+SIGNS, RELATIVE, BALANCE = tl.constexpr(1.0), tl.constexpr(2.0), tl.constexpr(3.0)
+POOLS = tl.constexpr(2)
 
 
 @triton.jit
@@ -111,10 +112,11 @@ def begin(
     beta2 = _row(options, BETA2, count, group, 0.9)
     beta3 = _row(options, BETA3, count, group, 0.9)
     d0 = _row(options, D0, count, group, 1.0)
-    speed = _row(options, SPEED, count, group, 0.0)
+    evidence = _row(options, EVIDENCE, count, group, 0.0)
 
     step = (k + 1).to(tl.float64)
-    prodigy_weight = tl.where(speed == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
+    prodigy_weight = tl.where(evidence == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
+    prodigy_weight = tl.where(evidence == BALANCE, 1.0 / beta1, prodigy_weight)
     dlr, rate, beta2 = _rates(options, count, group, lr, step, shared_d, beta2)
     # ADOPT's first gradient starts the second moment, and does nothing else.
     counts_evidence = (_row(options, ADOPTS, count, group, 0.0) == 0) | (step > 1)
@@ -168,7 +170,7 @@ def _next_d(
     d_coef = _row(options, D_COEF, count, group, 1.0)
     limit = _row(options, LIMIT, count, group, 1.0)
     speed_coef = _row(options, SPEED_COEF, count, group, 1.0)
-    speed = _row(options, SPEED, count, group, 0.0)
+    evidence = _row(options, EVIDENCE, count, group, 0.0)
     limits = _row(options, LIMITS, count, group, 0.0) > 0
     beta4 = _row(options, BETA4, count, group, 0.0)
     before = numerator
@@ -183,12 +185,39 @@ def _next_d(
     d_hat = numerator / tl.where(observed, norm, 1.0)
     by_speed = tl.minimum(d_hat * d_coef, tl.exp(LIMIT_OF_SPEED * tl.log(d)))
     plain = tl.where(limits, tl.minimum(d_hat, d * limit), d_hat) * d_coef
-    estimate = tl.where(speed == SIGNS, by_speed, plain)
-    estimate = tl.where(speed == RELATIVE, tl.where(grows, relative * speed_coef, d), estimate)
-    d_hat = tl.where(speed == RELATIVE, relative, d_hat)
+    estimate = tl.where(evidence == SIGNS, by_speed, plain)
+    estimate = tl.where(evidence == RELATIVE, tl.where(grows, relative * speed_coef, d), estimate)
+    d_hat = tl.where(evidence == RELATIVE, relative, d_hat)
     moved = tl.maximum(d, estimate)
     moved = tl.where(beta4 > 0, d * beta4 + tl.maximum(estimate, d0) * (1.0 - beta4), moved)
     return tl.where(observed, moved, d), d_hat, numerator
+
+
+@triton.jit
+def _next_balanced(
+    d, k, numerator, denominator, product, norm,
+    TARGET: tl.constexpr, GROWTH: tl.constexpr, LOG_LIMIT: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """:func:`prodigyplus.formulas.balance.next_d`: the next ``d``, ρ, and the next averages."""
+    count = k.to(tl.float64)
+    # Of float64, whatever a version of Triton makes of a constant beside it.
+    target, limit = tl.full(d.shape, TARGET, tl.float64), tl.full(d.shape, LOG_LIMIT, tl.float64)
+    keep = tl.maximum(1.0 - WINDOW / tl.maximum(count, 1.0), 0.0)
+    numerator = numerator * keep + product * (1.0 - keep)
+    denominator = denominator * keep + norm * (1.0 - keep)
+    known = denominator > 0
+    rho = tl.where(known, numerator / tl.where(known, denominator, 1.0), 0.0)
+    above = rho + target
+    rise, fall = tl.minimum(above / (2.0 * target), 1.0), tl.maximum(above / (0.5 - target), -1.0)
+    power = tl.where(above > 0, rise * GROWTH, fall * 0.5)
+    grown = d * tl.exp(tl.minimum(power / tl.maximum(count, 1.0), limit))
+    return tl.where(norm > 0, grown, d), rho, numerator, denominator
+
+
+@triton.jit
+def _led(values, leads, pooled):
+    """``values``, of a pool those of the group that leads it."""
+    return tl.where(pooled, tl.sum(tl.where(leads, values, 0.0), 0), values)
 
 
 @triton.jit
@@ -227,28 +256,36 @@ def end(
     floats, counts, options, totals, values, learns, count,
     LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
     LEAST_GROWTH: tl.constexpr, NEAR: tl.constexpr, EARLY: tl.constexpr,
-    WEIGHT: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    TARGET: tl.constexpr, GROWTH: tl.constexpr, LOG_LIMIT: tl.constexpr, WINDOW: tl.constexpr,
+    WEIGHT: tl.constexpr, RATE: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move every ``d``, and share them; see :meth:`prodigyplus.engine.groups.Groups.close`.
 
-    ``totals`` are not weighted yet: their weight is the number ``WEIGHT`` of ``values``.
+    ``totals`` are not weighted yet: the weight of products is the number ``WEIGHT`` of ``values``, and for
+    balance that of norms the number ``RATE``.
     """
     group = tl.arange(0, BLOCK)
     exists = group < count
     weight = tl.load(values + group * NUMBERS + WEIGHT, mask=exists, other=0.0)
     product = tl.load(totals + group * 2, mask=exists, other=0.0) * weight
     norm = tl.load(totals + group * 2 + 1, mask=exists, other=0.0)
+    is_balanced = _row(options, EVIDENCE, count, group, 0.0) == BALANCE
+    rate = tl.load(values + group * NUMBERS + RATE, mask=exists, other=0.0)
+    norm = tl.where(is_balanced, norm * rate, norm)
     learning = exists & tl.load(learns + group, mask=exists, other=0).to(tl.int1)
     happens = tl.max(learning.to(tl.int32), 0) + group * 0 > 0
     adapts = _row(options, ADAPTS, count, group, 0.0) > 0
-    # Groups that have one d: the first of them adapts, by the sums of all.
-    pooled = exists & (_row(options, IS_POOLED, count, group, 0.0) > 0)
-    leader = tl.min(tl.where(pooled, group, BLOCK), 0)
-    leads = group == leader
-    product = tl.where(leads, tl.sum(tl.where(pooled, product, 0.0), 0), product)
-    norm = tl.where(leads, tl.sum(tl.where(pooled, norm, 0.0), 0), norm)
-    pool_learns = tl.max((pooled & learning).to(tl.int32), 0)
-    learning = tl.where(leads, pool_learns, learning.to(tl.int32)) > 0
+    # Groups of one pool have one d: the first of them adapts, by the sums of all.
+    pool = _row(options, POOL, count, group, 0.0)
+    follows = exists & (pool > 0)
+    for number in tl.static_range(1, POOLS + 1):
+        pooled = exists & (pool == number)
+        leads = group == tl.min(tl.where(pooled, group, BLOCK), 0)
+        product = tl.where(leads, tl.sum(tl.where(pooled, product, 0.0), 0), product)
+        norm = tl.where(leads, tl.sum(tl.where(pooled, norm, 0.0), 0), norm)
+        pool_learns = tl.max((pooled & learning).to(tl.int32), 0)
+        learning = tl.where(leads, pool_learns, learning.to(tl.int32)) > 0
+        follows = follows & (leads == 0)
 
     d = _row(floats, D, count, group, 1.0)
     d_hat = _row(floats, D_HAT, count, group, 1.0)
@@ -258,17 +295,27 @@ def end(
     next_d, estimate, next_numerator = _next_d(
         d, numerator, largest, product, norm, options, group, count, exists, LIMIT_OF_SPEED, LARGEST_FACTOR
     )
-    writes = learning & adapts & (leads | (pooled == 0))
+    k = _row(counts, K, count, group, 0)
+    balanced_d, rho, average, next_denominator = _next_balanced(
+        d, k, numerator, denominator, product, norm, TARGET, GROWTH, LOG_LIMIT, WINDOW
+    )
+    next_d = tl.where(is_balanced, balanced_d, next_d)
+    next_numerator = tl.where(is_balanced, average, next_numerator)
+    next_denominator = tl.where(is_balanced, next_denominator, norm)
+    next_largest = tl.where(is_balanced, largest, tl.maximum(next_numerator, largest))
+    estimate = tl.where(is_balanced, rho, tl.where(norm > 0, estimate, d_hat))
+    writes = learning & adapts & (follows == 0)
     d = tl.where(writes, next_d, d)
-    d_hat = tl.where(writes & (norm > 0), estimate, d_hat)
+    d_hat = tl.where(writes, estimate, d_hat)
     numerator = tl.where(writes, next_numerator, numerator)
-    largest = tl.where(writes, tl.maximum(next_numerator, largest), largest)
-    denominator = tl.where(writes, norm, denominator)
-    d = tl.where(pooled, tl.sum(tl.where(leads, d, 0.0), 0), d)
-    d_hat = tl.where(pooled, tl.sum(tl.where(leads, d_hat, 0.0), 0), d_hat)
-    numerator = tl.where(pooled, tl.sum(tl.where(leads, numerator, 0.0), 0), numerator)
-    largest = tl.where(pooled, tl.sum(tl.where(leads, largest, 0.0), 0), largest)
-    denominator = tl.where(pooled, tl.sum(tl.where(leads, denominator, 0.0), 0), denominator)
+    largest = tl.where(writes, next_largest, largest)
+    denominator = tl.where(writes, next_denominator, denominator)
+    for number in tl.static_range(1, POOLS + 1):
+        pooled = exists & (pool == number)
+        leads = pooled & (follows == 0)
+        d, d_hat = _led(d, leads, pooled), _led(d_hat, leads, pooled)
+        numerator, denominator = _led(numerator, leads, pooled), _led(denominator, leads, pooled)
+        largest = _led(largest, leads, pooled)
     tl.store(floats + D * count + group, d, mask=exists)
     tl.store(floats + D_HAT * count + group, d_hat, mask=exists)
     tl.store(floats + NUMERATOR * count + group, numerator, mask=exists)

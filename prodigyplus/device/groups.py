@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from prodigyplus.device import launches
-from prodigyplus.formulas import prodigy
+from prodigyplus.formulas import balance, prodigy
 from prodigyplus.terms.scalars import VALUES, Packed
 from prodigyplus.terms.tables import SentTable
 
-_WEIGHT = VALUES.index("prodigy_weight")
+_WEIGHT, _RATE = VALUES.index("prodigy_weight"), VALUES.index("dlr")
 
 
 class GroupOptions(NamedTuple):
@@ -36,11 +36,11 @@ class GroupOptions(NamedTuple):
     use_schedulefree: float
     use_bias_correction: float
     use_adopt: float
-    use_speed: float
+    evidence: float
     weight_decay_by_lr: float
     d_limiter: float
     adapts: float
-    is_pooled: float
+    pool: float
     shares: float
 
 
@@ -120,7 +120,9 @@ class GroupNumbers:
                 self._floats, self._counts, self._options, totals, self._values, learns, self._count,
                 LIMIT_OF_SPEED=prodigy.SPEED_LIMIT, LARGEST_FACTOR=prodigy.LIMIT,
                 LEAST_GROWTH=prodigy.LEAST_GROWTH, NEAR=prodigy.NEAR, EARLY=prodigy.EARLY,
-                WEIGHT=_WEIGHT, NUMBERS=len(VALUES), BLOCK=self._block,
+                TARGET=balance.TARGET, GROWTH=balance.GROWTH, LOG_LIMIT=balance.LOG_LIMIT,
+                WINDOW=balance.WINDOW,
+                WEIGHT=_WEIGHT, RATE=_RATE, NUMBERS=len(VALUES), BLOCK=self._block,
             )  # fmt: skip
 
 

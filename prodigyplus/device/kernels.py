@@ -38,8 +38,8 @@ _TINY = tl.constexpr(1e-30)
 _QUARTER_TURN = tl.constexpr(1.5707963267948966)
 _ATAN2_SCALE = tl.constexpr(1.2732395447351628)  # 4/π
 
-# SPEED's kinds.
-PLAIN, SIGNS, RELATIVE = map(tl.constexpr, range(3))
+# The kinds of evidence.
+PLAIN, SIGNS, RELATIVE, BALANCE = map(tl.constexpr, range(4))
 
 
 @triton.jit
@@ -315,7 +315,7 @@ def _global_indices(index, exists, size, runs, SINGLE: tl.constexpr, EVERY: tl.c
 @triton.jit
 def _evidence(
     g, base, address, sampled, slot, beta3, weight,
-    SPEED: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, STATISTIC_DTYPE: tl.constexpr,
+    KIND: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, STATISTIC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Prodigy's evidence of a strip: move s at its samples, and return the terms of up to three sums.
 
@@ -327,12 +327,12 @@ def _evidence(
     distance = tl.load(start + slot, mask=sampled, other=0.0).to(tl.float32) - base
     distance = tl.where(sampled, distance, 0.0)
     product = distance * g
-    if SPEED == RELATIVE:
+    if KIND == RELATIVE:
         return product, tl.abs(distance), distance * distance
     else:
         kept = tl.load(address + STATISTIC).to(tl.pointer_type(STATISTIC_DTYPE)) + slot
         statistic = (tl.load(kept, mask=sampled, other=0.0).to(tl.float32) * beta3).to(STATISTIC_DTYPE)
-        seen = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)) if SPEED == SIGNS else g
+        seen = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)) if KIND == SIGNS else g
         statistic = (statistic.to(tl.float32) + seen * weight).to(STATISTIC_DTYPE)
         tl.store(kept, statistic, mask=sampled)
         return product, tl.where(sampled, tl.abs(statistic.to(tl.float32)), 0.0), product
@@ -365,7 +365,7 @@ def sweep(
     MOVES: tl.constexpr, EVIDENCE: tl.constexpr, READS: tl.constexpr,
     FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr,
     IS_OFFSET: tl.constexpr, ATAN2: tl.constexpr, STABLE: tl.constexpr, DECAYS: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SPEED: tl.constexpr, EVERY: tl.constexpr,
+    STOCHASTIC: tl.constexpr, KIND: tl.constexpr, EVERY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Measure: of each tile, the sum of the direction's squares. Or with ``MOVES`` move y, z and moments.
@@ -374,9 +374,12 @@ def sweep(
     moments that are kept for each element are computed in both, and written where they are moved.
 
     With ``READS``, directions are not computed but read where ``directions`` says, and scaled: they are made
-    between the two, of what measuring leaves. So it moves the first moment, and takes all of the evidence.
+    between the two, of what measuring leaves. So it moves the first moment, and takes all of the evidence;
+    but for balance, whose second sum is of the directions, and is taken where they are read.
     """
     MULTIPLE: tl.constexpr = 16 if FAST else 1
+    BALANCES: tl.constexpr = EVIDENCE and KIND == BALANCE
+    SAMPLES: tl.constexpr = EVIDENCE and KIND != BALANCE
     tensor, size, address, matrix, down, across, local, offset, height, width, row_stride, column_stride = (
         _tile(pointers, sizes, matrices, tiles, MULTIPLE)
     )
@@ -423,28 +426,28 @@ def sweep(
         # Read, a direction is what a gradient is otherwise, and the move needs no other.
         g = tl.where(opens, tl.load(direction + index, mask=exists, other=0.0).to(tl.float32), 0.0)
         global_index, sampled, slot = _global_indices(index, exists, size, runs, SINGLE, EVERY)
-        # To measure, of y and z only the samples.
-        read = exists if MOVES else sampled
+        # To measure, of y and z only the samples; for balance, all.
+        read = exists if MOVES or BALANCES else sampled
         y, z = tl.zeros((STRIP, COLUMNS), tl.float32), tl.zeros((STRIP, COLUMNS), tl.float32)
-        if MOVES or (EVIDENCE and (MOMENTUM or IS_OFFSET)):
+        if MOVES or (EVIDENCE and (MOMENTUM or IS_OFFSET != BALANCES)):
             y = tl.load(weight + index, mask=read, other=0.0).to(tl.float32)
         if (MOVES or EVIDENCE) and not MOMENTUM:
             z = tl.load(base + index, mask=read, other=0.0).to(tl.float32)
-        if EVIDENCE:
+        if SAMPLES:
             product, second, third = _evidence(
                 g, y + z if MOMENTUM or IS_OFFSET else z, address, sampled, slot,
                 tl.load(numbers + BETA3 * number_stride), tl.load(numbers + PRODIGY_WEIGHT * number_stride),
-                SPEED, WEIGHT_DTYPE, STATISTIC_DTYPE,
+                KIND, WEIGHT_DTYPE, STATISTIC_DTYPE,
             )  # fmt: skip
             product_sum += tl.sum(product.to(tl.float64), 0)
             second_sum += tl.sum(second.to(tl.float64), 0)
-            if SPEED == RELATIVE:
+            if KIND == RELATIVE:
                 third_sum += tl.sum(third.to(tl.float64), 0)
         u = g
         if READS:
             if MOMENTUM and not MOVES:
                 _momentum(g, address, index, exists, numbers, number_stride, MULTIPLE, FIRST_DTYPE, True)
-        elif MOVES or STABLE:
+        elif MOVES or STABLE or BALANCES:
             row_root = tl.zeros((STRIP,), tl.float32)
             if FACTORED:
                 row_root = _factor_roots(outer, row * outer_stride, row < height, mean, d, is_row_outer)
@@ -454,6 +457,13 @@ def sweep(
             )  # fmt: skip
             if not MOVES:
                 norm += tl.sum(u * u, 0)
+        if BALANCES:
+            if READS and MOVES:
+                g = tl.where(opens, tl.load(grad + index, mask=exists, other=0.0).to(tl.float32), 0.0)
+            else:
+                lag = -z if IS_OFFSET else y - z
+                product_sum += tl.sum((lag * g).to(tl.float64), 0)
+            second_sum += tl.sum((u * g).to(tl.float64), 0)
         if MOVES:
             y, z = _moved(y, z, u, step, unit, numbers, number_stride, MOMENTUM, IS_OFFSET, DECAYS)
             noise = _hash(global_index + seed) if STOCHASTIC else global_index
@@ -465,5 +475,5 @@ def sweep(
     if EVIDENCE:
         tl.store(evidence_parts + program, tl.sum(product_sum, 0))
         tl.store(evidence_parts + parts_stride + program, tl.sum(second_sum, 0))
-        if SPEED == RELATIVE:
+        if KIND == RELATIVE:
             tl.store(evidence_parts + 2 * parts_stride + program, tl.sum(third_sum, 0))

@@ -24,8 +24,8 @@ from prodigyplus.terms.tables import SentTable
 # How many values are added up at a time.
 _RUN = 1024
 
-# The kinds of ``use_speed``, as the kernels number them.
-SPEED: dict[object, int] = {False: 0, True: 1, "relative": 2}
+# The kinds of evidence, those of ``use_speed`` and balance, as the kernels number them.
+EVIDENCE: dict[object, int] = {False: 0, True: 1, "relative": 2, "balance": 3}
 
 
 def interprets() -> bool:
@@ -68,7 +68,7 @@ class Setup(NamedTuple):
     is_atan2: bool
     is_stable: bool
     decays: bool
-    use_speed: object
+    evidence: object  # its kind
     every: int
     rounds: bool
     direction: torch.dtype | None = None  # of directions that are read; None where they are computed
@@ -307,7 +307,7 @@ class Launches:
             "STABLE": setup.is_stable,
             "DECAYS": setup.decays,
             "STOCHASTIC": setup.rounds,
-            "SPEED": SPEED[setup.use_speed],
+            "KIND": EVIDENCE[setup.evidence],
             "EVERY": setup.every,
             **self._tile,
         }
@@ -317,7 +317,7 @@ class Launches:
 
     def _evidence_parts(self, setup: Setup, takes_evidence: bool) -> Tensor:
         """What the programs of a sweep write their sums of the evidence to; none where it is not taken."""
-        rows = (3 if setup.use_speed == "relative" else 2) if takes_evidence else 0
+        rows = (3 if setup.evidence == "relative" else 2) if takes_evidence else 0
         return torch.empty(rows, self.plan.tile_count, dtype=torch.float64, device=self.plan.device)
 
     def _of_tensors(self, parts: Tensor) -> Tensor:

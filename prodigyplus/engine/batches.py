@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prodigyplus.device.launches import Directions, Dtypes, Launches, Setup, has_triton, runs_on, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
+from prodigyplus.engine import passes
 from prodigyplus.engine.passes import Kind
 from prodigyplus.engine.rule import Answers, ParamStep, matrices, orthogonalized_in
 from prodigyplus.formulas import moments, muon, prodigy, schedule_free, stochastic_rounding
@@ -31,6 +32,7 @@ _ADMITTED: dict[str, tuple[object, ...]] = {
     "decays": _SWITCH,
     "decays_by_lr": _SWITCH,
     "use_speed": (*_SWITCH, "relative"),
+    "is_balanced": _SWITCH,
 }
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -102,7 +104,7 @@ class Batch:
         self.numbers = [param.number for param in params]
         self.present = None if first.present is None else [bool(param.present) for param in params]
         # Which operators its passes consist of; none that the kernels admit depends on the size of a tensor.
-        self.kind = Kind.of(first.group.options, first.state, 2)
+        self.kind = Kind.of(first.group.options, first.state, 2, adapts=first.group.adapts)
         self._launches: Launches | None = None
 
     def squares(self, constants: Constants) -> Requests:
@@ -138,7 +140,7 @@ class Batch:
     @property
     def adapts(self) -> bool:
         """Whether the gradients are evidence for the step size."""
-        return self.group.adapts and "p0" in self.states[0]
+        return self.group.adapts and (self.kind.is_balanced or "p0" in self.states[0])
 
     def launches(self, constants: Constants) -> Launches:
         """Its launches, which know where its tensors are."""
@@ -187,7 +189,7 @@ class Batch:
             is_atan2=kind.direction == "atan2",
             is_stable=kind.is_stable and not self.is_matrix,  # of matrices their directions are
             decays=kind.decays,
-            use_speed=kind.use_speed,
+            evidence="balance" if kind.is_balanced else kind.use_speed,
             every=o.slice_p,
             rounds=o.stochastic_rounding and torch.bfloat16 in (dtypes.weight, dtypes.base),
             direction=orthogonalized_in(self.group, self.dtype) if self.is_matrix else None,
@@ -231,12 +233,13 @@ class _KernelWork:
     def __init__(self, batch: Batch, squares: Mapping[str, Tensor], n: Scalars, constants: Constants) -> None:
         self.batch, self.kind, self.n = batch, batch.kind, n
         keys = prodigy.AVERAGES if self.kind.use_speed == "relative" and batch.adapts else ()
-        self.state = {key: stacks.stack_view([state[key] for state in batch.states]) for key in keys}
+        self._averages = {key: stacks.stack_view([state[key] for state in batch.states]) for key in keys}
         self._launches, self._sums, self._constants = batch.launches(constants), squares, constants
         self._moves_at_once = not (batch.is_sharded or batch.is_matrix)
         self._setup = batch.setup(self._launches)
         numbers = constants.on(n.step.device, batch.numbers)
         self._seeds = stochastic_rounding.seeds(n.step, numbers) if self._setup.rounds else None
+        self._late: dict[str, Tensor] = {}  # see late_sums()
 
     def momentum_(self) -> None:
         """Moved with the rest: it needs nothing of other ranks."""
@@ -247,23 +250,44 @@ class _KernelWork:
 
     def measure_(self) -> Requests:
         batch, setup, n = self.batch, self._setup, self.n.packed
-        sums = [self._sums[f"squares {index}"] for index in range(len(self._launches.plan.sum_pieces))]
-        if sums:
-            self._launches.factors_(sums[0] if len(sums) == 1 else torch.cat(sums), setup, n)
+        squares = [self._sums[f"squares {index}"] for index in range(len(self._launches.plan.sum_pieces))]
+        if squares:
+            self._launches.factors_(squares[0] if len(squares) == 1 else torch.cat(squares), setup, n)
         takes = batch.adapts
         norms, evidence = self._launches.measure_(setup, n, takes_evidence=takes and not self._moves_at_once)
         if self._moves_at_once:
             evidence = self._launches.move_(setup, n, norms, self._seeds, takes_evidence=takes)
-        requests = self._evidence(evidence) if takes else {}
-        if not self._moves_at_once and norms is not None:
-            requests["uu"] = norms
-        layout = batch.layouts[0]
-        asked = {name: Sum(value, layout.axes(layout.dims)) for name, value in requests.items()}
+        sums = dict(zip(self._evidence_names, evidence, strict=True)) if takes else {}
+        if self.kind.is_late:
+            del sums["gu"]
+        if norms is not None and (self.kind.is_balanced or not self._moves_at_once):
+            sums["uu"] = norms
+        asked = self._asked(sums)
         return {**asked, **batch.matrices()} if batch.is_matrix else asked
 
-    def _evidence(self, sums: Tensor) -> dict[str, Tensor]:
-        names = ("product", "l1", "l2_square") if self.kind.use_speed == "relative" else ("product", "norm")
-        return dict(zip(names, sums, strict=True))
+    @property
+    def _evidence_names(self) -> tuple[str, ...]:
+        """Those of the sums of the evidence, as the kernels give them."""
+        if self.kind.is_balanced:
+            return "product", "gu"
+        return ("product", "l1", "l2_square") if self.kind.use_speed == "relative" else ("product", "norm")
+
+    def _asked(self, sums: Mapping[str, Tensor]) -> Requests:
+        layout = self.batch.layouts[0]
+        return {name: Sum(value, layout.axes(layout.dims)) for name, value in sums.items()}
+
+    def late_sums(self) -> Requests:
+        return self._asked(self._late)
+
+    def evidence_(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        kind, numels = self.kind, self._launches.plan.numels
+        if not kind.is_balanced:
+            return prodigy.evidence_(answers, self._averages, kind.use_speed, self.n)
+        if self.batch.is_matrix:
+            scales = passes.Scales(None, self.n.unit * self.batch.scales(self._constants))
+        else:
+            scales = passes.scales(answers, numels, self.batch.dtype, kind)
+        return passes.balance_evidence(answers, scales, self.n)
 
     def move_(self, answers: Answers) -> None:
         if self._moves_at_once:
@@ -272,15 +296,17 @@ class _KernelWork:
         if self.batch.is_matrix:
             pieces = [answers.pop(name).contiguous() for name in self.batch.matrix_names]
             directions = Directions(pieces, self.batch.scales(self._constants))
-        self._launches.move_(
+        late = self._launches.move_(
             self._setup,
             self.n.packed,
             answers.get("uu"),
             self._seeds,
-            takes_evidence=False,
+            takes_evidence=self.kind.is_late,
             directions=directions,
         )
+        if self.kind.is_late:
+            self._late = {"gu": late[1]}
 
     def finish_(self) -> None:
-        for key, values in self.state.items():
+        for key, values in self._averages.items():
             stacks.write_back_([state[key] for state in self.batch.states], values)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.device.groups import GroupNumbers, GroupOptions, table_of
-from prodigyplus.device.launches import SPEED, runs_on
+from prodigyplus.device.launches import EVIDENCE, runs_on
 from prodigyplus.engine.columns import Columns
 from prodigyplus.formulas import balance, prodigy, radam, schedule_free, variants
 from prodigyplus.options import Options
@@ -92,6 +92,10 @@ class GroupStep:
         return torch.stack(sums)
 
 
+# The pools of groups, as the kernels number them.
+_POOLS = {None: 0, "prodigy": 1, "balance": 2}
+
+
 def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
     """The options of a group for kernels; ``shares``: whether it moves by a mean of several."""
     o = group.options
@@ -112,11 +116,11 @@ def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
         use_schedulefree=o.use_schedulefree,
         use_bias_correction=o.use_bias_correction,
         use_adopt=o.use_adopt,
-        use_speed=SPEED[o.use_speed],
+        evidence=EVIDENCE["balance" if o.is_balanced else o.use_speed],
         weight_decay_by_lr=o.weight_decay_by_lr,
         d_limiter=o.d_limiter,
         adapts=group.adapts,
-        is_pooled=not o.split_groups,
+        pool=_POOLS[o.pool],
         shares=shares,
     )
 
@@ -138,8 +142,8 @@ class _Branches(NamedTuple):
     @classmethod
     def of(cls, o: Options) -> _Branches:
         of_step = o.use_schedulefree, o.use_bias_correction, o.use_adopt
-        of_d = o.use_speed, o.is_balanced, o.weight_decay_by_lr, o.d_limiter
-        return cls(*of_step, *of_d, o.schedulefree_c > 0, o.d_beta > 0, o.warmup_steps > 0)
+        of_d = o.is_balanced, o.weight_decay_by_lr, o.d_limiter
+        return cls(*of_step, o.use_speed, *of_d, o.schedulefree_c > 0, o.d_beta > 0, o.warmup_steps > 0)
 
 
 class _Opened(NamedTuple):

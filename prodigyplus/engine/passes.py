@@ -191,8 +191,8 @@ def measure_(
 
     Returns:
         Local sums by their names, of shapes (count,): those of the evidence, and of the direction ``uu``, or
-        with OrthoGrad ``uu``, ``wu`` and ``ww``; see :func:`scales` and :func:`balance_evidence`. And what :func:`move_` takes for the direction: itself, or
-        what it can be made of.
+        with OrthoGrad ``uu``, ``wu`` and ``ww``; see :func:`scales` and :func:`balance_evidence`. And what
+        :func:`move_` takes for the direction: itself, or what it can be made of.
     """
     across = n.across(grad.ndim - 1)
     sums: dict[str, Tensor] = {}

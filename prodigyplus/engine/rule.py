@@ -328,7 +328,7 @@ class Work(Protocol):
         ...
 
     def evidence_(self, answers: Answers) -> tuple[Tensor, Tensor]:
-        """The evidence for the step size, of each parameter, from sums over whole tensors; shapes (count,)."""
+        """Each parameter's evidence for the step size, from sums over whole tensors; shapes (count,)."""
         ...
 
     def finish_(self) -> None:

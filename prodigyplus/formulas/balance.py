@@ -1,28 +1,28 @@
 """Balance: the step size at which Schedule-Free's base iterate z neither travels nor shakes.
 
-z steps by γ·u, and x is its average. Let ``e = z − x``. A step makes of it ``(1 − c)(e − γu)``, so in the norm
-in which u is the gradient, ``‖v‖² = ⟨P v, v⟩`` with ``P u = g``,
+z steps by γ·u, and x is its average. Let ``e = z − x``. A step makes ``(1 − c)(e − γu)`` of it. In the norm
+``‖v‖² = ⟨Pv, v⟩`` with ``Pu = g``, that of Adam's deviations, it becomes
 
     ‖e'‖² = (1 − c)² (‖e‖² − 2γ⟨g, e⟩ + γ²⟨g, u⟩),
 
-and with ``ρ = ⟨g, x − z⟩ / (γ⟨g, u⟩)``
+and with ``ρ = ⟨g, x − z⟩ / (γ⟨g, u⟩)``, to first order in c,
 
-    ρ = −½ + (what ‖e‖² grows by + 2c‖e‖²) / (2γ²⟨g, u⟩).
+    ρ = −½ + (‖e'‖² − ‖e‖² + 2c‖e‖²) / (2γ²⟨g, u⟩).
 
-As long as γ is too small, z travels away from x, and keeps descending: e grows, and ρ is above 0. Where
-gradients know nothing of e, as noise does, e walks at random, and ρ is 0. Once z moves about a minimum that is
-within its reach, e is stationary, and ρ tends to −½ whatever γ is. Between them lies what is sought: ρ near
+As long as γ is too small, z travels away from x and keeps descending: e grows, and ρ is above 0. Where
+gradients know nothing of e, as pure noise does, e walks at random, and ρ is 0. Once z moves about a minimum
+within its reach, e is stationary, and ρ tends to −½ whatever γ is. What is sought lies between: ρ near
 ``−TARGET``, where z is as fast as it can be without undoing its own steps.
 
-All is by the number k of the step, so that nothing depends on how long a run is: ρ is averaged over the last
-``k / WINDOW`` steps, each with the weight of its γ⟨g, u⟩, and d follows it in log k,
+Everything goes by the number k of the step, so that nothing depends on how long a run is. ρ is averaged over
+about the last ``k / WINDOW`` steps, each with the weight of its γ⟨g, u⟩, and d follows it in log k:
 
-    d log d / d log k = GROWTH · min(1, (ρ + TARGET) / TARGET)      above −TARGET,
+    d log d / d log k = GROWTH · min(1, (ρ + TARGET) / 2·TARGET)    above −TARGET,
                       = ½ · max(−1, (ρ + TARGET) / (½ − TARGET))    below.
 
-So it grows as a power of k from a start that is chosen too small, which is a warm-up; and at −½, where all that
-is left is noise, it falls as 1/√k, as theory would have it for steps whose number is not known before. z − x is
-known of y, which lies between them: ``x − z = (y − z) / β1``. There is no state beside Schedule-Free's own.
+So d grows as a power of k from a start that is too small, which is a warm-up; and at −½, where all that is
+left is noise, it falls as 1/√k, as theory asks of steps whose number is not known. y lies between z and x, so
+``x − z = (y − z) / β1``: there is no state beside Schedule-Free's own.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import wide_dtype
 
 # The −ρ that d is led to.
-TARGET = 0.2
+TARGET = 0.25
 
 # To which power of the step's number d grows at most, and by how much in one step.
-GROWTH, LIMIT = 4.0, 2**0.5
+GROWTH, LOG_LIMIT = 3.0, math.log(2)
 
 # The average of ρ is over the last of so many parts of the run.
 WINDOW = 4.0
@@ -88,19 +88,15 @@ def next_d(d: Tensor, k: Tensor, averages: Averages, now: Averages) -> tuple[Ten
         now: What the step adds to them.
 
     Returns:
-        The next ``d``, ρ, and the next averages. Where ``now`` has no denominator above 0, nothing was observed,
-        and ``d`` stays.
+        The next ``d``, ρ, and the next averages. Where ``now`` has no denominator above 0, nothing was
+        observed, and ``d`` stays.
     """
     count = k.to(d.dtype)
     keep = averaging_decay(count)
-    numerator, denominator = (
-        old * keep + new * (1 - keep) for old, new in zip(averages, now, strict=True)
-    )
-    rho = numerator / denominator
-    above = (rho + TARGET) / TARGET
-    power = torch.where(
-        above > 0, GROWTH * above.clamp(max=1), 0.5 * (above * (TARGET / (0.5 - TARGET))).clamp(min=-1)
-    )
-    grown = d * (power / count).clamp(max=math.log(LIMIT)).exp()
-    observed = (now.denominator > 0) & (denominator > 0)
-    return torch.where(observed, grown, d), rho, Averages(numerator, denominator)
+    numerator, denominator = (old * keep + new * (1 - keep) for old, new in zip(averages, now, strict=True))
+    rho = torch.where(denominator > 0, numerator / denominator, 0.0)
+    above = rho + TARGET
+    rise, fall = (above / (2 * TARGET)).clamp(max=1), (above / (0.5 - TARGET)).clamp(min=-1)
+    power = torch.where(above > 0, GROWTH * rise, 0.5 * fall)
+    grown = d * (power / count).clamp(max=LOG_LIMIT).exp()
+    return torch.where(now.denominator > 0, grown, d), rho, Averages(numerator, denominator)

@@ -1,6 +1,7 @@
 """Small problems that the tests of one process share."""
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,14 @@ from prodigyplus import ProdigyPlusScheduleFree
 
 
 class Fed:
-    """Parameters of any shapes, with gradients that are drawn, not computed: only the optimiser acts."""
+    """Parameters of any shapes, with gradients that are drawn, not computed: only the optimiser acts.
 
-    def __init__(self, *shapes, dtype=torch.float32, seed=0):
+    They lean one way, so that Prodigy finds progress to make. After ``turns_after`` steps they lean more, one
+    way and the other in turn: what a step does the next undoes, which is what holds balance back.
+    """
+
+    def __init__(self, *shapes, dtype=torch.float32, seed=0, turns_after=None):
+        self.lean, self.steps, self.turns_after = 0.5, 0, turns_after
         self.random = torch.Generator().manual_seed(seed)
         # Weights that p0 holds exactly in bfloat16: what it loses would be displacement to Prodigy.
         self.parameters = [nn.Parameter(self._draw(shape).bfloat16().to(dtype)) for shape in shapes]
@@ -20,9 +26,11 @@ class Fed:
         return torch.randn(shape, generator=self.random)
 
     def backward(self):
-        """Gradients that lean one way, so that Prodigy finds progress to make."""
+        self.steps += 1
+        if self.turns_after is not None and self.steps > self.turns_after:
+            self.lean = -math.copysign(1.0, self.lean)
         for p in self.parameters:
-            p.grad = (self._draw(p.shape) + 0.5).mul_(0.1).to(p.dtype)
+            p.grad = (self._draw(p.shape) + self.lean).mul_(0.1).to(p.dtype)
 
 
 def run(optimizer, problem, steps):

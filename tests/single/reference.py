@@ -27,7 +27,7 @@ class Reference:
             "factored": True, "use_stableadamw": True, "use_schedulefree": True, "use_speed": False,
             "use_bias_correction": False, "use_cautious": False, "use_grams": False, "use_adopt": False,
             "use_orthograd": False, "use_focus": False, "use_muon_pp": False, "muon_quintic": False,
-            "muon_batched": False,
+            "muon_batched": False, "step_size": "prodigy",
         } | options  # fmt: skip
         beta3 = self.o["beta3"]
         self.beta3 = math.sqrt(self.o["betas"][1]) if beta3 is None else beta3
@@ -38,6 +38,7 @@ class Reference:
         self.moment = [{} for _ in self.x]
         self.far = [{} for _ in self.x]
         self.d, self.numerator, self.largest, self.weight_sum, self.k = self.o["d0"], 0.0, 0.0, 0.0, 0
+        self.denominator_of_rho = 0.0
 
     def sample(self, values):
         return values.ravel()[:: self.o["slice_p"]]
@@ -179,7 +180,10 @@ class Reference:
         evidence = []
         for i, g in enumerate(gradients):
             u = self.direction(i, g, base[i], beta2_now)
-            evidence.append(self.evidence(i, g, base[i]))
+            if o["step_size"] == "balance":
+                evidence.append((float((g * (self.x[i] - self.z[i])).sum()), dlr * float((g * u).sum())))
+            else:
+                evidence.append(self.evidence(i, g, base[i]))
             y = self.y(i)
             decay = o["weight_decay"] * y * (dlr if o["weight_decay_by_lr"] else 1.0)
             if not o["use_schedulefree"]:
@@ -197,7 +201,18 @@ class Reference:
             else:
                 self.z[i] = self.z[i] - dlr * u - decay
                 self.x[i] = (1 - c) * self.x[i] + c * self.z[i]
-        self.adapt(*map(sum, zip(*evidence, strict=True)))
+        adapt = self.balance if o["step_size"] == "balance" else self.adapt
+        adapt(*map(sum, zip(*evidence, strict=True)))
+
+    def balance(self, product, norm):
+        recent = min(1.0, 4 / self.k)
+        self.numerator += recent * (product - self.numerator)
+        self.denominator_of_rho += recent * (norm - self.denominator_of_rho)
+        if norm <= 0:
+            return
+        rho = self.numerator / self.denominator_of_rho
+        power = min(3.0, 6 * (rho + 0.25)) if rho > -0.25 else max(-0.5, 2 * (rho + 0.25))
+        self.d *= min(2.0, math.exp(power / self.k))
 
     def adapt(self, product, norm):
         o, d, before = self.o, self.d, self.numerator

@@ -36,6 +36,9 @@ KINDS = (
     {"d_limiter": False, "eps": None, "use_stableadamw": False},
     {"d_coef": 0.5},
     {"prodigy_steps": 1},
+    {"step_size": "balance"},
+    {"step_size": "balance", "lr": 0.3, "warmup_steps": 30},
+    {"step_size": "balance", "use_adopt": True},
 )
 
 # How groups share a step size.
@@ -154,7 +157,7 @@ def test_every_option_is_known_to_them():
     in_kernels = {
         *("lr", "betas", "beta3", "beta4", "d0", "d_coef", "d_limiter", "use_speed", "prodigy_steps", "eps"),
         *("weight_decay", "weight_decay_by_lr", "warmup_steps", "use_bias_correction", "use_adopt"),
-        *("use_schedulefree", "schedulefree_c", "split_groups", "split_groups_mean"),
+        *("use_schedulefree", "schedulefree_c", "split_groups", "split_groups_mean", "step_size"),
     }
     change_no_number = {
         *("factored", "factored_fp32", "use_stableadamw", "use_cautious", "use_grams", "use_orthograd"),

@@ -329,6 +329,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from prodigyplus.device import group_kernels, kernels
 from prodigyplus.device.plan import TileSize
+from prodigyplus.formulas import balance
 
 rows, columns, strip = TileSize()
 # As a launch has them, which makes constants of strides that are 1.
@@ -351,11 +352,12 @@ types |= dict.fromkeys(("floats", "options", "square", "present", "values", "tot
 types |= dict.fromkeys(("counts", "gates", "steps"), "*i64") | dict.fromkeys(("observes", "learns"), "*i1")
 types |= {"values32": "*fp32", "gates32": "*i32"}
 limits = dict(LIMIT_OF_SPEED=0.975, LARGEST_FACTOR=2**0.25, LEAST_GROWTH=10.0, NEAR=10.0, EARLY=30, WEIGHT=5)
+limits |= dict(TARGET=balance.TARGET, GROWTH=3.0, LOG_LIMIT=balance.LOG_LIMIT, WINDOW=4.0, RATE=7)
 for initializes, of_one_group in ((True, {}), (False, dict(count=1))):
     build(group_kernels.begin, INITIALIZES=initializes, NUMBERS=15, BLOCK=4, **of_one_group)
     ptx = build(group_kernels.end, NUMBERS=15, BLOCK=4, **limits, **of_one_group)
     # Constants that are no float32 numbers.
-    assert all(struct.pack(">d", value).hex().upper() in ptx for value in (2**0.25, 0.975))
+    assert all(struct.pack(">d", value).hex().upper() in ptx for value in (2**0.25, 0.975, balance.LOG_LIMIT))
 types["values"] = "*fp32"
 for dtype, factored, fast in itertools.product((fp32, bf16), (True, False), (True, False)):
     ptx = build(kernels.squares, DTYPE=dtype, FACTORED=factored, FAST=fast, **tile)
@@ -367,7 +369,7 @@ build(kernels.add_up, DTYPE=tl.float64, BLOCK=1024)
 for factor in (fp32, bf16):
     build(kernels.factors, FACTOR=factor, MEAN_DTYPE=fp32, BLOCK=1024, **ones)
 ways = itertools.cycle(itertools.product((True, False), (True, False)))
-for momentum, is_offset, atan2, stable, evidence, speed, dtype, reads in (
+for momentum, is_offset, atan2, stable, evidence, kind, dtype, reads in (
     (False, False, False, True, True, 0, fp32, False),
     (False, True, False, True, True, 1, fp32, False),
     (True, False, False, True, True, 2, fp32, False),
@@ -376,17 +378,20 @@ for momentum, is_offset, atan2, stable, evidence, speed, dtype, reads in (
     (False, False, False, True, False, 0, bf16, False),
     (False, True, False, False, True, 0, fp32, True),
     (True, False, False, False, True, 0, bf16, True),
+    (False, False, False, True, True, 3, fp32, False),
+    (False, True, True, False, True, 3, fp32, False),
+    (False, False, False, False, True, 3, bf16, True),
 ):
     factored, fast = (False, not momentum) if reads else next(ways)
     constants = dict(
         GRAD_DTYPE=dtype, WEIGHT_DTYPE=dtype, BASE_DTYPE=bf16 if is_offset else dtype, FIRST_DTYPE=dtype,
         SECOND_DTYPE=dtype, FACTOR=fp32, MEAN_DTYPE=fp32, STATISTIC_DTYPE=bf16, FACTORED=factored,
         SINGLE=fast, FAST=fast, MOMENTUM=momentum, IS_OFFSET=is_offset, ATAN2=atan2, STABLE=stable,
-        SPEED=speed, EVERY=11, READS=reads, DIRECTION_DTYPE=fp32 if is_offset else bf16, **tile,
+        KIND=kind, EVERY=11, READS=reads, DIRECTION_DTYPE=fp32 if is_offset else bf16, **tile,
     )
     constants |= dict(DECAYS=stable, STOCHASTIC=is_offset or dtype == bf16, **ones)
     build(kernels.sweep, **constants, MOVES=False, EVIDENCE=evidence)
-    build(kernels.sweep, **constants, MOVES=True, EVIDENCE=evidence and not reads)
+    build(kernels.sweep, **constants, MOVES=True, EVIDENCE=evidence and (kind == 3 or not reads))
 """
 
 
