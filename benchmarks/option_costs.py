@@ -64,6 +64,11 @@ TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backwar
 MUON = f"[blog](https://kellerjordan.github.io/posts/muon), {arxiv('2505.16932')}"
 
 CHOICES: dict[str, Told] = {
+    'step_size="balance"': Told(
+        given={"step_size": "balance"},
+        what="A step size from Schedule-Free's equilibrium. The first to try: [research.md](research.md).",
+        source="here",
+    ),
     "use_schedulefree=False": Told(
         given={"use_schedulefree": False},
         what="Adam's first moment in place of Schedule-Free's average. When you bring a schedule.",
@@ -484,7 +489,7 @@ def compared(told: Told) -> list[Cost]:
     """What a setting costs beyond the defaults, with Schedule-Free and without."""
     if told.passes:
         return [Cost(0, 0, 0, 0)]
-    if "use_schedulefree" in told.given:
+    if {"use_schedulefree", "step_size"} & told.given.keys():
         return [cost(told.dtype, **told.given) - cost(told.dtype)]
     bases: tuple[dict[str, Any], ...] = dict(told.beside), {**dict(told.beside), "use_schedulefree": False}
     return [cost(told.dtype, **base, **told.given) - cost(told.dtype, **base) for base in bases]
