@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/nothing_to_learn.py [--steps 20000] [--step-size balance prodigy]
 
 A small network is trained on random inputs whose labels are drawn anew at every step, so that all there is to
-learn is to say nothing: the best loss is the entropy of the labels. Then on a fixed set with random labels, which it
-can learn by heart. Printed are loss, d and its evidence along the way, of the weights that are evaluated.
+learn is to say nothing: the best loss is the entropy of the labels. Then on a fixed set with random labels,
+which it can learn by heart. Printed along the way: the loss of the averaged weights, d and its evidence.
 """
 
 from __future__ import annotations

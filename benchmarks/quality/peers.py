@@ -110,7 +110,7 @@ def ours(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Buil
 def ours_muon(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Built:
     """Ours, with Muon for the hidden matrices."""
     hidden, rest = hidden_and_rest(model)
-    groups = [{"params": rest}, {"params": hidden, "use_muon_pp": True}]
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": hidden, "use_muon_pp": True}]
     return [ProdigyPlusScheduleFree([group for group in groups if group["params"]], **options)]
 
 

@@ -220,14 +220,13 @@ def measure_(
         elif kind.is_stable:
             sums["uu"] = stacks.square_total(u)
         if kind.is_balanced:
-            sums["gu"] = balance.dot(u, across.gated(grad.to(u.dtype)))
+            sums["gu"] = balance.dot(u, grad)
             if kind.projects:
-                w = base(y, state, kind).to(u.dtype)
-                sums["gw"] = balance.dot(w, across.gated(grad.to(u.dtype)))
+                sums["gw"] = balance.dot(base(y, state, kind).to(u.dtype), grad)
     if kind.is_balanced:
         assert kind.z is not None
-        of_grad = across.gated(grad.to(across.d.dtype))
-        sums["product"] = balance.product_sum(of_grad, y, state[kind.z], is_offset=kind.is_offset)
+        z, dtype = state[kind.z], across.d.dtype
+        sums["product"] = balance.product_sum(grad, y, z, dtype, is_offset=kind.is_offset)
     if samples is not None:
         over = n.across(1)
         of_grad = over.gated(samples.grad.to(over.d.dtype))

@@ -441,7 +441,7 @@ class _PlainWork:
         if kind.direction == "muon":
             u = n.gated(answers.pop("matrices").unsqueeze(0).to(self.stack.dtype))
             if kind.is_late:
-                self._late = {"gu": balance.dot(u, n.gated(self.grad().to(u.dtype)))}
+                self._late = {"gu": balance.dot(u, self.grad())}
             return u, n.unit * self._unit_rms
         (u,), (along, factor) = kept, self._scales(answers)
         if along is not None:

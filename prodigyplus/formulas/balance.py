@@ -46,24 +46,28 @@ GROWTH, LOG_LIMIT = 3.0, math.log(2)
 WINDOW = 4.0
 
 
-def product_sum(grad: Tensor, y: Tensor, z: Tensor, *, is_offset: bool) -> Tensor:
+def product_sum(grad: Tensor, y: Tensor, z: Tensor, dtype: torch.dtype, *, is_offset: bool) -> Tensor:
     """The local sums of ⟨g, y − z⟩, that is of β1⟨g, x − z⟩; shape (count,), in float64.
 
     Args:
-        grad: A stack of gradients in the dtype of the arithmetic.
+        grad: A stack of gradients.
         y, z: Those of the weights and of the base iterates, or with ``is_offset`` of z − y.
+        dtype: That of the arithmetic.
         is_offset: See ``z``.
     """
-    lag = z.to(grad.dtype).neg() if is_offset else y.to(grad.dtype, copy=True).sub_(z)
-    return dot(grad, lag)
+    lag = -z.to(dtype) if is_offset else y.to(dtype, copy=True).sub_(z)
+    return _total(lag.mul_(grad))
 
 
-def dot(one: Tensor, other_: Tensor) -> Tensor:
-    """The sums of the products of two stacks, of each of their tensors; (count,), in float64.
+def dot(one: Tensor, other: Tensor) -> Tensor:
+    """The sums of the products of two stacks, of each of their tensors; (count,), in float64."""
+    return _total(one * other)
 
-    The products are rounded once, in place in ``other_``.
-    """
-    return stacks.total(other_.mul_(one), wide_dtype(one.device))
+
+def _total(values: Tensor) -> Tensor:
+    # A row is summed in its own dtype, pair by pair: in float64, torch would copy all of it first.
+    rows = values.sum(-1) if values.ndim > 1 else values
+    return stacks.total(rows, wide_dtype(values.device))
 
 
 def averaging_decay(k: Tensor | float) -> Tensor | float:
