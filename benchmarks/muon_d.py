@@ -101,7 +101,7 @@ def main() -> None:
     for column, task in enumerate(tasks):
         for seed in args.seeds:
             for name, split, options, colour in ARMS:
-                log = records(task, split, ["--seed", str(seed), *options])
+                log = records(task, split, ["--seed", str(seed), "--option", "step_size=prodigy", *options])
                 kind, key = task.result
                 result = [line[key] for line in log if line["kind"] == kind][-1]
                 last = [line for line in log if line["kind"] == "train"][-1]

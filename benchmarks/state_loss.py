@@ -24,6 +24,7 @@ def held_out(seed: int, steps: int, options: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         script = ["launch/gpt_fsdp2.py", "--seed", str(seed), "--steps", str(steps), "--out", folder]
+        script += ["--option", "step_size=prodigy"]
         subprocess.run(
             [sys.executable, *launcher, *script, *(f"--option={option}" for option in options)],
             cwd=ROOT,

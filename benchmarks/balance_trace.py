@@ -1,0 +1,109 @@
+"""ρ, d and the loss over a run: of balance, and of step sizes that are held.
+
+    PYTHONPATH=. python benchmarks/balance_trace.py [--task NAME] [--held RATE ...] [--out docs]
+
+A table of ρ by quarters of the run, and a chart. Held step sizes warm up over a 20th of the run, and balance
+watches them all the same; docs/research.md says what ρ is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the package of benchmarks is
+
+from quality.peers import trained
+from quality.task import Setup
+from quality.tasks import TASKS
+
+from prodigyplus import ProdigyPlusScheduleFree
+
+Trace = dict[str, list[float]]
+SMOOTHED = 0.95  # what is kept of the training loss from step to step
+
+
+def main() -> None:
+    """Run, print, draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=TASKS, default="gpt-w64-b8")
+    parser.add_argument("--held", type=float, nargs="*", default=[5e-4, 2e-3, 5e-3, 2e-2])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    traces: dict[str, Trace] = {}
+    print("| step size | ρ, first quarter | second | third | fourth | d at the end | evaluated |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for held in (None, *args.held):
+        name = "balance" if held is None else f"{held:g}"
+        traces[name], loss = run(args.task, held)
+        rho, quarter = traces[name]["rho"], len(traces[name]["rho"]) // 4
+        means = (sum(rho[i * quarter : (i + 1) * quarter]) / quarter for i in range(4))
+        cells = *(f"{mean:+.2f}" for mean in means), f"{traces[name]['d'][-1]:.2g}", f"{loss:.4f}"
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    if args.out is not None:
+        draw(traces, args.task, args.out / "balance_trace.png")
+
+
+def run(task: str, held: float | None) -> tuple[Trace, float]:
+    """What a run does at each step, and the loss of its evaluation."""
+    spec = TASKS[task]
+    scale = spec.scales["small"]
+    problem = spec.build(Setup(scale, 1, torch.device("cpu"), Path("runs/quality")))
+    optimizer = ProdigyPlusScheduleFree(trained(problem.model), step_size="balance")
+    group: dict[str, Any] = optimizer.param_groups[0]
+    trace: Trace = {"rho": [], "d": [], "loss": []}
+    for step in range(scale.steps):
+        if held is not None:
+            for name in ("d", "shared_d"):
+                group[name].fill_(held * min(1.0, (step + 1) / (scale.steps / 20)))
+        torch.manual_seed(step)
+        problem.model.train()
+        optimizer.zero_grad()
+        loss = problem.loss(step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        trace["d"].append(float(group["d"]))
+        optimizer.step()
+        trace["rho"].append(float(group["d_hat"]))
+        before = trace["loss"][-1] if step else loss.item()
+        trace["loss"].append(SMOOTHED * before + (1 - SMOOTHED) * loss.item())
+    problem.model.eval()
+    with torch.no_grad(), optimizer.averaged_parameters():
+        return trace, problem.evaluate().loss
+
+
+def draw(traces: dict[str, Trace], task: str, path: Path) -> None:
+    """Three panels over the steps."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(3, 1, figsize=(7, 9), sharex=True, layout="constrained")
+    labels = {
+        "rho": "ρ, what balance leads to −0.3",
+        "d": "step size d",
+        "loss": "training loss (lower is better)",
+    }
+    for panel, (name, label) in zip(panels, labels.items(), strict=True):
+        for step_size, trace in traces.items():
+            first = 20 if name == "rho" else 0
+            steps = range(first, len(trace[name]))
+            width = 2.2 if step_size == "balance" else 1.0
+            panel.plot(steps, trace[name][first:], label=step_size, linewidth=width)
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].axhline(-0.3, color="gray", linestyle="--", linewidth=1)
+    panels[0].set_ylim(-0.7, 1.5)
+    panels[1].set_yscale("log")
+    panels[0].set_title(f"{task}: balance, and step sizes held")
+    panels[0].legend(ncols=len(traces), fontsize="small")
+    panels[2].set_xlabel("step")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
