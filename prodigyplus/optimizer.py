@@ -71,8 +71,8 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     Every option may be set per parameter group. Those that say what state there is (``use_schedulefree``,
     ``use_focus``, ``use_muon_pp``, ``use_speed="relative"``, ``factored``, ``factored_fp32``,
-    ``bfloat16_z``, ``slice_p``) hold from a parameter's first step on; the others may be changed between
-    steps, and are checked then.
+    ``bfloat16_z``, ``slice_p``, ``step_size``) hold from a parameter's first step on; the others may be
+    changed between steps, and are checked then.
 
     What a training loop would do to weights after a step (clamp them, renormalise rows) goes through
     :meth:`constrain`: otherwise the average that is evaluated knows nothing of it.
@@ -80,7 +80,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     Args:
         params: Parameters, named parameters, or parameter groups, as for every torch optimiser:
             float32, bfloat16 or float64 tensors of any shape.
-        lr: Multiplies the step size that Prodigy finds. Leave it at 1, or let a schedule move it.
+        lr: Multiplies the step size that is found. Leave it at 1, or let a schedule move it.
         betas: β1, the weight of the average x in the training weights y (without Schedule-Free, the
             decay of the first moment), and β2, the decay of the second moment.
         beta3: Decay of Prodigy's statistics. None: sqrt(β2).
@@ -132,6 +132,9 @@ class ProdigyPlusScheduleFree(Optimizer):
             2.6 bytes of state per parameter in the place of 4.6.
         compile: Run passes over whole tensors through ``torch.compile``: those of the default options. Groups
             with Cautious, Grams, ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` run without.
+        step_size: What finds the step size. "prodigy": Prodigy's estimate. "balance": Schedule-Free's own
+            equilibrium (see docs/research.md), which is the first to try; it keeps no state for it, and
+            excludes ``use_speed``, ``d_coef``, ``beta4`` and ``use_schedulefree=False``.
         fused: Move a group's parameters by Triton kernels, a handful of launches for all of them. None: where
             they are on a GPU, of float32 or bfloat16, and have no Cautious, Grams, ADOPT, OrthoGrad or FOCUS.
             True: an error where they cannot. False: never.
@@ -607,13 +610,14 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         =================  =============================================================================
         ``d``              step size of the group
-        ``d_hat``          Prodigy's last estimate of it, numerator / denominator, before the limiter
+        ``d_hat``          Prodigy's last estimate of it, numerator / denominator, before the limiter; with
+                           ``step_size="balance"`` the ρ of docs/research.md
         ``effective_lr``   lr·(1 − β1(1 − c)): what a step moves the model, in units of the step size; times
                            RAdam's rectification with ``use_bias_correction``
         ``step_size``      the step size in use (see ``split_groups_mean``) × ``effective_lr``
         ``numerator``      Prodigy's decayed sum of ⟨g, p0 − z⟩, weighted with d²/sqrt(d0); of signs, and
-                           with d0·sqrt(d), with ``use_speed=True``
-        ``denominator``    Prodigy's ‖s‖₁
+                           with d0·sqrt(d), with ``use_speed=True``. Balance's average of ⟨g, x − z⟩
+        ``denominator``    Prodigy's ‖s‖₁. Balance's average of the step times ⟨g, u⟩
         ``step``           steps made
         ``skipped_steps``  steps skipped for an inf or NaN in a gradient
         =================  =============================================================================
