@@ -441,9 +441,9 @@ NOTES = """\
   frozen.
 - `step_size="balance"`: what is Prodigy's has no effect on it (`beta3`, `d_limiter`, `slice_p`, and d0 hardly
   any), or is switched off with a warning. Groups that share a mean of step sizes (`split_groups_mean=True`)
-  have one step size then, by the evidence of all, as with `split_groups=False`. It finds lr·d: another `lr` is
-  another start and no more, and of a schedule it takes back what it can. Keep lr constant. On a mesh, Muon's
-  evidence takes a small all-reduce for each wave of matrices.
+  have one step size then, by the evidence of all, as with `split_groups=False`. It finds lr·d: another `lr`
+  is another start and no more, and of a schedule it takes back what it can. Keep lr constant. On a mesh, the
+  evidence of Muon's groups takes a small all-reduce for each wave of matrices.
 - `split_groups_mean=True` (2.0.1's default is False) moves every group by the harmonic mean of d over the
   groups with evidence: those whose d has grown tenfold from its d0, within the first 30 steps or else to a
   tenth of the others' mean (and within those steps, those that have left d0). A group whose gradients are
