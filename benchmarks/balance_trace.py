@@ -84,7 +84,7 @@ def draw(traces: dict[str, Trace], task: str, path: Path) -> None:
 
     figure, panels = pyplot.subplots(3, 1, figsize=(7, 9), sharex=True, layout="constrained")
     labels = {
-        "rho": "ρ, what balance leads to −0.3",
+        "rho": "ρ, which balance leads to −¼",
         "d": "step size d",
         "loss": "training loss (lower is better)",
     }
@@ -96,7 +96,7 @@ def draw(traces: dict[str, Trace], task: str, path: Path) -> None:
             panel.plot(steps, trace[name][first:], label=step_size, linewidth=width)
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-    panels[0].axhline(-0.3, color="gray", linestyle="--", linewidth=1)
+    panels[0].axhline(-0.25, color="gray", linestyle="--", linewidth=1)
     panels[0].set_ylim(-0.7, 1.5)
     panels[1].set_yscale("log")
     panels[0].set_title(f"{task}: balance, and step sizes held")

@@ -206,6 +206,7 @@ _1_9 = _Package(
         "warmup_steps": 0,
         "use_schedulefree": True,
         "schedulefree_c": 0.0,
+        "step_size": "prodigy",
     },
     speed=True,
     numbers=("d", "d_prev", "d_numerator", "d_denom", "weight_sum", "k", "train_mode"),
@@ -228,7 +229,13 @@ _1_9 = _Package(
 _2_0 = _Package(
     version="2.0",
     options=(*_OPTIONS, *_SINCE_2_0),
-    implied={"slice_p": _SLICE_P, "beta4": 0.0, "use_muon_pp": False, "warmup_steps": 0},
+    implied={
+        "slice_p": _SLICE_P,
+        "beta4": 0.0,
+        "use_muon_pp": False,
+        "warmup_steps": 0,
+        "step_size": "prodigy",
+    },
     speed="relative",
     numbers=("d", "d_numerator", "max_d_numerator", "d_denom", "effective_lr", "k", "train_mode"),
     scales=lambda groups, index: _Scales(),

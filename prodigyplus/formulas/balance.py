@@ -37,7 +37,7 @@ from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import wide_dtype
 
 # The −ρ that d is led to.
-TARGET = 0.3
+TARGET = 0.25
 
 # To which power of the step's number d grows at most, and by how much in one step.
 GROWTH, LOG_LIMIT = 3.0, math.log(2)

@@ -211,7 +211,7 @@ class Reference:
         if norm <= 0:
             return
         rho = self.numerator / self.denominator_of_rho
-        power = min(3.0, 5 * (rho + 0.3)) if rho > -0.3 else max(-0.5, 2.5 * (rho + 0.3))
+        power = min(3.0, 6 * (rho + 0.25)) if rho > -0.25 else max(-0.5, 2 * (rho + 0.25))
         self.d *= min(2.0, math.exp(power / self.k))
 
     def adapt(self, product, norm):

@@ -120,6 +120,8 @@ class Draw:
 
     def options(self):
         group = {name: self.of(values) for name, values in OPTIONS.items()}
+        if not group["use_schedulefree"]:
+            group["step_size"] = "prodigy"  # the other is refused
         options.resolve_exclusions(group)
         # Weights that move without a step would be a start that moves.
         group["weight_decay_by_lr"] |= group["lr"] == 0

@@ -63,6 +63,13 @@ def memories(optimizer, key="z"):
     return len(kept), len({value.untyped_storage().data_ptr() for value in kept})
 
 
+def without_texts(value):
+    """What may be compared with a tolerance."""
+    if isinstance(value, dict):
+        return {key: without_texts(its) for key, its in value.items() if not isinstance(its, str)}
+    return [without_texts(its) for its in value] if isinstance(value, (list, tuple)) else value
+
+
 def in_both_ways(monkeypatch, act, key="z"):
     """What ``act`` returns, an optimizer, stacked and not: all that it is, and what it says."""
     results = []
@@ -87,10 +94,13 @@ def test_the_same_bits_as_each_for_itself(options, dtype, monkeypatch):
     if options.get("bfloat16_z") and dtype == torch.float32:
         key = "z_minus_y"
     stacked, alone = in_both_ways(monkeypatch, act, key)
-    if options.get("use_orthograd") and dtype == torch.float64:
+    balances = options.get("step_size") == "balance"
+    if options.get("use_orthograd") and (dtype == torch.float64 or balances):
         # Its dots are sums in float64, by torch.bmm(), which for one pair is another kernel than for several,
-        # and sums in another order. The rounding of narrower weights hides it.
-        torch.testing.assert_close(stacked, alone, rtol=1e-13, atol=1e-16)
+        # and sums in another order. The rounding of narrower weights hides it, but not in what d goes by.
+        # A factor of a direction that is rounded the other way is one float32 number off, 6e-8 of it.
+        close = {"rtol": 1e-6, "atol": 1e-12} if balances else {"rtol": 1e-13, "atol": 1e-16}
+        torch.testing.assert_close(without_texts(stacked), without_texts(alone), **close)
     else:
         assert_same(stacked, alone)
     for group in alone[2]:
@@ -124,7 +134,7 @@ def test_members_of_different_strides(monkeypatch):
         assert q.stride() == (1, 12)
         return optimizer
 
-    torch.testing.assert_close(*in_both_ways(monkeypatch, act), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(*map(without_texts, in_both_ways(monkeypatch, act)), rtol=1e-6, atol=1e-12)
 
 
 # ------------------------------------------------------------------------- parameters come and go
