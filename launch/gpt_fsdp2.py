@@ -81,6 +81,7 @@ def parse() -> argparse.Namespace:
     checkpoints.add_arguments(parser, "at the end in any case")
     args = parser.parse_args()
     optimizers.complete(args)
+    optimizers.prefer_balance(args)  # which ends lower on GPTs: docs/research.md
     args.steps = 1000 if args.steps is None and args.minutes is None else args.steps
     return args
 

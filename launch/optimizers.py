@@ -17,8 +17,7 @@ from prodigyplus import ProdigyPlusScheduleFree, muon_groups
 
 LEARNING_RATES = {"prodigyplus": 1.0, "adamw": 1e-3}
 
-# What prodigyplus is given, unless an option is which is Prodigy's or leaves Schedule-Free out.
-BALANCE = {"step_size": "balance"}
+# Options with which the step size is Prodigy's: its own, and what leaves Schedule-Free out.
 OF_PRODIGY = {"use_schedulefree", "use_speed", "beta3", "beta4", "d_coef", "d_limiter", "slice_p"}
 
 # The options that a resumed run must share with the run of its checkpoint.
@@ -30,16 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--optimizer", choices=LEARNING_RATES, default="prodigyplus", help="default: %(default)s")
     add("--lr", type=rate, help="default: 1 for prodigyplus, which multiplies d with it; 0.001 for adamw")
-    option_help = (
-        "of prodigyplus, as use_cautious=True; may be repeated; see docs/options.md. It begins with "
-        "step_size=balance, unless step_size=prodigy or an option of Prodigy's is given"
-    )
+    option_help = "of prodigyplus, as use_cautious=True; may be repeated; see docs/options.md"
     add("--muon", action="store_true", help="train hidden matrices by Muon; the rest as without")
     add("--option", type=option, action="append", default=[], metavar="NAME=VALUE", help=option_help)
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Fill in the default learning rate and step size, and make the optimiser's options a dict.
+    """Fill in the default learning rate, and make the optimiser's options a dict.
 
     Raises:
         ValueError: The optimiser does not have the options given.
@@ -50,8 +46,12 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError(f"--option {args.option[0][0]}=…: only --optimizer prodigyplus has options.")
     args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
     args.option = dict(args.option)
+
+
+def prefer_balance(args: argparse.Namespace) -> None:
+    """Have balance find the step size, unless ``--option`` says ``step_size``, or one is Prodigy's."""
     if args.optimizer == "prodigyplus" and not OF_PRODIGY & args.option.keys():
-        args.option = {**BALANCE, **args.option}
+        args.option = {"step_size": "balance", **args.option}
 
 
 def option(text: str) -> tuple[str, Any]:
