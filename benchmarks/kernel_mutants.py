@@ -80,7 +80,7 @@ _NO_GROUP = "of lanes that no group has"
 _NEAREST = "a root that is rounded to the nearest, as the interpreter's, needs no correction"
 UNSEEN: dict[tuple[str, str], str] = {
     ("_rates", "rectifies = _row(options, RECTIFIES, count, group, 1.0) > 0"): _NO_GROUP,
-    ("_next_d", "speed = _row(options, SPEED, count, group, 1.0)"): _NO_GROUP,
+    ("_next_d", "evidence = _row(options, EVIDENCE, count, group, 1.0)"): _NO_GROUP,
     ("end", "weight = tl.load(values + group * NUMBERS + WEIGHT, mask=exists, other=1.0)"): _NO_GROUP,
     (
         "_share",
