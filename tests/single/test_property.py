@@ -293,8 +293,8 @@ class Both:
 def assert_numbers_close(found, expected):
     """Those of groups: they are in float64 whatever the parameters are in, as are the sums they come of.
 
-    But balance's are sums of rows that were summed in float32, of terms of both signs, which are as large as the
-    denominator.
+    But balance's are sums of rows that were summed in float32, of terms of both signs that are as large as
+    the denominator.
     """
     for theirs, ours in zip(found, expected, strict=True):
         rel, small = 1e-9, {}
