@@ -1,4 +1,4 @@
-"""Labels and bytes without meaning: does a step size that only evidence moves run away?
+"""Labels without meaning: does a step size that only evidence moves run away?
 
     PYTHONPATH=. python benchmarks/nothing_to_learn.py [--steps 20000] [--step-size balance prodigy]
 

@@ -100,7 +100,7 @@ class Options:
     def pool(self) -> str | None:
         """With which groups it has one step size, found from the sums of all; None: with none."""
         # A mean of step sizes is none that any group is in balance at.
-        is_pooled = not (self.split_groups and (not self.is_balanced or not self.split_groups_mean))
+        is_pooled = not self.split_groups or (self.is_balanced and self.split_groups_mean)
         return self.step_size if is_pooled else None
 
     def wants_kernels(self, device: torch.device) -> bool:

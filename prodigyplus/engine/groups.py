@@ -68,11 +68,15 @@ class GroupStep:
         self._observed.append((parameters, products, norms))
 
     @property
-    def evidence_weights(self) -> Tensor:
-        """What multiplies the products and the norms of this step's evidence; a tensor of two."""
-        n = self._numbers[0].across(0)
-        of_norm = n.dlr if self.options.is_balanced else torch.ones_like(n.dlr)
-        return torch.stack((n.prodigy_weight, of_norm))
+    def prodigy_weight(self) -> Tensor:
+        """What multiplies the products of this step's evidence; 0-dim."""
+        return self._numbers[0].across(0).prodigy_weight
+
+    @property
+    def norm_weight(self) -> Tensor:
+        """What multiplies the norms of this step's evidence; 0-dim."""
+        dlr = self._numbers[0].across(0).dlr
+        return dlr if self.options.is_balanced else torch.ones_like(dlr)
 
     def totals(self, constants: Constants) -> Tensor:
         """The group's sums of this step, of products and of norms, as a tensor of two."""
@@ -446,7 +450,11 @@ class Groups:
         if self._kernels is not None:
             self._kernels.end_(totals, learns)
             return
-        totals = totals * torch.stack([step.evidence_weights for step in self.steps])
+        products, norms = totals.unbind(1)
+        products = products * torch.stack([step.prodigy_weight for step in self.steps])
+        if any(step.options.is_balanced for step in self.steps):
+            norms = norms * torch.stack([step.norm_weight for step in self.steps])
+        totals = torch.stack((products, norms), 1)
         # Groups of one pool have one d: the first of them adapts, by the sums of all.
         leaders = self._leaders
         pools = [[index for index, of in enumerate(leaders) if of == leader] for leader in set(leaders)]

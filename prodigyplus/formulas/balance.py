@@ -70,11 +70,6 @@ def _total(values: Tensor) -> Tensor:
     return stacks.total(rows, wide_dtype(values.device))
 
 
-def averaging_decay(k: Tensor | float) -> Tensor | float:
-    """What the averages of step ``k`` keep of those before it."""
-    return (1 - WINDOW / k).clamp(min=0) if isinstance(k, Tensor) else max(0.0, 1 - WINDOW / k)
-
-
 class Averages(NamedTuple):
     """What ρ is the ratio of: averages of ⟨g, x − z⟩ and of γ⟨g, u⟩; shapes (groups,)."""
 
@@ -96,7 +91,7 @@ def next_d(d: Tensor, k: Tensor, averages: Averages, now: Averages) -> tuple[Ten
         observed, and ``d`` stays.
     """
     count = k.to(d.dtype)
-    keep = averaging_decay(count)
+    keep = (1 - WINDOW / count).clamp(min=0)
     numerator, denominator = (old * keep + new * (1 - keep) for old, new in zip(averages, now, strict=True))
     rho = torch.where(denominator > 0, numerator / denominator, 0.0)
     above = rho + TARGET

@@ -30,9 +30,8 @@ def worker(script, options, folder, death):
     try:
         importlib.import_module(script.removesuffix(".py")).main()
         threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-        assert not any("gloo" in name for name in threads), (
-            threads
-        )  # one can abort the process as Python ends
+        # One can abort the process as Python ends.
+        assert not any("gloo" in name for name in threads), threads
     except Exception:
         traceback.print_exc()  # as a script does
         raise
