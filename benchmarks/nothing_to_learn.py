@@ -76,7 +76,7 @@ def run(task: str, batch: Callable[[int], tuple[Tensor, Tensor]], step_size: str
         if step in shown:
             with torch.no_grad(), optimizer.averaged_parameters():
                 losses = [float(nn.functional.cross_entropy(model(x), y)) for x, y in map(batch, range(200))]
-            numbers = optimizer.metrics(as_numbers=True)[0]
+            numbers = optimizer.scalars()
             print(
                 f"{task}, {step_size}, step {step}: loss {sum(losses) / len(losses):.4f}, "
                 f"d {numbers['d']:.2e}, d_hat {numbers['d_hat']:.3g}",

@@ -246,9 +246,8 @@ class Play:
 
 
 def note_metrics(record: Record, when: str, optimizer: ProdigyPlusScheduleFree) -> None:
-    """Record the metrics, as tensors and as numbers."""
+    """Record the metrics."""
     record.note(f"{when}: metrics", optimizer.metrics(), keep=True)
-    record.note(f"{when}: metrics as numbers", optimizer.metrics(as_numbers=True))
 
 
 def note_end(record: Record, model: nn.Module, optimizer: ProdigyPlusScheduleFree) -> None:

@@ -12,15 +12,24 @@ from prodigyplus.terms.isolation import isolated
 
 
 @isolated
-def metrics(groups: Sequence[Mapping[str, Any]], *, as_numbers: bool) -> list[dict[str, Any]]:
+def metrics(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
     """See :meth:`prodigyplus.ProdigyPlusScheduleFree.metrics`; ``groups`` are its ``param_groups``."""
-    result = [_of(group) for group in groups]
-    if as_numbers:
-        to_python_numbers_(result, result[0] if result else ())
-    return result
+    return [_of(group) for group in groups]
 
 
-def _of(group: Mapping[str, Any]) -> dict[str, Any]:
+@isolated
+def scalars(groups: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
+    """See :meth:`prodigyplus.ProdigyPlusScheduleFree.scalars`; ``groups`` are its ``param_groups``."""
+    numbers: list[dict[str, Any]] = [{**_of(group)} for group in groups]
+    to_python_numbers_(numbers, numbers[0] if numbers else ())
+    return {
+        f"{prefix}{name}" if len(numbers) == 1 else f"{prefix}{name}/{index}": float(value)
+        for index, of_group in enumerate(numbers)
+        for name, value in of_group.items()
+    }
+
+
+def _of(group: Mapping[str, Any]) -> dict[str, Tensor]:
     numbers = {
         name: value.clone() if isinstance(value := group[name], Tensor) else as_tensor(name, value)
         for name in NUMBERS

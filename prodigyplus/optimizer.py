@@ -602,11 +602,11 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     # ----------------------------------------------------------------------- metrics, checkpoints
 
-    def metrics(self, *, as_numbers: bool = False) -> list[dict[str, Any]]:
+    def metrics(self) -> list[dict[str, Tensor]]:
         """What the step size does: one dict for each parameter group, of tensors without dimensions.
 
-        They stay on the device, and their values are those of now; reading one waits for the device. With
-        ``as_numbers`` they are plain Python numbers, as loggers want them, for which it waits once.
+        They stay on the device, and their values are those of now; reading one waits for the device. For a
+        logger, :meth:`scalars` has them as plain numbers.
 
         =================  =============================================================================
         ``d``              step size of the group
@@ -622,7 +622,20 @@ class ProdigyPlusScheduleFree(Optimizer):
         ``skipped_steps``  steps skipped for an inf or NaN in a gradient
         =================  =============================================================================
         """
-        return metrics_.metrics(self.param_groups, as_numbers=as_numbers)
+        return metrics_.metrics(self.param_groups)
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """The numbers of :meth:`metrics` as one flat dict of floats, as loggers take them. Waits once.
+
+        >>> wandb.log(optimizer.scalars("prodigyplus/"), step=step)
+
+        Args:
+            prefix: Put before each name.
+
+        Returns:
+            Under ``d``, ``d_hat`` and so on; with several groups, under ``d/0``, ``d/1`` and so on.
+        """
+        return metrics_.scalars(self.param_groups, prefix)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimiser; a group's numbers are plain Python numbers in it.

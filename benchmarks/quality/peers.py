@@ -290,7 +290,7 @@ def rates(built: Built) -> list[float]:
     found = []
     for optimizer in built:
         if isinstance(optimizer, ProdigyPlusScheduleFree):
-            found += [group["step_size"] for group in optimizer.metrics(as_numbers=True)]
+            found += [float(group["step_size"]) for group in optimizer.metrics()]
         else:
             found += [
                 group.get("scheduled_lr") or group.get("d", 1.0) * group["lr"]

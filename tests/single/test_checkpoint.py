@@ -409,8 +409,14 @@ def test_the_numbers_of_a_group_are_tensors_from_the_first_moment_on():
         act()
         assert isinstance(optimizer.param_groups[0]["d"], torch.Tensor)
     assert isinstance(optimizer.state_dict()["param_groups"][0]["d"], float)
-    (numbers,) = optimizer.metrics(as_numbers=True)
+    numbers = optimizer.scalars("a/")
     assert json.loads(json.dumps(numbers)) == numbers
-    assert isinstance(numbers["step"], int)
-    for name, value in optimizer.metrics()[0].items():
-        assert numbers[name] == value.item()
+    assert numbers == {f"a/{name}": value.item() for name, value in optimizer.metrics()[0].items()}
+
+
+def test_the_numbers_of_several_groups_in_one_dict():
+    parameters = Fed((4, 4), (3,)).parameters
+    optimizer = ProdigyPlusScheduleFree([{"params": [p], "d0": d0} for p, d0 in zip(parameters, (1e-6, 1e-5))])
+    numbers = optimizer.scalars()
+    assert (numbers["d/0"], numbers["d/1"]) == (1e-6, 1e-5)
+    assert len(numbers) == 2 * len(optimizer.metrics()[0])

@@ -43,7 +43,7 @@ def act(options, mode):
         with optimizer.averaged_parameters():
             pass
         average = optimizer.averaged_state_dict(model)
-        metrics = optimizer.metrics(as_numbers=True)
+        metrics = optimizer.scalars()
         optimizer.load_state_dict(optimizer.state_dict())
     run(optimizer, problem, 2)
     with mode():
