@@ -416,7 +416,8 @@ def test_the_numbers_of_a_group_are_tensors_from_the_first_moment_on():
 
 def test_the_numbers_of_several_groups_in_one_dict():
     parameters = Fed((4, 4), (3,)).parameters
-    optimizer = ProdigyPlusScheduleFree([{"params": [p], "d0": d0} for p, d0 in zip(parameters, (1e-6, 1e-5))])
+    groups = [{"params": [parameters[0]], "d0": 1e-6}, {"params": [parameters[1]], "d0": 1e-5}]
+    optimizer = ProdigyPlusScheduleFree(groups)
     numbers = optimizer.scalars()
     assert (numbers["d/0"], numbers["d/1"]) == (1e-6, 1e-5)
     assert len(numbers) == 2 * len(optimizer.metrics()[0])
