@@ -5,7 +5,7 @@ PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: mnist gpt test parity lint clean
+.PHONY: mnist gpt test parity lint docs clean
 
 mnist: $(VENV)/launch  ## train MNIST on two DDP processes
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/mnist_ddp.py $(ARGS)
@@ -24,8 +24,11 @@ lint: $(VENV)/dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs  ## the documentation as a site, in build/site; a warning is an error
+	$(BIN)/mkdocs build --strict --quiet
+
 # A stamp for each set of extras: installed once, and again when what to install has changed.
-$(VENV)/launch $(VENV)/test $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt
+$(VENV)/launch $(VENV)/test $(VENV)/docs $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@

@@ -1,0 +1,1 @@
+"""What `mkdocs build` runs beside its plugins; no page of the site."""

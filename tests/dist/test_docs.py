@@ -1,0 +1,24 @@
+"""The blocks of Python in the documentation that several processes run at once; see tests/test_docs.py."""
+
+import os
+
+import pytest
+
+from tests import pages
+
+
+def run(page, folder):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        return pages.run(page)
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("page", pages.RANKS)
+def test_blocks(pool, page, tmp_path):
+    count = len(pages.python_of(page))
+    assert count
+    ranks = pages.RANKS[page]
+    assert pool.run(ranks, run, page, str(tmp_path)) == [count] * ranks

@@ -1,0 +1,53 @@
+"""Every block of Python in the documentation runs as it stands; no block is left out."""
+
+import datetime
+import re
+import warnings
+
+import pytest
+import torch.distributed as dist
+
+from tests import pages
+from tests.pages import LANGUAGES, PAGES, RANKS, ROOT
+
+# What a page shows is that the optimiser warns.
+WARN = {"docs/published.md": "the run goes on otherwise", "docs/guides/migrating.md": "the run goes on otherwise"}
+
+
+@pytest.fixture(scope="module")
+def _one_rank(tmp_path_factory):
+    store = tmp_path_factory.mktemp("docs") / "store"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=0,
+        world_size=1,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if pages.python_of(page) and page not in RANKS])
+def test_blocks(page, tmp_path, monkeypatch, _one_rank):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=WARN.get(page, "no warning is this"))
+        assert pages.run(page) == len(pages.python_of(page))
+
+
+def test_every_block_is_found():
+    """By another way to look for them; each page that has one is among those that are run."""
+    for page in PAGES:
+        fences = re.findall(r"^\s*```.*python", (ROOT / page).read_text(), re.MULTILINE | re.IGNORECASE)
+        assert len(fences) == len(pages.python_of(page)), page
+        assert set(RANKS) <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_languages(page):
+    """Python goes by no other name: a block that does not run says what else it is."""
+    text = (ROOT / page).read_text()
+    assert sum(line.lstrip().startswith("```") for line in text.splitlines()) == 2 * len(pages.blocks_of(page))
+    for block in pages.blocks_of(page):
+        assert block.language in LANGUAGES, f"{page}:{block.line} has the language {block.language!r}"
