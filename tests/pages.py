@@ -20,7 +20,12 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *ROOT.glob("docs/**/*.md"))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "launch/README.md",
+        *ROOT.glob("docs/**/*.md"),
+    )
 )
 
 # Pages whose blocks are run by several processes at once, and how many; all others by one.
@@ -29,7 +34,9 @@ RANKS = {"docs/guides/sharding.md": 4}
 # Of a fence: Python that is run, what is not Python, and commands. Nothing is without a language.
 LANGUAGES = {"python", "text", "sh", "toml", "yaml", "diff", "json"}
 
-_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL
+)
 
 
 @dataclass(frozen=True)

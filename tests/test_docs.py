@@ -11,7 +11,10 @@ from tests import pages
 from tests.pages import LANGUAGES, PAGES, RANKS, ROOT
 
 # What a page shows is that the optimiser warns.
-WARN = {"docs/published.md": "the run goes on otherwise", "docs/guides/migrating.md": "the run goes on otherwise"}
+WARN = {
+    "docs/published.md": "the run goes on otherwise",
+    "docs/guides/migrating.md": "the run goes on otherwise",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,9 @@ def _one_rank(tmp_path_factory):
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("_one_rank")
 @pytest.mark.parametrize("page", [page for page in PAGES if pages.python_of(page) and page not in RANKS])
-def test_blocks(page, tmp_path, monkeypatch, _one_rank):
+def test_blocks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=WARN.get(page, "no warning is this"))
@@ -48,6 +52,8 @@ def test_every_block_is_found():
 def test_languages(page):
     """Python goes by no other name: a block that does not run says what else it is."""
     text = (ROOT / page).read_text()
-    assert sum(line.lstrip().startswith("```") for line in text.splitlines()) == 2 * len(pages.blocks_of(page))
+    assert sum(line.lstrip().startswith("```") for line in text.splitlines()) == 2 * len(
+        pages.blocks_of(page)
+    )
     for block in pages.blocks_of(page):
         assert block.language in LANGUAGES, f"{page}:{block.line} has the language {block.language!r}"

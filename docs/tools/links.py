@@ -1,8 +1,8 @@
 """A hook of mkdocs: pages that are not in docs/, and links from pages to files that the site does not have.
 
-Pages are read on their own too, in the repository, so their links are relative to where they lie. On the site,
-a link to another page stays one. A link to any other file of the repository becomes one to ``repo_url``, or,
-where mkdocs.yml names none, the text alone.
+Pages are also read in the repository, so their links are relative to where they lie there. On the site, a
+link to another page stays a link. A link to any other file of the repository becomes one to ``repo_url``;
+where mkdocs.yml has none, only its text is left.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The blocks of Python in the documentation that several processes run at once; see tests/test_docs.py."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,7 @@ from tests import pages
 
 
 def run(page, folder):
-    before = os.getcwd()
+    before = Path.cwd()
     os.chdir(folder)
     try:
         return pages.run(page)
