@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import math
 import re
 import textwrap
 from dataclasses import dataclass
@@ -139,11 +140,12 @@ def scene(page):
         loss_of(model, batch).backward()
         optimizer.step()
     optimizer.zero_grad()
-    names = (torch, nn, dist, itertools, prodigyplus, ProdigyPlusScheduleFree, ShardedProdigyPlusScheduleFree)
-    known = {its.__name__.rpartition(".")[2]: its for its in names}
-    own = {"model": model, "optimizer": optimizer, "batches": batches, "device": "cpu", "F": F}
-    functions = {"build_model": build_model, "loss_of": loss_of, "evaluate": evaluate}
-    return known | own | functions | {"math": __import__("math"), "safetensors": safetensors} | _of(page)
+    modules = {"torch": torch, "nn": nn, "F": F, "dist": dist, "math": math, "itertools": itertools}
+    packages = {"prodigyplus": prodigyplus, "safetensors": safetensors}
+    classes = (ProdigyPlusScheduleFree, ShardedProdigyPlusScheduleFree)
+    own = {"model": model, "optimizer": optimizer, "batches": batches, "device": "cpu"}
+    functions = {its.__name__: its for its in (*classes, build_model, loss_of, evaluate)}
+    return modules | packages | own | functions | _of(page)
 
 
 def _of(page):
