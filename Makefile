@@ -5,7 +5,7 @@ PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: mnist gpt test parity lint clean
+.PHONY: mnist gpt test parity lint package clean
 
 mnist: $(VENV)/launch  ## train MNIST on two DDP processes
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/mnist_ddp.py $(ARGS)
@@ -24,6 +24,12 @@ lint: $(VENV)/dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+package: $(VENV)/dev  ## sdist and wheel, built, checked, installed into an empty folder and tried
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/packaged.py dist
+
 # A stamp for each set of extras: installed once, and again when what to install has changed.
 $(VENV)/launch $(VENV)/test $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,4 +37,4 @@ $(VENV)/launch $(VENV)/test $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.t
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs dist build
