@@ -1,7 +1,7 @@
 """Try a wheel as a user has it: python tests/packaged.py DIST, where one wheel and one sdist lie.
 
-It is installed into an empty folder, without what it depends on, which is there already. What it then does it does
-in another empty folder, so that nothing of a checkout is found.
+It is installed into an empty folder, without what it depends on, which is there already. Then it is tried in
+another, so that nothing of a checkout is found.
 """
 
 import os
