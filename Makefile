@@ -5,7 +5,7 @@ PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: mnist gpt test parity lint docs clean
+.PHONY: mnist gpt test parity lint docs package clean
 
 mnist: $(VENV)/launch  ## train MNIST on two DDP processes
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/mnist_ddp.py $(ARGS)
@@ -27,6 +27,12 @@ lint: $(VENV)/dev  ## style and types
 docs: $(VENV)/docs  ## the documentation as a site, in build/site; a warning is an error
 	$(BIN)/mkdocs build --strict --quiet
 
+package: $(VENV)/dev  ## sdist and wheel, built, checked, installed into an empty folder and tried
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/packaged.py dist
+
 # A stamp for each set of extras: installed once, and again when what to install has changed.
 $(VENV)/launch $(VENV)/test $(VENV)/docs $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,4 +40,4 @@ $(VENV)/launch $(VENV)/test $(VENV)/docs $(VENV)/dev: $(VENV)/%: pyproject.toml 
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs dist build

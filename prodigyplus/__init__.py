@@ -1,5 +1,6 @@
 """Prodigy+ Schedule-Free: an optimiser without a learning rate or a schedule to choose."""
 
+from contextlib import suppress
 from importlib import metadata
 
 from prodigyplus.muon_groups import describe_groups, muon_groups
@@ -8,6 +9,11 @@ from prodigyplus.published import ImportReport, import_published
 from prodigyplus.reporting import warn_caller
 
 __all__ = ["ImportReport", "ProdigyPlusScheduleFree", "describe_groups", "import_published", "muon_groups"]
+
+
+__version__ = "unknown"  # of a checkout that is not installed
+with suppress(metadata.PackageNotFoundError):
+    __version__ = metadata.version("prodigyplus-dist")
 
 
 def _warn_of_the_published_package() -> None:

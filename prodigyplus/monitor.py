@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ _NUMBERS_EVERY, _WEIGHTS_EVERY = 50, 10
 
 # How many steps may be skipped in a row, and how far step sizes that share a mean may be apart.
 _MOST_SKIPPED, _FURTHEST_APART = 500, 100.0
+
+# How far lr may fall, and for how many steps in a row: a hand may lower it for a moment.
+_LEAST_LR, _MOST_STEPS_BELOW = 0.99, 10
+
+# After how many steps some d must have doubled, if it began as small as it should.
+_STEPS_TO_GROW, _SMALL_D0 = 500, 1e-4
 
 # How often weights have to have been changed: once may be a checkpoint that was loaded.
 _MOST_CHANGES = 3
@@ -46,11 +52,13 @@ class Monitor:
 
     def __init__(self) -> None:
         self._steps = 0
-        self._sent: tuple[Tensor, Tensor, torch.Event | None] | None = None
+        self._sent: _Sent | None = None
         self._moved_at: list[
             tuple[int, int]
         ] = []  # of each group, k and skipped when k was last seen to grow
         self._told: set[str] = set()
+        self._highest_lr: dict[int, float] = {}  # of each group, while its lr is a plain number
+        self._steps_below = 0
         self._versions: dict[Tensor, int] = {}  # of the weights, as the last step has left them
         self._changes = 0
 
@@ -59,10 +67,11 @@ class Monitor:
         if self._versions:
             self._compare_versions(watched)
         if self._sent is not None:
-            counts, step_sizes, event = self._sent
-            if event is None or (not is_captured(event.device) and event.query()):
+            sent = self._sent
+            if sent.event is None or (not is_captured(sent.event.device) and sent.event.query()):
                 self._sent = None
-                self._read(counts.tolist(), step_sizes.tolist())
+                in_mean, d = sent.sizes.tolist()
+                self._read(sent.counts.tolist(), in_mean, d, sent.d0)
 
     def end(self, watched: Watched, groups: Groups) -> None:
         """Note what is to be looked at later, after a step.
@@ -72,6 +81,7 @@ class Monitor:
             groups: The groups as the step has left them.
         """
         self._steps += 1
+        self._compare_rates(groups)
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:
             self._versions = {p: version_of(weight) for p, weight in watched.own_weights()}
         if self._steps % _NUMBERS_EVERY == 0 and self._sent is None:
@@ -102,13 +112,30 @@ class Monitor:
                 "See docs/constraints.md.",
             )
 
-    def _read(self, counts: list[list[int]], step_sizes: list[float]) -> None:
-        """Look at numbers that have come.
+    def _compare_rates(self, groups: Groups) -> None:
+        fallen = None
+        for group in groups.steps:
+            lr, index = group.options.lr, group.index
+            if not isinstance(lr, Tensor) and lr > 0 and group.options.use_schedulefree:  # 0: held still
+                highest = self._highest_lr[index] = max(lr, self._highest_lr.get(index, lr))
+                fallen = (index, highest, lr) if lr < _LEAST_LR * highest else fallen
+        self._steps_below = 0 if fallen is None else self._steps_below + 1
+        if fallen is not None and self._steps_below == _MOST_STEPS_BELOW:
+            index, highest, lr = fallen
+            self._tell(
+                "schedule",
+                f"lr of param_groups[{index}] has fallen from {highest:.3g} to {lr:.3g}. Schedule-Free's "
+                "average does what a schedule that decays is for; with both, the weights stop moving too "
+                "early. Hold lr constant, after a warm-up if you like (a Hugging Face Trainer: "
+                'lr_scheduler_type="constant"), and leave out ReduceLROnPlateau; or keep the schedule with '
+                "use_schedulefree=False.",
+            )
 
-        Args:
-            counts: Of each group, k and skipped.
-            step_sizes: Of each group that counts in a mean of several, d; of the others, nan.
-        """
+    def _read(
+        self, counts: list[list[int]], in_mean: list[float], d: list[float], d0: list[float | None]
+    ) -> None:
+        """Look at numbers that have come; the arguments as in :class:`_Sent`, which see."""
+        self._look_for_growth([k for k, _ in counts], d, d0)
         if len(self._moved_at) != len(counts):
             self._moved_at = [(k, skipped) for k, skipped in counts]
         for index, (k, skipped) in enumerate(counts):
@@ -123,7 +150,7 @@ class Monitor:
                     "(torch.autograd.detect_anomaly), lower the scale of the loss, or go on from an earlier "
                     "checkpoint.",
                 )
-        sizes = {index: d for index, d in enumerate(step_sizes) if not math.isnan(d)}
+        sizes = {index: d for index, d in enumerate(in_mean) if not math.isnan(d)}
         if sizes and max(sizes.values()) > _FURTHEST_APART * min(sizes.values()):
             low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
             self._tell(
@@ -134,21 +161,45 @@ class Monitor:
                 "split_groups_mean=False lets each move by its own.",
             )
 
+    def _look_for_growth(self, steps: list[int], d: list[float], d0: list[float | None]) -> None:
+        """Whether no d has grown, of the groups that should have one that does."""
+        should = [
+            (k, now < 2 * first) for k, now, first in zip(steps, d, d0, strict=True) if first is not None
+        ]
+        if should and all(k >= _STEPS_TO_GROW and stays for k, stays in should):
+            self._tell(
+                "d0",
+                f"after {should[0][0]} steps the step size still is d0: the model has hardly moved. "
+                "Gradients may be as small as eps (pass eps=None), or d0 too small to leave a trace in "
+                "bfloat16 weights (d0=1e-5 or 1e-4), or gradients mostly noise (a larger batch).",
+            )
 
-def _sent_to_host(groups: Groups) -> tuple[Tensor, Tensor, torch.Event | None] | None:
-    """Begin to send numbers of the groups to the host, see :meth:`Monitor._read`; None if that cannot be."""
+
+class _Sent(NamedTuple):
+    """Numbers of the groups on their way to the host."""
+
+    counts: Tensor  # k and skipped of each group; (groups, 2)
+    sizes: Tensor  # (2, groups): d, nan where it counts in no mean of several groups'; and d of each group
+    event: torch.Event | None  # when they have come; None if they are there
+    d0: list[float | None]  # of each group whose d should grow from there
+
+
+def _sent_to_host(groups: Groups) -> _Sent | None:
+    """Begin to send numbers of the groups to the host; None if that cannot be."""
     columns = groups.columns
     home = columns.device
     if type(columns["d"]) is not Tensor or home.type == "meta" or is_captured(home):
         return None  # a look into a graph would be no part of its replays
     counts = torch.stack([columns["k"], columns["skipped"]], dim=1)
-    step_sizes = groups.in_mean_or_nan()
+    sizes = torch.stack([groups.in_mean_or_nan(), columns["d"]])
+    first = [(step.options.d0, step.adapts) for step in groups.steps]
+    d0 = [d0 if adapts and d0 <= _SMALL_D0 else None for d0, adapts in first]
     if _is_on_host(home):
-        return counts, step_sizes, None
+        return _Sent(counts, sizes, None, d0)
     event = torch.Event(device=home)
-    on_host = [tensor.to("cpu", non_blocking=True) for tensor in (counts, step_sizes)]
+    counts, sizes = (tensor.to("cpu", non_blocking=True) for tensor in (counts, sizes))
     event.record()
-    return on_host[0], on_host[1], event
+    return _Sent(counts, sizes, event, d0)
 
 
 def _is_on_host(device: torch.device) -> bool:

@@ -374,3 +374,18 @@ def resolve_exclusions(group: dict[str, Any]) -> list[str]:
             values = ", ".join(f"{name}={value!r}" for name, value in consequence.items())
             notes.append(f"{note}. Pass {values} to silence this.")
     return notes
+
+
+# What torch's own optimisers are given, and no multiple of a step size that is found.
+_SMALL_LR = 0.01
+
+
+def doubts(group: Mapping[str, Any]) -> list[str]:
+    """What of ``group`` may be, and is seldom meant; a line for each."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) or not 0 < lr < _SMALL_LR:
+        return []
+    return [
+        f"lr={lr!r} multiplies the step size that is found, and makes it so many times smaller: it is no "
+        "learning rate to choose. Leave lr at 1.0 (a Hugging Face Trainer: learning_rate=1.0)."
+    ]

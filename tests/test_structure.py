@@ -1,6 +1,7 @@
 """What the architecture promises and a reader of the imports could check."""
 
 import ast
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -25,18 +26,18 @@ def test_one_process_knows_nothing_of_many():
         assert not name.startswith(("torch.distributed", "prodigyplus_dist")), path
 
 
+# What is imported only when it is used, and where: Triton's kernels where there is a GPU, matplotlib to draw.
+WHEN_USED = {
+    "triton": ("kernels.py", "group_kernels.py", "launches.py", "symmetric.py"),
+    "matplotlib": ("plot.py",),
+}
+
+
 @pytest.mark.parametrize("package", ["prodigyplus", "prodigyplus_dist"])
 def test_torch_is_the_only_dependency(package):
-    import sys
-
     for path, name in imports(package):
         root = name.partition(".")[0]
-        if root == "triton" and path in (
-            "kernels.py",
-            "group_kernels.py",
-            "launches.py",
-            "symmetric.py",
-        ):  # imported where there is a GPU
+        if path in WHEN_USED.get(root, ()):
             continue
         assert root in {"torch", "prodigyplus", "prodigyplus_dist"} | sys.stdlib_module_names, path
 
@@ -44,7 +45,7 @@ def test_torch_is_the_only_dependency(package):
 # Who may import whom, from the top down: what stands in a line imports only from lines below it.
 WINGS = (
     ("prodigy_plus_schedulefree", "__init__"),
-    ("published",),
+    ("published", "plot"),
     ("optimizer",),
     ("checkpoint", "eval_mode", "metrics", "monitor"),
     ("constraints", "parameters"),
@@ -53,7 +54,7 @@ WINGS = (
     ("state", "device"),
     ("formulas",),
     ("terms", "options"),
-    ("reporting", "torch_private"),
+    ("reporting", "run_log", "torch_private"),
 )
 
 

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 # Where the repository has them, and where the site does.
-ELSEWHERE = {"launch/README.md": "launch.md", "CONTRIBUTING.md": "contributing.md"}
+ELSEWHERE = {"launch/README.md": "launch.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md"}
 
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
 

@@ -29,9 +29,10 @@ def worker(script, options, folder, death):
     sys.argv = [script, *options]
     try:
         importlib.import_module(script.removesuffix(".py")).main()
-        threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-        # One can abort the process as Python ends.
-        assert not any("gloo" in name for name in threads), threads
+        if not script.startswith("examples."):  # which have no use for torch's private names
+            threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+            # One can abort the process as Python ends.
+            assert not any("gloo" in name for name in threads), threads
     except Exception:
         traceback.print_exc()  # as a script does
         raise

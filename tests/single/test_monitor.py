@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 from prodigyplus import ProdigyPlusScheduleFree, monitor
 from tests.single.problems import Fed, pair, run
@@ -67,6 +68,84 @@ def test_a_group_without_evidence_is_not_told_of(often):
         problem.backward()
         problem.parameters[1].grad.zero_()
         optimizer.step()
+
+
+SCHEDULES = {
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 100),
+    "linear": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, 100),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 1.0, 60),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=5),
+}
+
+
+def scheduled(optimizer, problem, scheduler):
+    arguments = [1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []
+    for _ in range(60):
+        run(optimizer, problem, 1)
+        scheduler.step(*arguments)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_schedule_that_decays(schedule):
+    problem, optimizer = pair((4, 4))
+    scheduler = schedule(optimizer)
+    with pytest.warns(UserWarning, match=r"lr of param_groups\[0\] has fallen from 1 to") as caught:
+        scheduled(optimizer, problem, scheduler)
+    assert len(caught) == 1
+
+
+HARMLESS = {
+    "warm-up": lambda o: lr_scheduler.LambdaLR(o, lambda step: min(1.0, (step + 1) / 20)),
+    "constant": lambda o: lr_scheduler.ConstantLR(o, 0.5, total_iters=30),
+    "held still": lambda o: lr_scheduler.LambdaLR(o, lambda step: float(step < 30)),
+    "for a moment": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.5 if 30 <= step < 38 else 1.0),
+}
+
+
+@pytest.mark.parametrize("schedule", HARMLESS.values(), ids=HARMLESS)
+def test_schedules_that_do_not_decay(schedule):
+    problem, optimizer = pair((4, 4))
+    scheduled(optimizer, problem, schedule(optimizer))
+
+
+def test_without_the_average_a_schedule_is_right():
+    problem, optimizer = pair((4, 4), use_schedulefree=False)
+    scheduled(optimizer, problem, SCHEDULES["cosine"](optimizer))
+
+
+@pytest.mark.parametrize("lr", [5e-5, 1e-3])
+def test_a_rate_for_another_optimiser(lr):
+    with pytest.warns(UserWarning, match=rf"lr={lr} multiplies the step size.*Leave lr at 1\.0") as caught:
+        ProdigyPlusScheduleFree([{"params": [p]} for p in Fed((4,), (4,)).parameters], lr=lr)
+    assert len(caught) == 1
+
+
+def stays(monkeypatch, steps=40, **options):
+    """A run whose gradients are as small as eps."""
+    monkeypatch.setattr(monitor, "_STEPS_TO_GROW", 20)
+    problem = Fed((4, 4), (4,))
+    optimizer = ProdigyPlusScheduleFree([{"params": [p]} for p in problem.parameters], **options)
+    for _ in range(steps):
+        problem.backward()
+        for p in problem.parameters:
+            p.grad.mul_(1e-12)
+        optimizer.step()
+    return optimizer
+
+
+def test_a_step_size_that_stays_at_d0(often, monkeypatch):
+    with pytest.warns(UserWarning, match=r"after 20 steps the step size still is d0.*eps=None") as caught:
+        optimizer = stays(monkeypatch)
+    assert len(caught) == 1
+    assert optimizer.scalars()["d/0"] < 2e-6
+
+
+GROWS = {"eps": None, "use_stableadamw": False}
+
+
+@pytest.mark.parametrize("options", [GROWS, {"d0": 1e-3}, {"prodigy_steps": 3}], ids=str)
+def test_a_step_size_that_grows_or_was_chosen(often, monkeypatch, options):
+    stays(monkeypatch, **options)
 
 
 CHANGES = {
@@ -137,7 +216,7 @@ def test_nothing_waits_for_a_device(often):
         sent = []
         optimizer._cache.monitor._read = lambda *numbers: sent.append(numbers)
     run(optimizer, problem, 10)
-    assert [counts for counts, _ in sent] == [[[5, 0]], [[10, 0]]]
+    assert [counts for counts, *_ in sent] == [[[5, 0]], [[10, 0]]]
 
 
 def test_what_has_not_come_yet_is_read_later(often, monkeypatch):
@@ -161,4 +240,4 @@ def test_what_has_not_come_yet_is_read_later(often, monkeypatch):
     for step in range(6, 10):
         assert len(seen) == 0, step
         run(optimizer, problem, 1)
-    assert seen == [([[5, 0]], seen[0][1])]
+    assert [counts for counts, *_ in seen] == [[[5, 0]]]

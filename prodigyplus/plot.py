@@ -1,0 +1,149 @@
+"""Draw and compare runs: ``python -m prodigyplus.plot run.jsonl other.csv --out runs.png``.
+
+Reads what :class:`prodigyplus.run_log.RunLog` writes, the ``log.jsonl`` of the launch scripts, and the
+``trainer_state.json`` of a Hugging Face Trainer: rows with a ``step``, a ``loss`` and the names of
+``optimizer.scalars()``, with any prefix. Needs matplotlib: ``pip install "prodigyplus-dist[plot]"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = Mapping[str, float]
+Curve = tuple[list[float], list[float]]  # steps and values
+
+
+class Panel(NamedTuple):
+    """One of the plots, which lie below one another."""
+
+    title: str
+    name: str  # of the number, without prefix and group
+    scale: str
+
+
+PANELS = (
+    Panel("training loss (lower is better)", "loss", "linear"),
+    Panel("step size", "step_size", "log"),
+    Panel("d: should climb early, then level off", "d", "log"),
+    Panel("estimate before its limits (Prodigy: numerator / denominator; balance: ρ)", "d_hat", "linear"),
+    Panel("steps skipped for an inf or NaN (0 is best)", "skipped_steps", "linear"),
+)
+
+
+def rows_of(path: Path) -> list[Row]:
+    """The rows of a run that have a step and other numbers.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if path.suffix == ".csv":
+        with path.open(newline="") as file:
+            found: list[Any] = list(csv.DictReader(file))
+    elif path.suffix == ".json":
+        found = json.loads(path.read_text())["log_history"]
+    else:
+        found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows: list[Row] = [dict(_numbers(row)) for row in found]
+    rows = [row for row in rows if "step" in row and len(row) > 1]
+    if not rows:
+        raise ValueError(f"{path} has no row with a 'step': write them by prodigyplus.run_log.RunLog.")
+    return rows
+
+
+def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in row.items():
+        with suppress(TypeError, ValueError):  # words, as the kind of a record
+            yield name, float(value)
+
+
+def curves_of(rows: Sequence[Row], name: str) -> dict[str, Curve]:
+    """The curves of a number: one, under "", or one for each group, under its number.
+
+    Args:
+        rows: In the order they were written in; of a step that was made twice, as in a resumed run, the
+            last counts.
+        name: As in ``optimizer.scalars()``, where a prefix ends in ``/`` or ``_``.
+    """
+    pattern = re.compile(rf"(?:.*/)?{name}(?:/(\d+))?")
+    points: dict[str, dict[float, float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if match := pattern.fullmatch(key):
+                points.setdefault(match[1] or "", {})[row["step"]] = value
+    return {
+        group: ([*steps], [steps[step] for step in steps])
+        for group, steps in ((group, dict(sorted(of.items()))) for group, of in points.items())
+    }
+
+
+def draw(runs: Mapping[str, Sequence[Row]], out: Path) -> None:
+    """Draw runs over one another, one plot for each number that any of them has.
+
+    Args:
+        runs: Their rows, under the names for the legend.
+        out: The picture.
+    """
+    from matplotlib.figure import Figure
+
+    found = [(panel, {run: curves_of(rows, panel.name) for run, rows in runs.items()}) for panel in PANELS]
+    shown = [(panel, curves) for panel, curves in found if any(curves.values())]
+    figure = Figure(figsize=(8, 2.3 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+    styles = ("-", "--", ":", "-.")
+    for axes, (panel, curves) in zip(grid, shown, strict=True):
+        for colour, (run, groups) in enumerate(curves.items()):
+            for index, (group, (steps, values)) in enumerate(groups.items()):
+                label = f"{run}, group {group}" if group else run
+                style = {"color": f"C{colour}", "linestyle": styles[index % len(styles)], "linewidth": 1.2}
+                marker = "o" if len(steps) <= 20 else ""
+                axes.plot(steps, values, label=label, marker=marker, markersize=3, **style)
+        positive = all(
+            value > 0 for groups in curves.values() for _, values in groups.values() for value in values
+        )
+        axes.set_title(panel.title, fontsize=10, loc="left")
+        axes.set_yscale(panel.scale if positive else "linear")
+        axes.grid(alpha=0.3)
+    grid[0].legend(frameon=False, fontsize=8)
+    grid[-1].set_xlabel("step")
+    figure.savefig(out, dpi=120)
+
+
+def summary(name: str, rows: Sequence[Row]) -> str:
+    """A line on a run: its last loss, its last step size and how many steps it skipped."""
+    parts = [f"{name}: {int(rows[-1]['step'])} steps"]
+    for title, number in (("loss", "loss"), ("d", "d"), ("skipped", "skipped_steps")):
+        for group, (_, values) in curves_of(rows, number).items():
+            last = values[-1]
+            text = f"{last:.4g}" if math.isfinite(last) else str(last)
+            parts.append(f"{title}{f' of group {group}' if group else ''} {text}")
+    return ", ".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the runs that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m prodigyplus.plot", description="Draw and compare runs.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run.jsonl, run.csv or trainer_state.json")
+    parser.add_argument("--out", type=Path, default=Path("runs.png"), help="the picture (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        runs = {str(path): rows_of(path) for path in options.runs}
+        draw(runs, options.out)
+    except ImportError:
+        parser.exit(1, 'Drawing needs matplotlib: pip install "prodigyplus-dist[plot]"\n')
+    except (OSError, ValueError, KeyError) as error:
+        parser.exit(1, f"{error}\n")
+    lines = [summary(name, rows) for name, rows in runs.items()]
+    sys.stdout.write("\n".join([*lines, f"drawn into {options.out}"]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Rows of a run: written, read again, drawn and summed up."""
+
+import json
+
+import pytest
+
+from prodigyplus import ProdigyPlusScheduleFree, plot
+from prodigyplus.run_log import RunLog, to_tensorboard
+from tests.single.problems import Fed, pair, run
+
+
+def logged(path, groups=1, steps=5, prefix=""):
+    problem = Fed(*[(8, 8)] * groups)
+    optimizer = ProdigyPlusScheduleFree([{"params": [p]} for p in problem.parameters])
+    log = RunLog(path)
+    for step in range(1, steps + 1):
+        run(optimizer, problem, 1)
+        log.add(step, optimizer.scalars(prefix), loss=1 / step)
+    return optimizer
+
+
+@pytest.mark.parametrize("name", ["a/run.jsonl", "a/run.csv"])
+@pytest.mark.parametrize(("groups", "prefix"), [(1, ""), (2, "prodigyplus/"), (2, "train_")])
+def test_what_is_written_is_read_again(tmp_path, name, groups, prefix):
+    path = tmp_path / name
+    optimizer = logged(path, groups, prefix=prefix)
+    rows = plot.rows_of(path)
+    assert len(rows) == 5
+    assert rows[-1] == {**optimizer.scalars(prefix), "step": 5, "loss": 0.2}
+
+
+@pytest.mark.parametrize("name", ["run.jsonl", "run.csv"])
+def test_a_resumed_run_goes_on_in_its_file(tmp_path, name):
+    path = tmp_path / name
+    logged(path, steps=5)
+    log = RunLog(path)
+    again = dict.fromkeys(plot.rows_of(path)[0], -1.0)
+    for step in (4, 5, 6):
+        log.add(step, again, loss=10.0 * step)
+    rows = plot.rows_of(path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 4, 5, 6]
+    steps, losses = plot.curves_of(rows, "loss")[""]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert losses == [1, 1 / 2, 1 / 3, 40, 50, 60]
+
+
+def test_rows_of_csv_have_the_same_names(tmp_path):
+    log = RunLog(tmp_path / "run.csv")
+    log.add(1, loss=2.0)
+    with pytest.raises(ValueError, match=r"columns loss, step, and a row differs in loss, lr: give"):
+        log.add(2, lr=2.0)
+
+
+def test_curves_are_told_apart(tmp_path):
+    rows = [{"step": 1, "p/d/0": 1.0, "p/d/1": 2.0, "p/d_hat/0": 3.0, "eval_loss": 4.0, "loss": 5.0}]
+    assert plot.curves_of(rows, "d") == {"0": ([1], [1.0]), "1": ([1], [2.0])}
+    assert plot.curves_of(rows, "d_hat") == {"0": ([1], [3.0])}
+    assert plot.curves_of(rows, "loss") == {"": ([1], [5.0])}
+
+
+def test_runs_are_drawn(tmp_path, capsys):
+    logged(tmp_path / "one.jsonl")
+    logged(tmp_path / "two.csv", groups=2)
+    trainer = {"log_history": [{"step": 1, "loss": "nan", "prodigyplus/d": 0.1}, {"train_runtime": 3.0}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(trainer))
+    files = [str(tmp_path / name) for name in ("one.jsonl", "two.csv", "trainer_state.json")]
+    plot.main([*files, "--out", str(tmp_path / "runs.png")])
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    one, two, of_trainer, last = capsys.readouterr().out.splitlines()
+    assert one.startswith(f"{files[0]}: 5 steps, loss 0.2, d ")
+    assert one.endswith("skipped 0")
+    assert "d of group 1 " in two
+    assert of_trainer == f"{files[2]}: 1 steps, loss nan, d 0.1"
+    assert last == f"drawn into {tmp_path / 'runs.png'}"
+
+
+def test_what_is_no_run_is_refused(tmp_path, capsys):
+    (tmp_path / "run.jsonl").write_text('{"kind": "run"}\n')
+    for name, message in (("run.jsonl", "no row with a 'step'"), ("none.jsonl", "No such file")):
+        with pytest.raises(SystemExit) as ended:
+            plot.main([str(tmp_path / name), "--out", str(tmp_path / "runs.png")])
+        assert ended.value.code == 1
+        assert message in capsys.readouterr().err
+
+
+def test_tensorboard_gets_each_number():
+    class Writer:
+        def __init__(self):
+            self.written = []
+
+        def add_scalar(self, *row):
+            self.written.append(row)
+
+    problem, optimizer = pair((4,))
+    run(optimizer, problem, 3)
+    writer = Writer()
+    to_tensorboard(writer, optimizer.scalars("p/"), 3)
+    assert {name: number for name, number, _ in writer.written} == optimizer.scalars("p/")
+    assert {step for *_, step in writer.written} == {3}
