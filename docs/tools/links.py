@@ -19,7 +19,11 @@ from mkdocs.structure.pages import Page
 # Where the repository has them, and where the site does.
 ELSEWHERE = {"launch/README.md": "launch.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md"}
 
-_LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
+_LINK = re.compile(
+    r"(?P<code>^ *```.*?^ *```|`[^`\n]+`)"  # where brackets are something else
+    r"|(?P<text>!?\[[^\]]*\])\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -40,7 +44,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def replaced(link: re.Match[str]) -> str:
         text, target, anchor = link["text"], link["target"], link["anchor"] or ""
-        if not target or ":" in target:
+        if link["code"] or not target or ":" in target:
             return link[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if not (_root(config) / path).exists():
