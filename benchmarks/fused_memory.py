@@ -295,8 +295,8 @@ What a training step holds, in bytes per float32 parameter that the process has:
 two processes, half of the model's. A transformer of {LAYERS} layers, and batches of {TOKENS} tokens, so that
 activations take next to nothing. `bucket_bytes` is {SMALL >> 20} MiB, and in the last two lines the default.
 
-- Gradients: the memory of every `.grad`, for as long as anybody holds it, and DDP's buckets. What FSDP2 has
-  of a gradient before it is cut is not among them.
+- Gradients: the memory of every `.grad`, for as long as anybody holds it, and DDP's buckets. A gradient that
+  FSDP2 has whole, before cutting it, is not counted.
 - Everything: all that a step holds beyond the weights and the optimiser's state: gradients, activations,
   updates, and the layers that FSDP2 has whole at the time, each a {LAYERS}th of this model.
 """
@@ -306,19 +306,19 @@ HEAD = """\
 |---|--:|--:|--:|--:|"""
 
 SAID = """
-On one process a gradient is gone as soon as its weight has moved: at most about the largest one is there.
-DDP keeps its buckets between steps, so that fusing saves nothing beyond `gradient_as_bucket_view=True`. Under
-FSDP2 gradients wait until their updates fill `bucket_bytes`, and those of a layer lie in one piece of memory,
-which goes with the last of them: set `bucket_bytes` well below the gradients of a rank, for two all-reduces a
-bucket.
+On one process a gradient is freed as soon as its weight has moved, so at any time about the largest one is
+there. DDP keeps its buckets between steps, so fusing saves nothing beyond `gradient_as_bucket_view=True`. Under
+FSDP2 gradients wait until their updates fill `bucket_bytes`, and those of a layer share one piece of memory,
+which is freed with the last of them. Set `bucket_bytes` well below the gradients of a rank; each bucket costs
+two all-reduces.
 
-- A gradient is of one backward pass. To add up several, let FSDP2 or DDP hold them back until the last
-  (`set_requires_gradient_sync(False)`, `no_sync()`); a second gradient before `step()` is an error.
+- A gradient is that of one backward pass. To accumulate several, let FSDP2 or DDP hold them back until the last
+  (`set_requires_gradient_sync(False)`, `no_sync()`). A second gradient before `step()` is an error.
 - What reads or changes gradients after the backward pass (clipping, a GradScaler) comes too late.
-- Under DDP with `find_unused_parameters` or `static_graph`, which say at its end alone what was not used,
-  `step()` moves everything.
-- Tensor parallelism needs FSDP2 around it: else ranks may have gradients in another order, and wait for each
-  other. The call refuses it, and says so."""
+- Under DDP with `find_unused_parameters` or `static_graph`, only the end of the backward pass shows what was
+  not used. There `step()` moves everything.
+- Tensor parallelism needs FSDP2 around it. Otherwise ranks may get gradients in different orders, and wait for
+  each other for ever. `fuse_backward` refuses it, and says so."""
 
 
 def row(setting: Setting) -> str:

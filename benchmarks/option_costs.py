@@ -439,31 +439,32 @@ NOTES = """\
   `bfloat16_z`, `slice_p`, `step_size` say what state there is, and hold from a parameter's first step on. The
   others may change between two steps, and are checked when they do. Once `prodigy_steps` has passed, d stays
   frozen.
-- `step_size="balance"`: what is Prodigy's has no effect on it (`beta3`, `d_limiter`, `slice_p`, and d0 hardly
-  any), or is switched off with a warning. Groups that share a mean of step sizes (`split_groups_mean=True`)
-  have one step size then, by the evidence of all, as with `split_groups=False`. It finds lr·d: another `lr`
-  is another start and no more, and of a schedule it takes back what it can. Keep lr constant. On a mesh, the
-  evidence of Muon's groups takes a small all-reduce for each wave of matrices.
+- `step_size="balance"`: Prodigy's own options have no effect on it (`beta3`, `d_limiter`, `slice_p`; `d0` has
+  hardly any), or are switched off with a warning. Groups that would share a mean of step sizes
+  (`split_groups_mean=True`) have one step size then, from the evidence of all, as with `split_groups=False`.
+  Balance finds the product lr·d: another `lr` is only another start, and balance undoes what it can of a
+  schedule. Keep lr constant. On a mesh, the evidence of Muon's groups takes a small all-reduce for each wave
+  of matrices.
 - `split_groups_mean=True` (2.0.1's default is False) moves every group by the harmonic mean of d over the
   groups with evidence: those whose d has grown tenfold from its d0, within the first 30 steps or else to a
-  tenth of the others' mean (and within those steps, those that have left d0). A group whose gradients are
-  zero or say nothing, one that is frozen at its start and one that has just been added do not hold the others
-  back; they move by the mean. The optimiser warns once if the step sizes that count are more than a
-  hundredfold apart. A single network whose parameters are in several groups only for their weight decay is
-  better off with `split_groups=False`.
-- A group of a few elements has few samples, of which chance may make a step size: leave it in the mean, or
-  with others. `d_coef` far above 1 makes more of chance too. A run that goes on long after it has converged
-  is better off with `prodigy_steps`: as gradients vanish, every Adam's steps become noise of the size of its
-  step size.
+  tenth of the others' mean (and within those steps, those that have left d0). So a group does not hold the
+  others back if its gradients are zero or pure noise, if it is frozen at its start, or if it has just been
+  added; it moves by the mean. The optimiser warns once if the step sizes that count are more than a
+  hundredfold apart. If a single network's parameters are in several groups only for their weight decay, use
+  `split_groups=False`.
+- A group of a few elements has few samples, so its step size may be down to chance: leave it in the mean, or
+  put it with others. `d_coef` far above 1 amplifies chance too. If a run goes on long after it has converged,
+  use `prodigy_steps`: as gradients vanish, the steps of any Adam become noise of the size of its step size.
 - `beta4=None` starts slowly: the limiter lets the estimate be 2^¼ of d at most, and the average takes in 1 %
   of it.
-- SPEED is better not combined with much weight decay: it leaves the size of the evidence out, so that the
-  steady pull of the decay may weigh as much as the gradients. 2.0.1's documentation warns of it for its kind.
-- FOCUS, as in 2.0.1: the average of the weights is weighted with d², so that while d grows it is one of the
-  last few steps; and it is not divided by the sum of d², so that where d is far below 1, as it mostly is, the
-  average is close to zero, and so the pull is towards zero.
-- Muon's passes are those of Newton–Schulz, most of them in bfloat16; what it takes is the multiplications
-  ([muon.md](muon.md)). On a mesh it sends matrices too, which are not among the all-reduces.
+- Do not combine SPEED with strong weight decay: SPEED ignores the size of the evidence, so the steady pull of
+  the decay may weigh as much as the gradients. 2.0.1's documentation has the same warning for its SPEED.
+- FOCUS, as in 2.0.1: the average of the weights is weighted with d², so while d grows it covers only the last
+  few steps. It is not divided by the sum of d². Where d is far below 1, as it mostly is, the average is
+  therefore close to zero, and the pull is towards zero.
+- Muon's passes are those of Newton–Schulz, most of them in bfloat16. Its time goes into matrix products, which
+  the passes do not show ([muon.md](muon.md)). On a mesh it also sends matrices, which are not among the
+  all-reduces.
 
 ## What excludes what
 
@@ -477,15 +478,15 @@ DIFFERENT = """\
   its step size never leaves d0. Here both are of d times the gradient.
 - Cautious without Schedule-Free: 2.0.1 computes its mask and does not apply it. Here it is applied.
 - OrthoGrad: here tensors of one element are left alone, and a step fades out where its direction is parallel
-  to the weights. 2.0.1 makes a full step there, out of rounding.
+  to the weights. 2.0.1 makes a full step there, along what is only rounding error.
 - `d_coef` below 2^-¼ with `d_limiter`: 2.0.1 limits d's estimate before it multiplies, so that d never leaves
   d0. Here, of a `d_coef` below 1, the product is limited.
 - Factored second moments of tensors that are taller than wide: here the row factor is divided by its mean.
   2.0.1 takes that mean over a dimension of size one.
 - `p0`, from where progress is measured: here in the weight's dtype. 2.0.1 rounds it to bfloat16, and takes
-  the rounding for progress: on noise d grows a hundredfold, and from a small d0 it may never start.
+  the rounding for progress: on pure noise d grows a hundredfold, and from a small d0 it may never start.
 - `split_groups_mean`: here True by default, and over groups with evidence only; 2.0.1 takes all groups.
-- Muon: 2.0.1 has none any more. 1.9.0 runs the first Muon's polynomial for six iterations and divides by a
+- Muon: 2.0.1 no longer has it. 1.9.0 runs the first Muon's polynomial for six iterations and divides by a
   running average of the rms; here a direction has an rms of 1, as Adam's has, and no memory.
 - `fused_back_pass`: here a call of `step()` ends each step. 2.0.1 counts parameters, and miscounts if one is
   unused."""

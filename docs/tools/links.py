@@ -17,7 +17,11 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 # Where the repository has them, and where the site does.
-ELSEWHERE = {"launch/README.md": "launch.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md"}
+ELSEWHERE = {
+    "launch/README.md": "launch.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changes.md",
+}
 
 _LINK = re.compile(
     r"(?P<code>^ *```.*?^ *```|`[^`\n]+`)"  # where brackets are something else
