@@ -307,18 +307,18 @@ HEAD = """\
 
 SAID = """
 On one process a gradient is freed as soon as its weight has moved, so at any time about the largest one is
-there. DDP keeps its buckets between steps, so fusing saves nothing beyond `gradient_as_bucket_view=True`. Under
-FSDP2 gradients wait until their updates fill `bucket_bytes`, and those of a layer share one piece of memory,
-which is freed with the last of them. Set `bucket_bytes` well below the gradients of a rank; each bucket costs
-two all-reduces.
+there. DDP keeps its buckets between steps, so fusing saves nothing beyond `gradient_as_bucket_view=True`.
+Under FSDP2 gradients wait until their updates fill `bucket_bytes`, and those of a layer share one piece of
+memory, which is freed with the last of them. Set `bucket_bytes` well below the gradients of a rank; each
+bucket costs two all-reduces.
 
-- A gradient is that of one backward pass. To accumulate several, let FSDP2 or DDP hold them back until the last
-  (`set_requires_gradient_sync(False)`, `no_sync()`). A second gradient before `step()` is an error.
+- A gradient is that of one backward pass. To accumulate several, let FSDP2 or DDP hold them back until the
+  last (`set_requires_gradient_sync(False)`, `no_sync()`). A second gradient before `step()` is an error.
 - What reads or changes gradients after the backward pass (clipping, a GradScaler) comes too late.
 - Under DDP with `find_unused_parameters` or `static_graph`, only the end of the backward pass shows what was
   not used. There `step()` moves everything.
-- Tensor parallelism needs FSDP2 around it. Otherwise ranks may get gradients in different orders, and wait for
-  each other for ever. `fuse_backward` refuses it, and says so."""
+- Tensor parallelism needs FSDP2 around it. Otherwise ranks may get gradients in different orders, and wait
+  for each other for ever. `fuse_backward` refuses it, and says so."""
 
 
 def row(setting: Setting) -> str:

@@ -457,13 +457,13 @@ NOTES = """\
   use `prodigy_steps`: as gradients vanish, the steps of any Adam become noise of the size of its step size.
 - `beta4=None` starts slowly: the limiter lets the estimate be 2^¼ of d at most, and the average takes in 1 %
   of it.
-- Do not combine SPEED with strong weight decay: SPEED ignores the size of the evidence, so the steady pull of
+- Do not combine SPEED with strong weight decay: it ignores the size of the evidence, so the steady pull of
   the decay may weigh as much as the gradients. 2.0.1's documentation has the same warning for its SPEED.
 - FOCUS, as in 2.0.1: the average of the weights is weighted with d², so while d grows it covers only the last
   few steps. It is not divided by the sum of d². Where d is far below 1, as it mostly is, the average is
   therefore close to zero, and the pull is towards zero.
-- Muon's passes are those of Newton–Schulz, most of them in bfloat16. Its time goes into matrix products, which
-  the passes do not show ([muon.md](muon.md)). On a mesh it also sends matrices, which are not among the
+- Muon's passes are those of Newton–Schulz, most in bfloat16. Its time goes into matrix products, which
+  passes do not show ([muon.md](muon.md)). On a mesh it also sends matrices, which are not among the
   all-reduces.
 
 ## What excludes what

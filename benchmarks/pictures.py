@@ -23,7 +23,7 @@ from prodigyplus import ProdigyPlusScheduleFree
 
 SMOOTHED = 0.95  # what is kept of the training loss from step to step
 INPUTS, CLASSES = 32, 10
-BALANCE = {"step_size": "balance"}
+BALANCE: dict[str, Any] = {"step_size": "balance"}
 
 
 class Run(NamedTuple):
@@ -75,7 +75,8 @@ def train(task: Task, steps: int, batch: int = 64, constrain: Any = None, **opti
 def layers(*widths: int) -> nn.Sequential:
     """A multilayer perceptron."""
     pairs = itertools.pairwise(widths)
-    return nn.Sequential(*(layer for pair in pairs for layer in (nn.Linear(*pair), nn.GELU())))[:-1]
+    *its, _ = (layer for pair in pairs for layer in (nn.Linear(*pair), nn.GELU()))
+    return nn.Sequential(*its)
 
 
 def classes(dtype: torch.dtype = torch.float32) -> Task:
