@@ -128,13 +128,16 @@ class AverageSwap:
     def state_dict_of(self, view: View, model: nn.Module) -> dict[str, Any]:
         """``model.state_dict()`` with x in place of y; further entries of a tied weight are clones."""
         averages = {id(p): x for p, x in self.averages(view)}
+        # Where the model holds x now, its tensors become y again, and what is saved must not.
+        lent = {id(p) for g in view.groups if g["use_schedulefree"] for p, _ in view.averaged(g)}
         entries: dict[str, Any] = {}
         seen: set[int] = set()
         # By id(): with keep_vars the entries are the parameters themselves, and tensors compare by value.
         for name, value in model.state_dict(keep_vars=True).items():
             entry = averages.get(id(value), value.detach() if isinstance(value, Tensor) else value)
             if isinstance(value, Tensor):
-                entry = entry.clone() if id(value) in seen else entry
+                is_own = id(value) in lent and id(value) not in averages
+                entry = entry.clone() if is_own or id(value) in seen else entry
                 seen.add(id(value))
             entries[name] = entry
         return entries

@@ -564,7 +564,8 @@ class ProdigyPlusScheduleFree(Optimizer):
     def averaged_state_dict(self, model: nn.Module, *, full: bool = False) -> dict[str, Any]:
         """``model.state_dict()`` with the averaged weights x: what to save as the trained model.
 
-        Changes nothing. What the optimiser averages is new tensors; the rest are the model's own. Tied
+        Changes nothing. What the optimiser averages is new tensors, also in eval mode and within
+        :meth:`averaged_parameters`, so that it stays x; the rest are the model's own. Tied
         weights are one tensor for each name, as ``safetensors`` needs.
 
         Args:

@@ -127,6 +127,28 @@ def test_averaged_state_dict(mode, tmp_path):
     assert_same(dict(saved), dict(model.state_dict()))
 
 
+@pytest.mark.parametrize("how", ["eval", "context"])
+def test_an_averaged_state_dict_stays_the_average(how):
+    """Also one that is taken while the model holds x, once the model is trained again."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=1e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+    if how == "eval":
+        optimizer.eval()
+        x = copy.deepcopy(dict(model.state_dict()))
+        saved = optimizer.averaged_state_dict(model)
+        optimizer.train()
+    else:
+        with optimizer.averaged_parameters():
+            x = copy.deepcopy(dict(model.state_dict()))
+            saved = optimizer.averaged_state_dict(model)
+    assert_same(dict(saved), x)
+    assert not torch.equal(model[0].weight, x["0.weight"])
+
+
 def test_within_averaged_parameters_the_model_is_not_to_be_trained_or_gone_on_from():
     """It would train from the average, or be saved with a state that goes with other weights."""
     problem, optimizer = pair((40, 40))
