@@ -1,0 +1,417 @@
+"""Lightning: what is evaluated and saved is x, and a run that goes on is the run that was not stopped."""
+
+import copy
+import os
+import runpy
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+pl = pytest.importorskip("lightning.pytorch")
+
+from lightning.fabric.utilities.load import _load_distributed_checkpoint  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
+
+from prodigyplus import ProdigyPlusScheduleFree  # noqa: E402
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree  # noqa: E402
+from prodigyplus_dist.integrations.lightning import WEIGHTS, ScheduleFreeCallback  # noqa: E402
+from tests.dist.pool import Pool  # noqa: E402
+from tests.single.problems import assert_same  # noqa: E402
+
+pytestmark = [
+    pytest.mark.xdist_group("integrations"),
+    # Lightning's own, of small data, of few workers, and of torch's names that it still uses.
+    pytest.mark.filterwarnings("ignore:::lightning"),
+    pytest.mark.filterwarnings("ignore:::torch.distributed.checkpoint"),
+    pytest.mark.filterwarnings("ignore:::torch.jit"),
+]
+
+BATCHES = 6  # of an epoch
+KINDS = ("ddp", "sharded", "full")  # of two processes; the last two are FSDP2, by their checkpoints
+
+
+def is_sharded(kind):
+    return kind in ("sharded", "full")
+
+
+HELD_OUT = torch.utils.data.DataLoader(
+    [torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)], batch_size=None
+)
+
+
+class Batches:
+    """A loader that a checkpoint takes along, in the midst of an epoch too; each rank has its own."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __len__(self):
+        return BATCHES
+
+    def __iter__(self):
+        for number in range(self.at % BATCHES, BATCHES):
+            self.at = number + 1
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            yield torch.randn(4, 4, generator=torch.Generator().manual_seed(100 * number + rank))
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+class Module(pl.LightningModule):
+    """Dropout is drawn by the step, since Lightning's checkpoints have no state of the random numbers."""
+
+    def __init__(self, kind="one", options=None, optimizers=1, schedule=None):
+        super().__init__()
+        self.kind, self.options, self.optimizer_count, self.schedule = kind, options or {}, optimizers, schedule
+        self.automatic_optimization = optimizers == 1
+        torch.manual_seed(0)
+        self.nets = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1)) for _ in range(optimizers)
+        )
+
+    def configure_model(self):
+        if is_sharded(self.kind) and not isinstance(self.nets[0][0].weight, DTensor):
+            mesh = self.device_mesh["data_parallel"]
+            for net in self.nets:
+                fully_shard(net[0], mesh=mesh)
+                fully_shard(net, mesh=mesh)
+
+    def loss(self, batch, net):
+        return (net(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    def training_step(self, batch, index):
+        torch.manual_seed(1000 + self.global_step + (dist.get_rank() if dist.is_initialized() else 0))
+        losses = [self.loss(batch, net) for net in self.nets]
+        self.log("loss", sum(losses))
+        if self.automatic_optimization:
+            return losses[0]
+        for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return None
+
+    def validation_step(self, batch, index):
+        loss = sum(self.loss(batch, net) for net in self.nets)
+        self.log("val", loss, sync_dist=True)
+
+    test_step = validation_step
+
+    def predict_step(self, batch, index):
+        return torch.cat([net(batch) for net in self.nets])
+
+    def configure_optimizers(self):
+        make = ShardedProdigyPlusScheduleFree if is_sharded(self.kind) else ProdigyPlusScheduleFree
+        optimizers = [
+            make(net.named_parameters(), d0=1e-2, **{"step_size": "balance", **self.options}) for net in self.nets
+        ]
+        if self.schedule is not None:
+            return optimizers, [{"scheduler": self.schedule(optimizers[0]), "interval": "step"}]
+        return optimizers
+
+
+def local(tensors):
+    """Copies of what is here of tensors, by their names."""
+    named = tensors.items() if isinstance(tensors, dict) else tensors
+    return {
+        name: (value.to_local() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in named
+    }
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def weights_of(trainer):
+    """What is here of the parameters: FSDP2 has others in their place in a module that it has gathered."""
+    return local(
+        (f"nets.{index}.{name}", p)
+        for index, optimizer in enumerate(trainer.optimizers)
+        for group in optimizer.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    )
+
+
+def averages(trainer, module, full=False):
+    """x, as the optimisers themselves say."""
+    parts = [
+        optimizer.averaged_state_dict(net, full=full)
+        for optimizer, net in zip(trainer.optimizers, module.nets, strict=True)
+    ]
+    return {f"nets.{i}.{name}": value for i, part in enumerate(parts) for name, value in part.items()}
+
+
+class Recorder(pl.Callback):
+    """What the model holds when, and what is logged."""
+
+    def __init__(self):
+        self.x, self.y, self.whole_x, self.losses = {}, {}, {}, {}
+        self.evaluated = []  # whether the model held x; whether it held y
+        self.trained = []  # whether the model held y
+        self.d = {}
+        self.at_the_end = None
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step in self.y:
+            self.trained.append(equal(weights_of(trainer), self.y[trainer.global_step]))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        step = trainer.global_step
+        self.y[step] = weights_of(trainer)
+        self.x[step] = local(averages(trainer, module))
+        self.whole_x[step] = averages(trainer, module, full=True)
+        self.losses[step] = trainer.callback_metrics["loss"].item()
+        self.d[step] = [optimizer.scalars()["d"] for optimizer in trainer.optimizers]
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_index, dataloader_idx=0):
+        step = trainer.global_step
+        if step in self.x:
+            held = weights_of(trainer)
+            self.evaluated.append((equal(held, self.x[step]), equal(held, self.y[step])))
+
+    def on_train_end(self, trainer, module):
+        self.at_the_end = weights_of(trainer)
+
+
+class Logger(pl.loggers.Logger):
+    name, version = "memory", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step):
+        self.rows.append((step, dict(metrics)))
+
+
+def trainer_for(kind, folder, *callbacks, **options):
+    strategy = {"one": "auto", "ddp": "ddp"}.get(kind) or ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=kind == "sharded"
+    )
+    quiet = dict.fromkeys(
+        ("enable_progress_bar", "enable_model_summary", "use_distributed_sampler", "enable_checkpointing"), False
+    )
+    quiet["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    defaults = {"max_epochs": 2, "val_check_interval": 3, "log_every_n_steps": 2, "logger": Logger()}
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1 if kind == "one" else 2,
+        strategy=strategy,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **{**defaults, **quiet, **options},
+    )
+
+
+def fit(kind, folder, *, ckpt_path=None, optimizers=1, known=None, **options):
+    """Train, with checkpoints at every second step, and of every validation.
+
+    ``known``: the recorder of the run that is gone on with.
+    """
+    recorder = Recorder()
+    callbacks = [
+        ScheduleFreeCallback(),
+        recorder,
+        ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2 * optimizers, save_top_k=-1, save_last=True),
+        ModelCheckpoint(folder, filename="best-{step}", monitor="val"),
+        ModelCheckpoint(
+            folder, filename="val-{step}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=False
+        ),
+        ModelCheckpoint(
+            folder, filename="weights-{step}", every_n_train_steps=4 * optimizers, save_top_k=-1, save_weights_only=True
+        ),
+    ]
+    trainer = trainer_for(kind, folder, *callbacks, **options)
+    module = Module(kind, optimizers=optimizers)
+    if known is not None:
+        recorder.x, recorder.y = dict(known.x), dict(known.y)
+    trainer.fit(module, Batches(), HELD_OUT, ckpt_path=ckpt_path)
+    return SimpleNamespace(trainer=trainer, module=module, recorder=recorder, folder=Path(folder))
+
+
+# ------------------------------------------------------------------------------------ stories of runs
+
+
+def saved_in(kind, path):
+    """The weights and the optimisers' states of a checkpoint, whole."""
+    if kind == "sharded":
+        whole = _load_distributed_checkpoint(path)
+        states = [whole[key] for key in sorted(whole) if key.startswith("optimizer_")]
+        return whole["state_dict"], states
+    whole = torch.load(path, weights_only=True)
+    return whole["state_dict"], whole.get("optimizer_states")
+
+
+def path_of(run, name):
+    return run.folder / f"{name}.ckpt"
+
+
+def resumed(kind, run, name, optimizers=1):
+    """What differs in a run that has gone on from a checkpoint of another, and what it evaluated first."""
+    step = int(name.partition("=")[2])
+    folder = run.folder.with_name(f"{run.folder.name}-{name}")
+    again = fit(kind, folder, ckpt_path=path_of(run, name), optimizers=optimizers, known=run.recorder)
+    later = {number: loss for number, loss in run.recorder.losses.items() if number > step}
+    last = f"step={max(later)}"
+    if is_first():
+        assert_same(saved_in(kind, path_of(again, last)), saved_in(kind, path_of(run, last)))
+    return {
+        "losses": again.recorder.losses == later,
+        "y": again.recorder.trained,
+        "x": [x and not y for x, y in again.recorder.evaluated],
+        "end": equal(again.recorder.y[max(later)], run.recorder.y[max(later)]),
+    }
+
+
+def is_first():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def as_rank():
+    """Let Lightning find the processes that are there, as torchrun would tell it."""
+    warnings.simplefilter("ignore")
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def story(kind, folder):
+    """A run with all that it leaves, and runs that go on from it; what is to be looked at."""
+    if kind != "one":
+        as_rank()
+    folder = Path(folder)
+    run = fit(kind, folder / "run")
+    seen, trainer, module = run.recorder, run.trainer, run.module
+    last = max(seen.x)
+    weights = {}
+    if is_first():
+        for path in sorted(run.folder.glob("*step=*.ckpt")):
+            step = int(path.stem.partition("=")[2])
+            weights[path.stem] = equal(saved_in(kind, path)[0], seen.whole_x[step])
+    best = next(c for c in trainer.checkpoint_callbacks if c.monitor == "val")
+    told = {
+        "evaluated": [x and not y for x, y in seen.evaluated],
+        "trained": seen.trained,
+        "weights": weights,
+        "train end": equal(seen.at_the_end, seen.x[last]),
+        "fit end": equal(weights_of(trainer), seen.x[last]),
+        "y is another": not equal(seen.y[last], seen.x[last]),
+        "logged": {step: row["prodigyplus/d"] for step, row in trainer.logger.rows if "prodigyplus/d" in row},
+        "d": {step: d for step, (d,) in seen.d.items()},
+        "best": best.best_model_score.item(),
+        "validated": [row["val"] for _, row in trainer.logger.rows if "val" in row],
+        "predicted": equal({"": torch.cat(trainer.predict(module, HELD_OUT))}, {"": _predicted(seen, kind, last)}),
+        "tested": trainer.test(module, HELD_OUT, ckpt_path=best.best_model_path, verbose=False)[0]["val"],
+    }
+    fresh = trainer_for(kind, folder, ScheduleFreeCallback())
+    other = Module(kind)
+    told["alone"] = fresh.validate(other, HELD_OUT, ckpt_path=best.best_model_path, verbose=False)[0]["val"]
+    told["resumed"] = {
+        name: resumed(kind, run, name) for name in ("step=2", "val-step=3", "step=6", "val-step=6", "step=10")
+    }
+    two = fit(kind, folder / "two", optimizers=2)
+    told["two"] = resumed(kind, two, "step=8", optimizers=2)
+    told["two logged"] = {key for _, row in two.trainer.logger.rows for key in row if "/d" in key}
+    if is_sharded(kind):
+        unseen = fit(kind, folder / "unseen", limit_val_batches=0)
+        told["without validation"] = unseen.recorder.losses == seen.losses
+    if kind == "ddp":
+        with pytest.raises(ValueError, match="StochasticWeightAveraging"):
+            trainer_for(kind, folder, ScheduleFreeCallback(), StochasticWeightAveraging(0.1)).fit(module, Batches())
+    return told
+
+
+def _predicted(seen, kind, step):
+    reference = Module()
+    if not is_sharded(kind):
+        reference.load_state_dict(seen.x[step])
+    elif is_first():
+        reference.load_state_dict(seen.whole_x[step])
+    if is_sharded(kind):
+        for p in reference.parameters():
+            dist.broadcast(p.data, 0)
+    reference.eval()
+    with torch.no_grad():
+        return torch.cat([reference.predict_step(batch, 0) for batch in HELD_OUT])
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = Pool()
+    # A worker has imported all of it when it is forked.
+    pool._context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "lightning.pytorch"])
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module", params=["one", *KINDS])
+def ranks(request, tmp_path_factory):
+    """What the story tells, of each rank."""
+    folder = str(tmp_path_factory.mktemp(request.param))
+    if request.param == "one":
+        return [story("one", folder)]
+    return request.getfixturevalue("pool").run(2, story, request.param, folder)
+
+
+def test_a_run_evaluates_x_and_trains_y(ranks):
+    for told in ranks:
+        assert told["y is another"]
+        assert len(told["evaluated"]) == 4 * len(HELD_OUT)
+        assert len(told["trained"]) == 2 * BATCHES - 1
+        assert all(told["evaluated"]) and all(told["trained"])
+        assert told["train end"] and told["fit end"]
+
+
+def test_every_file_holds_x(ranks):
+    weights = ranks[0]["weights"]
+    assert len(weights) == 6 + 4 + 3 + 1
+    assert all(weights.values()), weights
+
+
+def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(ranks):
+    for told in ranks:
+        for name, again in [*told["resumed"].items(), ("two", told["two"])]:
+            assert again["losses"] and again["end"], name
+            assert again["y"] and all(again["y"]), name
+            assert again["x"] and all(again["x"]), name
+
+
+def test_the_best_checkpoint_is_as_good_as_it_was_said_to_be(ranks):
+    for told in ranks:
+        assert told["best"] == min(told["validated"])
+        assert told["tested"] == told["alone"] == told["best"]
+        assert told["predicted"]
+
+
+def test_d_is_logged_at_steps_that_are_logged(ranks):
+    for told in ranks:
+        assert told["logged"].keys() == {1, 3, 5, 7, 9, 11}
+        for step, d in told["logged"].items():
+            assert d == torch.tensor(told["d"][step + 1]).item()
+        assert told["two logged"] == {"prodigyplus/0/d", "prodigyplus/1/d"}
+
+
+def test_fsdp2_lets_go_of_what_validation_has_gathered(ranks):
+    for told in ranks:
+        assert told.get("without validation", True)
