@@ -139,8 +139,8 @@ class ScheduleFreeCallback(_pl.Callback):  # type: ignore[misc]
 
     def _wrap(self, strategy: Any) -> None:
         """Let a strategy give the model's state with x, and the optimisers' with y, at whatever moment."""
-        # Not in on_save_checkpoint: it is not called where weights alone are saved, and comes when the strategy
-        # has already gathered them.
+        # Not in on_save_checkpoint, which is not called where weights alone are saved, and comes when the
+        # strategy has already gathered them.
         model_state, optimizer_state = strategy.lightning_module_state_dict, strategy.optimizer_state
 
         def averaged_model_state() -> dict[str, Any]:
@@ -205,13 +205,10 @@ class ScheduleFreeCallback(_pl.Callback):  # type: ignore[misc]
 # ------------------------------------------------------------------------------ weights in the state
 
 
-def _keep_weights_in_state(
-    optimizer: ProdigyPlusScheduleFree, trains: Callable[[Optimizer], bool]
-) -> None:
+def _keep_weights_in_state(optimizer: ProdigyPlusScheduleFree, trains: Callable[[Optimizer], bool]) -> None:
     """Save the weights with the state that goes with them, and load them with it.
 
-    In the optimiser's state every strategy and torch's distributed checkpoint take them along, in shards as in
-    full.
+    In the optimiser's state every strategy takes them along, in shards as in full.
 
     Args:
         optimizer: Gets hooks, for good.
@@ -292,24 +289,24 @@ def _check_trainer(trainer: Any) -> None:
     strategy, precision = trainer.strategy, trainer.precision
     if _is_a(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
         raise ValueError(
-            f"strategy={type(strategy).__name__}: it flattens parameters, and the optimiser needs their shapes. "
-            "Use ModelParallelStrategy, and fully_shard in configure_model."
+            f"strategy={type(strategy).__name__}: it flattens parameters, and the optimiser needs their "
+            "shapes. Use ModelParallelStrategy, and fully_shard in configure_model."
         )
     if precision == "16-true":
         raise ValueError(
-            'precision="16-true": float16 weights have not the range that the optimiser needs. Use "bf16-true", '
-            '"bf16-mixed" or "16-mixed".'
+            'precision="16-true": float16 weights have not the range that the optimiser needs. Use '
+            '"bf16-true", "bf16-mixed" or "16-mixed".'
         )
     for callback in trainer.callbacks:
         if _is_a(callback, "StochasticWeightAveraging", "WeightAveraging"):
             raise ValueError(
-                f"callbacks: {type(callback).__name__} puts an average of its own into the model, from which the "
-                "optimiser would go on. Leave it out: Schedule-Free's average is what is evaluated and saved."
+                f"callbacks: {type(callback).__name__} puts an average of its own into the model, from which "
+                "the optimiser would go on. Leave it out: Schedule-Free's own is what is evaluated and saved."
             )
         if _is_a(callback, "LearningRateFinder"):
             raise ValueError(
-                f"callbacks: {type(callback).__name__} looks for a learning rate, by which the step size that "
-                "the optimiser finds would be multiplied. Leave it out, and lr at 1."
+                f"callbacks: {type(callback).__name__} looks for a learning rate, by which the step size "
+                "that the optimiser finds would be multiplied. Leave it out, and lr at 1."
             )
 
 
@@ -323,13 +320,13 @@ def _check_optimizers(trainer: Any, optimizers: Sequence[ProdigyPlusScheduleFree
     if any(group["fused_back_pass"] for group in groups):
         if trainer.gradient_clip_val:
             raise ValueError(
-                f"gradient_clip_val={trainer.gradient_clip_val!r}: with fused_back_pass=True the backward pass "
-                "moves the weights, before anything could clip. Leave it out: StableAdamW does its work."
+                f"gradient_clip_val={trainer.gradient_clip_val!r}: with fused_back_pass=True the backward "
+                "pass moves the weights, before anything could clip. Leave it out: StableAdamW does its work."
             )
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(
-                f"precision={trainer.precision!r}: with fused_back_pass=True the backward pass moves the weights, "
-                'before the scaler could unscale gradients. Use "bf16-mixed".'
+                f"precision={trainer.precision!r}: with fused_back_pass=True the backward pass moves the "
+                'weights, before the scaler could unscale gradients. Use "bf16-mixed".'
             )
     trained = {id(o) for o in optimizers if any(group["use_schedulefree"] for group in o.param_groups)}
     for config in trainer.lr_scheduler_configs:
@@ -359,7 +356,7 @@ def _warn_of_schedule(what: str) -> None:
 
 
 def _rates(optimizers: Sequence[ProdigyPlusScheduleFree]) -> list[float]:
-    """The learning rates of Schedule-Free's groups; not those that are tensors, which would wait to be read."""
+    """The learning rates of Schedule-Free's groups; but for tensors, which would wait to be read."""
     return [
         group["lr"]
         for optimizer in optimizers

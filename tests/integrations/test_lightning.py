@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import runpy
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import lr_scheduler
 
 pl = pytest.importorskip("lightning.pytorch")
 
@@ -27,6 +29,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
 from prodigyplus import ProdigyPlusScheduleFree  # noqa: E402
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree  # noqa: E402
+from prodigyplus_dist.integrations import lightning  # noqa: E402
 from prodigyplus_dist.integrations.lightning import WEIGHTS, ScheduleFreeCallback  # noqa: E402
 from tests.dist.pool import Pool  # noqa: E402
 from tests.single.problems import assert_same  # noqa: E402
@@ -79,11 +82,12 @@ class Module(pl.LightningModule):
 
     def __init__(self, kind="one", options=None, optimizers=1, schedule=None):
         super().__init__()
-        self.kind, self.options, self.optimizer_count, self.schedule = kind, options or {}, optimizers, schedule
+        self.kind, self.options, self.schedule = kind, options or {}, schedule
         self.automatic_optimization = optimizers == 1
         torch.manual_seed(0)
         self.nets = nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1)) for _ in range(optimizers)
+            nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
+            for _ in range(optimizers)
         )
 
     def configure_model(self):
@@ -119,9 +123,8 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self):
         make = ShardedProdigyPlusScheduleFree if is_sharded(self.kind) else ProdigyPlusScheduleFree
-        optimizers = [
-            make(net.named_parameters(), d0=1e-2, **{"step_size": "balance", **self.options}) for net in self.nets
-        ]
+        options = {"d0": 1e-2, "step_size": "balance", **self.options}
+        optimizers = [make(net.named_parameters(), **options) for net in self.nets]
         if self.schedule is not None:
             return optimizers, [{"scheduler": self.schedule(optimizers[0]), "interval": "step"}]
         return optimizers
@@ -209,18 +212,18 @@ def trainer_for(kind, folder, *callbacks, **options):
     strategy = {"one": "auto", "ddp": "ddp"}.get(kind) or ModelParallelStrategy(
         data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=kind == "sharded"
     )
-    quiet = dict.fromkeys(
-        ("enable_progress_bar", "enable_model_summary", "use_distributed_sampler", "enable_checkpointing"), False
+    defaults = dict.fromkeys(
+        ("enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False
     )
-    quiet["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    defaults = {"max_epochs": 2, "val_check_interval": 3, "log_every_n_steps": 2, "logger": Logger()}
+    defaults["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    defaults |= {"strategy": strategy, "logger": Logger()}
+    defaults |= {"max_epochs": 2, "val_check_interval": 3, "log_every_n_steps": 2}
     return pl.Trainer(
         accelerator="cpu",
         devices=1 if kind == "one" else 2,
-        strategy=strategy,
         default_root_dir=folder,
         callbacks=list(callbacks),
-        **{**defaults, **quiet, **options},
+        **{**defaults, **options},
     )
 
 
@@ -230,18 +233,19 @@ def fit(kind, folder, *, ckpt_path=None, optimizers=1, known=None, **options):
     ``known``: the recorder of the run that is gone on with.
     """
     recorder = Recorder()
+    every = {"save_top_k": -1}
     callbacks = [
         ScheduleFreeCallback(),
         recorder,
-        ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2 * optimizers, save_top_k=-1, save_last=True),
-        ModelCheckpoint(folder, filename="best-{step}", monitor="val"),
+        ModelCheckpoint(folder, "{step}", every_n_train_steps=2 * optimizers, save_last=True, **every),
+        ModelCheckpoint(folder, "best-{step}", monitor="val"),
+        ModelCheckpoint(folder, "val-{step}", every_n_epochs=1, save_on_train_epoch_end=False, **every),
         ModelCheckpoint(
-            folder, filename="val-{step}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=False
-        ),
-        ModelCheckpoint(
-            folder, filename="weights-{step}", every_n_train_steps=4 * optimizers, save_top_k=-1, save_weights_only=True
+            folder, "weights-{step}", every_n_train_steps=4 * optimizers, save_weights_only=True, **every
         ),
     ]
+    if kind == "ddp" and optimizers > 1:  # each loss has parameters of one net
+        options["strategy"] = "ddp_find_unused_parameters_true"
     trainer = trainer_for(kind, folder, *callbacks, **options)
     module = Module(kind, optimizers=optimizers)
     if known is not None:
@@ -267,11 +271,12 @@ def path_of(run, name):
     return run.folder / f"{name}.ckpt"
 
 
-def resumed(kind, run, name, optimizers=1):
+def resumed(kind, run, name, optimizers=1, **options):
     """What differs in a run that has gone on from a checkpoint of another, and what it evaluated first."""
     step = int(name.partition("=")[2])
     folder = run.folder.with_name(f"{run.folder.name}-{name}")
-    again = fit(kind, folder, ckpt_path=path_of(run, name), optimizers=optimizers, known=run.recorder)
+    options |= {"optimizers": optimizers, "known": run.recorder}
+    again = fit(kind, folder, ckpt_path=path_of(run, name), **options)
     later = {number: loss for number, loss in run.recorder.losses.items() if number > step}
     last = f"step={max(later)}"
     if is_first():
@@ -293,7 +298,8 @@ def as_rank():
     warnings.simplefilter("ignore")
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def story(kind, folder):
@@ -321,15 +327,15 @@ def story(kind, folder):
         "d": {step: d for step, (d,) in seen.d.items()},
         "best": best.best_model_score.item(),
         "validated": [row["val"] for _, row in trainer.logger.rows if "val" in row],
-        "predicted": equal({"": torch.cat(trainer.predict(module, HELD_OUT))}, {"": _predicted(seen, kind, last)}),
+        "predicted": torch.equal(torch.cat(trainer.predict(module, HELD_OUT)), _predicted(seen, kind, last)),
         "tested": trainer.test(module, HELD_OUT, ckpt_path=best.best_model_path, verbose=False)[0]["val"],
     }
     fresh = trainer_for(kind, folder, ScheduleFreeCallback())
     other = Module(kind)
     told["alone"] = fresh.validate(other, HELD_OUT, ckpt_path=best.best_model_path, verbose=False)[0]["val"]
-    told["resumed"] = {
-        name: resumed(kind, run, name) for name in ("step=2", "val-step=3", "step=6", "val-step=6", "step=10")
-    }
+    names = ("step=2", "val-step=3", "step=6", "val-step=6", "step=10")
+    chosen = names if kind == "one" else names[1::2]
+    told["resumed"] = {name: resumed(kind, run, name) for name in chosen}
     two = fit(kind, folder / "two", optimizers=2)
     told["two"] = resumed(kind, two, "step=8", optimizers=2)
     told["two logged"] = {key for _, row in two.trainer.logger.rows for key in row if "/d" in key}
@@ -337,8 +343,9 @@ def story(kind, folder):
         unseen = fit(kind, folder / "unseen", limit_val_batches=0)
         told["without validation"] = unseen.recorder.losses == seen.losses
     if kind == "ddp":
+        refused = trainer_for(kind, folder, ScheduleFreeCallback(), StochasticWeightAveraging(0.1))
         with pytest.raises(ValueError, match="StochasticWeightAveraging"):
-            trainer_for(kind, folder, ScheduleFreeCallback(), StochasticWeightAveraging(0.1)).fit(module, Batches())
+            refused.fit(module, Batches())
     return told
 
 
@@ -379,8 +386,9 @@ def test_a_run_evaluates_x_and_trains_y(ranks):
         assert told["y is another"]
         assert len(told["evaluated"]) == 4 * len(HELD_OUT)
         assert len(told["trained"]) == 2 * BATCHES - 1
-        assert all(told["evaluated"]) and all(told["trained"])
-        assert told["train end"] and told["fit end"]
+        assert all(told["evaluated"] + told["trained"])
+        assert told["train end"]
+        assert told["fit end"]
 
 
 def test_every_file_holds_x(ranks):
@@ -392,9 +400,15 @@ def test_every_file_holds_x(ranks):
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(ranks):
     for told in ranks:
         for name, again in [*told["resumed"].items(), ("two", told["two"])]:
-            assert again["losses"] and again["end"], name
-            assert again["y"] and all(again["y"]), name
-            assert again["x"] and all(again["x"]), name
+            assert_is_the_same(again, name)
+
+
+def assert_is_the_same(again, name):
+    assert again["losses"], name
+    assert again["end"], name
+    assert len(again["y"]) > 1, name
+    assert len(again["x"]) > 1, name
+    assert all(again["y"] + again["x"]), name
 
 
 def test_the_best_checkpoint_is_as_good_as_it_was_said_to_be(ranks):
@@ -415,3 +429,266 @@ def test_d_is_logged_at_steps_that_are_logged(ranks):
 def test_fsdp2_lets_go_of_what_validation_has_gathered(ranks):
     for told in ranks:
         assert told.get("without validation", True)
+
+
+# --------------------------------------------------------------------------------------- one process
+
+
+def fit_module(module, folder, *callbacks, ckpt_path=None, **options):
+    trainer = trainer_for("one", folder, *callbacks, **options)
+    trainer.fit(module, Batches(), HELD_OUT, ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_weights_that_are_loaded_are_x(tmp_path):
+    fit("one", tmp_path)
+    path = tmp_path / "last.ckpt"
+    module = Module.load_from_checkpoint(path)
+    assert_same(dict(module.state_dict()), saved_in("one", path)[0])
+
+
+def test_validating_without_a_fit(tmp_path):
+    module = Module()
+    before = local(module.named_parameters())
+    trainer = trainer_for("one", tmp_path, ScheduleFreeCallback())
+    for run in (trainer.validate, trainer.test, trainer.predict):
+        assert run(module, HELD_OUT)
+    assert_same(local(module.named_parameters()), before)
+
+
+class SavesWhileValidating(pl.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_validation_epoch_end(self, trainer, module):
+        if not trainer.sanity_checking and trainer.global_step == 3:
+            self.held = local(module.named_parameters())
+            trainer.save_checkpoint(self.path)
+            assert equal(local(module.named_parameters()), self.held)
+
+
+def test_a_checkpoint_saved_within_validation(tmp_path):
+    path = tmp_path / "within.ckpt"
+    saves, first, again = SavesWhileValidating(path), Recorder(), Recorder()
+    fit_module(Module(), tmp_path, ScheduleFreeCallback(), saves, first)
+    assert_same(saved_in("one", path)[0], saves.held)
+    assert equal(saves.held, first.x[3])
+    again.y = dict(first.y)
+    fit_module(Module(), tmp_path, ScheduleFreeCallback(), again, ckpt_path=path)
+    assert again.trained[0]
+    assert equal(again.y[12], first.y[12])
+
+
+class Interrupted(Exception):
+    pass
+
+
+class FailsWhileValidating(pl.Callback):
+    def on_validation_batch_start(self, trainer, module, batch, index, dataloader_idx=0):
+        if trainer.global_step == 9:
+            raise Interrupted
+
+
+def test_an_exception_in_validation(tmp_path):
+    module, recorder = Module(), Recorder()
+    trainer = trainer_for("one", tmp_path, ScheduleFreeCallback(), FailsWhileValidating(), recorder)
+    with pytest.raises(Interrupted):
+        trainer.fit(module, Batches(), HELD_OUT)
+    assert equal(weights_of(trainer), recorder.y[9])
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    weights, (state,) = saved_in("one", tmp_path / "after.ckpt")
+    assert equal(weights, recorder.x[9])
+    assert equal({"": state["state"][0][WEIGHTS]}, {"": recorder.y[9]["nets.0.0.weight"]})
+
+    # Whatever is done with the model next is done at x; and a checkpoint's weights stay what they are.
+    trainer.test(module, HELD_OUT, ckpt_path=tmp_path / "after.ckpt", verbose=False)
+    assert equal(weights_of(trainer), recorder.x[9])
+
+
+def test_going_on_from_what_was_saved_after_the_fit(tmp_path):
+    first, one, other = Recorder(), Recorder(), Recorder()
+    path = tmp_path / "end.ckpt"
+    trainer = fit_module(Module(), tmp_path, ScheduleFreeCallback(), first)
+    trainer.save_checkpoint(path)
+    assert equal(saved_weights(path), first.x[12])
+    whole = fit_module(Module(), tmp_path, ScheduleFreeCallback(), one, max_epochs=3)
+    again = fit_module(Module(), tmp_path, ScheduleFreeCallback(), other, max_epochs=3, ckpt_path=path)
+    assert whole.global_step == again.global_step == 18
+    # y is computed of x, and rounded: in float32, of weights of about 1, and 6 steps carry that on.
+    assert other.losses.keys() == set(range(13, 19))
+    for step, loss in other.losses.items():
+        assert loss == pytest.approx(one.losses[step], rel=1e-4)
+
+
+def test_without_the_callback_a_state_with_weights_is_refused(tmp_path):
+    fit("one", tmp_path)
+    with pytest.raises(ValueError, match=f"holds .*'{WEIGHTS}'"):
+        fit_module(Module(), tmp_path, ckpt_path=tmp_path / "step=6.ckpt")
+
+
+def test_a_checkpoint_of_before_there_was_the_callback(tmp_path):
+    path = tmp_path / "before"
+    recorder = Recorder()
+    fit_module(Module(), path, ModelCheckpoint(path, "{step}", every_n_train_steps=6, save_top_k=-1))
+    fit_module(Module(), tmp_path, ScheduleFreeCallback(), recorder, ckpt_path=path / "step=6.ckpt")
+    assert equal(recorder.y[12], saved_weights(path / "step=12.ckpt"))
+
+
+def saved_weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_bfloat16_weights(tmp_path):
+    run = fit("one", tmp_path, precision="bf16-true")
+    assert all(weights.dtype == torch.bfloat16 for weights in run.recorder.x[12].values())
+    assert equal(saved_weights(tmp_path / "step=8.ckpt"), run.recorder.x[8])
+    again = resumed("one", run, "step=8", precision="bf16-true")
+    assert_is_the_same(again, "step=8")
+
+
+class Fused(Module):
+    def __init__(self):
+        super().__init__(options={"fused_back_pass": True})
+
+    def on_fit_start(self):
+        self.trainer.optimizers[0].fuse_backward(self.trainer.model)
+
+
+def test_a_fused_backward_pass(tmp_path):
+    first, again, path = Recorder(), Recorder(), tmp_path / "step=4.ckpt"
+    checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    fit_module(Fused(), tmp_path, ScheduleFreeCallback(), first, checkpoints)
+    assert equal(saved_weights(path), first.x[4])
+    fit_module(Fused(), tmp_path, ScheduleFreeCallback(), again, ckpt_path=path)
+    assert equal(again.y[12], first.y[12])
+    with pytest.raises(ValueError, match=r"gradient_clip_val=1\.0"):
+        fit_module(Fused(), tmp_path, ScheduleFreeCallback(), gradient_clip_val=1.0)
+    scaled = pl.plugins.MixedPrecision("16-mixed", device="cpu")
+    with pytest.raises(ValueError, match=r'precision="?\W16-mixed.*before the scaler'):
+        fit_module(Fused(), tmp_path, ScheduleFreeCallback(), plugins=[scaled])
+
+
+def test_numbers_are_read_at_steps_that_are_logged_alone(tmp_path, monkeypatch):
+    reads, scalars = [], ProdigyPlusScheduleFree.scalars
+
+    def counted(self, prefix=""):
+        reads.append(trainer.global_step)
+        return scalars(self, prefix)
+
+    monkeypatch.setattr(ProdigyPlusScheduleFree, "scalars", counted)
+    for callback, expected in ((ScheduleFreeCallback(), [5, 10]), (ScheduleFreeCallback(log=()), [])):
+        reads.clear()
+        trainer = trainer_for("one", tmp_path, callback, log_every_n_steps=5)
+        trainer.fit(Module(), Batches())
+        assert reads == expected
+    assert {key for _, row in trainer.logger.rows for key in row if "prodigyplus" in key} == set()
+
+
+@pytest.mark.parametrize(
+    ("callback", "match"),
+    [
+        (lambda: StochasticWeightAveraging(swa_lrs=0.1), "StochasticWeightAveraging"),
+        (EMAWeightAveraging, "EMAWeightAveraging"),
+        (LearningRateFinder, "LearningRateFinder"),
+    ],
+)
+def test_callbacks_that_are_refused(tmp_path, callback, match):
+    with pytest.raises(ValueError, match=match):
+        fit_module(Module(), tmp_path, ScheduleFreeCallback(), callback())
+
+
+def test_float16_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='precision="16-true"'):
+        fit_module(Module(), tmp_path, ScheduleFreeCallback(), precision="16-true")
+
+
+def test_strategies_that_flatten_parameters_are_refused(tmp_path):
+    trainer = trainer_for("one", tmp_path, callback := ScheduleFreeCallback())
+    trainer.strategy.__class__ = type("FSDPStrategy", (type(trainer.strategy),), {})
+    with pytest.raises(ValueError, match=r"FSDPStrategy.*ModelParallelStrategy"):
+        callback.setup(trainer, Module(), "fit")
+    assert pl.strategies.FSDPStrategy.__name__ == "FSDPStrategy"
+    assert pl.strategies.DeepSpeedStrategy.__name__ == "DeepSpeedStrategy"
+
+
+def warnings_of(module, folder):
+    """What the callback warns of, of all the warnings of a fit."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit_module(module, folder, ScheduleFreeCallback(), max_epochs=1)
+    messages = [str(warning.message) for warning in caught]
+    return [message for message in messages if "Schedule-Free" in message or "ScheduleFree" in message]
+
+
+SCHEDULES = {
+    "StepLR": (lambda o: lr_scheduler.StepLR(o, 100), "StepLR lowers"),
+    "falling": (lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 - step / 20), "fallen from 1 to 0.95"),
+    "warm-up": (lambda o: lr_scheduler.LambdaLR(o, lambda step: min(1, (step + 1) / 5)), None),
+    "constant": (lambda o: lr_scheduler.ConstantLR(o, 0.5, 3), None),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("schedulefree", [True, False])
+def test_schedules(tmp_path, name, schedulefree):
+    make, said = SCHEDULES[name]
+    options = {} if schedulefree else {"use_schedulefree": False, "step_size": "prodigy"}
+    ours = warnings_of(Module(options=options, schedule=make), tmp_path)
+    assert len(ours) == (said is not None and schedulefree)
+    assert all(said in message for message in ours)
+
+
+class Adam(Module):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+
+def test_another_optimiser(tmp_path):
+    (message,) = warnings_of(Adam(), tmp_path)
+    assert re.fullmatch(r"ScheduleFreeCallback has nothing to do.*AdamW.*", message)
+
+
+def test_a_callback_can_be_copied():
+    assert copy.deepcopy(ScheduleFreeCallback(log=("d",)))._names == ("d",)
+
+
+@pytest.mark.parametrize(
+    ("imported", "there", "expected"),
+    [
+        (("pytorch_lightning",), True, "pytorch_lightning"),
+        (("pytorch_lightning", "lightning.pytorch"), True, "lightning.pytorch"),
+        ((), True, "lightning.pytorch"),
+        ((), False, "pytorch_lightning"),
+    ],
+)
+def test_the_package_that_is_in_use(monkeypatch, imported, there, expected):
+    monkeypatch.setattr(lightning.sys, "modules", dict.fromkeys(imported))
+    monkeypatch.setattr(lightning.importlib.util, "find_spec", lambda name: there or None)
+    found = lightning._framework()
+    monkeypatch.undo()
+    assert found == expected
+
+
+# ------------------------------------------------------------------------- what users are to copy
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "examples" / "lightning_autoencoder.py"
+    assert len(path.read_text().splitlines()) <= 80
+    left = runpy.run_path(str(path), run_name="__main__")
+    assert left["error"] < 0.2  # of the variance, of which a model that has learnt nothing leaves 1
+
+
+def test_the_guide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "guides" / "lightning.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 5
+    scope = {"__name__": "guide"}
+    for block in blocks:
+        exec(block, scope)
+    trained = scope["trained"].state_dict()
+    assert equal(dict(trained), saved_weights(scope["best"]))
