@@ -165,8 +165,9 @@ def averages(trainer, module, full=False):
 class Recorder(pl.Callback):
     """What the model holds when, and what is logged."""
 
-    def __init__(self):
+    def __init__(self, *, whole=False):
         self.x, self.y, self.whole_x, self.losses = {}, {}, {}, {}
+        self.whole = whole  # whether to gather x too
         self.evaluated = []  # whether the model held x; whether it held y
         self.trained = []  # whether the model held y
         self.d = {}
@@ -180,7 +181,8 @@ class Recorder(pl.Callback):
         step = trainer.global_step
         self.y[step] = weights_of(trainer)
         self.x[step] = local(averages(trainer, module))
-        self.whole_x[step] = averages(trainer, module, full=True)
+        if self.whole:
+            self.whole_x[step] = averages(trainer, module, full=True)
         self.losses[step] = trainer.callback_metrics["loss"].item()
         self.d[step] = [optimizer.scalars()["d"] for optimizer in trainer.optimizers]
 
@@ -227,23 +229,27 @@ def trainer_for(kind, folder, *callbacks, **options):
     )
 
 
-def fit(kind, folder, *, ckpt_path=None, optimizers=1, known=None, **options):
-    """Train, with checkpoints at every second step, and of every validation.
+def fit(kind, folder, *, every=0, ckpt_path=None, optimizers=1, known=None, **options):
+    """Train two epochs.
 
-    ``known``: the recorder of the run that is gone on with.
+    Args:
+        kind, folder, ckpt_path, options: Of the trainer.
+        every: A checkpoint is saved at every so many steps of the optimisers. 0: at every second, and at
+            all other occasions.
+        optimizers: How many there are.
+        known: The recorder of the run that is gone on with.
     """
-    recorder = Recorder()
-    every = {"save_top_k": -1}
-    callbacks = [
-        ScheduleFreeCallback(),
-        recorder,
-        ModelCheckpoint(folder, "{step}", every_n_train_steps=2 * optimizers, save_last=True, **every),
-        ModelCheckpoint(folder, "best-{step}", monitor="val"),
-        ModelCheckpoint(folder, "val-{step}", every_n_epochs=1, save_on_train_epoch_end=False, **every),
-        ModelCheckpoint(
-            folder, "weights-{step}", every_n_train_steps=4 * optimizers, save_weights_only=True, **every
-        ),
-    ]
+    recorder, saved = Recorder(whole=not every), {"save_top_k": -1}
+    callbacks = [ScheduleFreeCallback(), recorder]
+    if every:
+        callbacks += [ModelCheckpoint(folder, "{step}", every_n_train_steps=every, **saved)]
+    else:
+        callbacks += [
+            ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_last=True, **saved),
+            ModelCheckpoint(folder, "best-{step}", monitor="val"),
+            ModelCheckpoint(folder, "val-{step}", every_n_epochs=1, save_on_train_epoch_end=False, **saved),
+            ModelCheckpoint(folder, "weights-{step}", every_n_train_steps=4, save_weights_only=True, **saved),
+        ]
     if kind == "ddp" and optimizers > 1:  # each loss has parameters of one net
         options["strategy"] = "ddp_find_unused_parameters_true"
     trainer = trainer_for(kind, folder, *callbacks, **options)
@@ -275,10 +281,10 @@ def resumed(kind, run, name, optimizers=1, **options):
     """What differs in a run that has gone on from a checkpoint of another, and what it evaluated first."""
     step = int(name.partition("=")[2])
     folder = run.folder.with_name(f"{run.folder.name}-{name}")
-    options |= {"optimizers": optimizers, "known": run.recorder}
-    again = fit(kind, folder, ckpt_path=path_of(run, name), **options)
+    options = {"optimizers": optimizers, "known": run.recorder, **options}
     later = {number: loss for number, loss in run.recorder.losses.items() if number > step}
     last = f"step={max(later)}"
+    again = fit(kind, folder, every=max(later), ckpt_path=path_of(run, name), **options)
     if is_first():
         assert_same(saved_in(kind, path_of(again, last)), saved_in(kind, path_of(run, last)))
     return {
@@ -336,11 +342,11 @@ def story(kind, folder):
     names = ("step=2", "val-step=3", "step=6", "val-step=6", "step=10")
     chosen = names if kind == "one" else names[1::2]
     told["resumed"] = {name: resumed(kind, run, name) for name in chosen}
-    two = fit(kind, folder / "two", optimizers=2)
+    two = fit(kind, folder / "two", every=8, optimizers=2)
     told["two"] = resumed(kind, two, "step=8", optimizers=2)
     told["two logged"] = {key for _, row in two.trainer.logger.rows for key in row if "/d" in key}
     if is_sharded(kind):
-        unseen = fit(kind, folder / "unseen", limit_val_batches=0)
+        unseen = fit(kind, folder / "unseen", every=99, limit_val_batches=0)
         told["without validation"] = unseen.recorder.losses == seen.losses
     if kind == "ddp":
         refused = trainer_for(kind, folder, ScheduleFreeCallback(), StochasticWeightAveraging(0.1))
@@ -441,8 +447,8 @@ def fit_module(module, folder, *callbacks, ckpt_path=None, **options):
 
 
 def test_weights_that_are_loaded_are_x(tmp_path):
-    fit("one", tmp_path)
-    path = tmp_path / "last.ckpt"
+    fit("one", tmp_path, every=6)
+    path = tmp_path / "step=12.ckpt"
     module = Module.load_from_checkpoint(path)
     assert_same(dict(module.state_dict()), saved_in("one", path)[0])
 
@@ -521,7 +527,7 @@ def test_going_on_from_what_was_saved_after_the_fit(tmp_path):
 
 
 def test_without_the_callback_a_state_with_weights_is_refused(tmp_path):
-    fit("one", tmp_path)
+    fit("one", tmp_path, every=6)
     with pytest.raises(ValueError, match=f"holds .*'{WEIGHTS}'"):
         fit_module(Module(), tmp_path, ckpt_path=tmp_path / "step=6.ckpt")
 
@@ -539,7 +545,7 @@ def saved_weights(path):
 
 
 def test_bfloat16_weights(tmp_path):
-    run = fit("one", tmp_path, precision="bf16-true")
+    run = fit("one", tmp_path, every=4, precision="bf16-true")
     assert all(weights.dtype == torch.bfloat16 for weights in run.recorder.x[12].values())
     assert equal(saved_weights(tmp_path / "step=8.ckpt"), run.recorder.x[8])
     again = resumed("one", run, "step=8", precision="bf16-true")
