@@ -30,6 +30,9 @@ def test_one_process_knows_nothing_of_many():
 WHEN_USED = {
     "triton": ("kernels.py", "group_kernels.py", "launches.py", "symmetric.py"),
     "matplotlib": ("plot.py",),
+    "lightning": ("lightning.py",),
+    "transformers": ("huggingface.py",),
+    "torchtitan": ("torchtitan.py",),
 }
 
 
