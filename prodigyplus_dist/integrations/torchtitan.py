@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.metrics import MetricsProcessor
@@ -71,7 +71,8 @@ def with_prodigyplus(
         checkpoint=_as_ours(config.checkpoint, "checkpoint", CheckpointManager, AveragedCheckpoints),
         metrics=_as_ours(config.metrics, "metrics", MetricsProcessor, StepSizeMetrics),
         model_spec=replace(
-            config.model_spec, post_optimizer_build_fn=_TellParallelDims(config.model_spec.post_optimizer_build_fn)
+            config.model_spec,
+            post_optimizer_build_fn=_TellParallelDims(config.model_spec.post_optimizer_build_fn),
         ),
     )
 
@@ -90,7 +91,7 @@ def _as_ours(config: Any, name: str, theirs: type[Any], ours: type[Any]) -> Any:
 
 @dataclass(frozen=True)
 class _TellParallelDims:
-    """A ``post_optimizer_build_fn`` that lets the optimisers know of the pipeline; then calls the model's own."""
+    """A ``post_optimizer_build_fn``: builds the optimiser, knowing the pipeline; then calls the model's."""
 
     then: Callable[..., None] | None
 
@@ -133,7 +134,7 @@ class Optimizers(OptimizersContainer):
         self.config = config
         self.model_parts = model_parts
         self.before_lending: Callable[[], object] = lambda: None
-        self.optimizers = []  # until build_ is told of the pipeline
+        self.optimizers: list[ShardedProdigyPlusScheduleFree] = []  # until build_ is told of the pipeline
         self._post_init([p for part in model_parts for p in part.parameters() if p.requires_grad])
 
     def build_(self, pipeline: dist.ProcessGroup | None) -> None:
@@ -204,7 +205,9 @@ def _trained(part: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((canonical_fqn(name), p) for name, p in part.named_parameters() if p.requires_grad)
 
 
-def _groups(model_parts: Sequence[nn.Module], options: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _groups(
+    model_parts: Sequence[nn.Module], options: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """A group for each regular expression, and one of the parameters that none is found in."""
     groups: list[dict[str, Any]] = [{"params": [], **of_group} for of_group in (*options.values(), {})]
     for part in model_parts:
@@ -309,14 +312,12 @@ class StepSizeMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        numbers = self.optimizers.scalars("prodigyplus/")
-        super().log(
-            step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **numbers}
-        )
-        shown = "  ".join(
-            f"{name.removeprefix('prodigyplus/')}: {value:.4e}"
+        numbers = self.optimizers.scalars()
+        ours = {f"prodigyplus/{name}": value for name, value in numbers.items()}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **ours})
+        shown = (
+            f"{name}: {value:.3e}"
             for name, value in numbers.items()
-            if name.startswith(("prodigyplus/d", "prodigyplus/step_size"))
-            and not name.startswith(("prodigyplus/d_hat", "prodigyplus/denominator"))
+            if name.partition("/")[0] in ("d", "step_size")
         )
-        logger.info(f"step: {step:2}  {shown}")
+        logger.info(f"step: {step:2}  {'  '.join(shown)}")

@@ -1,10 +1,12 @@
 """Lets torchtitan 0.3 run on a CPU: import this before torchtitan.
 
-It takes an accelerator for granted in five places: the name of the device; the memory that its log shows; the
+It takes an accelerator for granted in six places: the name of the device; the memory that its log shows; the
 attention, FlexAttention, which has no backward pass on a CPU; the reduction of gradients, which NCCL divides
-by 1 and gloo cannot divide; and the barrier by which it shortens the time-outs of process groups.
+by 1 and gloo cannot divide; the barrier by which it shortens the time-outs of process groups; and the two
+seconds that it sleeps at the end of each run.
 """
 
+import time
 from types import SimpleNamespace
 
 import torch
@@ -22,9 +24,9 @@ for name, value in {
 }.items():
     setattr(torch.cpu, name, lambda *_, value=value: value)
 
+from torchtitan import trainer  # noqa: E402
 from torchtitan.distributed import utils  # noqa: E402
 from torchtitan.models.common.attention import FlexAttention  # noqa: E402
-
 
 
 def attention(q, k, v, *, block_mask, scale, enable_gqa, **_):
@@ -36,6 +38,7 @@ def attention(q, k, v, *, block_mask, scale, enable_gqa, **_):
 
 FlexAttention._compiled_flex_attn = attention
 utils.set_pg_timeouts = lambda **_: None
+trainer.time = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
 set_gradient_divide_factor = FSDPModule.set_gradient_divide_factor
 
 

@@ -1,4 +1,4 @@
-"""Runs of torchtitan's Llama 3 debug model with our optimiser, on CPUs; test_torchtitan.py reads what comes of them.
+"""Runs of torchtitan's debug model with our optimiser, on CPUs; test_torchtitan.py reads what comes of them.
 
     torchrun --standalone --nproc-per-node 4 tests/integrations/torchtitan_run.py --tp 2 --out FOLDER
 
@@ -8,27 +8,23 @@ Every rank writes FOLDER/rank-N.json; checkpoints lie in folders beside it.
 import argparse
 import hashlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torchtitan_on_cpu  # noqa: F401
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
+from torchtitan.components.metrics import BaseLogger
+from torchtitan.models.llama3.config_registry import llama3_debugmodel
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 
-sys.path.insert(0, str(Path(__file__).parent))
+from prodigyplus_dist.integrations.torchtitan import with_prodigyplus
 
-import torchtitan_on_cpu  # noqa: F401, E402, I001
-from safetensors.torch import load_file  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from torchtitan.components.metrics import BaseLogger  # noqa: E402
-from torchtitan.models.llama3.config_registry import llama3_debugmodel  # noqa: E402
-from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter  # noqa: E402
-
-from prodigyplus_dist.integrations.torchtitan import with_prodigyplus  # noqa: E402
-
-MIDDLE, END, LONG = 4, 8, 12
+MIDDLE, END, LONG = 2, 4, 6
 """Steps after which runs are resumed, end, and of the one that is not interrupted."""
 
 
@@ -45,13 +41,17 @@ def make_assets(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     with (folder / "data" / "data.json").open("w") as file:
         for page in range(64):
-            words = (f"{(page * 7 + word * word) % 97} squared is {((page * 7 + word * word) % 97) ** 2}" for word in range(40))
+            words = (
+                f"{(page * 7 + word * word) % 97} squared is {((page * 7 + word * word) % 97) ** 2}"
+                for word in range(40)
+            )
             file.write(json.dumps({"text": ". ".join(words)}) + "\n")
 
 
 def base(out: Path, arguments: argparse.Namespace):
     """torchtitan's own configuration of its debug model, small enough for a core."""
     config = llama3_debugmodel()
+    config.model_spec.model.layers = config.model_spec.model.layers[:2]
     config.hf_assets_path = str(out / "assets")
     config.dataloader = replace(config.dataloader, dataset_path=str(out / "assets" / "data"))
     config.validator = replace(config.validator, dataloader=replace(config.dataloader), steps=2, enable=True)
@@ -117,12 +117,12 @@ def weights(trainer):
 
 
 def averages(trainer):
-    """What the optimiser itself says that x is."""
-    optimizer = trainer.optimizers.optimizers[0]
-    return whole({k: v for part in trainer.model_parts for k, v in optimizer.averaged_state_dict(part).items()})
+    """The averaged weights x, by the optimiser itself."""
+    with trainer.optimizers.optimizers[0].averaged_parameters():
+        return whole(weights(trainer))
 
 
-def trained(config, folder=None):
+def trained(config):
     """What a run leaves: what was logged, and a hash of its weights and its optimiser's state."""
     trainer = built(config)
     trainer.train()
@@ -163,7 +163,7 @@ def main() -> None:
     ours = with_prodigyplus(stock, step_size="balance", d0=1e-5, weight_decay=0.01)
     results = {}
 
-    def variant(name, *, steps=END, validate=0, last_save_model_only=False, load_step=-1, last_save_in_hf=False):
+    def variant(name, ours=ours, *, steps=END, validate=0, **checkpoint):
         return replace(
             ours,
             dump_folder=str(out / name),
@@ -171,39 +171,51 @@ def main() -> None:
             validator=replace(ours.validator, enable=bool(validate), freq=validate or 1),
             checkpoint=replace(
                 ours.checkpoint,
-                enable=True,
-                interval=MIDDLE,
-                last_save_model_only=last_save_model_only,
-                last_save_in_hf=last_save_in_hf,
-                load_step=load_step,
+                **{"enable": True, "interval": MIDDLE, "last_save_model_only": False, **checkpoint},
             ),
         )
 
     # Never interrupted, nor evaluated.
-    config = variant("long", steps=LONG)
-    config.checkpoint.enable = False
-    _, results["long"] = trained(config)
+    _, results["long"] = trained(variant("long", steps=LONG, enable=False))
 
     # With evaluations, and stopped at the end; taken up in the middle, and at the end.
     _, results["stopped"] = trained(variant("stopped", validate=2))
-    config = variant("stopped", validate=2, load_step=MIDDLE)
-    config.checkpoint.load_only = True
-    _, results["from the middle"] = trained(config)
-    config = variant("stopped", steps=LONG)
-    config.checkpoint.load_only = True
-    _, results["from the end"] = trained(config)
+    _, results["from the middle"] = trained(variant("stopped", validate=2, load_step=MIDDLE, load_only=True))
+    _, results["from the end"] = trained(variant("stopped", steps=LONG, load_only=True))
 
     # What is saved as the trained model.
-    trainer, results["exported"] = trained(variant("exported", validate=END, last_save_model_only=True))
+    middle = str(out / "stopped" / "checkpoint" / f"step-{MIDDLE}")
+    start = {"initial_load_path": middle, "initial_load_model_only": False}
+    trainer, results["exported"] = trained(
+        variant("exported", validate=END, last_save_model_only=True, **start)
+    )
     x, y = averages(trainer), whole(weights(trainer))
     saved = saved_by_dcp(out / "exported" / "checkpoint" / f"step-{END}", x)
-    results["exported"]["is x"], results["exported"]["is y"] = equal(saved, x), equal(saved, y)
+    results["exported"].update(
+        {"is x": equal(saved, x), "x is not y": all(not torch.equal(x[k], y[k]) for k in x)}
+    )
 
-    trainer, results["hf"] = trained(variant("hf", last_save_model_only=True, last_save_in_hf=True))
-    adapter = Llama3StateDictAdapter(trainer.model_config, None)
+    hf = {"last_save_model_only": True, "last_save_in_hf": True}
+    trainer, results["hf"] = trained(variant("hf", **hf, **start))
+    wanted = Llama3StateDictAdapter(trainer.model_config, None).to_hf(averages(trainer))
     dist.barrier()
     (file,) = (out / "hf" / "checkpoint" / f"step-{END}").glob("*.safetensors")
-    results["hf"]["is x"] = equal(load_file(file), adapter.to_hf(averages(trainer)))
+    saved = load_file(file)
+    results["hf"]["is x"] = equal({k: saved[k] for k in wanted}, wanted)  # a stage has some of the names
+
+    # Muon, and several groups.
+    options = {"step_size": "balance", "d0": 1e-5}
+    for name, ours in {
+        "muon": with_prodigyplus(stock, muon=True, **options),
+        "groups": with_prodigyplus(
+            stock, groups={"norm": {"weight_decay": 0.0}}, weight_decay=0.1, **options
+        ),
+    }.items():
+        trainer, results[name] = trained(variant(name, ours))
+        results[f"{name} groups"] = [
+            len(group["params"]) for group in trainer.optimizers.optimizers[0].param_groups
+        ]
+        _, results[f"{name} from the middle"] = trained(variant(name, ours, load_step=MIDDLE, load_only=True))
 
     # torchtitan's own validation of what was saved.
     config = replace(stock, dump_folder=str(out / "again"))
