@@ -15,12 +15,12 @@ pytest.importorskip("torchtitan", reason="pip install '.[torchtitan]'", exc_type
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings(
-        "ignore:::torch[.]_jit_internal|torch[.]jit|tensorboard|wandb|pydantic|datasets"
-    ),
+        "ignore:.torch[.]jit[.]:DeprecationWarning:torch[.]jit[.]_script"
+    ),  # when imported
 ]
 
 RUN = Path(__file__).with_name("torchtitan_run.py")
-MESHES = {"fsdp2": (2, []), "fsdp2-tp2": (4, ["--tp", "2"]), "pp2": (2, ["--pp", "2"])}
+MESHES = {"fsdp2": (2, []), "fsdp2-tp2": (4, ["--tp", "2"])}
 
 
 @pytest.fixture(scope="module", params=MESHES)
@@ -45,8 +45,8 @@ def ranks(request, tmp_path_factory):
 
 @pytest.fixture
 def run(ranks):
-    """What the rank has written that has the loss: of a pipeline, one of the last stage."""
-    return ranks[-1]
+    """What the first rank has written."""
+    return ranks[0]
 
 
 def later_than(step, numbers):
@@ -102,11 +102,21 @@ def test_the_step_size_is_logged_and_the_same_on_all_ranks(ranks):
         assert {key, key.replace("/d", "/step_size"), key.replace("/d", "/skipped_steps")} <= steps[0].keys()
 
 
-def test_groups_are_those_asked_for(ranks):
-    # Of two layers: four matrices each (of three, one is fused); norms, embedding and head.
-    counts = ranks[0]["muon groups"], ranks[0]["groups groups"]
-    if len(ranks[0]["muon groups"]) == 2:
-        assert counts == ([10, 7], [5, 12])
+def test_groups_are_those_asked_for(run):
+    # Of two layers: five matrices each, one of them fused; five norms, embedding and head.
+    assert run["muon groups"] == [10, 7]
+    assert run["groups groups"] == [5, 12]
+
+
+def test_stages_of_a_pipeline_share_one_step_size(ranks):
+    """torchtitan's schedules of pipelines need a torch later than 2.13: of them, the container alone."""
+    first = ranks[0]["stages"]
+    assert first["d"] > 1e-5
+    for rank in ranks:
+        stages = rank["stages"]
+        assert stages["d"] == first["d"] == stages["d of one optimiser"]
+        assert stages["again"] == stages["digest"]
+    assert sum(rank["stages"]["groups"][0] == 0 for rank in ranks) == len(ranks) - 1
 
 
 def config():
@@ -156,15 +166,20 @@ def test_a_schedule_that_decays_is_refused(decay_ratio):
 
 
 def test_bad_configurations_are_refused():
-    from dataclasses import replace
+    from dataclasses import dataclass, replace
 
     from torch import nn
-    from torchtitan.components.checkpointer import TorchCheckpointingManager
+    from torchtitan.components.checkpointer import CheckpointManager
 
     from prodigyplus_dist.integrations.torchtitan import with_prodigyplus
 
-    with pytest.raises(ValueError, match=r"config\.checkpoint is a TorchCheckpointingManager\.Config"):
-        with_prodigyplus(replace(config(), checkpoint=TorchCheckpointingManager.Config()))
+    class Other(CheckpointManager):
+        @dataclass(kw_only=True, slots=True)
+        class Config(CheckpointManager.Config):
+            pass
+
+    with pytest.raises(ValueError, match=r"config\.checkpoint is a .*Other\.Config"):
+        with_prodigyplus(replace(config(), checkpoint=Other.Config()))
     with pytest.raises(ValueError, match="Leave one out"):
         ours(groups={"norm": {}}, muon=True)
     model = nn.Linear(2, 2)
