@@ -201,19 +201,24 @@ def _flat(saved: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[dict[str, Any
                 yield f"state.{name}.{entry}", value, (state, entry)
 
 
-def _trained(part: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((canonical_fqn(name), p) for name, p in part.named_parameters() if p.requires_grad)
+def _add_(group: dict[str, Any], name: str, p: nn.Parameter) -> None:
+    # Not as a pair: torch sees no names in a group without parameters, and refuses it beside named ones.
+    group["params"].append(p)
+    group["param_names"].append(canonical_fqn(name))
 
 
 def _groups(
     model_parts: Sequence[nn.Module], options: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """A group for each regular expression, and one of the parameters that none is found in."""
-    groups: list[dict[str, Any]] = [{"params": [], **of_group} for of_group in (*options.values(), {})]
+    groups = [{"params": [], "param_names": [], **of_group} for of_group in (*options.values(), {})]
     for part in model_parts:
-        for name, p in _trained(part):
-            found = (index for index, pattern in enumerate(options) if re.search(pattern, name))
-            groups[next(found, -1)]["params"].append((name, p))
+        for name, p in part.named_parameters():
+            if p.requires_grad:
+                found = (
+                    index for index, pattern in enumerate(options) if re.search(pattern, canonical_fqn(name))
+                )
+                _add_(groups[next(found, -1)], name, p)
     return groups
 
 
@@ -224,9 +229,11 @@ def _muon_groups(model_parts: Sequence[nn.Module]) -> list[dict[str, Any]]:
         # Of a pipeline, a part without the head has None in its place.
         has_head = getattr(part, "lm_head", part) is not None
         groups = muon_groups(part, has_head=has_head, keep_empty=True)
-        merged = merged or [{**group, "params": []} for group in groups]
+        merged = merged or [{**group, "params": [], "param_names": []} for group in groups]
         for group, of_part in zip(merged, groups, strict=True):
-            group["params"] += [(canonical_fqn(name), p) for name, p in of_part["params"] if p.requires_grad]
+            for name, p in of_part["params"]:
+                if p.requires_grad:
+                    _add_(group, name, p)
     return merged
 
 

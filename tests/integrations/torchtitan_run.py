@@ -215,7 +215,7 @@ def main() -> None:
 
     stock = base(out, arguments)
     ours = with_prodigyplus(stock, step_size="balance", d0=1e-5, weight_decay=0.01)
-    results = {}
+    results = {"stages": stages(out)}
 
     def variant(name, ours=ours, *, steps=END, validate=0, **checkpoint):
         return replace(
@@ -280,8 +280,6 @@ def main() -> None:
     trainer.checkpointer.load()
     trainer.validator.validate(trainer.model_parts, END)
     results["stock validation"] = trainer.metrics_processor.logger.validation[END]
-
-    results["stages"] = stages(out)
 
     (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
