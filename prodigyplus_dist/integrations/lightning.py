@@ -39,7 +39,7 @@ _pl: Any = importlib.import_module(_framework())
 _rank_zero_warn: Any = importlib.import_module(f"{_pl.__name__}.utilities.rank_zero").rank_zero_warn
 
 
-class ScheduleFreeCallback(_pl.Callback):  # type: ignore[misc]
+class ScheduleFreeCallback(_pl.Callback):
     """Evaluate and save the averaged weights x, train on with y, and log what the step size does.
 
     It serves every ``ProdigyPlusScheduleFree`` among the trainer's optimisers, sharded ones too, and leaves
