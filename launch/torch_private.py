@@ -29,7 +29,7 @@ def release_groups(mesh: DeviceMesh) -> None:
     DTensor's caches hold meshes for as long as the process lives. Without it, gloo's threads would outlive
     ``destroy_process_group``, and one of them can abort the process as Python shuts down.
     """
-    if hasattr(mesh, "_pg_registry"):  # in old releases, a mesh knows its groups by their names alone
+    if hasattr(mesh, "_pg_registry"):  # up to torch 2.10, a mesh knows its groups by names alone
         mesh._pg_registry.clear()
 
 

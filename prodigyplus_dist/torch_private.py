@@ -51,7 +51,7 @@ def _fsdp_groups(module: object) -> list[Any]:
     state: Any = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return [*state._fsdp_param_groups]
-    return [state._fsdp_param_group] if state._fsdp_param_group else []  # torch 2.8: one group, or None
+    return [state._fsdp_param_group] if state._fsdp_param_group else []  # up to torch 2.10: one, or None
 
 
 def split(placement: Placement, tensor: Tensor, count: int) -> Sequence[Tensor]:
