@@ -156,4 +156,4 @@ def wait_at_most(timeout: timedelta, groups: Iterable[dist.ProcessGroup] = ()) -
     """
     for group in (dist.group.WORLD, *groups):
         if group is not None:
-            group.set_timeout(timeout)
+            torch_private.set_timeout(group, timeout)

@@ -125,21 +125,38 @@ class AverageSwap:
         self.is_lent = True
 
     @isolated
-    def state_dict_of(self, view: View, model: nn.Module) -> dict[str, Any]:
-        """``model.state_dict()`` with x in place of y; further entries of a tied weight are clones."""
+    def state_dict_of(
+        self, view: View, model: nn.Module, has_changed: Callable[[], object]
+    ) -> dict[str, Any]:
+        """``model.state_dict()`` with x in place of y; further entries of a tied weight are clones.
+
+        Args:
+            view: The optimiser.
+            model: A model with parameters of it.
+            has_changed: See :meth:`lent`.
+        """
+        own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         averages = {id(p): x for p, x in self.averages(view)}
         # Where the model holds x now, its tensors become y again, and what is saved must not.
         lent = {id(p) for g in view.groups if g["use_schedulefree"] for p, _ in view.averaged(g)}
         entries: dict[str, Any] = {}
         seen: set[int] = set()
+        made: list[str] = []
         # By id(): with keep_vars the entries are the parameters themselves, and tensors compare by value.
         for name, value in model.state_dict(keep_vars=True).items():
             entry = averages.get(id(value), value.detach() if isinstance(value, Tensor) else value)
             if isinstance(value, Tensor):
-                is_own = id(value) in lent and id(value) not in averages
-                entry = entry.clone() if is_own or id(value) in seen else entry
+                is_x = id(value) not in averages and (id(value) in lent or id(value) not in own)
+                entry = entry.clone() if is_x or id(value) in seen else entry
                 seen.add(id(value))
+                if id(value) not in own:
+                    made.append(name)
             entries[name] = entry
+        # A hook has made them, maybe of parameters, as one that takes a fused matrix apart.
+        if made and averages:
+            with self.lent(view, has_changed):
+                at_x = model.state_dict()
+                entries |= {name: at_x[name].detach().clone() for name in made}
         return entries
 
 

@@ -577,7 +577,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """
         self._check_no_step_is_under_way()
         eval_mode.check_model(self._view, model)
-        entries = self._cache.average.state_dict_of(self._view, model)
+        entries = self._cache.average.state_dict_of(self._view, model, self._has_changed_weights)
         if not full:
             return entries
         return {

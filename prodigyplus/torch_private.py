@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -24,10 +26,37 @@ INDUCTOR_OPTIONS: dict[str, object] = {
     "emulate_precision_casts": True,
 }
 
+# How often torch.compile may compile one function; torch's own limit is 8.
+_RECOMPILE_LIMIT = 256
+
 # The base classes of all convolutions, and of batch and instance norms: torch has no public ones. Without
 # them muon_groups would have to list each class of them, and would miss those of users.
 CONVOLUTION: type[Any] = nn.modules.conv._ConvNd
 BATCH_OR_INSTANCE_NORM: type[nn.Module] = nn.modules.batchnorm._NormBase
+
+
+def compiled(function: F) -> F:
+    """``function`` through ``torch.compile``: a graph for each kind of its arguments, of symbolic sizes.
+
+    Without the limit, a ninth kind would be an error. Before torch 2.12 ``torch.compile`` has no argument for
+    it, only a private setting of the whole process, which is therefore changed for the length of each call.
+    """
+    settings: dict[str, Any] = {"dynamic": True, "fullgraph": True, "options": INDUCTOR_OPTIONS}
+    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
+    if has_limit:
+        settings["recompile_limit"] = _RECOMPILE_LIMIT
+    made = cast("F", torch.compile(function, **settings))
+    if has_limit:
+        return made
+
+    from torch._dynamo import config
+
+    @functools.wraps(function)
+    def call(*args: object) -> object:
+        with config.patch(recompile_limit=_RECOMPILE_LIMIT):
+            return made(*args)
+
+    return cast("F", call)
 
 
 def disable_compiler(function: F) -> F:

@@ -48,9 +48,10 @@ def _fsdp_modules() -> Iterator[FSDPModule]:
 def _fsdp_groups(module: object) -> list[Any]:
     if not isinstance(module, FSDPModule):
         return []
-    state = module._get_fsdp_state()
-    groups: list[Any] = state._fsdp_param_groups
-    return groups
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return [*state._fsdp_param_groups]
+    return [state._fsdp_param_group] if state._fsdp_param_group else []  # up to torch 2.10: one, or None
 
 
 def split(placement: Placement, tensor: Tensor, count: int) -> Sequence[Tensor]:

@@ -54,14 +54,7 @@ def _compiled(function: F) -> F:
     # At the first call: whoever does not compile need not wait for the import of the compiler.
     @functools.cache
     def compiled() -> F:
-        made: F = torch.compile(  # type: ignore[call-overload]
-            function,
-            dynamic=True,
-            fullgraph=True,
-            recompile_limit=256,
-            options=torch_private.INDUCTOR_OPTIONS,
-        )
-        return made
+        return torch_private.compiled(function)
 
     @functools.wraps(function)
     def call(*args: object) -> object:

@@ -149,6 +149,29 @@ def test_an_averaged_state_dict_stays_the_average(how):
     assert not torch.equal(model[0].weight, x["0.weight"])
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_averaged_state_dict_of_a_model_whose_hooks_make_tensors(mode):
+    """As of one that saves the parts of a fused matrix: views of the weights, or new tensors."""
+
+    def take_apart(module, state, prefix, _):
+        first, second = state.pop(f"{prefix}weight").chunk(2)
+        state.update({f"{prefix}first": first, f"{prefix}second": second * 2})
+
+    model = nn.Linear(4, 4)
+    model.register_state_dict_post_hook(take_apart)
+    optimizer = ProdigyPlusScheduleFree(model.parameters())
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+    getattr(optimizer, mode)()
+    before = snapshot(optimizer)
+    saved = optimizer.averaged_state_dict(model)
+    assert_same(snapshot(optimizer), before)
+    optimizer.eval()
+    assert_same(dict(saved), dict(model.state_dict()))
+
+
 def test_within_averaged_parameters_the_model_is_not_to_be_trained_or_gone_on_from():
     """It would train from the average, or be saved with a state that goes with other weights."""
     problem, optimizer = pair((40, 40))

@@ -11,6 +11,17 @@ def test_inductor_has_our_options():
     assert torch_private.INDUCTOR_OPTIONS.keys() <= {*torch._inductor.list_options()}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch.compile's own import
+def test_a_function_is_compiled_for_more_kinds_of_arguments_than_torch_would():
+    """And what others compile keeps their limit."""
+    limit = torch._dynamo.config.recompile_limit
+    unsqueeze = torch_private.compiled(lambda x: x.unsqueeze(0))  # a view: nothing to generate code for
+    for dims in range(limit + 3):
+        x = torch.zeros((2,) * dims)
+        assert unsqueeze(x).shape == (1, *x.shape)
+    assert torch._dynamo.config.recompile_limit == limit
+
+
 @pytest.mark.parametrize("module", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
 def test_convolutions_have_one_base(module):
     assert issubclass(module, torch_private.CONVOLUTION)
