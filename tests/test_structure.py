@@ -25,6 +25,10 @@ def test_one_process_knows_nothing_of_many():
         assert not name.startswith(("torch.distributed", "prodigyplus_dist")), path
 
 
+# What a module of prodigyplus_dist/integrations may import, within functions.
+INTEGRATED = {"huggingface.py": {"transformers"}}
+
+
 @pytest.mark.parametrize("package", ["prodigyplus", "prodigyplus_dist"])
 def test_torch_is_the_only_dependency(package):
     import sys
@@ -38,7 +42,15 @@ def test_torch_is_the_only_dependency(package):
             "symmetric.py",
         ):  # imported where there is a GPU
             continue
-        assert root in {"torch", "prodigyplus", "prodigyplus_dist"} | sys.stdlib_module_names, path
+        own = INTEGRATED.get(path, set())
+        assert root in {"torch", "prodigyplus", "prodigyplus_dist"} | own | sys.stdlib_module_names, path
+
+
+def test_no_framework_is_imported_before_it_is_used():
+    for path in (ROOT / "prodigyplus_dist/integrations").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ""
+            assert not any(name in names for name in INTEGRATED.get(path.name, ())), path
 
 
 # Who may import whom, from the top down: what stands in a line imports only from lines below it.

@@ -1,4 +1,4 @@
-"""The optimiser in Hugging Face's ``Trainer``, and in what derives from it; see docs/guides/huggingface.md."""
+"""The optimiser in Hugging Face's ``Trainer`` and what derives from it; see docs/guides/huggingface.md."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ProdigyPlusMixin(_Base):
     >>> class Trained(ProdigyPlusMixin, SFTTrainer): ...
     >>> trainer = Trained(model, args, optimizer_options={"step_size": "balance"})
 
-    Evaluations, checkpoints, ``load_best_model_at_end`` and ``save_model`` have the averaged weights x, and so
-    has the model when ``train()`` returns. Logs have ``prodigyplus/d`` and ``prodigyplus/step_size``. A run
+    Evaluations, checkpoints, ``load_best_model_at_end`` and ``save_model`` have the averaged weights x, and
+    so has the model when ``train()`` returns. Logs have ``prodigyplus/d`` and ``prodigyplus/step_size``. A run
     that goes on from a checkpoint is the run that was not stopped, bit for bit.
 
     Evaluating changes nothing of a run. A checkpoint for resuming does, by a rounding of the weights: it
@@ -35,8 +35,8 @@ class ProdigyPlusMixin(_Base):
     Args:
         args, kwargs: As for the ``Trainer``. ``learning_rate`` has to be left alone, or be 1.0;
             ``lr_scheduler_type`` has to be "constant" or "constant_with_warmup".
-        optimizer_options: Options of :class:`prodigyplus_dist.ShardedProdigyPlusScheduleFree`; but for them, all
-            parameters share one step size (``split_groups=False``). ``{"params": groups}`` are parameter
+        optimizer_options: Options of :class:`prodigyplus_dist.ShardedProdigyPlusScheduleFree`. Of these,
+            ``split_groups`` is False here by default: all parameters share one step size. ``{"params": groups}`` are parameter
             groups in place of the ``Trainer``'s two, of which one has no weight decay.
 
     Raises:
@@ -45,9 +45,7 @@ class ProdigyPlusMixin(_Base):
         RuntimeError: This version of ``transformers`` lacks a method that is overridden here.
     """
 
-    def __init__(
-        self, *args: Any, optimizer_options: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, optimizer_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         base = super()
         missing = [name for name in _OVERRIDDEN if not hasattr(base, name)]
         if missing:
@@ -61,8 +59,8 @@ class ProdigyPlusMixin(_Base):
         if self.optimizer is None:
             if self.optimizer_cls_and_kwargs is not None:
                 raise ValueError(
-                    f"optimizer_cls_and_kwargs={self.optimizer_cls_and_kwargs!r}: ProdigyPlusMixin brings its "
-                    "own optimiser. Pass its options as optimizer_options."
+                    f"optimizer_cls_and_kwargs={self.optimizer_cls_and_kwargs!r}: ProdigyPlusMixin has an "
+                    "optimiser of its own. Pass its options as optimizer_options."
                 )
             self.optimizer_cls_and_kwargs = (ShardedProdigyPlusScheduleFree, options)
         elif not isinstance(self.optimizer, ProdigyPlusScheduleFree) or optimizer_options is not None:

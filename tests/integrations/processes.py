@@ -1,7 +1,7 @@
 """Run a test in processes of its own, that have imported the frameworks: importing them takes seconds.
 
-A test that is marked ``@processes(2)`` runs as ranks 0 and 1 of a gloo process group; in pytest's process nothing
-of it runs. Its arguments are fixtures and parameters that JSON can say, or paths.
+A test that is marked ``@processes(2)`` runs as ranks 0 and 1 of a gloo process group; in pytest's process
+nothing of it runs. Its arguments are fixtures and parameters that JSON can say, or paths.
 """
 
 import functools

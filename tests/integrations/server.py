@@ -20,7 +20,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict
-import torch.distributed.fsdp  # noqa: F401
+import torch.distributed.fsdp
 
 from tests.integrations.processes import FRAMEWORKS
 from tests.waiting import HANG
