@@ -2,8 +2,8 @@
 
 python benchmarks/trainer_defaults.py
 
-A small Llama learns rows of words, each of which follows from the one before it but for one in five. The loss is
-that of rows it has not seen, of the file that was saved last.
+A small Llama learns rows of words, each of which follows from the one before it but for one in five. The loss
+is that of rows it has not seen, of the file that was saved last.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 WORDS, LENGTH, NOISE = 64, 16, 0.2
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "`ProdigyPlusTrainer`": {},
     "plain `Trainer`, constant rate, learning_rate=1": {"plain": True, "learning_rate": 1.0},
     "plain `Trainer`, linear schedule, learning_rate=1": {

@@ -1,6 +1,5 @@
 """Train a small byte-level language model with transformers' Trainer, on the source of Python's library.
 
-    pip install "prodigyplus-dist[huggingface]"
     python examples/trainer.py
     torchrun --nproc-per-node 2 examples/trainer.py          # DDP; add --fsdp to shard
 
@@ -39,11 +38,10 @@ def main() -> None:
     parser.add_argument("--out", default="runs/trainer")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--files", type=int, default=100, help="how many files to train on")
+    parser.add_argument("--files", type=int, default=100)
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
-
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[: options.files]
     config = LlamaConfig(
         vocab_size=256,

@@ -26,8 +26,8 @@ class ProdigyPlusMixin(_Base):
     >>> trainer = Trained(model, args, optimizer_options={"step_size": "balance"})
 
     Evaluations, checkpoints, ``load_best_model_at_end`` and ``save_model`` have the averaged weights x, and
-    so has the model when ``train()`` returns. Logs have ``prodigyplus/d`` and ``prodigyplus/step_size``. A run
-    that goes on from a checkpoint is the run that was not stopped, bit for bit.
+    so has the model when ``train()`` returns. Logs have ``prodigyplus/d`` and ``prodigyplus/step_size``. A
+    run that goes on from a checkpoint is the run that was not stopped, bit for bit.
 
     Evaluating changes nothing of a run. A checkpoint for resuming does, by a rounding of the weights: it
     holds x, and the run goes on from the y that x and z give, as one that is resumed does.
@@ -36,14 +36,18 @@ class ProdigyPlusMixin(_Base):
         args, kwargs: As for the ``Trainer``. ``learning_rate`` has to be left alone, or be 1.0;
             ``lr_scheduler_type`` has to be "constant" or "constant_with_warmup".
         optimizer_options: Options of :class:`prodigyplus_dist.ShardedProdigyPlusScheduleFree`. Of these,
-            ``split_groups`` is False here by default: all parameters share one step size. ``{"params": groups}`` are parameter
-            groups in place of the ``Trainer``'s two, of which one has no weight decay.
+            ``split_groups`` is False here by default: all parameters share one step size.
+            ``{"params": groups}`` are parameter groups in place of the ``Trainer``'s two, of which one has
+            no weight decay.
 
     Raises:
         ValueError: Something in ``args`` would spoil the step size, or the ``Trainer`` was given another
             optimiser, DeepSpeed or FSDP1.
         RuntimeError: This version of ``transformers`` lacks a method that is overridden here.
     """
+
+    optimizer: Any  # these two are the Trainer's
+    optimizer_cls_and_kwargs: Any
 
     def __init__(self, *args: Any, optimizer_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         base = super()
@@ -54,7 +58,7 @@ class ProdigyPlusMixin(_Base):
                 "`class Mine(ProdigyPlusMixin, Trainer)`, in this order, with a version of transformers that "
                 "pyproject.toml names."
             )
-        base.__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)
         options = {"split_groups": False, **(optimizer_options or {})}
         if self.optimizer is None:
             if self.optimizer_cls_and_kwargs is not None:
