@@ -106,19 +106,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--step-size", default="balance")
     options = parser.parse_args()
     torch.set_num_threads(1)
     floor = NOISE * math.log(WORDS) - (1 - NOISE) * math.log(1 - NOISE) - NOISE * math.log(NOISE)
-    print(f"{options.steps} steps, mean of {options.seeds} seeds; nothing can be much below {floor:.2f}.\n")
-    print("| | balance | Prodigy |\n|---|--:|--:|")
+    print(
+        f"{options.step_size}, {options.steps} steps, {options.seeds} seed(s); nothing can be much below "
+        f"{floor:.2f}.\n"
+    )
+    print("| | loss |\n|---|--:|")
     for name, how in ROWS.items():
-        losses = [
-            fmean(
-                saved_loss({"step_size": kind}, seed, options.steps, **how) for seed in range(options.seeds)
-            )
-            for kind in ("balance", "prodigy")
-        ]
-        print(f"| {name} | {' | '.join(f'{loss:.3f}' for loss in losses)} |", flush=True)
+        given = {"step_size": options.step_size}
+        loss = fmean(saved_loss(given, seed, options.steps, **how) for seed in range(options.seeds))
+        print(f"| {name} | {loss:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Server:
             self._process.stdin.flush()
 
             def over():
-                return all(file.exists() for file in files) or self._process.poll() is not None
+                return (Path(folder) / "done").exists() or self._process.poll() is not None
 
             try:
                 wait_until(over, lambda: self._log.tell(), function.__name__)
@@ -58,7 +58,7 @@ class Server:
             assert all(file.exists() for file in files), self._said()
 
     def _start(self):
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
             self._log = TemporaryFile("w+")  # noqa: SIM115
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.integrations.server"],

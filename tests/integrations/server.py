@@ -1,7 +1,7 @@
 """Runs tests in processes that are forked from one that has imported the frameworks: see processes.py.
 
 Each line of the input asks for one: ``{"module", "name", "size", "arguments", "folder"}``. Each rank leaves
-``FOLDER/RANK``: empty if all is well, or else its traceback.
+``FOLDER/RANK``: empty if all is well, or else its traceback. Then there is ``FOLDER/done``.
 """
 
 import contextlib
@@ -11,7 +11,9 @@ import gc
 import importlib
 import json
 import os
+import signal
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -25,6 +27,8 @@ import torch.distributed.fsdp
 from tests.integrations.processes import FRAMEWORKS
 from tests.waiting import HANG
 
+# From the first failure of a rank to giving up on the others.
+GRACE = 5.0
 IMPORTED = {
     "transformers": ("transformers.trainer", "transformers.models.llama.modeling_llama"),
     "accelerate": ("accelerate",),
@@ -35,7 +39,7 @@ IMPORTED = {
 
 
 def be_rank(rank, module, name, size, arguments, folder):
-    """Run a test as one of ``size`` ranks, and leave its outcome."""
+    """Run a test as one of ``size`` ranks, and leave its outcome. Returns whether it has failed."""
     faulthandler.dump_traceback_later(HANG, exit=True)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     said = ""
@@ -63,6 +67,7 @@ def be_rank(rank, module, name, size, arguments, folder):
     (Path(folder) / f"{rank}.part").rename(Path(folder) / str(rank))
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
+    return bool(said)
 
 
 def main():
@@ -74,23 +79,37 @@ def main():
     gc.freeze()
     for line in sys.stdin:
         asked = json.loads(line)
-        children = []
+        for key, value in asked["arguments"].items():
+            if isinstance(value, dict):
+                asked["arguments"][key] = Path(value["path"])
+        children = set()
         for rank in range(asked["size"]):
             if (child := os.fork()) == 0:
-                asked["arguments"] = {
-                    key: Path(value["path"]) if isinstance(value, dict) and "path" in value else value
-                    for key, value in asked["arguments"].items()
-                }
-                be_rank(rank, **asked)
+                failed = be_rank(rank, **asked)
                 sys.stdout.flush()
-                os._exit(0)
-            children.append(child)
-        for child in children:
-            os.waitpid(child, 0)
+                os._exit(failed)
+            children.add(child)
+        wait_for(children)
+        folder = Path(asked["folder"])
         for rank in range(asked["size"]):
-            left = Path(asked["folder"]) / str(rank)
-            if not left.exists():
-                left.write_text("the process died")
+            if not (folder / str(rank)).exists():
+                (folder / str(rank)).write_text("the process died, or was ended since another one failed")
+        (folder / "done").touch()
+
+
+def wait_for(children):
+    """Wait for ranks to end; once one has failed, the others may wait for it for ever."""
+    end = None
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        children.discard(child)
+        if child and status and end is None:
+            end = time.monotonic() + GRACE
+        if end is not None and time.monotonic() > end:
+            for left in children:
+                os.kill(left, signal.SIGKILL)
+            end = float("inf")
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":

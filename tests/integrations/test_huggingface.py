@@ -12,6 +12,7 @@ from tests.integrations.processes import processes
 from tests.integrations.toys import Rows, language_model, loss_of, shard_on_cpu
 
 HELD_OUT = {"rows": 16, "seed": 9}
+FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 LAYOUTS = ("one", "ddp", "fsdp2")
 
 
@@ -22,7 +23,7 @@ def arguments(folder, layout="one", **changed):
     if layout == "fsdp2":
         shard_on_cpu()
         changed["fsdp"] = True
-        changed.setdefault("fsdp_config", {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]})
+        changed.setdefault("fsdp_config", FSDP)
     plain = {
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 4 if layout == "one" else 2,
@@ -213,6 +214,8 @@ def check_kept(folder, layout, strategy):
     its = trainer(args)
     seen = watch(its)
     its.train()
+    its.save_model(str(folder / "final"))
+    its.accelerator.wait_for_everyone()  # for rank 0, which writes under DDP
     last = max(seen.x)
     kept = {int(path.name.partition("-")[2]): path for path in folder.glob("checkpoint-*")}
     assert kept
@@ -236,7 +239,6 @@ def check_kept(folder, layout, strategy):
     best = its.state.best_global_step
     assert best < last
     assert best in kept
-    its.save_model(str(folder / "final"))
     for found in (whole(its.model), seen.ended, load_file(folder / "final" / "model.safetensors")):
         assert same(found, seen.x[best])
 
@@ -309,9 +311,12 @@ def test_evaluating_on_two_processes_changes_nothing(tmp_path, layout):
 def check_resumed(folder, layout, every, *steps):
     """A run that goes on from a step is the run that was not stopped, to its end."""
     changed = {"save_strategy": "steps", "save_steps": every, "eval_strategy": "steps", "eval_steps": 3}
+    if layout == "fsdp2":  # as shards here; check_kept has the other kind, which is the default
+        changed["fsdp_config"] = {**FSDP, "state_dict_type": "SHARDED_STATE_DICT"}
     straight = trainer(arguments(folder / "straight", layout, **changed))
     seen = watch(straight)
     straight.train()
+    straight.accelerator.wait_for_everyone()
     for step in steps:
         its = trainer(arguments(folder / str(step), layout, **changed))
         resumed = watch(its)
