@@ -1,6 +1,5 @@
 """The optimiser in transformers' own Trainer: one process, DDP and FSDP2."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -274,10 +273,10 @@ def check_evaluations(folder, layout):
     """Neither evaluations nor files of the model alone change anything of a run."""
     ends = []
     for number, changed in enumerate(
-        ({}, {"eval_strategy": "steps", "eval_steps": 2, "save_only_model": True})
+        ({}, {"eval_strategy": "steps", "eval_steps": 1, "save_only_model": True})
     ):
         # Without dropout: to read evaluation data draws a number of what dropout draws from.
-        its = trainer(arguments(folder / str(number), layout, **changed), dropout=0.0)
+        its = trainer(arguments(folder / str(number), layout, max_steps=5, **changed), dropout=0.0)
         # Not watched, since to ask FSDP2 for its weights lets it go of those that it has gathered.
         if changed:
             from transformers import TrainerCallback
@@ -285,14 +284,14 @@ def check_evaluations(folder, layout):
             class Saving(TrainerCallback):
                 def on_step_end(self, args, state, control, its=its, **kwargs):
                     control.should_save = state.global_step == 3
-                    if state.global_step == 5:
+                    if state.global_step == 4:
                         its.save_model(str(folder / "model"))
 
             its.add_callback(Saving())
         its.train()
         logged = [(e["loss"], e["prodigyplus/d"]) for e in its.state.log_history if "loss" in e]
         ends.append((logged, whole(its.model)))
-    assert len(ends[0][0]) == 8
+    assert len(ends[0][0]) == 5
     assert ends[0][0] == ends[1][0]
     assert same(ends[0][1], ends[1][1])
 
@@ -310,7 +309,8 @@ def test_evaluating_on_two_processes_changes_nothing(tmp_path, layout):
 
 def check_resumed(folder, layout, every, *steps):
     """A run that goes on from a step is the run that was not stopped, to its end."""
-    changed = {"save_strategy": "steps", "save_steps": every, "eval_strategy": "steps", "eval_steps": 3}
+    changed = {"save_strategy": "steps", "save_steps": every, "eval_strategy": "steps", "eval_steps": 2}
+    changed["max_steps"] = 6
     if layout == "fsdp2":  # as shards here; check_kept has the other kind, which is the default
         changed["fsdp_config"] = {**FSDP, "state_dict_type": "SHARDED_STATE_DICT"}
     straight = trainer(arguments(folder / "straight", layout, **changed))
@@ -321,9 +321,9 @@ def check_resumed(folder, layout, every, *steps):
         its = trainer(arguments(folder / str(step), layout, **changed))
         resumed = watch(its)
         its.train(resume_from_checkpoint=str(folder / "straight" / f"checkpoint-{step}"))
-        assert resumed.y.keys() == set(range(step + 1, 9))
+        assert resumed.y.keys() == set(range(step + 1, 7))
         assert all(same(resumed.y[k], seen.y[k]) and same(resumed.x[k], seen.x[k]) for k in resumed.y)
-        assert history(its)[-4:] == history(straight)[-4:]
+        assert history(its)[-3:] == history(straight)[-3:]
 
 
 @processes(1)
@@ -347,16 +347,6 @@ def test_the_plain_trainer_goes_on_from_our_checkpoint(tmp_path):
     resumed = watch(plain)
     plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert same(resumed.y[8], seen.y[8])
-
-
-@processes(1)
-def test_what_the_naive_user_has(tmp_path):
-    """The plain Trainer saves y and has no d in its logs: if it ever does otherwise, the mixin can go."""
-    from safetensors.torch import load_file
-
-    its = trainer(arguments(tmp_path, save_strategy="steps", save_steps=4), plain=True)
-    seen = watch(its)
-    its.train()
-    assert same(load_file(tmp_path / "checkpoint-4" / "model.safetensors"), seen.y[4])
-    assert not any("prodigy" in key for entry in its.state.log_history for key in entry)
-    assert copy.copy(its.optimizer.optimizer.param_groups[0]["split_groups"])
+    # What it leaves is y, and its logs have no d: if it ever does otherwise, the mixin can go.
+    assert same(resumed.ended, resumed.y[8])
+    assert not any("prodigy" in key for key in plain.state.log_history[-2])
