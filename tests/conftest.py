@@ -24,7 +24,7 @@ def pytest_addoption(parser, pluginmanager):
 def pytest_collection_modifyitems(items):
     # What starts processes stays together, so that one pool serves it and few processes run at a time.
     for item in items:
-        for folder in ("dist", "launch"):
+        for folder in ("dist", "integrations", "launch"):
             if HERE / folder in item.path.parents:
                 item.add_marker(pytest.mark.xdist_group(folder))
 

@@ -32,8 +32,12 @@ PAGES = sorted(
 # Pages whose blocks are run by several processes at once, and how many; all others by one.
 RANKS = {"docs/guides/sharding.md": 4}
 
-# Pages about a package that the tests do not install. Without it they are skipped, and pytest says so.
-NEEDS = {"docs/guides/lightning.md": "lightning", "docs/guides/torchtitan.md": "torchtitan"}
+# Pages about packages that an environment may lack: they are skipped there, and pytest says so.
+NEEDS = {
+    "docs/guides/huggingface.md": "transformers",
+    "docs/guides/lightning.md": "lightning",
+    "docs/guides/torchtitan.md": "torchtitan",
+}
 
 # Of a fence: Python that is run, what is not Python, and commands. Nothing is without a language.
 LANGUAGES = {"python", "text", "sh", "toml", "yaml", "diff", "json"}

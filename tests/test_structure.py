@@ -42,6 +42,7 @@ def test_torch_is_the_only_dependency(package):
         if path in WHEN_USED.get(root, ()):
             continue
         assert root in {"torch", "prodigyplus", "prodigyplus_dist"} | sys.stdlib_module_names, path
+        assert "integrations" not in name, path
 
 
 # Who may import whom, from the top down: what stands in a line imports only from lines below it.

@@ -1,1 +1,1 @@
-"""Adapters for training frameworks, each of which imports its framework only when it is used."""
+"""Adapters for training frameworks, one module for each; none is imported from here."""

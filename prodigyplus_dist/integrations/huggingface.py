@@ -1,0 +1,192 @@
+"""The optimiser in Hugging Face's ``Trainer`` and what derives from it; see docs/guides/huggingface.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from prodigyplus.optimizer import ProdigyPlusScheduleFree
+from prodigyplus_dist.optimizer import ShardedProdigyPlusScheduleFree
+
+# ProdigyPlusTrainer is made by __getattr__.
+__all__ = ["ProdigyPlusMixin", "ProdigyPlusTrainer"]  # noqa: F822
+
+_SCHEDULES = ("constant", "constant_with_warmup")
+_LOGGED = ("d", "step_size")
+_OVERRIDDEN = ("evaluate", "evaluation_loop", "save_model", "log", "_load_best_model")
+_Base: Any = object  # of the mixin, which a Trainer follows in every class that is made with it
+
+
+class ProdigyPlusMixin(_Base):
+    """Goes before ``Trainer``, or a class that derives from it, and trains with the optimiser.
+
+    >>> class Trained(ProdigyPlusMixin, SFTTrainer): ...
+    >>> trainer = Trained(model, args, optimizer_options={"step_size": "balance"})
+
+    Evaluations, checkpoints, ``load_best_model_at_end`` and ``save_model`` have the averaged weights x, and
+    so has the model when ``train()`` returns. Logs have ``prodigyplus/d`` and ``prodigyplus/step_size``. A
+    run that goes on from a checkpoint is the run that was not stopped, bit for bit.
+
+    Evaluating changes nothing of a run. A checkpoint for resuming does, by a rounding of the weights: it
+    holds x, and the run goes on from the y that x and z give, as one that is resumed does.
+
+    Args:
+        args, kwargs: As for the ``Trainer``. ``learning_rate`` has to be left alone, or be 1.0;
+            ``lr_scheduler_type`` has to be "constant" or "constant_with_warmup".
+        optimizer_options: Options of :class:`prodigyplus_dist.ShardedProdigyPlusScheduleFree`. Of these,
+            ``split_groups`` is False here by default: all parameters share one step size.
+            ``{"params": groups}`` are parameter groups in place of the ``Trainer``'s two, of which one has
+            no weight decay.
+
+    Raises:
+        ValueError: Something in ``args`` would spoil the step size, or the ``Trainer`` was given another
+            optimiser, DeepSpeed or FSDP1.
+        RuntimeError: This version of ``transformers`` lacks a method that is overridden here.
+    """
+
+    optimizer: Any  # these two are the Trainer's
+    optimizer_cls_and_kwargs: Any
+
+    def __init__(self, *args: Any, optimizer_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        base = super()
+        missing = [name for name in _OVERRIDDEN if not hasattr(base, name)]
+        if missing:
+            raise RuntimeError(
+                f"ProdigyPlusMixin: {type(self).__name__} has no {', '.join(missing)} to override. Write "
+                "`class Mine(ProdigyPlusMixin, Trainer)`, in this order, with a version of transformers that "
+                "pyproject.toml names."
+            )
+        super().__init__(*args, **kwargs)
+        options = {"split_groups": False, **(optimizer_options or {})}
+        if self.optimizer is None:
+            if self.optimizer_cls_and_kwargs is not None:
+                raise ValueError(
+                    f"optimizer_cls_and_kwargs={self.optimizer_cls_and_kwargs!r}: ProdigyPlusMixin has an "
+                    "optimiser of its own. Pass its options as optimizer_options."
+                )
+            self.optimizer_cls_and_kwargs = (ShardedProdigyPlusScheduleFree, options)
+        elif not isinstance(self.optimizer, ProdigyPlusScheduleFree) or optimizer_options is not None:
+            raise ValueError(
+                f"optimizers=({type(self.optimizer).__name__}, …): pass one of this package, without "
+                "optimizer_options, or none."
+            )
+        if self.lr_scheduler is None and options.get("use_schedulefree", True):
+            _check_schedule(self.args)
+        _check_learning_rate(self.args)
+        _check_backend(self)
+        # First of all callbacks: those that save or publish the model at the end are to find x in it.
+        self.callback_handler.callbacks.insert(0, _average_at_end())
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        optimizer = _unwrapped(self.optimizer)
+        return nullcontext() if optimizer is None else optimizer.averaged_parameters()
+
+    def _hold_average(self) -> None:
+        """Put x into the model, until a training step takes it out."""
+        if self.optimizer is not None:
+            self.optimizer.eval()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._averaged():  # also while callbacks hear of it, who may generate from the model
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._averaged():
+            # It calls optimizer.eval(), which would round the weights of training, where it sees one.
+            optimizer, self.optimizer = self.optimizer, None
+            try:
+                return super().evaluation_loop(*args, **kwargs)
+            finally:
+                self.optimizer = optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call and not self.args.save_only_model:
+            # The optimiser's state is saved next. In eval mode it goes with x, which the model's file holds.
+            self._hold_average()
+        with self._averaged():
+            super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _load_best_model(self) -> None:
+        self._hold_average()  # before the best x replaces it: as y it would be taken for what it is not
+        super()._load_best_model()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and (optimizer := _unwrapped(self.optimizer)) is not None:
+            logs.update(_scalars(optimizer))
+        super().log(logs, *args, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ProdigyPlusTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from transformers import Trainer  # takes seconds, and whoever has a Trainer of their own has it already
+
+    trainer = type(name, (ProdigyPlusMixin, Trainer), {"__module__": __name__, "__doc__": _TRAINER})
+    globals()[name] = trainer
+    return trainer
+
+
+_TRAINER = "``transformers.Trainer`` with :class:`ProdigyPlusMixin`."
+
+
+def _unwrapped(optimizer: Any) -> ProdigyPlusScheduleFree | None:
+    """The optimiser within accelerate's, which passes on no more than torch's methods, train() and eval()."""
+    inner: ProdigyPlusScheduleFree | None = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _scalars(optimizer: ProdigyPlusScheduleFree) -> dict[str, float]:
+    one_d = not any(group["split_groups"] for group in optimizer.param_groups)
+    scalars = optimizer.scalars()
+    return {
+        f"prodigyplus/{name if one_d else key}": value
+        for key, value in scalars.items()
+        for name, _, index in [key.partition("/")]
+        if name in _LOGGED and not (one_d and index not in ("", "0"))
+    }
+
+
+def _check_schedule(args: Any) -> None:
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    if kind not in _SCHEDULES:
+        raise ValueError(
+            f"lr_scheduler_type={kind!r}: a learning rate that falls takes the step size away that the "
+            "optimiser finds, and the average that it keeps does the work of a schedule. Set "
+            'lr_scheduler_type="constant", or "constant_with_warmup".'
+        )
+
+
+def _check_learning_rate(args: Any) -> None:
+    default = next(field.default for field in dataclasses.fields(args) if field.name == "learning_rate")
+    if args.learning_rate not in (default, 1.0):
+        raise ValueError(
+            f"learning_rate={args.learning_rate}: the optimiser finds its step size, and this would be for "
+            "another. Leave learning_rate out, or set it to 1.0; to multiply the step size that is found, "
+            'pass optimizer_options={"lr": …}.'
+        )
+
+
+def _check_backend(trainer: Any) -> None:
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"deepspeed={trainer.args.deepspeed!r}: ZeRO hands the optimiser flat pieces of many parameters, "
+            "which have no shape. Use FSDP2: fsdp=True, and no deepspeed."
+        )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            "fsdp_config has version=1: FSDP1 hands the optimiser flat pieces of many parameters, which have "
+            "no shape. Set version=2."
+        )
+
+
+def _average_at_end() -> Any:
+    """A callback that puts x into the model when training ends."""
+    from transformers import TrainerCallback
+
+    class AverageAtEnd(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kwargs["optimizer"].eval()
+
+    return AverageAtEnd()
