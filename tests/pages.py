@@ -32,12 +32,14 @@ PAGES = sorted(
 # Pages whose blocks are run by several processes at once, and how many; all others by one.
 RANKS = {"docs/guides/sharding.md": 4}
 
-# Pages about packages that an environment may lack: they are skipped there, and pytest says so.
-NEEDS = {
-    "docs/guides/huggingface.md": "transformers",
-    "docs/guides/lightning.md": "lightning",
-    "docs/guides/torchtitan.md": "torchtitan",
+# Pages whose blocks another test runs, in a scene of their own.
+ELSEWHERE = {
+    "docs/guides/huggingface.md": "tests/integrations/test_huggingface_guide.py",
+    "docs/guides/lightning.md": "tests/integrations/test_lightning.py",
 }
+
+# Pages about a package that an environment may lack: they are skipped there, and pytest says so.
+NEEDS = {"docs/guides/torchtitan.md": "torchtitan"}
 
 # Of a fence: Python that is run, what is not Python, and commands. Nothing is without a language.
 LANGUAGES = {"python", "text", "sh", "toml", "yaml", "diff", "json"}

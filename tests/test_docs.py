@@ -3,18 +3,21 @@
 import datetime
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from tests import pages
-from tests.pages import LANGUAGES, NEEDS, PAGES, RANKS, ROOT
+from tests.pages import ELSEWHERE, LANGUAGES, NEEDS, PAGES, RANKS, ROOT
 
 # What a page shows is that the optimiser warns.
 WARN = {
     "docs/published.md": "the run goes on otherwise",
     "docs/guides/migrating.md": "the run goes on otherwise",
 }
+
+OTHERS = {*RANKS, *ELSEWHERE}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def _one_rank(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("_one_rank")
-@pytest.mark.parametrize("page", [page for page in PAGES if pages.python_of(page) and page not in RANKS])
+@pytest.mark.parametrize("page", [page for page in PAGES if pages.python_of(page) and page not in OTHERS])
 def test_blocks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
@@ -48,7 +51,9 @@ def test_every_block_is_found():
     for page in PAGES:
         fences = re.findall(r"^\s*```.*python", (ROOT / page).read_text(), re.MULTILINE | re.IGNORECASE)
         assert len(fences) == len(pages.python_of(page)), page
-    assert {*RANKS, *NEEDS} <= set(PAGES)
+    assert {*OTHERS, *NEEDS} <= set(PAGES)
+    for page, test in ELSEWHERE.items():
+        assert Path(page).name in (ROOT / test).read_text()
 
 
 @pytest.mark.parametrize("page", PAGES)
