@@ -585,7 +585,7 @@ def tell_times(page: Page, comparison: Comparison, there: Sequence[str], timing:
     try:
         times, counts = comparison.times(names, layout, blocks, rounds)
     except WorkerError as problem:
-        page.tell(f"No times: {problem.kind}, {problem.said}")
+        page.tell(f"No times: {problem}")
         return
 
     def cells(name: str) -> list[str]:
