@@ -94,7 +94,7 @@ def cases() -> Iterator[tuple[str, list[Shape], torch.dtype, Mapping[str, Make |
         yield f"{name}, bfloat16", shapes, torch.bfloat16, {**adamw, **kernels}
     yield "LoRA, bfloat16", LORA, torch.bfloat16, {**adamw, **kernels}
     muons = {"torch Muon": made("torch.optim:Muon", lr=1e-3), "ours": made(OURS, use_muon_pp=True)}
-    matrices = [shape for shape in llama_1b()[1:] if len(shape) == 2]
+    matrices: list[Shape] = [shape for shape in llama_1b()[1:] if len(shape) == 2]
     yield "Llama's matrices, Muon", matrices, torch.float32, muons
 
 

@@ -449,17 +449,8 @@ def tables() -> Iterator[Case]:
     # In which the step size moves late.
     slow: tuple[Options, ...] = (SPEED, {**SPEED, **ADAM}, {"use_bias_correction": True}, RADAM, FOCUS, MUON)
     yield from each("longer", slow, steps=24)
-    muon = {**MUON, "muon_fp32": True}
-    large: tuple[Options, ...] = (
-        {},
-        ADAM,
-        HALF_Z,
-        ADOPT,
-        {**FOCUS, **ORTHOGRAD},
-        {**CAUTIOUS, **DECAY},
-        RELATIVE,
-        muon,
-    )
+    large: list[Options] = [{}, ADAM, HALF_Z, ADOPT, RELATIVE, {**MUON, "muon_fp32": True}]
+    large += [{**FOCUS, **ORTHOGRAD}, {**CAUTIOUS, **DECAY}]
     yield from each("large", large, None, shapes=LARGE_SHAPES)
     half: tuple[Options, ...] = ({}, ADAM, ADOPT, NARROW, {**MUON, **CAUTIOUS})
     yield from each("gradients in bfloat16", half, None, grad_dtype=BFLOAT16)
@@ -515,9 +506,7 @@ def groups() -> Iterator[Case]:
         chosen: tuple[Options, ...] = ({}, ADAM, HALF_Z, RADAM)
         one_and_other = functools.partial(of_groups, ({}, DECAY))
         yield from each("schedule", chosen, (dtype,), one_and_other, between=schedule, steps=13)
-        yield from each(
-            "gradients that come late", chosen, (dtype,), lacks=lambda n, step: step < 2 * (n % 4)
-        )
+        yield from each("gradients that come late", chosen, (dtype,), lacks=lacks_at_first)
 
 
 def late_group(options: Options) -> tuple[Make, Between]:
@@ -534,6 +523,11 @@ def late_group(options: Options) -> tuple[Make, Between]:
             optimizer.add_param_group({"params": parameters[5:], "lr": 0.5, **DECAY})
 
     return make, add
+
+
+def lacks_at_first(number: int, step: int) -> bool:
+    """Gradients come late, later for some parameters than for others."""
+    return step < 2 * (number % 4)
 
 
 def freeze(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
@@ -689,18 +683,8 @@ def made_held(options: Options, *, sharded: bool = False) -> Make:
 
 def held() -> Iterator[Case]:
     """Weights that are held in sets."""
-    chosen: tuple[Options, ...] = (
-        {},
-        ADAM,
-        HALF_Z,
-        {**CAUTIOUS, **DECAY},
-        MUON,
-        {**ADAM, **GRAMS},
-        FOCUS,
-        RELATIVE,
-        ATAN2,
-        RADAM,
-    )
+    chosen: list[Options] = [{}, ADAM, HALF_Z, MUON, FOCUS, RELATIVE, ATAN2, RADAM]
+    chosen += [{**CAUTIOUS, **DECAY}, {**ADAM, **GRAMS}]
     yield from each("held", chosen, make=made_held, in_eval=True)
 
 
