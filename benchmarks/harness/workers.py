@@ -184,9 +184,11 @@ def on_ranks(
     limit: float,
     path: Sequence[Path] = (),
     pinned: bool = False,
-    verbose: bool = False,
+    verbose: bool = True,
 ) -> list[Any]:
     """What a function gives on every rank of a process group, within so many seconds.
+
+    Where it is not to be verbose, what the processes print goes into files, for their last words.
 
     Raises:
         WorkerError: The first failure of a rank.
