@@ -405,7 +405,7 @@ and written before each step, outside its time. ÷ is the median of the ratios o
 """
 
 COLUMNS = f"""\
-case | optimiser | ms: | ÷ {FOREACH} | ÷ {FUSED} | state, B: | extra, B: | calls: | reads: | start, s:"""
+case | optimiser | ms: | ÷ {FOREACH}: | ÷ {FUSED}: | state, B: | extra, B: | calls: | reads: | start, s:"""
 
 
 def rows(outcome: Outcome) -> Iterator[list[str]]:
