@@ -8,15 +8,12 @@ watches them all the same; docs/research.md says what ρ is.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the package of benchmarks is
-
+from harness import charts
+from harness.tables import head, parser, row
 from quality.peers import trained
 from quality.task import Setup
 from quality.tasks import TASKS
@@ -29,24 +26,22 @@ SMOOTHED = 0.95  # what is kept of the training loss from step to step
 
 def main() -> None:
     """Run, print, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--task", choices=TASKS, default="gpt-w64-b8")
-    parser.add_argument("--held", type=float, nargs="*", default=[5e-4, 2e-3, 5e-3, 2e-2])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    cli = parser(__doc__)
+    cli.add_argument("--task", choices=TASKS, default="gpt-w64-b8")
+    cli.add_argument("--held", type=float, nargs="*", default=[5e-4, 2e-3, 5e-3, 2e-2])
+    cli.add_argument("--out", type=Path)
+    args = cli.parse_args()
     torch.set_num_threads(1)
     traces: dict[str, Trace] = {}
-    print("| step size | ρ, first quarter | second | third | fourth | d at the end | evaluated |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    quarters = "ρ, first quarter: | second: | third: | fourth:"
+    print(head(f"step size | {quarters} | d at the end: | evaluated:"))
     for held in (None, *args.held):
         name = "balance" if held is None else f"{held:g}"
         traces[name], loss = run(args.task, held)
         rho, quarter = traces[name]["rho"], len(traces[name]["rho"]) // 4
         means = (sum(rho[i * quarter : (i + 1) * quarter]) / quarter for i in range(4))
-        cells = *(f"{mean:+.2f}" for mean in means), f"{traces[name]['d'][-1]:.2g}", f"{loss:.4f}"
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        last = f"{traces[name]['d'][-1]:.2g}", f"{loss:.4f}"
+        print(row(name, *(f"{mean:+.2f}" for mean in means), *last), flush=True)
     if args.out is not None:
         draw(traces, args.task, args.out / "balance_trace.png")
 
@@ -80,9 +75,8 @@ def run(task: str, held: float | None) -> tuple[Trace, float]:
 
 def draw(traces: dict[str, Trace], task: str, path: Path) -> None:
     """Three panels over the steps."""
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(3, 1, figsize=(7, 9), sharex=True, layout="constrained")
+    figure, grid = charts.panels(3, 1, (7, 9), sharex=True)
+    panels = grid[:, 0]
     labels = {
         "rho": "ρ, which balance leads to −¼",
         "d": "step size d",
@@ -95,14 +89,12 @@ def draw(traces: dict[str, Trace], task: str, path: Path) -> None:
             width = 2.2 if step_size == "balance" else 1.0
             panel.plot(steps, trace[name][first:], label=step_size, linewidth=width)
         panel.set_ylabel(label)
-        panel.grid(alpha=0.3)
     panels[0].axhline(-0.25, color="gray", linestyle="--", linewidth=1)
     panels[0].set_ylim(-0.7, 1.5)
     panels[1].set_yscale("log")
     panels[0].set_title(f"{task}: balance, and step sizes held")
-    panels[0].legend(ncols=len(traces), fontsize="small")
     panels[2].set_xlabel("step")
-    figure.savefig(path, dpi=120)
+    charts.save(figure, path, below=panels[0].get_lines()[: len(traces)])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/communication.py [--ranks 2 4] [--rounds N] [--json FILE]
 
 Every process has one thread and, on Linux, cores of its own, or one in turn where cores are fewer. It has
-pieces of the parameters of `state_bytes.py`, cut along their first dimension, and steps two optimisers of
+pieces of the parameters of a small GPT-2, cut along their first dimension, and steps two optimisers of
 them in turn: one as it is, and one whose all-reduces are replaced by nothing, so that all that is computed,
 packed and unpacked stays. All ranks wait for one another and begin a step at the same moment; it takes until
 the slowest is done. Each round goes through all that is timed in the order opposite to the last.
@@ -11,32 +11,29 @@ the slowest is done. Each round goes through all that is timed in the order oppo
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import platform
-import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from state_bytes import shapes
-from step_time import BUSY, HIGH, LOW, digits, quantiles, spread
+from harness import machine
+from harness.shapes import gpt, numel
+from harness.tables import HIGH, LOW, digits, head, milliseconds, parser, quantiles, ratios, row, spread
+from harness.tensors import local
+from harness.watching import Call, Watch
+from harness.workers import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
-from torch.multiprocessing.spawn import spawn
 
 from prodigyplus.engine.driver import BUCKET_BYTES
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
@@ -45,7 +42,7 @@ WARM_UP = 4  # rounds, in which state is made and processes find one another
 BUCKETS = (BUCKET_BYTES, 4 << 20)  # the default, and one that cuts the parameters into several
 # Seconds from when all are ready to when they begin: gloo's thread polls for a while after a message.
 PAUSE = 0.01
-START_LIMIT, ROUND_LIMIT, SILENCE_LIMIT = 180, 20, 60  # seconds
+START_LIMIT, ROUND_LIMIT = 180, 20  # seconds
 
 Sent = list[tuple[int, torch.dtype]]
 """Of each all-reduce, how many elements, and of what."""
@@ -105,24 +102,14 @@ def replaced(function: Callable[..., Any]) -> AbstractContextManager[Any]:
 
 def sent_by(step: Step) -> Sent:
     """The all-reduces of a step; there must be no other collectives."""
-    sent: Sent = []
-    all_reduce = dist.all_reduce
 
-    def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append((tensor.numel(), tensor.dtype))
-        return all_reduce(tensor, *args, **kwargs)
+    def noted(call: Call) -> Sent:
+        assert not call.is_collective or call.name == "allreduce_", call.name
+        return [(tensor.numel(), tensor.dtype) for tensor in call.args[0]] if call.is_collective else []
 
-    with CommDebugMode() as seen, replaced(noted):  # type: ignore[no-untyped-call]
+    with Watch(note=noted) as watch:
         step()
-    assert seen.get_total_counts() == len(sent), seen.get_comm_counts()
-    return sent
-
-
-def sends_nothing(step: Step) -> bool:
-    """Whether a step whose all-reduces are replaced makes no collective."""
-    with CommDebugMode() as seen, replaced(nothing):  # type: ignore[no-untyped-call]
-        step()
-    return not seen.get_total_counts()
+    return [its for sent in watch.calls for its in sent]
 
 
 def bytes_of(sent: Sent) -> list[int]:
@@ -148,22 +135,19 @@ def cut(mesh: DeviceMesh) -> list[nn.Parameter]:
     def one(shape: Sequence[int], scale: float) -> Tensor:
         return distribute_tensor(torch.randn(shape).mul_(scale), mesh, [Shard(0)], src_data_rank=None)
 
-    parameters = [nn.Parameter(one(shape, 0.02)) for shape in shapes()]
+    parameters = [nn.Parameter(one(shape, 0.02)) for shape in gpt()]
     for p in parameters:
         p.grad = one(p.shape, 1e-2)
     return parameters
 
 
-def local(mesh: DeviceMesh) -> list[nn.Parameter]:
+def plain(mesh: DeviceMesh) -> list[nn.Parameter]:
     """What is here of them, as plain tensors."""
-
-    def here(tensor: Any) -> Tensor:
-        return cast("Tensor", tensor.to_local()).detach().clone()
-
     parameters = []
     for p in cut(mesh):
-        parameters.append(nn.Parameter(here(p)))
-        parameters[-1].grad = here(p.grad)
+        assert p.grad is not None
+        parameters.append(nn.Parameter(local(p).clone()))
+        parameters[-1].grad = local(p.grad).clone()
     return parameters
 
 
@@ -211,36 +195,18 @@ def when_all_are_ready() -> float:
     return moment.item()
 
 
-def settle_down(rank: int, ranks: int) -> None:
-    """Take one thread, and cores for it and for gloo's threads.
-
-    Else a message that wakes a process may pull it to the core of the one that sent it, and leave it there.
-    """
-    if sys.platform == "linux":
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[rank::ranks] or {cores[rank % len(cores)]})
-    torch.set_num_threads(1)
-
-
-def work(rank: int, ranks: int, rounds: int, folder: str) -> None:
-    """What one of the processes does; the first writes what was found."""
-    settle_down(rank, ranks)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=SILENCE_LIMIT),
-    )
+def work(ranks: int, rounds: int) -> Outcome:
+    """What one of the processes finds."""
     mesh, watch = init_device_mesh("cpu", (ranks,)), Stopwatch()
-    adamw = watch.add(torch.optim.AdamW(local(mesh), fused=True).step)
+    adamw = watch.add(torch.optim.AdamW(plain(mesh), fused=True).step)
     buckets = []
     for bucket_bytes in BUCKETS:
         talks, mute = (
             ShardedProdigyPlusScheduleFree(cut(mesh), bucket_bytes=bucket_bytes).step for _ in range(2)
         )
         talks()  # the first step makes state
-        assert sends_nothing(mute)
+        with replaced(nothing):
+            assert not sent_by(mute)
         sent = sent_by(talks)
         all_of_it = -(-sum(bytes_of(sent)) // torch.float64.itemsize), torch.float64
         buckets.append(
@@ -256,33 +222,10 @@ def work(rank: int, ranks: int, rounds: int, folder: str) -> None:
     for _ in range(WARM_UP + rounds):
         watch.round()
     watch.settle()
-    if rank == 0:
-        (Path(folder) / "outcome").write_text(json.dumps(asdict(Outcome(ranks, adamw, buckets))))
-    dist.barrier()
-    dist.destroy_process_group()
+    return Outcome(ranks, adamw, buckets)
 
 
 # ------------------------------------------------------------------------------------------- main
-
-
-def measure(ranks: int, rounds: int) -> Outcome:
-    """Start as many processes, and wait for what they find."""
-    end = time.monotonic() + START_LIMIT + rounds * ROUND_LIMIT
-    with tempfile.TemporaryDirectory() as folder:
-        context = spawn(work, (ranks, rounds, folder), nprocs=ranks, join=False, daemon=True)  # type: ignore[no-untyped-call]
-        try:
-            while not context.join(timeout=max(0.0, end - time.monotonic())):
-                if time.monotonic() >= end:
-                    raise SystemExit(f"{ranks} processes were not done in time.")
-        finally:
-            for process in context.processes:
-                process.kill()
-        found = json.loads((Path(folder) / "outcome").read_text())
-    buckets = [
-        Buckets(its.pop("bucket_bytes"), its.pop("sent"), **{name: Times(**t) for name, t in its.items()})
-        for its in found["buckets"]
-    ]
-    return Outcome(ranks, Times(**found["adamw"]), buckets)
 
 
 SAID = f"""\
@@ -301,72 +244,65 @@ Where no core is to spare, gloo's thread, which polls for messages (github.com/p
 that of the step, for up to a time slice at each all-reduce.
 """
 
-HEAD = """\
-| processes | bucket, MiB | all-reduces | sent, kB | AdamW, ms | without, ms | with, ms | with ÷ without \
-| added, ms | added CPU, ms | bare, at once, ms | bare, one by one, ms |
-|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
+COLUMNS = """\
+processes: | bucket, MiB: | all-reduces: | sent, kB: | AdamW, ms: | without, ms: | with, ms: \
+| with ÷ without: | added, ms: | added CPU, ms: | bare, at once, ms: | bare, one by one, ms:"""
 
 
-def report(outcomes: Sequence[Outcome], rounds: int) -> Iterator[str]:
-    """All that is told, a line or more at a time."""
-    count = sum(math.prod(shape) for shape in shapes())
+def circumstances(ranks: Sequence[int], rounds: int) -> str:
+    """What there is to say before the table."""
     cores = os.cpu_count() or 1
-    yield (
-        f"{count / 1e6:.1f} · 10⁶ parameters in {len(list(shapes()))} tensors, float32; {cores} cores; "
-        f"torch {torch.__version__}, {platform.system()}; gloo, processes of one thread; {rounds} rounds.\n"
+    said = (
+        f"{numel(gpt()) / 1e6:.1f} · 10⁶ parameters in {len(gpt())} tensors, float32; {cores} cores; "
+        f"torch {torch.__version__}, {platform.system()}; gloo, processes of one thread; {rounds} rounds.\n\n"
     )
-    crowded = [str(outcome.ranks) for outcome in outcomes if outcome.ranks > cores]
+    crowded = [str(count) for count in ranks if count > cores]
     if crowded:
-        yield f"On {cores} cores, {' and '.join(crowded)} processes share them, and take turns.\n"
-    yield SAID
-    if any(2 * outcome.ranks > cores for outcome in outcomes):
-        yield POLLS
-    yield HEAD
-    for outcome in outcomes:
-        for its in outcome.buckets:
-            steps = (outcome.adamw, its.without, its.with_)
-            ratios = [a / b for a, b in zip(its.with_.wall, its.without.wall, strict=True)]
-            added = [
-                [a - b for a, b in zip(*pair, strict=True)]
-                for pair in ((its.with_.wall, its.without.wall), (its.with_.cpu, its.without.cpu))
-            ]
-            cells = [
-                str(outcome.ranks),
-                str(its.bucket_bytes >> 20),
-                str(len(its.sent)),
-                digits(sum(its.sent) / 1e3),
-                *(digits(1e3 * statistics.median(times.wall)) for times in steps),
-                "{1:.3f} ({0:.3f}–{2:.3f})".format(*quantiles(ratios)),
-                *(
-                    spread([1e3 * t for t in times])
-                    for times in (*added, its.at_once.wall, its.one_by_one.wall)
-                ),
-            ]
-            yield f"| {' | '.join(cells)} |"
+        said += f"On {cores} cores, {' and '.join(crowded)} processes share them, and take turns.\n\n"
+    return said + SAID + (f"\n{POLLS}" if 2 * max(ranks) > cores else "")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def cells(outcome: Outcome, its: Buckets) -> list[str]:
+    """A line of the table."""
+    steps = outcome.adamw, its.without, its.with_
+    low, middle, high = quantiles(ratios(its.with_.wall, its.without.wall))
+    added = (
+        [a - b for a, b in zip(*pair, strict=True)]
+        for pair in ((its.with_.wall, its.without.wall), (its.with_.cpu, its.without.cpu))
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="N", help="processes")
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for all figures")
-    args = parser.parse_args(arguments)
+    counts = outcome.ranks, its.bucket_bytes >> 20, len(its.sent)
+    return [
+        *map(str, counts),
+        digits(sum(its.sent) / 1e3),
+        *(milliseconds(times.wall) for times in steps),
+        f"{middle:.3f} ({low:.3f}–{high:.3f})",
+        *(spread([1e3 * t for t in times]) for times in (*added, its.at_once.wall, its.one_by_one.wall)),
+    ]
+
+
+def main() -> None:
+    """Measure, and print."""
+    cli = parser(__doc__)
+    cli.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="N", help="processes")
+    cli.add_argument("--rounds", type=int, default=60)
+    cli.add_argument("--json", type=Path, metavar="FILE", help="for all figures")
+    args = cli.parse_args()
     if min(args.ranks) < 2 or args.rounds < 1:
-        parser.error("it takes two processes, and a round.")
-    if (load := os.getloadavg()[0]) > BUSY:
-        print(f"the load is {load:.1f}: times beside other work say nothing", file=sys.stderr)
-    outcomes = []
+        cli.error("it takes two processes, and a round.")
+    machine.warn_if_busy()
+    outcomes: list[Outcome] = []
     for ranks in args.ranks:
         print(f"{time.strftime('%X')} {ranks} processes", file=sys.stderr, flush=True)
-        outcomes.append(measure(ranks, args.rounds))
+        limit = START_LIMIT + args.rounds * ROUND_LIMIT
+        outcomes.append(on_ranks(ranks, work, ranks, args.rounds, limit=limit, pinned=True)[0])
         if args.json is not None:
             kept = {"rounds": args.rounds, "outcomes": [asdict(outcome) for outcome in outcomes]}
             args.json.write_text(json.dumps(kept, indent=1))
-    for line in report(outcomes, args.rounds):
-        print(line)
+    print(circumstances(args.ranks, args.rounds))
+    print(head(COLUMNS))
+    for outcome in outcomes:
+        for its in outcome.buckets:
+            print(row(*cells(outcome, its)))
 
 
 if __name__ == "__main__":

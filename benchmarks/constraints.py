@@ -10,16 +10,16 @@ training and at those that are evaluated, how far the latter are outside the set
 
 from __future__ import annotations
 
-import argparse
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from harness.peers import OURS, load
+from harness.tables import head, parser, row
 from torch import Tensor, nn
 from torch.nn import functional
-
-from prodigyplus import ProdigyPlusScheduleFree
 
 Make = Callable[[Iterable[Tensor]], Any]
 
@@ -139,35 +139,23 @@ def run(make_task: Callable[[], Task], make: Make, *, constrain: bool) -> Result
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description="Constraints behind an optimiser's back, and by it.")
-    parser.parse_args()
+    parser(__doc__).parse_args()
     torch.set_num_threads(1)
-    import prodigyopt  # type: ignore[import-not-found,unused-ignore]
-    import schedulefree  # type: ignore[import-not-found,unused-ignore]
-
-    print("| task | optimiser | constraint | loss in training | evaluated | outside the set | d |")
-    print("|---|---|---|--:|--:|--:|--:|")
+    print(head("task | optimiser | constraint | loss in training: | evaluated: | outside the set: | d:"))
     for make_task in (clip, embedding, rows):
         d0 = make_task().d0
-
-        def ours(parameters: Iterable[Tensor], d0: float = d0) -> ProdigyPlusScheduleFree:
-            return ProdigyPlusScheduleFree(parameters, d0=d0)
-
-        makes: tuple[tuple[str, Make, bool], ...] = (
-            ("ours", ours, False),
-            ("ours", ours, True),
-            ("prodigyopt", lambda p, d0=d0: prodigyopt.Prodigy(p, d0=d0), False),  # type: ignore[misc]
-            ("schedulefree", lambda p: schedulefree.AdamWScheduleFree(p, lr=2.5e-3), False),
-            ("AdamW", lambda p: torch.optim.AdamW(p, lr=1e-3), False),
+        makes: tuple[tuple[str, str, dict[str, float], bool], ...] = (
+            ("ours", OURS, {"d0": d0}, False),
+            ("ours", OURS, {"d0": d0}, True),
+            ("prodigyopt", "prodigyopt:Prodigy", {"d0": d0}, False),
+            ("schedulefree", "schedulefree:AdamWScheduleFree", {"lr": 2.5e-3}, False),
+            ("AdamW", "torch.optim:AdamW", {"lr": 1e-3}, False),
         )
-        for name, make, constrain in makes:
-            r = run(make_task, make, constrain=constrain)
+        for name, place, options, constrain in makes:
+            r = run(make_task, functools.partial(load(place), **options), constrain=constrain)
             how = "`constrain`" if constrain else "after each step"
-            print(
-                f"| {make_task.__name__} | {name} | {how} | {r.trained:.4g} | {r.evaluated:.4g} "
-                f"| {r.outside:.2g} | {r.d:.2g} |",
-                flush=True,
-            )
+            figures = f"{r.trained:.4g}", f"{r.evaluated:.4g}", f"{r.outside:.2g}", f"{r.d:.2g}"
+            print(row(make_task.__name__, name, how, *figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,57 +10,33 @@ a checkout, with its folder in PYTHONPATH.
 
 from __future__ import annotations
 
-import argparse
-import functools
-import importlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from harness.peers import OURS, load
+from harness.shapes import Shape, gpt, llama_1b
+from harness.tables import head, parser, row
+from harness.tensors import state_bytes, with_gradients
+from torch import nn
 from torch.optim import Optimizer
 
 STEPS, WARM_UP = 15, 4
 
-Shapes = list[tuple[int, ...]]
 Make = Callable[[list[nn.Parameter]], Optimizer]
 
-
-def llama_1b() -> Shapes:
-    """The shapes of Llama-3.2-1B: 1,236 M parameters in 146 tensors."""
-    block: Shapes = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048)]
-    block += [(2048, 8192), (2048,), (2048,)]
-    return [(128256, 2048), *(block * 16), (2048,)]
-
-
-def gpt2() -> Shapes:
-    """The shapes of GPT-2: 124 M parameters in 148 tensors."""
-    block: Shapes = [(2304, 768), (2304,), (768, 768), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
-    block += [(768,)] * 4
-    return [(50257, 768), (1024, 768), *(block * 12), (768,), (768,)]
-
-
-def small() -> Shapes:
-    """A thousand small tensors, 2.1 M parameters: half matrices, half vectors."""
-    return [(64, 64), (64,)] * 500
-
-
-def lora() -> Shapes:
-    """400 adapters of rank 16 and width 1,280: 16.4 M parameters in 800 tensors."""
-    return [(16, 1280), (1280, 16)] * 400
-
-
-def matrices() -> Shapes:
-    """What of Llama-3.2-1B Muon moves."""
-    return [shape for shape in llama_1b()[1:] if len(shape) == 2]
+# Half matrices, half vectors: 2.1 M parameters.
+SMALL: list[Shape] = [(64, 64), (64,)] * 500
+# 400 adapters of rank 16 and width 1,280: 16.4 M parameters in 800 tensors.
+LORA: list[Shape] = [(16, 1280), (1280, 16)] * 400
 
 
 @dataclass
@@ -78,18 +54,11 @@ class Result:
     extra_bytes: float  # the peak of a step, above what stays
 
 
-def ours(**options: Any) -> Make:
-    """Our optimiser."""
-    from prodigyplus import ProdigyPlusScheduleFree
-
-    return lambda parameters: ProdigyPlusScheduleFree(parameters, **options)
-
-
-def peer(module: str, name: str, **options: Any) -> Make | None:
-    """The optimiser of another package; None if it is not installed."""
+def made(place: str, **options: Any) -> Make | None:
+    """What makes the optimiser at a place; None if its package is not installed."""
     try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
+        kind = load(place)
+    except ImportError:
         return None
 
     def make(parameters: list[nn.Parameter]) -> Optimizer:
@@ -101,55 +70,37 @@ def peer(module: str, name: str, **options: Any) -> Make | None:
     return make
 
 
-def peers() -> dict[str, Make | None]:
-    """The optimisers that ours is measured beside; the first is what ratios are to."""
-    return {
-        "AdamW fused": functools.partial(torch.optim.AdamW, lr=1e-3, fused=True),
-        "AdamW foreach": functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True),
-        "schedulefree": peer("schedulefree", "AdamWScheduleFree", lr=1e-3),
-        "prodigyopt slice_p=11": peer("prodigyopt", "Prodigy", slice_p=11),
-        "prodigy-plus": peer("prodigyplus.prodigy_plus_schedulefree_2", "ProdigyPlusScheduleFree"),
+def cases() -> Iterator[tuple[str, list[Shape], torch.dtype, Mapping[str, Make | None]]]:
+    """Every case: its name, shapes, dtype and optimisers, the first of which ratios are to."""
+    published = "prodigyplus.prodigy_plus_schedulefree_2:ProdigyPlusScheduleFree"
+    adamw = {"AdamW fused": made("torch.optim:AdamW", lr=1e-3, fused=True)}
+    peers = {
+        **adamw,
+        "AdamW foreach": made("torch.optim:AdamW", lr=1e-3, foreach=True),
+        "schedulefree": made("schedulefree:AdamWScheduleFree", lr=1e-3),
+        "prodigyopt slice_p=11": made("prodigyopt:Prodigy", slice_p=11),
+        "prodigy-plus": made(published),
     }
+    kernels = {"ours": made(OURS), "ours, fused=False": made(OURS, fused=False)}
+    with_z = {"ours, bfloat16_z": made(OURS, bfloat16_z=True)}
+    gpt2 = gpt(width=768, layers=12, vocabulary=50257, context=1024)
+    models: dict[str, tuple[list[Shape], dict[str, Make | None]]] = {
+        "Llama-3.2-1B": (llama_1b(), with_z),
+        "GPT-2": (gpt2, with_z),
+        "1,000 small": (SMALL, {}),
+    }
+    for name, (shapes, more) in models.items():
+        yield f"{name}, float32", shapes, torch.float32, {**peers, **kernels, **more}
+        yield f"{name}, bfloat16", shapes, torch.bfloat16, {**adamw, **kernels}
+    yield "LoRA, bfloat16", LORA, torch.bfloat16, {**adamw, **kernels}
+    muons = {"torch Muon": made("torch.optim:Muon", lr=1e-3), "ours": made(OURS, use_muon_pp=True)}
+    matrices: list[Shape] = [shape for shape in llama_1b()[1:] if len(shape) == 2]
+    yield "Llama's matrices, Muon", matrices, torch.float32, muons
 
 
-def cases() -> Iterator[tuple[str, Shapes, torch.dtype, dict[str, Make | None]]]:
-    """Every case: its name, shapes, dtype and optimisers."""
-    fp32, bf16 = torch.float32, torch.bfloat16
-    kernels: dict[str, Make | None] = {"ours": ours(), "ours, fused=False": ours(fused=False)}
-    with_z: dict[str, Make | None] = {"ours, bfloat16_z": ours(bfloat16_z=True)}
-    adamw: dict[str, Make | None] = {"AdamW fused": peers()["AdamW fused"]}
-    yield "Llama-3.2-1B, float32", llama_1b(), fp32, {**peers(), **kernels, **with_z}
-    yield "Llama-3.2-1B, bfloat16", llama_1b(), bf16, {**adamw, **kernels}
-    yield "GPT-2, float32", gpt2(), fp32, {**peers(), **kernels, **with_z}
-    yield "GPT-2, bfloat16", gpt2(), bf16, {**adamw, **kernels}
-    yield "1,000 small, float32", small(), fp32, {**peers(), **kernels}
-    yield "1,000 small, bfloat16", small(), bf16, {**adamw, **kernels}
-    yield "LoRA, bfloat16", lora(), bf16, {**adamw, **kernels}
-    muon = functools.partial(torch.optim.Muon, lr=1e-3)
-    yield "Llama's matrices, Muon", matrices(), fp32, {"torch Muon": muon, "ours": ours(use_muon_pp=True)}
-
-
-def problem(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[nn.Parameter]:
-    """Parameters with gradients."""
-    parameters = [nn.Parameter(torch.randn(shape, device=device).mul_(0.02).to(dtype)) for shape in shapes]
-    for p in parameters:
-        p.grad = torch.randn_like(p)
-    return parameters
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """The bytes of the state of all parameters."""
-    return sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor) and value.ndim
-    )
-
-
-def measure(case: str, name: str, make: Make, shapes: Shapes, dtype: torch.dtype) -> Result:
+def measure(case: str, name: str, make: Make, shapes: Sequence[Shape], dtype: torch.dtype) -> Result:
     """Steps of one optimiser, on the GPU: medians of their times."""
-    parameters = problem(shapes, dtype, "cuda")
+    parameters = with_gradients(shapes, dtype, "cuda")
     optimizer = make(parameters)
     for _ in range(WARM_UP):
         optimizer.step()
@@ -200,19 +151,15 @@ def on_gpu(only: str) -> list[Result]:
             torch.cuda.empty_cache()
             first = first or result.device_ms
             results.append(result)
-            print(
-                f"| {case} | {name} | {result.device_ms:.2f} | {result.device_ms / first:.2f} | "
-                f"{result.host_ms:.2f} | {result.launches} | {result.state_bytes:.2f} | "
-                f"{result.extra_bytes:.2f} |",
-                flush=True,
-            )
+            times = result.device_ms, result.device_ms / first, result.host_ms
+            sizes = f"{result.state_bytes:.2f}", f"{result.extra_bytes:.2f}"
+            print(row(case, name, *(f"{ms:.2f}" for ms in times), result.launches, *sizes), flush=True)
     return results
 
 
-def host_ms(make: Make, count: int) -> float:
+def host_ms(count: int, place: str, **options: Any) -> float:
     """The median time of a step of ``count`` tensors of one element each, on the CPU."""
-    parameters = problem([(32, 1), (1, 32), (1,), (2,)] * (count // 4), torch.float32, "cpu")
-    optimizer = make(parameters)
+    optimizer = load(place)(with_gradients([(32, 1), (1, 32), (1,), (2,)] * (count // 4)), **options)
     times = []
     for _ in range(WARM_UP + 4 * STEPS):
         began = time.perf_counter()
@@ -227,26 +174,25 @@ def on_host() -> None:
     torch.set_num_threads(1)
     from prodigyplus.device import launches
 
-    print("| tensors | AdamW fused, ms | ours, ms | operator by operator, ms | launches |")
-    print("|--:|--:|--:|--:|--:|")
+    print(head("tensors: | AdamW fused, ms: | ours, ms: | operator by operator, ms: | launches:"))
     for count in (148, 1000):
         launched: list[object] = []
         # No mock in its place: what that does at a call takes longer than a launch.
         with mock.patch.object(launches, "launch", lambda kernel, *_, **__: launched.append(kernel)):  # noqa: B023
-            fused = host_ms(ours(fused=True), count)
+            fused = host_ms(count, OURS, fused=True)
         count_of_launches = len(launched) // (WARM_UP + 4 * STEPS)
-        adamw = host_ms(functools.partial(torch.optim.AdamW, fused=True), count)
-        plain = host_ms(ours(fused=False), count)
-        print(f"| {count} | {adamw:.2f} | {fused:.2f} | {plain:.2f} | {count_of_launches} |", flush=True)
+        adamw = host_ms(count, "torch.optim:AdamW", fused=True)
+        plain = host_ms(count, OURS, fused=False)
+        print(row(count, f"{adamw:.2f}", f"{fused:.2f}", f"{plain:.2f}", count_of_launches), flush=True)
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--host", action="store_true", help="without a GPU: the host's work alone")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose names have this in them")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured")
-    args = parser.parse_args()
+    cli = parser(__doc__)
+    cli.add_argument("--host", action="store_true", help="without a GPU: the host's work alone")
+    cli.add_argument("--only", default="", metavar="TEXT", help="only cases whose names have this in them")
+    cli.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured")
+    args = cli.parse_args()
     if args.host:
         on_host()
         return
@@ -254,8 +200,8 @@ def main() -> None:
         sys.exit("benchmarks/device.py: there is no GPU here; --host measures what needs none.")
     card = torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}, Python {sys.version.split()[0]}; {STEPS} steps\n")
-    print("| case | optimiser | device, ms | ÷ the first | host, ms | launches | state, B | extra, B |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|", flush=True)
+    columns = "device, ms: | ÷ the first: | host, ms: | launches: | state, B: | extra, B:"
+    print(head(f"case | optimiser | {columns}"), flush=True)
     results = on_gpu(args.only)
     if args.json:
         found = {"card": card, "torch": torch.__version__, "results": [asdict(result) for result in results]}

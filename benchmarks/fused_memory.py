@@ -5,30 +5,24 @@
 Counts the bytes of tensors in training steps of a small transformer on the CPU, not the memory of processes.
 """
 
-import argparse
-import datetime
-import json
-import multiprocessing
-import shlex
-import sys
-import tempfile
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from harness.tables import Page, parser
+from harness.tensors import leaves, local
+from harness.watching import Call, Watch
+from harness.workers import on_ranks
 from torch import Tensor, UntypedStorage, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
@@ -106,7 +100,7 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------------------- measuring
 
 
-class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Memory:
     """Follows the memory of what operations make, until it is freed; adds it up after each.
 
     What has once been the memory of a ``.grad``, or of a bucket of DDP, is a gradient's as long as anybody
@@ -114,7 +108,6 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._parameters = list(parameters)
         self._followed: dict[int, StorageWeakRef] = {}  # by address, which a weak reference keeps from reuse
         self._gradients: set[int] = set()
@@ -124,17 +117,15 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def restart(self) -> None:
         """Look for the most from here on."""
-        self.most_gradients, self.max_local_numel = self.held()
+        self.most_gradients, self.most = self.held()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(value, Tensor):
-                self.follow(value)
+    def note(self, call: Call) -> None:
+        """Follow what an operation has made."""
+        for tensor in leaves(call.result):
+            self.follow(tensor)
         gradients, everything = self.held()
         self.most_gradients = max(self.most_gradients, gradients)
-        self.max_local_numel = max(self.max_local_numel, everything)
-        return result
+        self.most = max(self.most, everything)
 
     def follow(self, tensor: Tensor, *, gradient: bool = False) -> None:
         """Count the memory of a tensor."""
@@ -169,11 +160,6 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.follow(p.grad, gradient=True)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def measure(setting: Setting) -> Held:
     """What this process holds in a step, after a few others."""
     torch.manual_seed(0)
@@ -204,9 +190,9 @@ def measure(setting: Setting) -> Held:
         after_backward, _ = memory.held()
         optimizer.step()
         optimizer.zero_grad()
-        return after_backward, memory.most_gradients, memory.max_local_numel - before + buckets
+        return after_backward, memory.most_gradients, memory.most - before + buckets
 
-    with memory:
+    with Watch(note=memory.note):
         for _ in range(WARM_UP):
             step()
         least = map(min, zip(*(step() for _ in range(STEPS)), strict=True))
@@ -225,56 +211,6 @@ def ddp(model: nn.Module, setting: Setting, memory: Memory) -> DistributedDataPa
 
         wrapped.register_comm_hook(None, look)
     return wrapped
-
-
-# ------------------------------------------------------------------------------------- processes
-
-
-def worker(setting: Setting, rank: int, folder: Path) -> None:
-    """A process of a setting: writes what it holds to a file of its own."""
-    torch.set_num_threads(1)
-    if setting.ranks > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder / 'store'}",
-            rank=rank,
-            world_size=setting.ranks,
-            timeout=datetime.timedelta(seconds=LIMIT),
-        )
-    held = measure(setting)
-    (folder / f"{rank}.json").write_text(json.dumps(asdict(held)))
-    if setting.ranks > 1:
-        dist.destroy_process_group()
-
-
-def run(setting: Setting) -> Held:
-    """What the process holds that holds most.
-
-    Raises:
-        SystemExit: A process failed, or took too long.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prodigyplus_dist", "torch.distributed.fsdp"])  # torch, once for all
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        processes = [
-            context.Process(target=worker, args=(setting, rank, folder), daemon=True)
-            for rank in range(setting.ranks)
-        ]
-        for process in processes:
-            process.start()
-        end = time.monotonic() + LIMIT
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-        if any(codes):
-            raise SystemExit(f"{setting.name}: the processes ended with {codes}.")
-        if None in codes:
-            raise SystemExit(f"{setting.name}: no answer within {LIMIT} seconds.")
-        every = [Held(**json.loads((folder / f"{rank}.json").read_text())) for rank in range(setting.ranks)]
-    return max(every, key=lambda held: held.gradients)
 
 
 # ---------------------------------------------------------------------------------------- report
@@ -301,9 +237,7 @@ activations take next to nothing. `bucket_bytes` is {SMALL >> 20} MiB, and in th
   updates, and the layers that FSDP2 has whole at the time, each a {LAYERS}th of this model.
 """
 
-HEAD = """\
-| | parameters, 10⁶ | gradients, after backward | gradients, at most | everything, at most |
-|---|--:|--:|--:|--:|"""
+COLUMNS = " | parameters, 10⁶: | gradients, after backward: | gradients, at most: | everything, at most:"
 
 SAID = """
 On one process a gradient is freed as soon as its weight has moved, so at any time about the largest one is
@@ -321,38 +255,23 @@ bucket costs two all-reduces.
   for each other for ever. `fuse_backward` refuses it, and says so."""
 
 
-def row(setting: Setting) -> str:
-    """A line of the table."""
-    held = run(setting)
-    columns = held.after_backward, held.gradients, held.everything
-    numbers = " | ".join(f"{number:.2f}" for number in columns)
-    return f"| {setting.name} | {held.parameters / 1e6:.2f} | {numbers} |"
+def row(setting: Setting) -> list[str]:
+    """A line of the table, of the process that holds most."""
+    every = on_ranks(setting.ranks, measure, setting, limit=LIMIT)
+    held = max(every, key=lambda held: held.gradients)
+    columns = held.parameters / 1e6, held.after_backward, held.gradients, held.everything
+    return [setting.name, *(f"{number:.2f}" for number in columns)]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for fused.md")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = parser.parse_args(arguments)
-    command = shlex.join(["python", "benchmarks/fused_memory.py", *arguments])
-    lines: list[str] = []
-
-    def tell(text: str) -> None:
-        lines.append(text)
-        print(text, flush=True)
-
-    tell(f"# The fused backward pass\n\n    {command}\n")
-    tell(USE)
-    tell(f"{EXPLAINED}\n{HEAD}")
-    for setting in SETTINGS:
-        tell(row(setting))
-    tell(SAID)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "fused.md").write_text("\n".join(lines) + "\n")
+    cli = parser(__doc__)
+    cli.add_argument("--out", type=Path, metavar="FOLDER", help="for fused.md")
+    page = Page("The fused backward pass", cli.parse_args().out)
+    page.tell(USE, EXPLAINED)
+    page.table(COLUMNS, map(row, SETTINGS))
+    page.tell(SAID)
+    page.save("fused.md")
 
 
 if __name__ == "__main__":

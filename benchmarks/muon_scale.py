@@ -9,24 +9,24 @@ rank owns and sends is read off the same plan, by which all of them act.
 
 from __future__ import annotations
 
-import argparse
 import math
-import shlex
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from matplotlib.figure import Figure
-from scale import LAYOUTS, fsdp_sends, parameters_of, simulated
-from shapes import MODELS
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch.distributed as dist
+from harness import charts
+from harness.shapes import MODELS
+from harness.tables import Page, parser
+from harness.watching import Watch
+from harness.workers import simulated
+from scale import LAYOUTS, fsdp_sends, parameters_of
 
 from prodigyplus.formulas import muon
-from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree, transport
 from prodigyplus_dist.orthogonalize import Orthogonalizer
 from prodigyplus_dist.ownership import Block, MatrixSharding
 
@@ -42,19 +42,6 @@ in HSDP, where each copy orthogonalises its share, that of P/copies, and then wh
 other copies. The load is that of multiplications. Who has most of a wave holds the others up, so that the
 longest way is the sum of these. "Bound" is what no assignment of whole matrices can beat: the most expensive
 matrix, or the mean. Bytes are those that a rank sends, n(R-1)/R of a broadcast of n bytes over R ranks."""
-
-
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the collectives that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.collectives: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.collectives[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Cost(NamedTuple):
@@ -88,8 +75,12 @@ def cost(layout: str, ranks: int) -> Cost:
             plans.append(plan(*args))
             return plans[-1]
 
-        with mock.patch.object(Orthogonalizer, "plan", noted), Watch() as watch:
+        # It asks other ranks how many groups they are in, which nobody answers, and "meta" could not hold.
+        new_group = mock.patch.object(transport, "_new_group", lambda _, its, __: dist.new_group(list(its)))
+        watch = Watch(note=lambda call: call.name)
+        with mock.patch.object(Orthogonalizer, "plan", noted), new_group, watch:
             optimizer.step()
+        calls = Counter(watch.calls)
         loads, sent, way = [0.0] * ranks, [0.0] * ranks, 0.0
         single = 0.0
         for shardings, blocks in plans:
@@ -106,8 +97,8 @@ def cost(layout: str, ranks: int) -> Cost:
             layout,
             ranks,
             len(plans),
-            watch.collectives["alltoall_base_"],
-            watch.collectives["broadcast_"],
+            calls["alltoall_base_"],
+            calls["broadcast_"],
             sum(sent) / ranks,
             max(sent),
             2 * HALF * total / ranks * (shards - 1) / shards + HALF * total * (rows - 1) / ranks,
@@ -145,79 +136,60 @@ def sent_in(shardings: Sequence[MatrixSharding], blocks: Sequence[Block], ranks:
     return sent
 
 
-HEAD = """\
-| layout | ranks | waves | all-to-alls | broadcasts | sends, MB: mean | most | mean / least \
-| FSDP2 sends, MB | owners' load, most / mean | longest way / mean | bound | each once |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|"""
+COLUMNS = """\
+layout | ranks: | waves: | all-to-alls: | broadcasts: | sends, MB: mean: | most: | mean / least: \
+| FSDP2 sends, MB: | owners' load, most / mean: | longest way / mean: | bound: | each once"""
 
 
-def row(c: Cost) -> str:
+def row(c: Cost) -> list[object]:
     """A line of the table."""
-    return (
-        f"| {c.layout} | {c.ranks:,} | {c.waves} | {c.all_to_alls} | {c.broadcasts} "
-        f"| {c.mean_sent / 1e6:,.1f} | {c.most_sent / 1e6:,.1f} | {c.mean_sent / c.least:.4f} "
-        f"| {c.fsdp_sent / 1e6:,.0f} | {c.load:.2f} | {c.way:.2f} | {c.bound:.2f} "
-        f"| {'yes' if c.once else 'no'} |"
-    )
+    counts = [c.layout, f"{c.ranks:,}", c.waves, c.all_to_alls, c.broadcasts]
+    sent = [f"{c.mean_sent / 1e6:,.1f}", f"{c.most_sent / 1e6:,.1f}", f"{c.mean_sent / c.least:.4f}"]
+    loads = [f"{c.load:.2f}", f"{c.way:.2f}", f"{c.bound:.2f}"]
+    return [*counts, *sent, f"{c.fsdp_sent / 1e6:,.0f}", *loads, "yes" if c.once else "no"]
 
 
 def draw(costs: Sequence[Cost], path: Path) -> None:
     """The load of the owners, and what is sent, over the ranks."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for layout, colour in zip(CHOSEN, ("C0", "C1", "C2"), strict=True):
+    figure, [(left, right)] = charts.panels(1, 2, (10, 4))
+    for number, layout in enumerate(CHOSEN):
         its = [c for c in costs if c.layout == layout]
         ranks = [c.ranks for c in its]
-        left.plot(ranks, [c.load for c in its], "o-", color=colour, label=layout)
-        left.plot(ranks, [c.bound for c in its], ":", color=colour)
+        left.plot(ranks, [c.load for c in its], "o-", color=f"C{number}", label=layout)
+        left.plot(ranks, [c.bound for c in its], ":", color=f"C{number}")
         share = [100 * c.mean_sent / c.fsdp_sent if c.fsdp_sent else math.nan for c in its]
         right.plot(ranks, share, "o-", label=layout)
-    left.set(
-        title="multiplications of the busiest owner\n(dotted: one matrix, or the mean)",
-        ylabel="over the mean",
-    )
+    title = "multiplications of the busiest owner\n(dotted: one matrix, or the mean)"
+    left.set(title=title, ylabel="over the mean", yscale="log")
     right.set(title="what Muon sends", ylabel="% of what FSDP2 sends", ylim=(0, None))
-    left.set_yscale("log")
-    every = sorted({c.ranks for c in costs})
     for axes in (left, right):
-        axes.set(xlabel="ranks", xscale="log")
-        axes.set_xticks(every, [f"{r:,}" for r in every])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+        charts.over_ranks(axes, (c.ranks for c in costs))
+    charts.save(figure, path)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ranks", nargs="+", type=int, choices=RANKS, default=RANKS, metavar="N")
-    parser.add_argument("--layouts", nargs="+", choices=CHOSEN, default=list(CHOSEN))
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for muon_scale.md and muon_scale.png")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = parser.parse_args(arguments)
+    cli = parser(__doc__)
+    cli.add_argument("--ranks", nargs="+", type=int, choices=RANKS, default=RANKS, metavar="N")
+    cli.add_argument("--layouts", nargs="+", choices=CHOSEN, default=list(CHOSEN))
+    cli.add_argument("--out", type=Path, metavar="FOLDER", help="for muon_scale.md and muon_scale.png")
+    args = cli.parse_args()
     torch.set_num_threads(1)
-    lines: list[str] = []
-
-    def tell(text: str) -> None:
-        lines.append(text)
-        print(text, flush=True)
-
-    tell("# Muon at scale, simulated\n")
-    tell(f"    {shlex.join(['python', 'benchmarks/muon_scale.py', *arguments])}\n")
+    page = Page("Muon at scale, simulated", args.out)
     if args.out is not None:
-        tell("![The load of the owners, and what is sent, over the number of ranks](muon_scale.png)\n")
-    tell(f"{ASSUMED}\n\n{HEAD}")
-    costs = []
-    for layout in args.layouts:
-        for ranks in args.ranks:
-            costs.append(cost(layout, ranks))
-            tell(row(costs[-1]))
+        page.tell("![The load of the owners, and what is sent, over the number of ranks](muon_scale.png)\n")
+    page.tell(f"{ASSUMED}\n")
+    costs: list[Cost] = []
+
+    def rows() -> Iterator[list[object]]:
+        for layout in args.layouts:
+            for ranks in args.ranks:
+                costs.append(cost(layout, ranks))
+                yield row(costs[-1])
+
+    page.table(COLUMNS, rows())
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "muon_scale.md").write_text("\n".join(lines) + "\n")
+        page.save("muon_scale.md")
         draw(costs, args.out / "muon_scale.png")
 
 

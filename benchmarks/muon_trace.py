@@ -5,10 +5,7 @@ python benchmarks/muon_trace.py --out docs
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +14,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from harness import charts
+from harness.tables import head, parser, row
+from harness.workers import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 
 from prodigyplus import muon_groups
 from prodigyplus.engine import driver
@@ -31,6 +28,7 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 RANKS = 2
 WARM_UP = 3
+LIMIT = 600  # seconds
 WIDTH, BLOCKS, VOCABULARY = 512, 12, 16384
 BUCKET_BYTES = 16 << 20
 
@@ -87,10 +85,8 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), *linear, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 1))
 
 
-def step(rank: int, folder: str) -> None:
-    """Take some steps, and note the last."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+def step() -> tuple[list[Event], float]:
+    """Take some steps, and note the last; gives what happened in it, and its milliseconds."""
     torch.manual_seed(0)
     whole = model()
     fully_shard(whole, mesh=init_device_mesh("cpu", (RANKS,)))
@@ -121,59 +117,47 @@ def step(rank: int, folder: str) -> None:
         start = time.perf_counter()
         optimizer.step()
         end = time.perf_counter()
-    if rank == 0:
-        events = [Event(row, 1e3 * (a - start), 1e3 * (b - start)) for row, a, b in trace.events]
-        (Path(folder) / "events").write_text(json.dumps([events, 1e3 * (end - start)]))
     dist.barrier()
-    dist.destroy_process_group()
+    events = [Event(kind, 1e3 * (a - start), 1e3 * (b - start)) for kind, a, b in trace.events]
+    return events, 1e3 * (end - start)
 
 
 def main() -> None:
     """Run, print how much of the first exchange was used, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, help="folder for muon_trace.png")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(step, (folder,), nprocs=RANKS)  # type: ignore[no-untyped-call]
-        found, total = json.loads((Path(folder) / "events").read_text())
-    events = [Event(*event) for event in found]
-    by_row = {row: sorted(e for e in events if e.row == row) for row in ROWS}
+    cli = parser(__doc__)
+    cli.add_argument("--out", type=Path, help="folder for muon_trace.png")
+    args = cli.parse_args()
+    events, total = on_ranks(RANKS, step, limit=LIMIT)[0]
+    by_row = {kind: sorted(e for e in events if e.row == kind) for kind in ROWS}
     first = by_row[MATRICES][0]
-    print("| what | how often | from, of the step | to |\n|---|--:|--:|--:|")
-    for row, its in by_row.items():
-        print(f"| {row} | {len(its)} | {its[0].start / total:.0%} | {max(e.end for e in its) / total:.0%} |")
+    print(head("what | how often: | from, of the step: | to:"))
+    for kind, its in by_row.items():
+        last = max(event.end for event in its)
+        print(row(kind, len(its), f"{its[0].start / total:.0%}", f"{last / total:.0%}"))
     inside = [e for e in by_row[ROWS[3]] if first.start <= e.start and e.end <= by_row[ROWS[1]][0].start]
     print(
         f"\n{len(inside)} of {len(by_row[ROWS[3]])} buckets of elementwise parameters moved after the first "
         "pieces were sent and before the first matrix was orthogonalised."
     )
     if args.out is not None:
-        figure = Figure(figsize=(9, 5), layout="constrained")
-        for axes, until in zip(figure.subplots(2), (by_row[ROWS[1]][0].start * 1.2, total), strict=True):
+        figure, grid = charts.panels(2, 1, (9, 5))
+        for axes, until in zip(grid[:, 0], (by_row[ROWS[1]][0].start * 1.2, total), strict=True):
             draw(axes, by_row, until)
-        figure.savefig(args.out / "muon_trace.png", dpi=120)
+        charts.save(figure, args.out / "muon_trace.png")
 
 
-def draw(axes: Axes, by_row: dict[str, list[Event]], until: float) -> None:
+def draw(axes: Any, by_row: dict[str, list[Event]], until: float) -> None:
     """What happened until a time, a row for each kind of event."""
-    for place, (row, its) in enumerate(by_row.items()):
+    for place, (kind, its) in enumerate(by_row.items()):
         for number, event in enumerate(its):
             # What is sent overlaps: each in a lane of its own.
-            height = 0.8 / 3 if row == MATRICES else 0.8
-            lane = (number % 3 - 1) * height if row == MATRICES else 0.0
-            axes.barh(
-                place + lane,
-                event.end - event.start,
-                left=event.start,
-                height=0.9 * height,
-                color=f"C{place}",
-            )
+            height = 0.8 / 3 if kind == MATRICES else 0.8
+            lane = (number % 3 - 1) * height if kind == MATRICES else 0.0
+            took = event.end - event.start
+            axes.barh(place + lane, took, left=event.start, height=0.9 * height, color=f"C{place}")
     axes.set_yticks(range(len(ROWS)), ROWS)
     axes.invert_yaxis()
     axes.set(xlabel="milliseconds of a step, rank 0 of two", xlim=(0, until))
-    axes.grid(axis="x", alpha=0.3)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ which it can learn by heart. Printed along the way: the loss of the averaged wei
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 
 import torch
+from harness.tables import parser
 from torch import Tensor, nn
 
 from prodigyplus import ProdigyPlusScheduleFree
@@ -24,12 +24,10 @@ SHOWN = 8
 
 def main() -> None:
     """Train, and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--step-size", nargs="+", default=["balance", "prodigy"])
-    args = parser.parse_args()
+    cli = parser(__doc__)
+    cli.add_argument("--steps", type=int, default=20_000)
+    cli.add_argument("--step-size", nargs="+", default=["balance", "prodigy"])
+    args = cli.parse_args()
     torch.set_num_threads(1)
     print(f"the entropy of the labels is {math.log(CLASSES):.4f}")
     for task, make in (("drawn anew", anew), ("by heart", by_heart)):

@@ -8,26 +8,23 @@ that sends nothing (torch's fake one). An option of the signature that has no li
 
 from __future__ import annotations
 
-import argparse
+import ast
 import functools
 import inspect
-import math
-import shlex
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from harness.tables import Page, parser
+from harness.tensors import state_bytes
+from harness.watching import Watch, collective, moved
+from harness.workers import simulated
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.debug import CommDebugMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus import options as package
@@ -40,204 +37,138 @@ LAYERS = 4  # of the model that all-reduces are counted on, with a matrix each
 # ---------------------------------------------------------------------------------------- texts
 
 
+# A row for each option, its further lines indented: its name, what is told of it, and where it is from; then
+# what it is measured with, if that is not its name, and what is set as well, also where it is compared with.
+# Where passes cannot be counted, and nothing else changes, it is said what to say of them.
+CHOICES = """
+step_size="balance" | A step size from Schedule-Free's equilibrium. The first to try:
+  [research.md](research.md).
+  | source: here
+use_schedulefree=False | Adam's first moment in place of Schedule-Free's average. When you bring a schedule.
+  | source: on: {2405.15682}
+factored=False | A second moment for every element. When factors train worse.
+  | source: on: {1804.04235, eq. 4}
+factored_fp32=False | The factors in the gradient's dtype. For bfloat16, when the last bytes count.
+  | source: 2.0.1 | dtype: bfloat16
+stochastic_rounding=False | Rounds to nearest: faster, but steps below a weight's last bit are lost. To
+  compare with.
+  | source: 2.0.1 | dtype: bfloat16
+bfloat16_z=True | z as its distance from y, in bfloat16. When state matters:
+  [performance.md](performance.md).
+  | source: here
+compile=True | The defaults' passes through `torch.compile`. On devices: [performance.md](performance.md).
+  | source: here | passes: two, compiled
+fused=False | Operator by operator on a GPU, where else kernels move a group. To compare with.
+  | source: here
+fused_back_pass=True | Moves weights within the backward pass. When gradients do not fit:
+  [fused.md](fused.md).
+  | source: [tutorial](https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html)
+use_stableadamw=False | No scaling down of large updates. When you clip gradients yourself, or d stays
+  small.
+  | source: on: {2304.13013}
+eps=None | Adam-atan2: bounded updates without an epsilon. When gradients may be as small as `eps`.
+  | source: {2407.05872, eq. 34} | given: eps=None, use_stableadamw=False
+use_bias_correction=True | RAdam's warm-up. When the first steps do harm; d then starts to grow later.
+  | source: {1908.03265, algorithm 2}
+use_adopt=True | Normalises a gradient by those before it, to converge with any β2. When Adam does not.
+  | source: {2411.02853}
+use_cautious=True | Drops what of a move disagrees with its gradient, scales up the rest. To try for speed.
+  | source: {2411.16085, algorithm 1}
+use_grams=True | A move's magnitudes with its gradient's signs. To try instead of Cautious.
+  | source: {2412.17107, algorithm 1}
+use_orthograd=True | Leaves out of an update what only scales the weights. Against overfitting.
+  | source: {2501.04697, eq. 9}
+use_muon_pp=True | Muon: matrices by their whole gradient, orthogonalised. For hidden ones:
+  [muon.md](muon.md).
+  | source: [blog](https://kellerjordan.github.io/posts/muon), {2505.16932}
+muon_fp32=True (with Muon) | Orthogonalises in float32, and sends it. To compare with.
+  | beside: use_muon_pp=True
+muon_quintic=True (with Muon) | The first Muon's polynomial, not Polar Express's. To compare with.
+  | source: [blog](https://kellerjordan.github.io/posts/muon), {2505.16932} | beside: use_muon_pp=True
+muon_batched=True (with Muon) | Tensors of three or more dimensions are batches of matrices. For experts.
+  | beside: use_muon_pp=True
+use_focus=True | The gradient's sign, and a pull on the weights (see below). When gradients are noisy.
+  | source: {2501.12243, algorithm 1} | given: use_focus=True, factored=False
+use_speed=True | SPEED: d by the signs of the progress alone. When d does not grow.
+  | source: 1.9.0
+use_speed="relative" | 2.0.1's SPEED: d by the average progress. When d does not grow, or for several
+  networks.
+  | source: 2.0.1
+prodigy_steps=N | Freezes d at the N-th step, and frees its state. When d never stops growing.
+  | source: 2.0.1; {2409.20325} | given: prodigy_steps=2
+slice_p=1 | Prodigy's statistics of every element, not of every 11th. For very small models.
+  | source: prodigyopt 1.1.2
+split_groups=False | One d for all groups, as in Prodigy itself. When groups are parts of one network.
+  | source: prodigyopt 1.1.2
+split_groups_mean=False | Each group moves by its own d, not by their harmonic mean. For several networks.
+  | source: 2.0.1
+"""
+
+NUMBERS = """
+lr | Multiplies the step size. Leave it, or let a schedule move it.
+  | given: lr=0.5
+betas | β1, weight of the average in the training weights, or first moment's decay; β2, the second's.
+  | given: betas=(0.95, 0.999)
+beta3 | Decay of Prodigy's statistics; None: sqrt(β2).
+  | given: beta3=0.9
+beta4 | 0: d never shrinks. Above: d is a running average with this decay; None: with β2.
+  | given: beta4=None
+d0 | The first d. Raise it if d takes long to start to grow.
+  | given: d0=1e-05
+d_coef | Multiplies the estimate of d: 0.5 for smaller steps, 2 for larger.
+  | given: d_coef=2.0
+d_limiter | Lets d grow by at most 2^¼ a step, times a d_coef above 1.
+  | given: d_limiter=False
+weight_decay | Decoupled, taken at the training weights.
+  | given: weight_decay=0.1
+weight_decay_by_lr | Multiplies the decay with the step size. If False, choose a far smaller decay.
+  | given: weight_decay_by_lr=False | beside: weight_decay=0.1
+schedulefree_c | Above 0: a step's weight in the average is multiplied with (1−β1) times this, and up to 1.
+  | given: schedulefree_c=8.0
+warmup_steps | Lets the step size grow linearly over so many steps. Prodigy's own growth is one already.
+  | given: warmup_steps=10
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
     """What is told of a setting of an option, and what it is measured with; the option comes first."""
 
     given: Mapping[str, Any]
     what: str
-    source: str = ""
-    dtype: torch.dtype = torch.float32
-    beside: tuple[tuple[str, Any], ...] = ()  # what is set as well, also where it is compared with
-    passes: str = ""  # what to say of passes where they cannot be counted, and nothing else changes
+    source: str
+    dtype: torch.dtype
+    beside: Mapping[str, Any]
+    passes: str
 
 
-def arxiv(number: str, place: str = "") -> str:
-    """A link to a paper, and where in it."""
-    return f"[{number}](https://arxiv.org/abs/{number}){place and ', ' + place}"
+def told(texts: str) -> dict[str, Told]:
+    """What rows say, by their names."""
+    found = {}
+    for line in texts.strip().replace("\n  ", " ").splitlines():
+        name, what, *others = line.split(" | ")
+        said = dict(other.split(": ", 1) for other in others)
+        found[name] = Told(
+            given=settings(said.get("given", name.partition(" (")[0])),
+            what=what,
+            source=linked(said.get("source", "")),
+            dtype=torch.bfloat16 if "dtype" in said else torch.float32,
+            beside=settings(said.get("beside", "")),
+            passes=said.get("passes", ""),
+        )
+    return found
 
 
-PRODIGY = arxiv("2306.06101")
-PUBLISHED = "2.0.1"
-TUTORIAL = "https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
+def settings(arguments: str) -> dict[str, Any]:
+    """Options, as they stand in a call."""
+    call = ast.parse(f"options({arguments})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {its.arg: ast.literal_eval(its.value) for its in call.keywords if its.arg is not None}
 
-MUON = f"[blog](https://kellerjordan.github.io/posts/muon), {arxiv('2505.16932')}"
 
-CHOICES: dict[str, Told] = {
-    'step_size="balance"': Told(
-        given={"step_size": "balance"},
-        what="A step size from Schedule-Free's equilibrium. The first to try: [research.md](research.md).",
-        source="here",
-    ),
-    "use_schedulefree=False": Told(
-        given={"use_schedulefree": False},
-        what="Adam's first moment in place of Schedule-Free's average. When you bring a schedule.",
-        source=f"on: {arxiv('2405.15682')}",
-    ),
-    "factored=False": Told(
-        given={"factored": False},
-        what="A second moment for every element. When factors train worse.",
-        source=f"on: {arxiv('1804.04235', 'eq. 4')}",
-    ),
-    "factored_fp32=False": Told(
-        given={"factored_fp32": False},
-        what="The factors in the gradient's dtype. For bfloat16, when the last bytes count.",
-        source=PUBLISHED,
-        dtype=torch.bfloat16,
-    ),
-    "stochastic_rounding=False": Told(
-        given={"stochastic_rounding": False},
-        what="Rounds to nearest: faster, but steps below a weight's last bit are lost. To compare with.",
-        source=PUBLISHED,
-        dtype=torch.bfloat16,
-    ),
-    "bfloat16_z=True": Told(
-        given={"bfloat16_z": True},
-        what="z as its distance from y, in bfloat16. When state matters: [performance.md](performance.md).",
-        source="here",
-    ),
-    "compile=True": Told(
-        given={"compile": True},
-        what="The defaults' passes through `torch.compile`. On devices: [performance.md](performance.md).",
-        source="here",
-        passes="two, compiled",
-    ),
-    "fused=False": Told(
-        given={"fused": False},
-        what="Operator by operator on a GPU, where else kernels move a group. To compare with.",
-        source="here",
-    ),
-    "fused_back_pass=True": Told(
-        given={"fused_back_pass": True},
-        what="Moves weights within the backward pass. When gradients do not fit: [fused.md](fused.md).",
-        source=f"[tutorial]({TUTORIAL})",
-    ),
-    "use_stableadamw=False": Told(
-        given={"use_stableadamw": False},
-        what="No scaling down of large updates. When you clip gradients yourself, or d stays small.",
-        source=f"on: {arxiv('2304.13013')}",
-    ),
-    "eps=None": Told(
-        given={"eps": None, "use_stableadamw": False},
-        what="Adam-atan2: bounded updates without an epsilon. When gradients may be as small as `eps`.",
-        source=arxiv("2407.05872", "eq. 34"),
-    ),
-    "use_bias_correction=True": Told(
-        given={"use_bias_correction": True},
-        what="RAdam's warm-up. When the first steps do harm; d then starts to grow later.",
-        source=arxiv("1908.03265", "algorithm 2"),
-    ),
-    "use_adopt=True": Told(
-        given={"use_adopt": True},
-        what="Normalises a gradient by those before it, to converge with any β2. When Adam does not.",
-        source=arxiv("2411.02853"),
-    ),
-    "use_cautious=True": Told(
-        given={"use_cautious": True},
-        what="Drops what of a move disagrees with its gradient, scales up the rest. To try for speed.",
-        source=arxiv("2411.16085", "algorithm 1"),
-    ),
-    "use_grams=True": Told(
-        given={"use_grams": True},
-        what="A move's magnitudes with its gradient's signs. To try instead of Cautious.",
-        source=arxiv("2412.17107", "algorithm 1"),
-    ),
-    "use_orthograd=True": Told(
-        given={"use_orthograd": True},
-        what="Leaves out of an update what only scales the weights. Against overfitting.",
-        source=arxiv("2501.04697", "eq. 9"),
-    ),
-    "use_muon_pp=True": Told(
-        given={"use_muon_pp": True},
-        what="Muon: matrices by their whole gradient, orthogonalised. For hidden ones: [muon.md](muon.md).",
-        source=MUON,
-    ),
-    "muon_fp32=True (with Muon)": Told(
-        given={"muon_fp32": True},
-        what="Orthogonalises in float32, and sends it. To compare with.",
-        beside=(("use_muon_pp", True),),
-    ),
-    "muon_quintic=True (with Muon)": Told(
-        given={"muon_quintic": True},
-        what="The first Muon's polynomial, not Polar Express's. To compare with.",
-        source=MUON,
-        beside=(("use_muon_pp", True),),
-    ),
-    "muon_batched=True (with Muon)": Told(
-        given={"muon_batched": True},
-        what="Tensors of three or more dimensions are batches of matrices. For experts.",
-        beside=(("use_muon_pp", True),),
-    ),
-    "use_focus=True": Told(
-        given={"use_focus": True, "factored": False},
-        what="The gradient's sign, and a pull on the weights (see below). When gradients are noisy.",
-        source=arxiv("2501.12243", "algorithm 1"),
-    ),
-    "use_speed=True": Told(
-        given={"use_speed": True},
-        what="SPEED: d by the signs of the progress alone. When d does not grow.",
-        source="1.9.0",
-    ),
-    'use_speed="relative"': Told(
-        given={"use_speed": "relative"},
-        what="2.0.1's SPEED: d by the average progress. When d does not grow, or for several networks.",
-        source=PUBLISHED,
-    ),
-    "prodigy_steps=N": Told(
-        given={"prodigy_steps": 2},
-        what="Freezes d at the N-th step, and frees its state. When d never stops growing.",
-        source=f"{PUBLISHED}; {arxiv('2409.20325')}",
-    ),
-    "slice_p=1": Told(
-        given={"slice_p": 1},
-        what="Prodigy's statistics of every element, not of every 11th. For very small models.",
-        source="prodigyopt 1.1.2",
-    ),
-    "split_groups=False": Told(
-        given={"split_groups": False},
-        what="One d for all groups, as in Prodigy itself. When groups are parts of one network.",
-        source="prodigyopt 1.1.2",
-    ),
-    "split_groups_mean=False": Told(
-        given={"split_groups_mean": False},
-        what="Each group moves by its own d, not by their harmonic mean. For several networks.",
-        source=PUBLISHED,
-    ),
-}
-
-NUMBERS: dict[str, Told] = {
-    "lr": Told(given={"lr": 0.5}, what="Multiplies the step size. Leave it, or let a schedule move it."),
-    "betas": Told(
-        given={"betas": (0.95, 0.999)},
-        what="β1, weight of the average in the training weights, or first moment's decay; β2, the second's.",
-    ),
-    "beta3": Told(given={"beta3": 0.9}, what="Decay of Prodigy's statistics; None: sqrt(β2)."),
-    "beta4": Told(
-        given={"beta4": None},
-        what="0: d never shrinks. Above: d is a running average with this decay; None: with β2.",
-    ),
-    "d0": Told(given={"d0": 1e-5}, what="The first d. Raise it if d takes long to start to grow."),
-    "d_coef": Told(
-        given={"d_coef": 2.0}, what="Multiplies the estimate of d: 0.5 for smaller steps, 2 for larger."
-    ),
-    "d_limiter": Told(
-        given={"d_limiter": False}, what="Lets d grow by at most 2^¼ a step, times a d_coef above 1."
-    ),
-    "weight_decay": Told(given={"weight_decay": 0.1}, what="Decoupled, taken at the training weights."),
-    "weight_decay_by_lr": Told(
-        given={"weight_decay_by_lr": False},
-        what="Multiplies the decay with the step size. If False, choose a far smaller decay.",
-        beside=(("weight_decay", 0.1),),
-    ),
-    "schedulefree_c": Told(
-        given={"schedulefree_c": 8.0},
-        what="Above 0: a step's weight in the average is multiplied with (1−β1) times this, and up to 1.",
-    ),
-    "warmup_steps": Told(
-        given={"warmup_steps": 10},
-        what="Lets the step size grow linearly over so many steps. Prodigy's own growth is one already.",
-    ),
-}
+def linked(text: str) -> str:
+    """A text whose numbers of papers in braces, with the place in them, are links."""
+    return re.sub(r"{([\d.]+)(.*?)}", r"[\1](https://arxiv.org/abs/\1)\2", text)
 
 
 def check_texts() -> None:
@@ -247,64 +178,12 @@ def check_texts() -> None:
         SystemExit: One is not, or is no option any more.
     """
     signature = set(inspect.signature(ProdigyPlusScheduleFree).parameters) - {"params"}
-    told = {next(iter(t.given)) for t in (*CHOICES.values(), *NUMBERS.values())}
-    if signature != told:
-        raise SystemExit(f"CHOICES and NUMBERS differ from the signature in {sorted(signature ^ told)}.")
+    names = {next(iter(its.given)) for its in (told(CHOICES) | told(NUMBERS)).values()}
+    if signature != names:
+        raise SystemExit(f"CHOICES and NUMBERS differ from the signature in {sorted(signature ^ names)}.")
 
 
 # ------------------------------------------------------------------------------------- measuring
-
-# Operations that write over their first argument without reading it.
-_OVERWRITING = ("copy_", "_foreach_copy_", "zero_", "fill_")
-
-
-class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes of the large tensors that operations read and write.
-
-    An operation reads each of its tensor arguments once and writes its results once; what it changes in place
-    it reads and writes. Views move nothing, and of an expanded tensor only its memory counts.
-
-    Args:
-        least: The number of elements from which on a tensor is large.
-    """
-
-    def __init__(self, least: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.moved = 0
-        self._least = least
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name, schema = func.overloadpacket.__name__, func._schema
-        fresh = [value.alias_info is None for value in schema.returns]
-        if any(value.alias_info and not value.alias_info.is_write for value in schema.returns):
-            return result  # a view
-        makes_only = name.startswith(("new_", "empty")) or name.endswith("_like")
-        for number, argument in enumerate(schema.arguments):
-            given = args[number] if number < len(args) else (kwargs or {}).get(argument.name)
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            overwritten = written and (argument.is_out or name in _OVERWRITING)
-            reads = not makes_only and not overwritten
-            self.moved += sum(map(self._size, tensors(given))) * (reads + written)
-        if not name.startswith(("empty", "new_empty")):
-            results = result if isinstance(result, tuple) else (result,)
-            made = [value for value, is_fresh in zip(results, fresh, strict=False) if is_fresh]
-            self.moved += sum(map(self._size, tensors(made)))
-        return result
-
-    def _size(self, tensor: Tensor) -> int:
-        dims = zip(tensor.shape, tensor.stride(), strict=True)
-        numel = math.prod(size for size, stride in dims if stride)
-        return numel * tensor.element_size() if numel >= self._least else 0
-
-
-def tensors(value: object) -> Iterator[Tensor]:
-    """The tensors in an argument or a result of an operation."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,19 +232,17 @@ def state_and_passes(make: Make, dtype: torch.dtype = torch.float32) -> tuple[fl
     def traffic(step: Callable[[], object] | None) -> int:
         weight.grad = None
         loss = (weight * toward).sum()
-        seen = Traffic(weight.numel() // SMALL)
-        with seen:
+        with Watch(note=functools.partial(moved, least=weight.numel() // SMALL)) as watch:
             loss.backward()  # type: ignore[no-untyped-call]
             if step:
                 step()
-        return seen.moved
+        return sum(watch.calls)
 
     backward = traffic(None)
     optimizer = make(weight)
     for _ in range(2):
         traffic(optimizer.step)
-    state = sum(tensor.nbytes for tensor in optimizer.state[weight].values() if tensor.ndim)
-    return state / weight.numel(), (traffic(optimizer.step) - backward) / weight.nbytes
+    return state_bytes(optimizer) / weight.numel(), (traffic(optimizer.step) - backward) / weight.nbytes
 
 
 def made_with(given: Mapping[str, Any]) -> Make:
@@ -382,7 +259,7 @@ def made_with(given: Mapping[str, Any]) -> Make:
 
 def all_reduces(given: Mapping[str, Any], bucket_bytes: int) -> int:
     """How many all-reduces the third step makes on two ranks under FSDP2, which makes none itself."""
-    with two_ranks():
+    with simulated(2):
         mesh = init_device_mesh("cpu", (2,))
         model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(LAYERS)))
         for module in (*model, model):
@@ -393,22 +270,11 @@ def all_reduces(given: Mapping[str, Any], bucket_bytes: int) -> int:
             optimizer.fuse_backward(model)
         for _ in range(3):
             loss = model(torch.ones(2, 8)).square().sum()
-            with CommDebugMode() as seen:  # type: ignore[no-untyped-call]
+            with Watch(note=collective) as watch:
                 loss.backward()
                 optimizer.step()
             optimizer.zero_grad()
-        counts: dict[object, int] = seen.get_comm_counts()
-        return sum(count for kind, count in counts.items() if "allreduce" in str(kind))
-
-
-@contextmanager
-def two_ranks() -> Iterator[None]:
-    """A process group in which this process is one rank, and the other is not there."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        return sum(call is not None and call[0] == "all-reduce" for call in watch.calls)
 
 
 # ---------------------------------------------------------------------------------------- report
@@ -498,7 +364,7 @@ def compared(told: Told) -> list[Cost]:
         return [Cost(0, 0, 0, 0)]
     if {"use_schedulefree", "step_size"} & told.given.keys():
         return [cost(told.dtype, **told.given) - cost(told.dtype)]
-    bases: tuple[dict[str, Any], ...] = dict(told.beside), {**dict(told.beside), "use_schedulefree": False}
+    bases: tuple[dict[str, Any], ...] = {**told.beside}, {**told.beside, "use_schedulefree": False}
     return [cost(told.dtype, **base, **told.given) - cost(told.dtype, **base) for base in bases]
 
 
@@ -519,79 +385,54 @@ def more_reduces(c: Cost) -> str:
     return f"{more(c.reduces, '+d')}{further}"
 
 
-def default_row(name: str, dtype: torch.dtype) -> str:
-    """A line of the first table, of the defaults."""
-    costs = [cost(dtype), cost(dtype, use_schedulefree=False)]
-    return (
-        f"| {name} | | {PRODIGY}, {arxiv('2405.15682')} "
-        f"| {both(f'{c.state:.3g}' for c in costs)} | {both(f'{c.passes:.1f}' for c in costs)} "
-        f"| {both(f'{c.reduces}, {c.further:.3g} a bucket' for c in costs)} |"
-    )
+def choices() -> Iterator[list[str]]:
+    """The lines of the first table."""
+    for name, dtype in (("the defaults", torch.float32), ("the defaults (bfloat16)", torch.bfloat16)):
+        costs = [cost(dtype), cost(dtype, use_schedulefree=False)]
+        state, passes = both(f"{c.state:.3g}" for c in costs), both(f"{c.passes:.1f}" for c in costs)
+        reduces = both(f"{c.reduces}, {c.further:.3g} a bucket" for c in costs)
+        yield [name, "", linked("{2306.06101}, {2405.15682}"), state, passes, reduces]
+    for name, its in told(CHOICES).items():
+        costs = compared(its)
+        bfloat16 = " (bfloat16)" if its.dtype == torch.bfloat16 else ""
+        state = both(more(c.state, "+.3g") for c in costs)
+        passes = its.passes or both(more(c.passes, "+.1f") for c in costs)
+        yield [f"`{name}`{bfloat16}", its.what, its.source, state, passes, both(map(more_reduces, costs))]
 
 
-def choice_row(name: str, told: Told) -> str:
-    """A line of the first table."""
-    costs = compared(told)
-    bfloat16 = " (bfloat16)" if told.dtype == torch.bfloat16 else ""
-    return (
-        f"| `{name}`{bfloat16} | {told.what} | {told.source} "
-        f"| {both(more(c.state, '+.3g') for c in costs)} "
-        f"| {told.passes or both(more(c.passes, '+.1f') for c in costs)} "
-        f"| {both(map(more_reduces, costs))} |"
-    )
-
-
-def number_row(name: str, told: Told) -> str:
-    """A line of the second table.
+def numbers() -> Iterator[list[str]]:
+    """The lines of the second table.
 
     Raises:
-        SystemExit: The option costs something that the table has no column for.
+        SystemExit: An option costs something that the table has no column for.
     """
-    costs = compared(told)
-    if any(c.state or c.reduces or c.further for c in costs):
-        raise SystemExit(f"{name} costs more than passes: move it from NUMBERS to CHOICES.")
-    default = inspect.signature(ProdigyPlusScheduleFree).parameters[name].default
-    return f"| `{name}={default!r}` | {told.what} | {both(more(c.passes, '+.1f') for c in costs)} |"
+    for name, its in told(NUMBERS).items():
+        costs = compared(its)
+        if any(c.state or c.reduces or c.further for c in costs):
+            raise SystemExit(f"{name} costs more than passes: move it from NUMBERS to CHOICES.")
+        default = inspect.signature(ProdigyPlusScheduleFree).parameters[name].default
+        yield [f"`{name}={default!r}`", its.what, both(more(c.passes, "+.1f") for c in costs)]
 
 
-def page(command: str) -> Iterator[str]:
-    """The whole page, line by line."""
-    yield f"# Options\n\n    {command}\n\n{INTRODUCTION}\n"
-    yield "| option | what it does, and when to use it | source | state | passes | all-reduces |"
-    yield "|---|---|---|--:|--:|--:|"
-    yield default_row("the defaults", torch.float32)
-    yield default_row("the defaults (bfloat16)", torch.bfloat16)
-    for name, told in CHOICES.items():
-        yield choice_row(name, told)
-    state, passes = state_and_passes(lambda weight: torch.optim.AdamW([weight], foreach=True))
-    yield f"\nFor comparison, torch's AdamW keeps {state:.3g} bytes and makes {passes:.1f} passes (foreach)."
-    yield "\nThe numbers, which cost neither state nor all-reduces:\n"
-    yield "| option and default | what it does | passes |\n|---|---|--:|"
-    for name, told in NUMBERS.items():
-        yield number_row(name, told)
-    yield f"\n{NOTES}"
-    for _, _, note in package._EXCLUSIONS:
-        yield f"- {note}."
-    yield f"\n{DIFFERENT}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for options.md")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = parser.parse_args(arguments)
+    cli = parser(__doc__)
+    cli.add_argument("--out", type=Path, metavar="FOLDER", help="for options.md")
+    args = cli.parse_args()
     torch.set_num_threads(1)
     check_texts()
-    lines = []
-    for line in page(shlex.join(["python", "benchmarks/option_costs.py", *arguments])):
-        lines.append(line)
-        print(line, flush=True)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "options.md").write_text("\n".join(lines) + "\n")
+    page = Page("Options", args.out)
+    page.tell(f"{INTRODUCTION}\n")
+    columns = "option | what it does, and when to use it | source | state: | passes: | all-reduces:"
+    page.table(columns, choices())
+    state, passes = state_and_passes(lambda weight: torch.optim.AdamW([weight], foreach=True))
+    page.tell(
+        f"\nFor comparison, torch's AdamW keeps {state:.3g} bytes and makes {passes:.1f} passes (foreach).",
+        "\nThe numbers, which cost neither state nor all-reduces:\n",
+    )
+    page.table("option and default | what it does | passes:", numbers())
+    page.tell(f"\n{NOTES}", *(f"- {note}." for _, _, note in package._EXCLUSIONS), f"\n{DIFFERENT}")
+    page.save("options.md")
 
 
 if __name__ == "__main__":

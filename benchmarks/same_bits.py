@@ -16,12 +16,10 @@ optimiser is saved and loaded into a new one.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import hashlib
 import itertools
-import json
 import logging
 import math
 import os
@@ -34,12 +32,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from harness import ROOT
+from harness.tables import parser
+from harness.workers import WorkerError, on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -48,14 +48,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
+import option_table as table  # isort: skip  # of this checkout: harness knows where
+
 if TYPE_CHECKING:  # what starts the processes runs also where a checkout does not
     from prodigyplus import ProdigyPlusScheduleFree
 
-HERE = Path(__file__).resolve()
-sys.path.append(str(HERE.parents[1] / "tests"))  # at the end: the packages are to be those of a checkout
-import option_table as table  # noqa: E402
-
 LONGEST = 1200  # seconds that the processes of one checkout may take
+BROKEN = 3  # what a process ends with that has failed within a case
 
 SHAPES = ((48, 33), (48, 33), (60,), (60,), (), (12, 4, 3, 5), (0, 7), (40, 1, 37), (300, 260))
 SMALL_SHAPES = ((16, 11), (16, 11), (20,), (20,), (), (6, 4, 3, 5), (0, 7), (10, 1, 9), (35, 24))
@@ -367,28 +366,20 @@ def groups_of(parameters: Sequence[nn.Parameter], options: Options) -> list[dict
     return [{"params": list(parameters)}]
 
 
-def optimizer_of(groups: Any, options: Options, **others: Any) -> ProdigyPlusScheduleFree:
-    """The optimiser of one process."""
+def optimizer_of(
+    groups: Any, options: Options, *, sharded: bool = False, **others: Any
+) -> ProdigyPlusScheduleFree:
+    """The optimiser of one process, or of sharded parameters."""
     from prodigyplus import ProdigyPlusScheduleFree
-
-    return ProdigyPlusScheduleFree(groups, **copied({**LARGE, **options, **others}))
-
-
-def sharded_optimizer_of(groups: Any, options: Options, **others: Any) -> ProdigyPlusScheduleFree:
-    """The optimiser of sharded parameters."""
     from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
-    return ShardedProdigyPlusScheduleFree(groups, **copied({**LARGE, **options, **others}))
+    kind = ShardedProdigyPlusScheduleFree if sharded else ProdigyPlusScheduleFree
+    return kind(groups, **copied({**LARGE, **options, **others}))
 
 
 def copied(options: Options) -> dict[str, Any]:
     """Options whose tensors are not another optimiser's."""
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
-
-
-def made(options: Options) -> Make:
-    """What makes the optimiser of one process with these options."""
-    return lambda model, parameters, step: optimizer_of(groups_of(parameters, options), options)
 
 
 # ------------------------------------------------------------------------------------------ cases
@@ -404,11 +395,42 @@ class Case:
     compiles: bool = False
 
 
-def dtype_in_turn(number: int, options: Options) -> torch.dtype:
+def made(options: Options, *, sharded: bool = False, others: Options | None = None) -> Make:
+    """What makes the optimiser with these options; what it shares among all processes is told by ``True``."""
+
+    def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
+        given = {name: dist.group.WORLD if value is True else value for name, value in (others or {}).items()}
+        return optimizer_of(groups_of(parameters, options), options, sharded=sharded, **given)
+
+    return make
+
+
+def of_groups(kinds: Sequence[Options], options: Options, *, sharded: bool = False) -> Make:
+    """What makes an optimiser of groups that differ."""
+    return lambda model, parameters, step: optimizer_of(several(parameters, kinds), options, sharded=sharded)
+
+
+def each(
+    kind: str,
+    chosen: Iterable[Options],
+    dtypes: Sequence[torch.dtype] | None = (FLOAT32, BFLOAT16),
+    make: Callable[[Options], Make] = made,
+    **how: Any,
+) -> Iterator[Case]:
+    """A case for each of some options, in each of some dtypes; in float32, without saying so, for None."""
+    for options in chosen:
+        for dtype in dtypes or (FLOAT32,):
+            width = f"{WIDTHS[dtype]} " if dtypes else ""
+            play = Play(make=make(options), dtype=dtype, **{"shapes": SMALL_SHAPES, **how})
+            name = f"{kind} {width}{table.text_of(options)}".strip()
+            yield Case(name, play, compiles="compiled" in kind)
+
+
+def dtype_in_turn(number: int, options: Options) -> Sequence[torch.dtype]:
     """One of two dtypes, where an option is not of one of them alone."""
     if "stochastic_rounding" in options:
-        return BFLOAT16
-    return FLOAT32 if number % 2 or "bfloat16_z" in options else BFLOAT16
+        return (BFLOAT16,)
+    return (FLOAT32,) if number % 2 or "bfloat16_z" in options else (BFLOAT16,)
 
 
 def tables() -> Iterator[Case]:
@@ -417,43 +439,31 @@ def tables() -> Iterator[Case]:
     for number, options in enumerate(ALONE):
         # Large matrices are orthogonalised slowly in bfloat16.
         shapes = SMALL_SHAPES if options.get("use_muon_pp") else SHAPES
-        for dtype in WIDTHS if number <= len(SETTINGS) else (FLOAT32, BFLOAT16):
-            yield Case(
-                f"{WIDTHS[dtype]} {table.text_of(options)}",
-                Play(make=made(options), dtype=dtype, shapes=shapes),
-            )
+        yield from each("", [options], list(WIDTHS)[: 3 if number <= len(SETTINGS) else 2], shapes=shapes)
     for number, options in enumerate(TOGETHER):
-        dtype = dtype_in_turn(number, options)
-        play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES)
-        yield Case(f"{WIDTHS[dtype]} {table.text_of(options)}", play)
+        yield from each("", [options], dtype_in_turn(number, options))
     for number, (one, other) in enumerate(itertools.combinations(SETTINGS, 2)):
         both = merged(one, other)
         if not one.keys() & other.keys() and both not in TOGETHER:
-            dtype = dtype_in_turn(number, both)
-            play = Play(make=made(both), dtype=dtype, shapes=SMALL_SHAPES)
-            yield Case(f"pair {WIDTHS[dtype]} {table.text_of(both)}", play)
+            yield from each("pair", [both], dtype_in_turn(number, both))
+    # In which the step size moves late.
     slow: tuple[Options, ...] = (SPEED, {**SPEED, **ADAM}, {"use_bias_correction": True}, RADAM, FOCUS, MUON)
-    for options in slow:  # in which the step size moves late
-        for dtype in (FLOAT32, BFLOAT16):
-            play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, steps=24)
-            yield Case(f"longer {WIDTHS[dtype]} {table.text_of(options)}", play)
-    muon = {**MUON, "muon_fp32": True}
-    for options in ({}, ADAM, HALF_Z, ADOPT, {**FOCUS, **ORTHOGRAD}, {**CAUTIOUS, **DECAY}, RELATIVE, muon):
-        play = Play(make=made(options), shapes=LARGE_SHAPES, steps=7)
-        yield Case(f"large {table.text_of(options)}", play)
-    for options in ({}, ADAM, ADOPT, NARROW, {**MUON, **CAUTIOUS}):
-        play = Play(make=made(options), shapes=SMALL_SHAPES, grad_dtype=BFLOAT16)
-        yield Case(f"gradients in bfloat16 {table.text_of(options)}", play)
-    for options in ({}, ADAM, HALF_Z, FREEZES, RADAM):
-        for dtype in (FLOAT32, BFLOAT16):
-            play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, in_eval=True)
-            yield Case(f"saved in eval {WIDTHS[dtype]} {table.text_of(options)}", play)
+    yield from each("longer", slow, steps=24)
+    large: list[Options] = [{}, ADAM, HALF_Z, ADOPT, RELATIVE, {**MUON, "muon_fp32": True}]
+    large += [{**FOCUS, **ORTHOGRAD}, {**CAUTIOUS, **DECAY}]
+    yield from each("large", large, None, shapes=LARGE_SHAPES)
+    half: tuple[Options, ...] = ({}, ADAM, ADOPT, NARROW, {**MUON, **CAUTIOUS})
+    yield from each("gradients in bfloat16", half, None, grad_dtype=BFLOAT16)
+    yield from each("saved in eval", ({}, ADAM, HALF_Z, FREEZES, RADAM), in_eval=True)
     for options in COMPILED:  # each kind and each number of dimensions is compiled for itself
         shapes = COMPILED_SHAPES if options == {} else COMPILED_SHAPES[1:3]
-        play = Play(make=made({**options, "compile": True}), shapes=shapes)
-        yield Case(f"compiled {table.text_of(options)}", play, compiles=True)
-    play = Play(make=made({**DECAY, "compile": True}), shapes=COMPILED_SHAPES[1:3], dtype=BFLOAT16)
-    yield Case(f"compiled bfloat16 {table.text_of(DECAY)}", play, compiles=True)
+        yield from each("compiled", [options], None, compiled, shapes=shapes)
+    yield from each("compiled", [DECAY], (BFLOAT16,), compiled, shapes=COMPILED_SHAPES[1:3])
+
+
+def compiled(options: Options) -> Make:
+    """What makes the optimiser with these options, compiled."""
+    return made({**options, "compile": True})
 
 
 DIFFERENT: tuple[Options, ...] = (
@@ -465,7 +475,7 @@ DIFFERENT: tuple[Options, ...] = (
 )
 
 
-def several(parameters: Sequence[nn.Parameter], kinds: Sequence[Options] = DIFFERENT) -> list[dict[str, Any]]:
+def several(parameters: Sequence[nn.Parameter], kinds: Sequence[Options]) -> list[dict[str, Any]]:
     """Groups that differ, of all parameters in turn."""
     count = len(kinds)
     return [{"params": list(parameters[i::count]), **options} for i, options in enumerate(kinds)]
@@ -482,76 +492,56 @@ def groups() -> Iterator[Case]:
     pooled: Options = {"split_groups": False}
     mixed: tuple[Options, ...] = ({}, pooled, {"split_groups_mean": False}, pooled, DECAY)
     for dtype, width in list(WIDTHS.items())[:2]:
+        play = functools.partial(Play, dtype=dtype, shapes=SMALL_SHAPES)
         for name, how in shared.items():
             for d, numbers in {"": {}, " growing": growing}.items():
-                make = functools.partial(make_different, options={**how, **numbers})
-                play = Play(make=make, dtype=dtype, shapes=SMALL_SHAPES, steps=40 if d else 12)
-                yield Case(f"groups {name}{d} {width}", play)
-
-        def make_mixed(
-            model: nn.Module, parameters: list[nn.Parameter], step: int
-        ) -> ProdigyPlusScheduleFree:
-            return optimizer_of(several(parameters, mixed), {})
-
-        yield Case(
-            f"groups of all kinds {width}", Play(make=make_mixed, dtype=dtype, shapes=SMALL_SHAPES, steps=15)
-        )
+                make = of_groups(DIFFERENT, {**how, **numbers})
+                yield Case(f"groups {name}{d} {width}", play(make=make, steps=40 if d else 12))
+        yield Case(f"groups of all kinds {width}", play(make=of_groups(mixed, {}), steps=15))
         for name, how in shared.items():
-            yield Case(f"groups {name}, one late {width}", late_group(how, dtype))
-            yield Case(f"groups {name}, one frozen {width}", frozen_group(how, dtype))
-        for options in ({}, ADAM, HALF_Z, RADAM):
-            yield Case(f"schedule {width} {table.text_of(options)}", scheduled(options, dtype))
-            play = Play(
-                make=made(options), dtype=dtype, shapes=SMALL_SHAPES, lacks=lambda n, step: step < 2 * (n % 4)
-            )
-            yield Case(f"gradients that come late {width} {table.text_of(options)}", play)
+            late, add = late_group(how)
+            yield Case(f"groups {name}, one late {width}", play(make=late, between=add, steps=12))
+            make = of_groups(({}, DECAY, {"lr": 0.5}), how)
+            yield Case(f"groups {name}, one frozen {width}", play(make=make, between=freeze, steps=12))
+        chosen: tuple[Options, ...] = ({}, ADAM, HALF_Z, RADAM)
+        one_and_other = functools.partial(of_groups, ({}, DECAY))
+        yield from each("schedule", chosen, (dtype,), one_and_other, between=schedule, steps=13)
+        yield from each("gradients that come late", chosen, (dtype,), lacks=lacks_at_first)
 
 
-def late_group(options: Options, dtype: torch.dtype) -> Play:
-    """A group that is added before step 4."""
-
-    def added(parameters: list[nn.Parameter]) -> dict[str, Any]:
-        return {"params": parameters[5:], "lr": 0.5, **DECAY}
+def late_group(options: Options) -> tuple[Make, Between]:
+    """A group that is added before step 4: what makes the optimiser, and what adds the group."""
 
     def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
         optimizer = optimizer_of(parameters[:5], options)
         if step > 4:
-            optimizer.add_param_group(added(parameters))
+            add(4, optimizer, parameters)
         return optimizer
 
-    def between(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
+    def add(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
         if step == 4:
-            optimizer.add_param_group(added(parameters))
+            optimizer.add_param_group({"params": parameters[5:], "lr": 0.5, **DECAY})
 
-    return Play(make=make, dtype=dtype, between=between, shapes=SMALL_SHAPES, steps=12)
-
-
-def frozen_group(options: Options, dtype: torch.dtype) -> Play:
-    """A group that is trained from step 4 on, and another until then."""
-
-    def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
-        return optimizer_of(several(parameters, ({}, DECAY, {"lr": 0.5})), options)
-
-    def between(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
-        for number, p in enumerate(parameters):
-            p.requires_grad_(number % 3 != (1 if step < 4 else 2))
-
-    return Play(make=make, dtype=dtype, between=between, shapes=SMALL_SHAPES, steps=12)
+    return make, add
 
 
-def scheduled(options: Options, dtype: torch.dtype) -> Play:
-    """Options that move in a run: a warm-up from zero, a pause, β1, and a step size that freezes."""
+def lacks_at_first(number: int, step: int) -> bool:
+    """Gradients come late, later for some parameters than for others."""
+    return step < 2 * (number % 4)
 
-    def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
-        return optimizer_of(several(parameters, ({}, DECAY)), options)
 
-    def between(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = (0.0, 0.25, 0.5, 1.0, 1.0, 0.0, 1.0, 0.5, 0.5)[min(step, 8)]
-            group["betas"] = (0.9 if step < 7 else 0.95, 0.95)
-            group["prodigy_steps"] = 10 if step > 6 else 0
+def freeze(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
+    """Train a group from step 4 on, and another until then."""
+    for number, p in enumerate(parameters):
+        p.requires_grad_(number % 3 != (1 if step < 4 else 2))
 
-    return Play(make=make, dtype=dtype, between=between, shapes=SMALL_SHAPES, steps=13)
+
+def schedule(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
+    """Move options: a warm-up from zero, a pause, β1, and a step size that freezes."""
+    for group in optimizer.param_groups:
+        group["lr"] = (0.0, 0.25, 0.5, 1.0, 1.0, 0.0, 1.0, 0.5, 0.5)[min(step, 8)]
+        group["betas"] = (0.9 if step < 7 else 0.95, 0.95)
+        group["prodigy_steps"] = 10 if step > 6 else 0
 
 
 class Small(nn.Module):
@@ -612,59 +602,59 @@ def train_model(
     note_end(record, model, optimizer)
 
 
+def play_small(record: Record, options: Options, dtype: torch.dtype, muon: bool) -> None:
+    """Train a model on one process."""
+    from prodigyplus import muon_groups
+
+    model = Small().to(dtype)
+    if muon:
+        record.note("groups", [sorted(its) for its in muon_groups(model)])
+    optimizer = optimizer_of(muon_groups(model) if muon else model.named_parameters(), options)
+    if options.get("fused_back_pass"):
+        optimizer.fuse_backward(model)
+    train_model(record, model, model, optimizer)
+
+
 def models() -> Iterator[Case]:
     """Models with gradients of their own, on one process."""
-
-    def with_muon_groups(record: Record, options: Options, dtype: torch.dtype) -> None:
-        from prodigyplus import muon_groups
-
-        model = Small().to(dtype)
-        record.note("groups", [sorted(its) for its in muon_groups(model)])
-        optimizer = optimizer_of(muon_groups(model), options)
-        if options.get("fused_back_pass"):
-            optimizer.fuse_backward(model)
-        train_model(record, model, model, optimizer)
-
-    def named(record: Record, options: Options, dtype: torch.dtype) -> None:
-        model = Small().to(dtype)
-        optimizer = optimizer_of(model.named_parameters(), options)
-        if options.get("fused_back_pass"):
-            optimizer.fuse_backward(model)
-        train_model(record, model, model, optimizer)
-
     fused: Options = {"fused_back_pass": True}
-    kinds: list[Options] = [{}, ADAM, {**HALF_Z, **CAUTIOUS}, fused]
-    kinds += [{**fused, **ADOPT}, {**fused, **ADAM, **GRAMS}]
-    for dtype, width in list(WIDTHS.items())[:2]:
-        for options in kinds:
-            muon = functools.partial(with_muon_groups, options=options, dtype=dtype)
-            yield Case(f"model with muon_groups {width} {table.text_of(options)}", muon)
-            plain = functools.partial(named, options=options, dtype=dtype)
-            yield Case(f"model {width} {table.text_of(options)}", plain)
+    kinds: list[Options] = [
+        {},
+        ADAM,
+        {**HALF_Z, **CAUTIOUS},
+        fused,
+        {**fused, **ADOPT},
+        {**fused, **ADAM, **GRAMS},
+    ]
+    for (dtype, width), options in itertools.product(list(WIDTHS.items())[:2], kinds):
+        for muon in (True, False):
+            play = functools.partial(play_small, options=options, dtype=dtype, muon=muon)
+            yield Case(f"model {'with muon_groups ' * muon}{width} {table.text_of(options)}", play)
 
 
 def fused() -> Iterator[Case]:
     """Steps within the backward pass."""
     kinds = (*SETTINGS, {"eps": None}, {**CAUTIOUS, **HALF_Z, **DECAY}, {**ADAM, **ADOPT, **ORTHOGRAD})
     for number, options in enumerate(({}, *kinds)):
-        for dtype in (dtype_in_turn(number, options),) if number > 2 else (FLOAT32, BFLOAT16):
-            for every in (True, False):
-                if every or options in ({}, ADAM, MUON, RELATIVE):
-                    kind = f"{'fused' if every else 'fused in part'} {WIDTHS[dtype]} {table.text_of(options)}"
-                    make = functools.partial(make_fused, options=options, every=every)
-                    yield Case(kind, Play(make=make, dtype=dtype, shapes=SMALL_SHAPES, in_backward=True))
+        dtypes = dtype_in_turn(number, options) if number > 2 else (FLOAT32, BFLOAT16)
+        yield from each("fused", [options], dtypes, made_fused, in_backward=True)
+        if options in ({}, ADAM, MUON, RELATIVE):
+            in_part = functools.partial(made_fused, every=False)
+            yield from each("fused in part", [options], dtypes, in_part, in_backward=True)
 
 
-def make_fused(
-    model: nn.Module, parameters: list[nn.Parameter], step: int, options: Options, every: bool
-) -> ProdigyPlusScheduleFree:
-    """An optimiser that moves parameters, or those of its first group alone, in the backward pass."""
-    parts = groups_of(parameters, options) if every else groups_of(parameters[::2], options)
-    if not every:
-        parts.append({"params": parameters[1::2], "fused_back_pass": False, "use_muon_pp": False})
-    optimizer = optimizer_of(parts, options, fused_back_pass=True)
-    optimizer.fuse_backward(model)
-    return optimizer
+def made_fused(options: Options, every: bool = True) -> Make:
+    """What moves parameters, or those of its first group alone, in the backward pass."""
+
+    def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
+        parts = groups_of(parameters if every else parameters[::2], options)
+        if not every:
+            parts.append({"params": parameters[1::2], "fused_back_pass": False, "use_muon_pp": False})
+        optimizer = optimizer_of(parts, options, fused_back_pass=True)
+        optimizer.fuse_backward(model)
+        return optimizer
+
+    return make
 
 
 def clamped(w: Tensor) -> None:
@@ -678,37 +668,24 @@ def unit_rows(w: Tensor) -> Tensor:
     return w / norms.clamp(min=1e-6)
 
 
-def make_held(
-    model: nn.Module, parameters: list[nn.Parameter], step: int, options: Options, sharded: bool = False
-) -> ProdigyPlusScheduleFree:
-    """An optimiser that holds some parameters in sets."""
-    optimizer = (sharded_optimizer_of if sharded else optimizer_of)(groups_of(parameters, options), options)
-    optimizer.constrain([parameters[0], parameters[2], parameters[4]], clamped)
-    if not sharded:
-        optimizer.constrain(parameters[-1], unit_rows)
-    return optimizer
+def made_held(options: Options, *, sharded: bool = False) -> Make:
+    """What holds some parameters in sets."""
+
+    def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
+        optimizer = made(options, sharded=sharded)(model, parameters, step)
+        optimizer.constrain([parameters[0], parameters[2], parameters[4]], clamped)
+        if not sharded:
+            optimizer.constrain(parameters[-1], unit_rows)
+        return optimizer
+
+    return make
 
 
 def held() -> Iterator[Case]:
     """Weights that are held in sets."""
-    for options in (
-        {},
-        ADAM,
-        HALF_Z,
-        {**CAUTIOUS, **DECAY},
-        MUON,
-        {**ADAM, **GRAMS},
-        FOCUS,
-        RELATIVE,
-        ATAN2,
-        RADAM,
-    ):
-        for dtype in (FLOAT32, BFLOAT16):
-            make = functools.partial(make_held, options=options)
-            yield Case(
-                f"held {WIDTHS[dtype]} {table.text_of(options)}",
-                Play(make=make, dtype=dtype, shapes=SMALL_SHAPES, in_eval=True),
-            )
+    chosen: list[Options] = [{}, ADAM, HALF_Z, MUON, FOCUS, RELATIVE, ATAN2, RADAM]
+    chosen += [{**CAUTIOUS, **DECAY}, {**ADAM, **GRAMS}]
+    yield from each("held", chosen, make=made_held, in_eval=True)
 
 
 def odd() -> Iterator[Case]:
@@ -717,26 +694,13 @@ def odd() -> Iterator[Case]:
     def transposed(number: int, tensor: Tensor) -> Tensor:
         return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
 
-    def without_any(number: int, step: int) -> bool:
-        return step in (0, 3)
-
     of_any: tuple[Options, ...] = ({}, ADAM, MUON, HALF_Z, {**ADOPT, **CAUTIOUS}, FOCUS)
+    yield from each("strided", of_any, place=transposed)
+    yield from each("no gradients at all", of_any, lacks=lambda n, step: step in (0, 3))
     of_small: tuple[Options, ...] = ({}, ADAM, {**CAUTIOUS, **DECAY}, ADOPT, HALF_Z, ORTHOGRAD)
-    for options in of_any:
-        for dtype in (FLOAT32, BFLOAT16):
-            what = f"{WIDTHS[dtype]} {table.text_of(options)}"
-            yield Case(
-                f"strided {what}",
-                Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, place=transposed),
-            )
-            play = Play(make=made(options), dtype=dtype, shapes=SMALL_SHAPES, lacks=without_any)
-            yield Case(f"no gradients at all {what}", play)
-    for shapes, name in ((((5,),) * 40 + ((4, 6),) * 30, "many of a shape"), (((0,), (0, 3)), "empty")):
-        for options in of_small:
-            yield Case(
-                f"{name} {table.text_of(options)}",
-                Play(make=made(options), shapes=shapes, lacks=lambda n, step: False),
-            )
+    many: Shapes = ((5,),) * 40 + ((4, 6),) * 30
+    yield from each("many of a shape", of_small, None, shapes=many, lacks=lacks_none)
+    yield from each("empty", of_small, None, shapes=((0,), (0, 3)), lacks=lacks_none)
 
 
 # ------------------------------------------------------------------------------------------ cases of meshes
@@ -800,6 +764,11 @@ def placed(sizes: tuple[int, ...], axes: Axes, plain: bool) -> Place:
     return place
 
 
+def lacks_none(number: int, step: int) -> bool:
+    """No parameter is without a gradient."""
+    return False
+
+
 def lacks_on_first(number: int, step: int) -> bool:
     """As on one process, and parameters 0 and 5 have a gradient on some ranks only."""
     return is_missing(number, step) or (step == 1 and number in (0, 5) and dist.get_rank() == 0)
@@ -810,71 +779,53 @@ def meshes() -> Iterator[Case]:
     for name, (sizes, axes, chosen) in MESHES.items():
         for number, options in enumerate(chosen):
             place = placed(sizes, axes, plain=number % 4 == 3)
-            make = functools.partial(make_sharded, options=options)
             dtype = BFLOAT16 if number % 3 == 1 and "bfloat16_z" not in options else FLOAT32
-            play = Play(make=make, shapes=SMALL_SHAPES, dtype=dtype, place=place, lacks=lacks_on_first)
-            yield on_ranks(sizes, f"{name} {WIDTHS[dtype]} {table.text_of(options)}", play)
+            how: dict[str, Any] = {"dtype": dtype, "place": place, "lacks": lacks_on_first}
+            make = made(options, sharded=True)
+            yield on_mesh(sizes, f"{name} {WIDTHS[dtype]} {table.text_of(options)}", make, **how)
         if name not in ("FSDP", "HSDP", "FSDP x TP"):
             continue
+        whole = placed(sizes, axes, plain=False)
         others: list[tuple[Options, Options]] = [
             ({**CAUTIOUS, **DECAY}, {"bucket_bytes": 2048}),
             (MUON, {"bucket_bytes": 2048, "all_to_all": False}),
         ]
         for options, other in others:
-            make = functools.partial(make_sharded, options=options, others=other)
-            play = Play(make=make, shapes=SMALL_SHAPES, place=placed(sizes, axes, plain=False))
-            yield on_ranks(sizes, f"{name} {table.text_of({**options, **other})}", play)
-        make = functools.partial(make_different, options={"d0": 1e-4, "d_limiter": False}, sharded=True)
-        play = Play(make=make, shapes=SMALL_SHAPES, steps=10, place=placed(sizes, axes, plain=True))
-        yield on_ranks(sizes, f"{name} groups", play)
-        make = functools.partial(make_held, options=HALF_Z, sharded=True)
-        play = Play(make=make, shapes=SMALL_SHAPES, place=placed(sizes, axes, plain=False), in_eval=True)
-        yield on_ranks(sizes, f"{name} held", play)
+            make = made(options, sharded=True, others=other)
+            yield on_mesh(sizes, f"{name} {table.text_of({**options, **other})}", make, place=whole)
+        make = of_groups(DIFFERENT, {"d0": 1e-4, "d_limiter": False}, sharded=True)
+        yield on_mesh(sizes, f"{name} groups", make, steps=10, place=placed(sizes, axes, plain=True))
+        make = made_held(HALF_Z, sharded=True)
+        yield on_mesh(sizes, f"{name} held", make, place=whole, in_eval=True)
 
 
-def on_ranks(sizes: Sequence[int], name: str, play: Callable[[Record], None]) -> Case:
+def case_on(sizes: Sequence[int], name: str, play: Callable[[Record], None]) -> Case:
     """A case of a mesh of these sizes."""
     count = torch.Size(sizes).numel()
     return Case(f"{count} ranks, {name}", play, count)
 
 
-def make_sharded(
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    step: int,
-    options: Options,
-    others: Options | None = None,
-) -> ProdigyPlusScheduleFree:
-    """The optimiser of sharded parameters; what it shares among all processes is told by ``True``."""
-    found = {name: dist.group.WORLD if value is True else value for name, value in (others or {}).items()}
-    return sharded_optimizer_of(groups_of(parameters, options), options, **found)
-
-
-def make_different(
-    model: nn.Module, parameters: list[nn.Parameter], step: int, options: Options, sharded: bool = False
-) -> ProdigyPlusScheduleFree:
-    """An optimiser of groups that differ."""
-    return (sharded_optimizer_of if sharded else optimizer_of)(several(parameters), options)
+def on_mesh(sizes: Sequence[int], name: str, make: Make, **how: Any) -> Case:
+    """Steps on parameters that are fed, on a mesh of these sizes."""
+    return case_on(sizes, name, Play(make=make, shapes=SMALL_SHAPES, **how))
 
 
 def shared() -> Iterator[Case]:
     """Plain tensors on two processes: other parameters on each, or copies that share Muon's work."""
 
-    def stage(record: Record, options: Options) -> None:
+    def apart(record: Record, options: Options) -> None:
         rank = dist.get_rank()
         shapes = tuple((*shape, 1) if len(shape) == 1 + rank else shape for shape in SMALL_SHAPES[rank:])
-        make = functools.partial(make_sharded, options=options, others={"process_group": True})
-        Play(make=make, shapes=shapes, lacks=lambda n, step: False)(record)
+        make = made(options, sharded=True, others={"process_group": True})
+        Play(make=make, shapes=shapes, lacks=lacks_none)(record)
 
     for options in ({}, ADAM, MUON, SPEED, {"split_groups_mean": False}, {**CAUTIOUS, **HALF_Z}):
-        yield on_ranks(
-            (2,), f"process_group {table.text_of(options)}", functools.partial(stage, options=options)
-        )
+        play = functools.partial(apart, options=options)
+        yield case_on((2,), f"process_group {table.text_of(options)}", play)
     for options in products([MUON], [{}, ADAM, CAUTIOUS, {"muon_batched": True}, {"muon_fp32": True}]):
-        make = functools.partial(make_sharded, options=options, others={"replicas": True})
+        make = made(options, sharded=True, others={"replicas": True})
         dtype = BFLOAT16 if options == MUON else FLOAT32
-        play = Play(make=make, shapes=SMALL_SHAPES, dtype=dtype)
-        yield on_ranks((2,), f"replicas {WIDTHS[dtype]} {table.text_of(options)}", play)
+        yield on_mesh((2,), f"replicas {WIDTHS[dtype]} {table.text_of(options)}", make, dtype=dtype)
 
 
 def wrapped() -> Iterator[Case]:
@@ -890,7 +841,7 @@ def wrapped() -> Iterator[Case]:
             muon = number in (1, 2)
             play = functools.partial(play_wrapped, kind=name, sizes=sizes, options=options, muon=muon)
             of = " with muon_groups" if muon else ""
-            yield on_ranks(sizes, f"model, {name}{of} {table.text_of(options)}", play)
+            yield case_on(sizes, f"model, {name}{of} {table.text_of(options)}", play)
 
 
 def play_wrapped(record: Record, kind: str, sizes: tuple[int, ...], options: Options, muon: bool) -> None:
@@ -913,7 +864,7 @@ def play_wrapped(record: Record, kind: str, sizes: tuple[int, ...], options: Opt
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = sharded_optimizer_of(muon_groups(model) if muon else model.parameters(), options)
+    optimizer = optimizer_of(muon_groups(model) if muon else model.parameters(), options, sharded=True)
     if options.get("fused_back_pass"):
         optimizer.fuse_backward(outer)
     train_model(record, outer, model, optimizer, rank)
@@ -933,15 +884,24 @@ def all_cases() -> list[Case]:
     return list(cases.values())
 
 
-def chosen_cases(given: argparse.Namespace) -> list[Case]:
-    """Those whose names match, compiled ones too or not, and which set no option that a checkout lacks."""
-    return [
-        case
-        for case in all_cases()
-        if re.search(given.only, case.name)
-        and not (given.without_compile and case.compiles)
-        and not any(f" {name}=" in case.name for name in given.lacks)
-    ]
+@dataclass(frozen=True)
+class Choice:
+    """Cases whose names match, compiled ones too or not, and which set no option that a checkout lacks."""
+
+    only: str
+    without_compile: bool
+    lacks: Sequence[str] = ()
+
+    def cases(self, ranks: int | None = None) -> list[Case]:
+        """All of them, or those on so many ranks."""
+        return [
+            case
+            for case in all_cases()
+            if re.search(self.only, case.name)
+            and ranks in (None, case.ranks)
+            and not (self.without_compile and case.compiles)
+            and not any(f" {name}=" in case.name for name in self.lacks)
+        ]
 
 
 def options_of(checkout: Path) -> set[str]:
@@ -967,95 +927,64 @@ def options_of(checkout: Path) -> set[str]:
 # ------------------------------------------------------------------------------------------ processes
 
 
-def play_here(cases: Sequence[Case], folder: Path, checkout: Path, rank: int) -> None:
-    """Play cases in this process, and write what they show.
+def play_here(checkout: Path, folder: Path, choice: Choice) -> None:
+    """Play the cases of as many ranks as there are, of which this process is one, and write what they show.
 
     Raises:
         RuntimeError: The packages are not those of the checkout.
     """
     import prodigyplus
 
-    if checkout.resolve() not in Path(prodigyplus.__file__).resolve().parents:
+    if checkout not in Path(prodigyplus.__file__).resolve().parents:
         raise RuntimeError(f"imported {prodigyplus.__file__}, which is not in {checkout}")
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    ranks = cases[0].ranks
-    if ranks > 1:
-        where = f"file://{folder}/store{ranks}"
-        dist.init_process_group(
-            "gloo", init_method=where, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-        )
-    found: dict[str, dict[str, str]] = {}
-    for number, case in enumerate(cases):
-        record, error = Record(), ""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    for number, case in enumerate(choice.cases(ranks)):
+        record = Record()
         try:
             case.play(record)
         except Exception as raised:
-            error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-            record.hashes["raised"] = error
-        found[case.name] = record.hashes
-        torch.save(record.tensors, folder / f"{ranks}.{rank}.{number}.pt")
-        if error and ranks > 1:
-            break  # others may be waiting for what will not come: they are to see this end
-    (folder / f"{ranks}.{rank}.json").write_text(json.dumps(found))
-    os._exit(0)  # a process group that has lost a member does not end by itself
+            record.hashes["raised"] = f"{type(raised).__name__}: {raised}".splitlines()[0]
+        torch.save((record.hashes, record.tensors), folder / f"{ranks}.{rank}.{number}.pt")
+        if "raised" in record.hashes and ranks > 1:
+            os._exit(BROKEN)  # others may be waiting for what will not come: they are to see this end
 
 
-def play_all(checkout: Path, folder: Path, given: argparse.Namespace) -> None:
-    """Start the processes that play the cases of a checkout, one number of ranks at a time.
+def play_all(checkout: Path, folder: Path, choice: Choice) -> None:
+    """Play the cases of a checkout, one number of ranks at a time.
 
     Raises:
-        SystemExit: One of them failed otherwise than within a case.
+        SystemExit: A process failed otherwise than within a case.
     """
     folder.mkdir()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(checkout),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    cases = chosen_cases(given)
-    for ranks in sorted({case.ranks for case in cases}):
+    for ranks in sorted({case.ranks for case in choice.cases()}):
         started = time.monotonic()
-        processes = []
-        for rank in range(ranks):
-            command = [sys.executable, str(HERE), "--old", str(checkout), "--only", given.only]
-            command += ["--without-compile"] if given.without_compile else []
-            command += ["--lacks", *given.lacks]
-            command += ["--play", str(folder), str(ranks), str(rank)]
-            processes.append(subprocess.Popen(command, env=environment))
         try:
-            codes = [process.wait(LONGEST) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        if any(codes):
-            raise SystemExit(f"{checkout}: a process of {ranks} ended with {codes}")
-        count = sum(case.ranks == ranks for case in cases)
+            on_ranks(ranks, play_here, checkout, folder, choice, limit=LONGEST, path=[checkout])
+        except WorkerError as failure:
+            if failure.said != f"the process died: exit code {BROKEN}":
+                raise SystemExit(f"{checkout}: a process of {ranks} failed: {failure}") from None
+        count = len(choice.cases(ranks))
         print(f"{checkout}: {count} cases on {ranks} in {time.monotonic() - started:.0f} s", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ comparison
 
 
-def hashes_in(folder: Path, ranks: int, rank: int) -> dict[str, dict[str, str]]:
-    """What a process has written."""
-    written: dict[str, dict[str, str]] = json.loads((folder / f"{ranks}.{rank}.json").read_text())
-    return written
+def record_in(file: Path) -> Record:
+    """What a case has shown; nothing, if it was not played."""
+    return Record(*torch.load(file, weights_only=True)) if file.exists() else Record()
 
 
-def compare(folders: Sequence[Path], cases: Sequence[Case]) -> int:
+def compare(folders: Sequence[Path], choice: Choice) -> int:
     """Print what differs; returns how many cases are the same."""
     same = 0
-    for ranks in sorted({case.ranks for case in cases}):
-        found = [[hashes_in(folder, ranks, rank) for rank in range(ranks)] for folder in folders]
-        for number, case in enumerate(its for its in cases if its.ranks == ranks):
+    for ranks in sorted({case.ranks for case in choice.cases()}):
+        for number, case in enumerate(choice.cases(ranks)):
             lines = []
             for rank in range(ranks):
-                old, new = (of_ranks[rank].get(case.name, {}) for of_ranks in found)
-                tensors = [folder / f"{ranks}.{rank}.{number}.pt" for folder in folders]
-                line = difference(old, new, tensors)
+                line = difference(*(record_in(folder / f"{ranks}.{rank}.{number}.pt") for folder in folders))
                 lines += [f"rank {rank}: {line}" if ranks > 1 else line] if line else []
             if lines:
                 told = next((line for line in lines if "raised" in line), lines[0])
@@ -1064,27 +993,27 @@ def compare(folders: Sequence[Path], cases: Sequence[Case]) -> int:
     return same
 
 
-def difference(old: Mapping[str, str], new: Mapping[str, str], files: Sequence[Path]) -> str:
+def difference(old: Record, new: Record) -> str:
     """What to say of a case on one rank, nothing if it is the same."""
-    for name, hashes in (("old", old), ("new", new)):
+    both = {"old": old.hashes, "new": new.hashes}
+    for name, hashes in both.items():
         if "raised" in hashes:
             return f"raised in {name}: {hashes['raised']}"
         if not hashes:
             return f"not played in {name}"
-    if old == new and list(old) == list(new):
+    if list(old.hashes.items()) == list(new.hashes.items()):
         return ""
+    common = [what for what in old.hashes if what in new.hashes]
     said = []
-    for name, its, others in (("old", old, new), ("new", new, old)):
-        alone = [what for what in its if what not in others]
+    for name, hashes in both.items():
+        alone = [what for what in hashes if what not in common]
         if alone:
             said.append(f"{len(alone)} only in {name}: {', '.join(alone[:3])}")
-    common = [what for what in old if what in new]
-    different = [what for what in common if old[what] != new[what]]
+    different = [what for what in common if old.hashes[what] != new.hashes[what]]
     if not different:
         return "; ".join([*said, "all else is the same" if said else "the same, in another order"])
-    kept = [torch.load(file, weights_only=True) for file in files]
-    both = [what for what in different if all(what in its for its in kept)]
-    distances = {what: distance(*(its[what] for its in kept)) for what in both}
+    kept = [what for what in different if what in old.tensors and what in new.tensors]
+    distances = {what: distance(old.tensors[what], new.tensors[what]) for what in kept}
     finite = {what: value for what, value in distances.items() if not math.isnan(value)}
     largest = max(finite, key=finite.__getitem__, default="")
     by = f"; by {finite[largest]:.1e} at most, in {largest}" if largest else ""
@@ -1100,42 +1029,34 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def main() -> None:
-    """Play and compare; or, in a process that was started so, play."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--old", type=Path, metavar="CHECKOUT")
-    parser.add_argument("--new", type=Path, metavar="CHECKOUT", default=HERE.parent.parent)
-    parser.add_argument("--only", metavar="PATTERN", default="")
-    parser.add_argument("--without-compile", action="store_true")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--lacks", nargs="*", default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--play", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    """Play and compare."""
+    cli = parser(__doc__)
+    cli.add_argument("--old", type=Path, metavar="CHECKOUT")
+    cli.add_argument("--new", type=Path, metavar="CHECKOUT", default=ROOT)
+    cli.add_argument("--only", metavar="PATTERN", default="")
+    cli.add_argument("--without-compile", action="store_true")
+    cli.add_argument("--list", action="store_true")
+    given = cli.parse_args()
     if given.list:
-        print("\n".join(case.name for case in chosen_cases(given)))
+        print("\n".join(case.name for case in Choice(given.only, given.without_compile).cases()))
         return
     if given.old is None:
-        parser.error("--old CHECKOUT is needed")
-    if not given.play:
-        for checkout in (given.old, given.new):
-            if not (checkout / "prodigyplus").is_dir():
-                parser.error(f"{checkout} is no checkout: it has no prodigyplus/")
-        both = options_of(given.old) & options_of(given.new)
-        given.lacks = sorted(table.TABLE.keys() - both)
-    cases = chosen_cases(given)
-    if not cases:
-        parser.error(f"no case has {given.only!r} in its name")
-    if given.play:
-        folder, ranks, rank = Path(given.play[0]), int(given.play[1]), int(given.play[2])
-        play_here([case for case in cases if case.ranks == ranks], folder, given.old, rank)
-        return
+        cli.error("--old CHECKOUT is needed")
+    checkouts = given.old.resolve(), given.new.resolve()
+    for checkout in checkouts:
+        if not (checkout / "prodigyplus").is_dir():
+            cli.error(f"{checkout} is no checkout: it has no prodigyplus/")
+    lacks = table.TABLE.keys() - set.intersection(*map(options_of, checkouts))
+    choice = Choice(given.only, given.without_compile, sorted(lacks))
+    if not (cases := choice.cases()):
+        cli.error(f"no case has {given.only!r} in its name")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without its processes and its folder
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / name for name in ("old", "new")]
-        for checkout, folder in zip((given.old, given.new), folders, strict=True):
-            play_all(checkout.resolve(), folder, given)
-        same = compare(folders, cases)
+        for checkout, folder in zip(checkouts, folders, strict=True):
+            play_all(checkout, folder, choice)
+        same = compare(folders, choice)
     print(f"{len(cases)} cases, {same} of them the same to the bit")
     sys.exit(same != len(cases))
 

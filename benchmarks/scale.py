@@ -10,32 +10,26 @@ of as many tensors, each of a few elements, none of which are moved as one.
 
 from __future__ import annotations
 
-import argparse
 import math
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from shapes import MODELS, Kind, Weight, parameter_count
+from harness import charts
+from harness.shapes import MODELS, Kind, Weight, numel
+from harness.tables import Page, parser
+from harness.tensors import local, nbytes, state_bytes
+from harness.watching import Watch, collective
+from harness.workers import simulated
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prodigyplus.engine import driver
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
@@ -46,9 +40,6 @@ MOST_SHARDS = 64  # of HSDP
 MOST_EP = 64  # ranks of expert parallelism; DeepSeek-V3 was trained with 64
 BUCKET_MIB = 64  # the optimiser's default
 HALF = 2  # bytes of a bfloat16, in which FSDP2 is taken to send everything
-
-# What a rank of S in a ring sends of a tensor of n bytes, in units of n·(S−1)/S.
-RING = {"allreduce_": 2}
 
 ASSUMED = f"""\
 State is of float32 parameters under the default options, on rank 0, which holds most; AdamW's is 8 bytes a
@@ -118,42 +109,6 @@ def layouts_of(weights: Iterable[Weight]) -> list[str]:
     return ["FSDP2", "HSDP", "FSDP x TP"] if all(w.kind != "expert" for w in weights) else ["FSDP + EP"]
 
 
-# --------------------------------------------------------------------------------- simulation
-
-
-@contextmanager
-def simulated(ranks: int, rank: int = 0) -> Iterator[None]:
-    """A process group in which this process is one rank, and the others are not there."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        # It would put this group's meshes in the place of equal ones of the next.
-        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
-
-
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that are called, and notes every collective: name, bytes, and how many ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operations = 0
-        self.collectives: list[tuple[str, int, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        if func.namespace in ("c10d", "_c10d_functional"):
-            group = dist.ProcessGroup.unbox(args[1])
-            self.collectives.append((func.overloadpacket.__name__, sum(map(nbytes, args[0])), group.size()))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def sent(self) -> float:
-        """The bytes that a rank sends in all collectives."""
-        return sum(RING[name] * size * (ranks - 1) / ranks for name, size, ranks in self.collectives)
-
-
 def parameters_of(weights: Sequence[Weight], placed: Placed, device: str) -> list[nn.Parameter]:
     """The pieces of the weights that this rank has, with gradients."""
 
@@ -171,16 +126,6 @@ def parameters_of(weights: Sequence[Weight], placed: Placed, device: str) -> lis
         p.grad = piece(weight)
         parameters.append(p)
     return parameters
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def nbytes(tensor: Tensor) -> int:
-    """The bytes of a tensor without storage."""
-    return tensor.numel() * tensor.element_size()
 
 
 # -------------------------------------------------------------------------------- measurements
@@ -224,7 +169,7 @@ def cost(model: str, layout: str, ranks: int) -> Cost:
     with simulated(ranks):
         placed = LAYOUTS[layout](ranks)
         parameters = parameters_of(weights, placed, "meta")
-        watch, optimizer = watched_step(parameters)
+        collectives, optimizer = watched_step(parameters)
         meshes = dict.fromkeys(mesh for mesh, _ in placed.values())
         axes = {(mesh, axis) for mesh in meshes for axis, size in enumerate(mesh.shape) if size > 1}
         cutting = {axis for p in parameters for axis in cutting_axes(p.data)}
@@ -233,11 +178,11 @@ def cost(model: str, layout: str, ranks: int) -> Cost:
             layout=layout,
             ranks=ranks,
             mesh=", ".join(" x ".join(map(str, mesh.shape)) for mesh in meshes),
-            collectives=len(watch.collectives),
+            collectives=len(collectives),
             cut=len(cutting),
             copy=len(axes - cutting),
             buckets=bucket_count(parameters),
-            sent=watch.sent,
+            sent=sum(sent for _, sent in collectives),
             fsdp_sent=sum(fsdp_sends(p.data) for p in parameters),
             state=state_bytes(optimizer),
             held=sum(local(p).numel() for p in parameters),
@@ -248,15 +193,17 @@ def cost(model: str, layout: str, ranks: int) -> Cost:
         parameters = parameters_of(weights, LAYOUTS[layout](ranks), "meta")
         if [local(p).shape for p in parameters] == shapes:  # the same step, then
             return measured
-        return replace(measured, agreed=watched_step(parameters)[0].collectives == watch.collectives)
+        return replace(measured, agreed=watched_step(parameters)[0] == collectives)
 
 
-def watched_step(parameters: Sequence[nn.Parameter]) -> tuple[Watch, torch.optim.Optimizer]:
-    """The first step of an optimiser of these parameters."""
+def watched_step(
+    parameters: Sequence[nn.Parameter],
+) -> tuple[list[tuple[str, float]], torch.optim.Optimizer]:
+    """The collectives of the first step of an optimiser of these parameters, and the optimiser."""
     optimizer = ShardedProdigyPlusScheduleFree(parameters, bucket_bytes=BUCKET_MIB << 20)
-    with Watch() as watch:
+    with Watch(note=collective) as watch:
         optimizer.step()
-    return watch, optimizer
+    return [call for call in watch.calls if call is not None], optimizer
 
 
 def cutting_axes(p: Tensor) -> Iterator[tuple[DeviceMesh, int]]:
@@ -292,11 +239,6 @@ def fsdp_sends(p: Tensor) -> float:
     return 3 * gathered * (shards - 1) / shards + 2 * gathered / shards * (replicas - 1) / replicas
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The bytes of state that this rank holds."""
-    return sum(nbytes(local(value)) for state in optimizer.state.values() for value in state.values())
-
-
 @dataclass(frozen=True, slots=True)
 class Host:
     """What one step costs the host."""
@@ -326,9 +268,9 @@ def host(model: str, layout: str, steps: int, ranks: int = 512, size: int = 64) 
         operations = []
         for optimizer in optimizers:
             optimizer.step()  # makes the state
-            with Watch() as watch:
+            with Watch(note=bool) as watch:
                 optimizer.step()
-            operations.append(watch.operations)
+            operations.append(len(watch.calls))
         times = [[seconds(optimizer.step) for optimizer in optimizers] for _ in range(steps)]
     own, adamw = (statistics.median(column) for column in zip(*times, strict=True))
     return Host(model, layout, len(weights), own / adamw, *operations)
@@ -343,32 +285,26 @@ def seconds(function: Callable[[], object]) -> float:
 
 # -------------------------------------------------------------------------------------- report
 
-COST_HEAD = """\
-| model | layout | ranks | mesh | cut | copy | buckets | all-reduces \
-| optimiser sends, MB | FSDP2 sends, MB | share | state, GB | parameters held, 10⁶ | state, bytes each |
-|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
+COST_COLUMNS = """\
+model | layout | ranks: | mesh | cut: | copy: | buckets: | all-reduces: | optimiser sends, MB: \
+| FSDP2 sends, MB: | share: | state, GB: | parameters held, 10⁶: | state, bytes each:"""
 
-HOST_HEAD = """\
-| model | layout | tensors | host time / AdamW's | operations per tensor | AdamW's |
-|---|---|--:|--:|--:|--:|"""
+HOST_COLUMNS = "model | layout | tensors: | host time / AdamW's: | operations per tensor: | AdamW's:"
 
 
-def cost_row(c: Cost) -> str:
+def cost_row(c: Cost) -> list[object]:
     """A line of the table of costs."""
     share = "–" if math.isnan(c.share) else f"{c.share:.4%}"
-    return (
-        f"| {c.model} | {c.layout} | {c.ranks:,} | {c.mesh} | {c.cut} | {c.copy} | {c.buckets:,} "
-        f"| {c.collectives:,} | {c.sent / 1e6:,.2f} | {c.fsdp_sent / 1e6:,.0f} | {share} "
-        f"| {c.state / 1e9:,.3f} | {c.held / 1e6:,.1f} | {c.state / c.held:.2f} |"
-    )
+    counts = [f"{c.ranks:,}", c.mesh, c.cut, c.copy, f"{c.buckets:,}", f"{c.collectives:,}"]
+    sent = [f"{c.sent / 1e6:,.2f}", f"{c.fsdp_sent / 1e6:,.0f}", share]
+    held = [f"{c.state / 1e9:,.3f}", f"{c.held / 1e6:,.1f}", f"{c.state / c.held:.2f}"]
+    return [c.model, c.layout, *counts, *sent, *held]
 
 
-def host_row(h: Host) -> str:
+def host_row(h: Host) -> list[object]:
     """A line of the table of host times."""
-    return (
-        f"| {h.model} | {h.layout} | {h.tensors:,} | {h.ratio:.0f} | {h.operations / h.tensors:.0f} "
-        f"| {h.adamw_operations / h.tensors:.1f} |"
-    )
+    operations = f"{h.operations / h.tensors:.0f}", f"{h.adamw_operations / h.tensors:.1f}"
+    return [h.model, h.layout, f"{h.tensors:,}", f"{h.ratio:.0f}", *operations]
 
 
 def verdicts(costs: Sequence[Cost]) -> Iterator[str]:
@@ -396,98 +332,76 @@ def holds(costs: Sequence[Cost], test: Callable[[Cost], bool]) -> str:
     return f"does not hold for {'; '.join(failing)}" if failing else "holds"
 
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
-COLOURS = dict(zip(MODELS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
+COLOURS = dict(zip(MODELS, (charts.BLUE, charts.RED, charts.GREEN, charts.PINK), strict=True))
 STYLES = dict(zip(LAYOUTS, ("o-", "s--", "^-.", "D-"), strict=True))
 
 
 def draw(costs: Sequence[Cost], path: Path) -> None:
     """Two panels over the ranks: the share of FSDP2's bytes, and the bytes of state."""
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    curve(left, costs, lambda c: 100 * c.share)
+    figure, [(left, right)] = charts.panels(1, 2, (11, 5.2))
     left.axhline(0.5, color="black", linewidth=1, linestyle=":")
     left.text(0.03, 0.47, "0.5 %, what is allowed", va="top", transform=left.get_yaxis_transform())
     left.set(title="What the optimiser sends in a step", ylabel="% of what FSDP2 sends", ylim=(1e-3, 1))
-    curve(right, costs, lambda c: c.state / 1e9)
     right.set(title="State of the optimiser, float32 parameters", ylabel="GB per rank")
-    ranks = sorted({c.ranks for c in costs})
-    models, layouts = {c.model for c in costs}, {c.layout for c in costs}
+    curves = dict.fromkeys((c.model, c.layout) for c in costs)
     for axes in (left, right):
-        axes.set(xlabel="ranks", xscale="log", yscale="log")
-        axes.set_xticks(ranks, [f"{r:,}" for r in ranks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    handles = [
-        *(left.plot([], [], color=COLOURS[m], linewidth=3, label=m)[0] for m in COLOURS if m in models),
-        *(left.plot([], [], STYLES[n], color="0.3", label=n)[0] for n in STYLES if n in layouts),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def curve(axes: Axes, costs: Sequence[Cost], value: Callable[[Cost], float]) -> None:
-    """A curve over the ranks for each model and layout."""
-    for model, layout in dict.fromkeys((c.model, c.layout) for c in costs):
-        points = [(c.ranks, value(c)) for c in costs if (c.model, c.layout) == (model, layout)]
-        axes.plot(
-            *zip(*points, strict=True), STYLES[layout], color=COLOURS[model], linewidth=1.5, markersize=5
-        )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        for model, layout in curves:
+            its = [c for c in costs if (c.model, c.layout) == (model, layout)]
+            values = [100 * c.share if axes is left else c.state / 1e9 for c in its]
+            style = {"color": COLOURS[model], "linewidth": 1.5, "markersize": 5}
+            axes.plot([c.ranks for c in its], values, STYLES[layout], **style)
+        axes.set_yscale("log")
+        charts.over_ranks(axes, (c.ranks for c in costs))
+    models, layouts = (
+        [name for name in names if any(name in curve for curve in curves)] for names in (COLOURS, STYLES)
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--ranks", nargs="+", type=int, choices=RANKS, default=RANKS, metavar="N")
-    parser.add_argument("--steps", type=int, default=7, help="how many are timed; 0 leaves host times out")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for scale.md and scale.png")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = parser.parse_args(arguments)
+    handles = [
+        *(left.plot([], [], color=COLOURS[m], linewidth=3, label=m)[0] for m in models),
+        *(left.plot([], [], STYLES[n], color="0.3", label=n)[0] for n in layouts),
+    ]
+    charts.save(figure, path, below=handles)
+
+
+def main() -> None:
+    """Measure, print, and write what was asked for."""
+    cli = parser(__doc__)
+    cli.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    cli.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    cli.add_argument("--ranks", nargs="+", type=int, choices=RANKS, default=RANKS, metavar="N")
+    cli.add_argument("--steps", type=int, default=7, help="how many are timed; 0 leaves host times out")
+    cli.add_argument("--out", type=Path, metavar="FOLDER", help="for scale.md and scale.png")
+    args = cli.parse_args()
     torch.set_num_threads(1)
 
-    lines: list[str] = []
-
-    def tell(text: str) -> None:
-        lines.append(text)
-        print(text, flush=True)
-
-    tell("# Cost at scale, simulated\n")
-    tell(f"    {shlex.join(['python', 'benchmarks/scale.py', *arguments])}\n")
+    page = Page("Cost at scale, simulated", args.out)
     if args.out is not None:
-        tell("![What the optimiser sends and holds, over the number of ranks](scale.png)\n")
-    tell(f"{ASSUMED}\n")
-    weights = {model: list(MODELS[model].weights()) for model in args.models}
-    chosen = [
-        (model, layout)
-        for model in weights
-        for layout in layouts_of(weights[model])
-        if layout in args.layouts
-    ]
-    for model, its in weights.items():
-        tell(f"- {model}: {parameter_count(its) / 1e9:,.2f} · 10⁹ parameters in {len(its):,} tensors")
-    tell(f"\n{COST_HEAD}")
-    costs = []
-    for model, layout in chosen:
-        for ranks in args.ranks:
-            costs.append(cost(model, layout, ranks))
-            tell(cost_row(costs[-1]))
-    tell("")
-    for verdict in verdicts(costs):
-        tell(verdict)
-    if args.steps:
-        tell(
-            f"\nProcessor time of the host, the median of {args.steps} steps, in turn with "
-            f"AdamW(foreach=True)\non the same shards as plain tensors:\n\n{HOST_HEAD}"
-        )
+        page.tell("![What the optimiser sends and holds, over the number of ranks](scale.png)\n")
+    page.tell(f"{ASSUMED}\n")
+    chosen = []
+    for model in args.models:
+        weights = list(MODELS[model].weights())
+        count = numel(weight.shape for weight in weights)
+        page.tell(f"- {model}: {count / 1e9:,.2f} · 10⁹ parameters in {len(weights):,} tensors")
+        chosen += [(model, layout) for layout in layouts_of(weights) if layout in args.layouts]
+    page.tell("")
+    costs: list[Cost] = []
+
+    def cost_rows() -> Iterator[list[object]]:
         for model, layout in chosen:
-            tell(host_row(host(model, layout, args.steps)))
+            for ranks in args.ranks:
+                costs.append(cost(model, layout, ranks))
+                yield cost_row(costs[-1])
+
+    page.table(COST_COLUMNS, cost_rows())
+    page.tell("", *verdicts(costs))
+    if args.steps:
+        page.tell(
+            f"\nProcessor time of the host, the median of {args.steps} steps, in turn with "
+            "AdamW(foreach=True)\non the same shards as plain tensors:\n"
+        )
+        page.table(HOST_COLUMNS, (host_row(host(model, layout, args.steps)) for model, layout in chosen))
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "scale.md").write_text("\n".join(lines) + "\n")
+        page.save("scale.md")
         draw(costs, args.out / "scale.png")
 
 

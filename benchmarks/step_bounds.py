@@ -10,17 +10,17 @@ fits the cache, and is read again from there.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from state_bytes import shapes
-from step_time import PAUSE, THREADS, machine
-from torch import nn
+from harness import machine
+from harness.shapes import gpt
+from harness.tables import head, parser, row
+from harness.tensors import with_gradients
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.engine import compiled, driver
@@ -53,20 +53,12 @@ class Clock:
 
     def step(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """The milliseconds of a step by stages; what is in none is in :data:`REST`."""
-        time.sleep(PAUSE)
+        time.sleep(machine.PAUSE)
         self.seconds.clear()
         start = time.perf_counter()
         optimizer.step()
         rest = time.perf_counter() - start - sum(self.seconds.values())
         return {stage: 1000 * seconds for stage, seconds in (*self.seconds.items(), (REST, rest))}
-
-
-def parameters(sizes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
-    """Weights, with gradients."""
-    made = [nn.Parameter(torch.randn(shape) * 0.02) for shape in sizes]
-    for p in made:
-        p.grad = torch.randn_like(p) * 1e-2
-    return made
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -76,25 +68,22 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=30)
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(THREADS)
+    cli = parser(__doc__)
+    cli.add_argument("--rounds", type=int, default=30)
+    rounds = cli.parse_args().rounds
+    torch.set_num_threads(machine.THREADS)
     torch.manual_seed(0)
-    # As activations are, after which malloc keeps what is freed instead of giving it back to the kernel.
-    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
+    machine.keep_freed_memory()
 
-    whole = list(shapes())
-    stacks = len({shape for shape in whole if torch.Size(shape).numel() <= driver.SMALL})
-    large = len([shape for shape in whole if torch.Size(shape).numel() > driver.SMALL])
-    tiny = [(TINY * (number + 1), TINY) for number in range(large + stacks)]  # no two alike
+    whole = gpt()
+    large = [shape for shape in whole if torch.Size(shape).numel() > driver.SMALL]
+    stacks = {*whole} - {*large}
+    tiny = [(TINY * (number + 1), TINY) for number in range(len(large) + len(stacks))]  # no two alike
     clock = Clock()
     optimizers = {
-        "ours": ProdigyPlusScheduleFree(parameters(whole), compile=True),
-        "tiny": ProdigyPlusScheduleFree(parameters(tiny), compile=True),
-        "fused": torch.optim.AdamW(parameters(whole), fused=True),
+        "ours": ProdigyPlusScheduleFree(with_gradients(whole), compile=True),
+        "tiny": ProdigyPlusScheduleFree(with_gradients(tiny), compile=True),
+        "fused": torch.optim.AdamW(with_gradients(whole), fused=True),
     }
     for optimizer in optimizers.values():
         for _ in range(3):
@@ -107,17 +96,17 @@ def main() -> None:
             seen[name].append(clock.step(optimizer))
     ours, host, fused = (medians(seen[name]) for name in optimizers)
 
-    print(f"{machine()}; {rounds} rounds.\n")
+    print(f"{machine.described()}; {rounds} rounds.\n")
     print(f"AdamW fused: {fused[REST]:.1f} ms for {ADAMW_BYTES} bytes per parameter.\n")
-    print("| stage | bytes per parameter | ms for these | measured, less the host's ms | the host's ms |")
-    print("|---|--:|--:|--:|--:|")
-    totals = [0.0] * 4
-    for stage, count in BYTES.items():
-        bound = fused[REST] * count / ADAMW_BYTES
-        figures = [float(count), bound, ours[stage] - host[stage], host[stage]]
-        totals = [total + figure for total, figure in zip(totals, figures, strict=True)]
-        print(f"| {stage} | {count} | {' | '.join(f'{figure:.1f}' for figure in figures[1:])} |")
-    print(f"| all | {totals[0]:.0f} | {' | '.join(f'{total:.1f}' for total in totals[1:])} |")
+    columns = "bytes per parameter: | ms for these: | measured, less the host's ms: | the host's ms:"
+    print(head(f"stage | {columns}"))
+    rows: dict[str, tuple[float, ...]] = {
+        stage: (float(count), fused[REST] * count / ADAMW_BYTES, ours[stage] - host[stage], host[stage])
+        for stage, count in BYTES.items()
+    }
+    rows["all"] = tuple(map(sum, zip(*rows.values(), strict=True)))
+    for stage, (count, *figures) in rows.items():
+        print(row(stage, f"{count:.0f}", *(f"{figure:.1f}" for figure in figures)))
 
 
 if __name__ == "__main__":

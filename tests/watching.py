@@ -1,5 +1,8 @@
 """What a step calls: every operator, with what it was given and what it gave."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,17 +17,17 @@ class Call(NamedTuple):
     """A call of an operator; the tensors are themselves, not copies."""
 
     func: Any
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     result: Any
 
     @property
     def name(self) -> str:
-        return self.func.overloadpacket.__name__
+        return str(self.func.overloadpacket.__name__)
 
     @property
     def is_collective(self) -> bool:
-        return self.func.namespace == "c10d"
+        return bool(self.func.namespace == "c10d")
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -32,20 +35,31 @@ class Call(NamedTuple):
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps every call that is made under it, in their order, as ``calls``.
 
     Args:
         reads: Whether the host may read values; if not, an operator that does is an AssertionError.
+        note: What to keep of a call in its place, so that no tensor outlives its use.
+        through: Classes of tensors whose operators are not calls, but what these classes make of them is.
     """
 
-    def __init__(self, *, reads: bool = True):
-        super().__init__()
-        self.reads, self.calls = reads, []
+    def __init__(
+        self,
+        *,
+        reads: bool = True,
+        note: Callable[[Call], Any] = lambda call: call,
+        through: tuple[type, ...] = (),
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reads, self.note, self.through = reads, note, through
+        self.calls: list[Any] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, self.through) for kind in types):
+            return NotImplemented
         assert self.reads or func.overloadpacket.__name__ not in READS, f"{func} waits for the device"
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.calls.append(Call(func, args, kwargs, result))
+        self.calls.append(self.note(Call(func, args, kwargs, result)))
         return result

@@ -1,9 +1,9 @@
-"""The parameters of large language models, from their published configurations."""
+"""The parameters of language models, large ones from their published configurations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 Kind = Literal["column", "row", "vector", "expert"]
@@ -99,6 +99,21 @@ MODELS: dict[str, Llama3 | DeepSeekV3] = {
 }
 
 
-def parameter_count(weights: list[Weight]) -> int:
-    """How many numbers the weights hold."""
-    return sum(math.prod(weight.shape) for weight in weights)
+Shape = tuple[int, ...]
+
+
+def gpt(width: int = 512, layers: int = 8, vocabulary: int = 8192, context: int = 512) -> list[Shape]:
+    """A GPT-2, its head tied to its embedding; by default of 29.7 M parameters in 100 tensors."""
+    linear = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+    layer = [shape for matrix in linear for shape in (matrix, matrix[:1])] + [(width,)] * 4
+    return [(vocabulary, width), (context, width), *layer * layers, (width,), (width,)]
+
+
+def llama_1b() -> list[Shape]:
+    """Llama-3.2-1B, its head tied: 1,236 M parameters in 146 tensors."""
+    return [w.shape for w in Llama3(layers=16, hidden=2048, ffn=8192, kv=512).weights()][:-1]
+
+
+def numel(shapes: Iterable[Shape]) -> int:
+    """How many numbers tensors hold."""
+    return sum(map(math.prod, shapes))
