@@ -33,10 +33,11 @@ package: $(VENV)/dev  ## sdist and wheel, built, checked, installed into an empt
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/packaged.py dist
 
-# A stamp for each set of extras: installed once, and again when what to install has changed.
+# A stamp for each set of extras: installed once, and again when what to install has changed. Python compiles what it
+# imports; pip would compile everything, for minutes.
 $(VENV)/launch $(VENV)/test $(VENV)/docs $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 clean:
