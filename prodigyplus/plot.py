@@ -71,7 +71,7 @@ def curves_of(rows: Sequence[Row], name: str) -> dict[str, Curve]:
     Args:
         rows: In the order they were written in; of a step that was made twice, as in a resumed run, the
             last counts.
-        name: As in ``optimizer.scalars()``, where a prefix ends in ``/`` or ``_``.
+        name: As in ``optimizer.scalars()``; a prefix before it ends in ``/``.
     """
     pattern = re.compile(rf"(?:.*/)?{name}(?:/(\d+))?")
     points: dict[str, dict[float, float]] = {}

@@ -20,7 +20,7 @@ def logged(path, groups=1, steps=5, prefix=""):
 
 
 @pytest.mark.parametrize("name", ["a/run.jsonl", "a/run.csv"])
-@pytest.mark.parametrize(("groups", "prefix"), [(1, ""), (2, "prodigyplus/"), (2, "train_")])
+@pytest.mark.parametrize(("groups", "prefix"), [(1, ""), (2, "prodigyplus/"), (2, "a/b/")])
 def test_what_is_written_is_read_again(tmp_path, name, groups, prefix):
     path = tmp_path / name
     optimizer = logged(path, groups, prefix=prefix)
