@@ -5,9 +5,9 @@
     PYTHONPATH=. python benchmarks/schedulefree_parts.py --out docs/research/parts.jsonl --report
 
 The first trains the tasks of benchmarks/quality, and adds a JSON line to the file for each run; it is
-resumable. The second prints tables of what is in the file. The optimiser is a plain one of this file. It keeps
-x, y and z, and with no part on it makes the step of the package (`package` and `package-muon` are runs of that
-one). `nudged` is the same run begun at 1.1 times the step size: what it changes is noise.
+resumable. The second prints a table of what is in the file. The optimiser is a plain one of this file. It
+keeps x, y and z, and with no part on it makes the step of the package (`package` and `package-muon` are runs
+of that one). `nudged` is the same run begun at 1.1 times the step size: what it changes is noise.
 
 A part's formula, and where it is from, is at the field of `Parts` that switches it on.
 """
@@ -62,8 +62,8 @@ class Parts:
         decay, decay_at, decay_by: λ of z ← z − λ γ v; v is y (Schedule-Free, 2405.15682) or z (SF-NorMuon),
             and γ² in the place of γ is AdamC's (2506.02285).
         muon: Whether hidden matrices have Muon's direction, by a step size of their own.
-        rows: Whether it is divided by the root of a second moment of each row (NorMuon), then scaled to an rms
-            of 1.
+        rows: Whether it is divided by the root of a second moment of each row (SF-NorMuon), then scaled to an
+            rms of 1.
         by_norm: Whether it is scaled to an rms of 1 by its norm, rather than by its shape.
         scale: What it is scaled with besides; 0.2 in SF-NorMuon.
         one_d: Whether both groups have one step size.
@@ -214,7 +214,8 @@ class ScheduleFree(torch.optim.Optimizer):
         else:
             row, column = dims
             rows, columns, mean = (
-                _average(state, str(over), squares.mean(over, keepdim=True), d) for over in (column, row, dims)
+                _average(state, str(over), squares.mean(over, keepdim=True), d)
+                for over in (column, row, dims)
             )
             deviation = (rows / (mean + 1e-30)).sqrt() * columns.sqrt() / d
 
@@ -240,7 +241,9 @@ class ScheduleFree(torch.optim.Optimizer):
 
 def _average(state: dict[str, Tensor], name: str, squares: Tensor, d: float) -> Tensor:
     """The second moment of d·g, by that of g."""
-    return state.setdefault(name, torch.zeros_like(squares)).mul_(BETA2).add_(squares, alpha=(1 - BETA2) * d * d)
+    return (
+        state.setdefault(name, torch.zeros_like(squares)).mul_(BETA2).add_(squares, alpha=(1 - BETA2) * d * d)
+    )
 
 
 def build(model: nn.Module, setting: Setting, steps: int, *, parts: Parts) -> Built:
