@@ -8,13 +8,12 @@ The first trains the tasks of benchmarks/quality, and adds a JSON line to the fi
 resumable. The second prints a table of what is in the file. The optimiser is a plain one of this file. It
 keeps x, y and z, and with no part on it makes the step of the package (`package` and `package-muon` are runs
 of that one). `nudged` is the same run begun at 1.1 times the step size: what it changes is noise.
-
-A part's formula, and where it is from, is at the field of `Parts` that switches it on.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -39,45 +38,41 @@ from quality.train import train
 from prodigyplus.formulas import balance, moments, muon
 from prodigyplus.formulas.directions import stable_scale
 
-BETA1, BETA2, EPS, D0 = 0.9, 0.99, 1e-8, 1e-6
-FASTEST = ("tanh-regression", "logistic-digits", "mnist-mlp", "gpt-w64-b8", "noisy-mnist", "rotated-mnist")
+BETA1, BETA1_AT_END, BETA2, EPS, D0 = 0.9, 0.965, 0.99, 1e-8, 1e-6
+FEW = ("tanh-regression", "logistic-digits", "mnist-mlp", "gpt-w64-b8", "noisy-mnist")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What is switched on; with g the gradient at y, γ the step size, P Adam's deviations, c = w/Σw.
+    """What is switched on. g is the gradient at y, γ the step size, P Adam's deviations, c = w/Σw.
 
     Attributes:
         beta1: β of y = (1−β) z + β x.
         momentum: μ of m ← μ m + (1−μ) g, corrected for its start; z steps by P⁻¹m in the place of P⁻¹g
-            (ScheduleFree+, arXiv 2605.19095). With Muon it is orthogonalised (SF-NorMuon, 2605.23061).
-        evidence: Of which step ⟨g, u⟩ in ρ is: "made", the one with momentum; "plain", that of g without
-            momentum; "first", the one made over the weight that g has in m.
+            (ScheduleFree+, arXiv 2605.19095). Muon orthogonalises m (SF-NorMuon, arXiv 2605.23061).
+        evidence: Whose ⟨g, u⟩ is in ρ: of the step made, or of a plain one, that is of g without momentum.
         anneal: "run": log(1−β) goes linearly to that of 0.965 over the run (ScheduleFree+); "log": 1−β falls
             as k^−⅓ from step 100 on, for a run of unknown length.
-        restarts: x ← z at the first step at which γ grows less than it may, as c = 1 until then would have it
-            (ScheduleFree+'s c_warmup), without which there is no ⟨g, x − z⟩.
+        restarts: x ← z at the first step at which γ grows less than it may. That is ScheduleFree+'s c = 1 in
+            warm-up, but for y: c = 1 has no ⟨g, x − z⟩.
         power: r of w = k^r γ² (ScheduleFree+).
-        sharpness: C of c = min(1, (1−β) C w/Σw) (2507.09846), the package's `schedulefree_c`; 0 is without.
-        decay, decay_at, decay_by: λ of z ← z − λ γ v; v is y (Schedule-Free, 2405.15682) or z (SF-NorMuon),
-            and γ² in the place of γ is AdamC's (2506.02285).
-        muon: Whether hidden matrices have Muon's direction, by a step size of their own.
-        rows: Whether it is divided by the root of a second moment of each row (SF-NorMuon), then scaled to an
-            rms of 1.
-        by_norm: Whether it is scaled to an rms of 1 by its norm, rather than by its shape.
-        scale: What it is scaled with besides; 0.2 in SF-NorMuon.
-        one_d: Whether both groups have one step size.
+        decay, decay_at, decay_by: λ of z ← z − λ γ v; v is y (Schedule-Free, arXiv 2405.15682) or z
+            (SF-NorMuon); by 2, γ² is in the place of γ (AdamC, arXiv 2506.02285, and ScheduleFree+).
+        muon: Whether hidden matrices have Muon's direction.
+        rows: Divide it by the root of a second moment of each row, and scale it to an rms of 1 (SF-NorMuon).
+        by_norm: Scale it to an rms of 1 by its norm, rather than by its shape.
+        scale: What multiplies it besides; 0.2 in SF-NorMuon.
+        one_d: Whether its group and Adam's have one step size, not one each.
         target, growth: In the place of balance's.
         d0: The first step size.
     """
 
     beta1: float = BETA1
     momentum: float = 0.0
-    evidence: Literal["made", "plain", "first"] = "plain"
+    evidence: Literal["made", "plain"] = "plain"
     anneal: Literal["", "run", "log"] = ""
     restarts: bool = False
     power: float = 0.0
-    sharpness: float = 0.0
     decay: float = 0.0
     decay_at: Literal["y", "z"] = "y"
     decay_by: Literal[1, 2] = 1
@@ -91,174 +86,10 @@ class Parts:
     d0: float = D0
 
     def beta(self, k: int, steps: int) -> float:
-        """β of step k, from 1, of a run of so many steps."""
+        """β after step k of a run of so many steps."""
         if self.anneal == "run":
-            return 1 - (1 - self.beta1) * (0.035 / 0.1) ** min(1.0, (k - 1) / steps)
-        return 1 - (1 - self.beta1) * min(1.0, (100 / k) ** (1 / 3)) if self.anneal == "log" else self.beta1
-
-
-class Group:
-    """The numbers of parameters with one step size, and the step of their z and x."""
-
-    def __init__(self, parts: Parts) -> None:
-        self.parts, self.k, self.is_growing = parts, 0, True
-        self.d = torch.tensor([parts.d0], dtype=torch.float64)
-        self.averages = balance.Averages(torch.zeros_like(self.d), torch.zeros_like(self.d))
-        self.weight_sum = 0.0
-
-    def weight(self, beta: float) -> float:
-        """Count a step, and return its c."""
-        self.k += 1
-        weight = self.k**self.parts.power * float(self.d) ** 2
-        self.weight_sum += weight
-        c = weight / self.weight_sum
-        return min(1.0, c * (1 - beta) * self.parts.sharpness) if self.parts.sharpness else c
-
-    def adapt(self, product: float, norm: float) -> bool:
-        """Move d by the sums of ⟨g, x − z⟩ and ⟨g, u⟩; returns whether x is to be z."""
-        now = balance.Averages(torch.full_like(self.d, product), self.d * norm)
-        before, parts = self.d, self.parts
-        balance.TARGET, balance.GROWTH = parts.target, parts.growth  # no other optimiser is at work
-        self.d, _, self.averages = balance.next_d(self.d, torch.tensor([self.k]), self.averages, now)
-        limit = min(balance.LOG_LIMIT, parts.growth / self.k)
-        was_growing, self.is_growing = (
-            self.is_growing,
-            self.is_growing and float((self.d / before).log()) > limit - 1e-6,
-        )
-        if parts.restarts and was_growing and not self.is_growing:
-            self.weight_sum = 0.0
-            return True
-        return False
-
-
-class ScheduleFree(torch.optim.Optimizer):
-    """Schedule-Free with balance's step size and parts; holds x, y and z, and has a run of known length."""
-
-    def __init__(self, groups: Sequence[dict[str, Any]], parts: Parts, steps: int) -> None:
-        super().__init__(groups, {"lr": 1.0, "d": parts.d0, "muon": False})
-        self.parts, self.steps, self.k = parts, steps, 0
-        numbers = [Group(parts) for _ in self.param_groups]
-        self.numbers = numbers[:1] * len(numbers) if parts.one_d else numbers
-        for p in self._all():
-            self.state[p] = {"x": p.detach().clone(), "z": p.detach().clone()}
-
-    def _all(self) -> Iterator[nn.Parameter]:
-        return (p for group in self.param_groups for p in group["params"])
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Put x into the model."""
-        for p in self._all():
-            self.state[p]["y"] = p.clone()
-            p.copy_(self.state[p]["x"])
-
-    @torch.no_grad()
-    def train(self) -> None:
-        """Put y back."""
-        for p in self._all():
-            if "y" in self.state[p]:
-                p.copy_(self.state[p].pop("y"))
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Take a step."""
-        self.k += 1
-        beta, after = (self.parts.beta(k, self.steps) for k in (self.k, self.k + 1))
-        sums = {id(numbers): [0.0, 0.0] for numbers in self.numbers}
-        weights = {id(numbers): (numbers.weight(beta), float(numbers.d)) for numbers in set(self.numbers)}
-        for group, numbers in zip(self.param_groups, self.numbers, strict=True):
-            c, d = weights[id(numbers)]
-            for p in group["params"]:
-                if p.grad is not None:
-                    evidence = self._move(p, p.grad, d, c, after, is_muon=group["muon"])
-                    for index, value in enumerate(evidence):
-                        sums[id(numbers)][index] += value
-        restarting = {id(numbers) for numbers in set(self.numbers) if numbers.adapt(*sums[id(numbers)])}
-        for group, numbers in zip(self.param_groups, self.numbers, strict=True):
-            group["d"] = float(numbers.d)
-            for p in group["params"] if id(numbers) in restarting else ():
-                self.state[p]["x"].copy_(self.state[p]["z"])
-                p.copy_(self.state[p]["z"])
-
-    def _move(
-        self, p: Tensor, g: Tensor, d: float, c: float, beta: float, *, is_muon: bool
-    ) -> tuple[float, float]:
-        """Move z, x and y; returns ⟨g, x − z⟩ and ⟨g, u⟩."""
-        state, parts = self.state[p], self.parts
-        x, z = state["x"], state["z"]
-        share, m = 1.0, g
-        if parts.momentum:
-            m = state.setdefault("m", torch.zeros_like(g)).lerp_(g, 1 - parts.momentum)
-            correction = 1 - parts.momentum**self.k
-            m, share = m / correction, (1 - parts.momentum) / correction
-        direction = self._muon if is_muon else self._adam(g, state, d)
-        u = direction(m, state)
-        product = float((g * (x - z)).sum())
-        if parts.evidence == "plain" and parts.momentum:
-            norm = float((g * direction(g, {})).sum())
-        else:
-            norm = float((g * u).sum()) / (share if parts.evidence == "first" else 1.0)
-        if parts.decay:
-            z.sub_((p if parts.decay_at == "y" else z) * (parts.decay * d**parts.decay_by))
-        z.sub_(u, alpha=d)
-        x.lerp_(z, c)
-        p.copy_(torch.lerp(x, z, 1 - beta))
-        return product, norm
-
-    def _adam(self, g: Tensor, state: dict[str, Tensor], d: float) -> Callable[..., Tensor]:
-        """The direction of Adam with factored moments, and StableAdamW's scale."""
-        dims = moments.factored_dims(tuple(g.shape))
-        squares = g.square()
-        if dims is None:
-            deviation = _average(state, "V", squares, d).sqrt() / d
-        else:
-            row, column = dims
-            rows, columns, mean = (
-                _average(state, str(over), squares.mean(over, keepdim=True), d)
-                for over in (column, row, dims)
-            )
-            deviation = (rows / (mean + 1e-30)).sqrt() * columns.sqrt() / d
-
-        def direction(m: Tensor, _: dict[str, Tensor]) -> Tensor:
-            u = m / (deviation + EPS)
-            return u * stable_scale(u.square().sum(), u.numel())
-
-        return direction
-
-    def _muon(self, m: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """That of Muon, in float32; without ``state``, that of a step apart from the run."""
-        parts = self.parts
-        u = muon.newton_schulz(m.unsqueeze(0))[0]
-        if parts.rows:
-            of_rows = u.square().mean(1, keepdim=True)
-            seen = state.setdefault("rows", torch.zeros_like(of_rows)).lerp_(of_rows, 1 - BETA2)
-            u = u / ((seen / (1 - BETA2**self.k) if "x" in state else of_rows).sqrt() + EPS)
-        if parts.rows or parts.by_norm:
-            return u * (parts.scale * math.sqrt(u.numel()) / (u.norm() + EPS))
-        u = u * muon.unit_rms(*u.shape)
-        return u * (parts.scale * stable_scale(u.square().sum(), u.numel()))
-
-
-def _average(state: dict[str, Tensor], name: str, squares: Tensor, d: float) -> Tensor:
-    """The second moment of d·g, by that of g."""
-    return (
-        state.setdefault(name, torch.zeros_like(squares)).mul_(BETA2).add_(squares, alpha=(1 - BETA2) * d * d)
-    )
-
-
-def build(model: nn.Module, setting: Setting, steps: int, *, parts: Parts) -> Built:
-    """The optimiser of a model."""
-    if not parts.muon:
-        return [ScheduleFree([{"params": peers.trained(model)}], parts, steps)]
-    hidden, rest = peers.hidden_and_rest(model)
-    groups = [{"params": rest}, {"params": hidden, "muon": True}]
-    return [ScheduleFree([group for group in groups if group["params"]], parts, steps)]
-
-
-def package_muon(model: nn.Module, setting: Setting, steps: int) -> Built:
-    """The package's, with Muon in float32."""
-    options = {"step_size": "balance", "split_groups_mean": False, "muon_fp32": True}
-    return peers.ours_muon(model, setting, steps, **options)
+            return 1 - (1 - self.beta1) * ((1 - BETA1_AT_END) / (1 - BETA1)) ** min(1.0, k / steps)
+        return 1 - (1 - self.beta1) * min(1.0, (100 / (k + 1)) ** (1 / 3) if self.anneal else 1.0)
 
 
 # Each with what it is compared with; None for what others are compared with.
@@ -267,44 +98,163 @@ VARIANTS: dict[str, tuple[str | None, Parts]] = {
     "nudged": ("base", Parts(d0=1.1 * D0)),
     "momentum": ("base", Parts(momentum=0.9)),
     "momentum-made": ("base", Parts(momentum=0.9, evidence="made")),
-    "momentum-first": ("base", Parts(momentum=0.9, evidence="first")),
-    "momentum-0.5": ("base", Parts(momentum=0.5)),
     "beta-0.95": ("base", Parts(beta1=0.95)),
     "anneal-run": ("base", Parts(anneal="run")),
     "anneal-log": ("base", Parts(anneal="log")),
     "restart": ("base", Parts(restarts=True)),
     "power-1": ("base", Parts(power=1)),
     "power-2": ("base", Parts(power=2)),
-    "power-4": ("base", Parts(power=4)),
-    "sharpness-30": ("base", Parts(sharpness=30)),
     "decay": ("base", Parts(decay=0.1)),
     "decay-z": ("base", Parts(decay=0.1, decay_at="z")),
     "decay-squared": ("base", Parts(decay=20, decay_by=2)),
     "decay-squared-z": ("base", Parts(decay=20, decay_at="z", decay_by=2)),
-    "target-0.2": ("base", Parts(target=0.2)),
-    "target-0.3": ("base", Parts(target=0.3)),
     "growth-4": ("base", Parts(growth=4, target=0.28)),
     "muon": (None, Parts(muon=True)),
     "muon-nudged": ("muon", Parts(muon=True, d0=1.1 * D0)),
     "muon-momentum": ("muon", Parts(muon=True, momentum=0.9)),
     "muon-momentum-made": ("muon", Parts(muon=True, momentum=0.9, evidence="made")),
-    "muon-momentum-first": ("muon", Parts(muon=True, momentum=0.9, evidence="first")),
     "muon-rows": ("muon", Parts(muon=True, rows=True)),
     "muon-by-norm": ("muon", Parts(muon=True, by_norm=True)),
     "muon-one-d": ("muon", Parts(muon=True, one_d=True)),
     "muon-one-d-0.2": ("muon", Parts(muon=True, one_d=True, scale=0.2)),
-    "muon-power-2": ("muon", Parts(muon=True, power=2)),
 }
-PACKAGE = {
-    "package": ("base", partial(peers.ours, step_size="balance")),
-    "package-muon": ("muon", package_muon),
+BALANCE: dict[str, Any] = {"step_size": "balance"}
+PACKAGE: dict[str, tuple[str, Callable[..., Built]]] = {
+    "package": ("base", partial(peers.ours, **BALANCE)),
+    "package-muon": ("muon", partial(peers.ours_muon, **BALANCE, split_groups_mean=False, muon_fp32=True)),
 }
 
 
-def entry_of(name: str) -> Entry:
-    """What a variant is for the training loop."""
-    built = PACKAGE[name][1] if name in PACKAGE else partial(build, parts=VARIANTS[name][1])
-    return Entry(name, built, tuned="nothing", distribution="")
+class Numbers:
+    """The numbers of the groups that have one step size."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.k, self.is_growing = parts, 0, True
+        self.d = torch.tensor([parts.d0], dtype=torch.float64)
+        self.averages = balance.Averages(torch.zeros_like(self.d), torch.zeros_like(self.d))
+        self.weight_sum = self.c = self.step = self.product = self.norm = 0.0
+
+    def begin(self) -> None:
+        """Count a step, and set its size and c."""
+        self.k += 1
+        self.step, self.product, self.norm = float(self.d), 0.0, 0.0
+        weight = self.k**self.parts.power * self.step**2
+        self.weight_sum += weight
+        self.c = weight / self.weight_sum
+
+    def end(self) -> bool:
+        """Move d by the sums of ⟨g, x − z⟩ and ⟨g, u⟩; returns whether x is to become z."""
+        now = balance.Averages(torch.full_like(self.d, self.product), self.d * self.norm)
+        balance.TARGET, balance.GROWTH = self.parts.target, self.parts.growth  # no other optimiser is at work
+        self.d, _, self.averages = balance.next_d(self.d, torch.tensor([self.k]), self.averages, now)
+        limit = min(balance.LOG_LIMIT, self.parts.growth / self.k)
+        stops_growing = self.is_growing and math.log(float(self.d) / self.step) < limit - 1e-6
+        self.is_growing &= not stops_growing
+        if stops_growing and self.parts.restarts:
+            self.weight_sum = 0.0
+        return stops_growing and self.parts.restarts
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-Free with balance's step size and parts, for a run of so many steps."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], parts: Parts, steps: int) -> None:
+        super().__init__(groups, {"lr": 1.0, "d": parts.d0, "muon": False})
+        self.parts, self.steps, self.k = parts, steps, 0
+        numbers = [Numbers(parts) for _ in self.param_groups]
+        self.numbers = numbers[:1] * len(numbers) if parts.one_d else numbers
+        self.all = [p for group in self.param_groups for p in group["params"]]
+        for p in self.all:
+            self.state[p] = {"x": p.detach().clone(), "z": p.detach().clone()}
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put x into the model."""
+        for p in self.all:
+            self.state[p]["y"] = p.clone()
+            p.copy_(self.state[p]["x"])
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put y back."""
+        for p in self.all:
+            if "y" in self.state[p]:
+                p.copy_(self.state[p].pop("y"))
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Take a step."""
+        self.k += 1
+        beta = self.parts.beta(self.k, self.steps)
+        for numbers in set(self.numbers):
+            numbers.begin()
+        for group, numbers in zip(self.param_groups, self.numbers, strict=True):
+            for p in (p for p in group["params"] if p.grad is not None):
+                self._move(p, p.grad, numbers, beta, is_muon=group["muon"])
+        restarting = {numbers for numbers in set(self.numbers) if numbers.end()}
+        for group, numbers in zip(self.param_groups, self.numbers, strict=True):
+            group["d"] = float(numbers.d)
+            for p in group["params"] if numbers in restarting else ():
+                self.state[p]["x"].copy_(self.state[p]["z"])
+                p.copy_(self.state[p]["z"])
+
+    def _move(self, p: Tensor, g: Tensor, n: Numbers, beta: float, *, is_muon: bool) -> None:
+        """Move z, x and y, and add up ρ's sums."""
+        state, parts = self.state[p], self.parts
+        x, z, m = state["x"], state["z"], g
+        if parts.momentum:
+            m = state.setdefault("m", torch.zeros_like(g)).lerp_(g, 1 - parts.momentum)
+            m = m / (1 - parts.momentum**self.k)
+        direction = self._muon if is_muon else self._adam(g, state, n.step)
+        u = direction(m, state)
+        n.product += float((g * (x - z)).sum())
+        plain = direction(g, {}) if parts.evidence == "plain" and parts.momentum else u
+        n.norm += float((g * plain).sum())
+        if parts.decay:
+            z.sub_((p if parts.decay_at == "y" else z) * (parts.decay * n.step**parts.decay_by))
+        z.sub_(u, alpha=n.step)
+        x.lerp_(z, n.c)
+        p.copy_(torch.lerp(x, z, 1 - beta))
+
+    def _adam(self, g: Tensor, state: dict[str, Tensor], d: float) -> Callable[..., Tensor]:
+        """Adam's direction, with factored moments where the package has them, and StableAdamW's scale."""
+
+        def average(name: str, value: Tensor) -> Tensor:
+            kept = state.setdefault(name, torch.zeros_like(value))
+            return kept.mul_(BETA2).add_(value, alpha=(1 - BETA2) * d * d)
+
+        squares = g.square()
+        if dims := moments.factored_dims(tuple(g.shape)):
+            means = (squares.mean(over, keepdim=True) for over in (dims[1], dims[0], dims))
+            row, column, mean = map(average, ("row", "column", "mean"), means)
+            deviation = (row / (mean + 1e-30)).sqrt() * column.sqrt() / d
+        else:
+            deviation = average("V", squares).sqrt() / d
+
+        def direction(m: Tensor, _: dict[str, Tensor]) -> Tensor:
+            u = m / (deviation + EPS)
+            return u * stable_scale(u.square().sum(), u.numel())
+
+        return direction
+
+    def _muon(self, m: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Muon's direction, in float32; a ``state`` that is empty is left to be forgotten."""
+        u = muon.newton_schulz(m.unsqueeze(0))[0]
+        if self.parts.rows:
+            of_rows = u.square().mean(1, keepdim=True)
+            seen = state.setdefault("rows", torch.zeros_like(of_rows)).lerp_(of_rows, 1 - BETA2)
+            u = u / (seen.sqrt() + EPS)  # how long it has been averaged comes out of what follows
+        if self.parts.rows or self.parts.by_norm:
+            return u * (self.parts.scale * math.sqrt(u.numel()) / (u.norm() + EPS))
+        u = u * muon.unit_rms(*u.shape)
+        return u * (self.parts.scale * stable_scale(u.square().sum(), u.numel()))
+
+
+def build(model: nn.Module, setting: Setting, steps: int, *, parts: Parts) -> Built:
+    """The optimiser of a model."""
+    hidden, rest = peers.hidden_and_rest(model) if parts.muon else ([], peers.trained(model))
+    groups = [{"params": rest}, {"params": hidden, "muon": True}]
+    return [ScheduleFree([group for group in groups if group["params"]], parts, steps)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -314,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add, names = parser.add_argument, [*VARIANTS, *PACKAGE]
     add("--out", type=Path, required=True, metavar="FILE.jsonl")
-    add("--tasks", nargs="+", choices=TASKS, default=FASTEST, metavar="NAME")
+    add("--tasks", nargs="+", choices=TASKS, default=FEW, metavar="NAME")
     add("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     add("--seeds", nargs="+", type=int, default=[1], metavar="N")
     add("--report", action="store_true")
@@ -324,24 +274,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.report:
         print("\n".join(report(done.values())))
         return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:
-        for name in args.tasks:
-            for variant in args.variants:
-                run(args.out, done, name, variant, seed)
+    for seed, name, variant in itertools.product(args.seeds, args.tasks, args.variants):
+        run(args.out, done, name, variant, seed)
 
 
-def run(out: Path, done: dict[str, results.Row], task: str, variant: str, seed: int) -> None:
+def run(out: Path, done: dict[str, results.Row], name: str, variant: str, seed: int) -> None:
     """One run, if it is not done already."""
-    scale, entry = TASKS[task].scales["small"], entry_of(variant)
-    identity = results.identity(task, "small", scale, entry, Setting(), seed, "cpu")
-    if (key := results.key(identity)) in done:
-        return
-    setup = Setup(scale, seed, torch.device("cpu"), Path("runs/quality"))
-    row = {**identity, **train(TASKS[task], setup, entry, Setting()), "environment": environment("cpu")}
-    results.append(out, row)
-    done[key] = row
-    print(f"{task}, {variant}, seed {seed}: {row['loss']}, {row['cpu_seconds']} s of the CPU", flush=True)
+    task, scale = TASKS[name], TASKS[name].scales["small"]
+    make = PACKAGE[variant][1] if variant in PACKAGE else partial(build, parts=VARIANTS[variant][1])
+    entry = Entry(variant, make, tuned="nothing", distribution="")
+    identity = results.identity(name, "small", scale, entry, Setting(), seed, "cpu")
+    if results.key(identity) not in done:
+        setup = Setup(scale, seed, torch.device("cpu"), Path("runs/quality"))
+        row = {**identity, **train(task, setup, entry, Setting()), "environment": environment("cpu")}
+        results.append(out, row)
+        done[results.key(row)] = row
+        print(f"{name}, {variant}, seed {seed}: {row['loss']}, {row['cpu_seconds']} s of the CPU", flush=True)
 
 
 def report(rows: Iterable[results.Row]) -> Iterator[str]:
@@ -350,30 +298,21 @@ def report(rows: Iterable[results.Row]) -> Iterator[str]:
     for row in rows:
         loss = math.inf if row["loss"] is None else row["loss"]
         losses.setdefault((row["optimizer"], row["task"]), {})[row["seed"]] = loss
-    tasks = sorted({task for _, task in losses}, key=list(TASKS).index)
-    against = {name: beside for name, (beside, _) in (*VARIANTS.items(), *PACKAGE.items()) if beside}
-    noise = {}
-    for base, nudged in (("base", "nudged"), ("muon", "muon-nudged")):
-        for task in tasks:
-            pairs = paired(losses, nudged, base, task)
-            logs = [math.log(new / old) ** 2 for new, old in pairs.values()]
-            noise[base, task] = math.sqrt(statistics.fmean(logs)) if logs else math.nan
-    yield "| part | task | without | with | change | noise | seeds |\n|---|---|--:|--:|--:|--:|--:|"
-    for name, beside in against.items():
-        for task in tasks:
-            if pairs := paired(losses, name, beside, task):
-                new, old = (statistics.fmean(values) for values in zip(*pairs.values(), strict=True))
-                change = statistics.fmean(math.log(a / b) for a, b in pairs.values())
-                figures = f"{old:.4g} | {new:.4g} | {math.expm1(change):+.1%} | {noise[beside, task]:.1%}"
-                yield f"| {name} | {task} | {figures} | {len(pairs)} |"
 
+    def pairs(name: str, beside: str, task: str) -> list[tuple[float, float]]:
+        new, old = losses.get((name, task), {}), losses.get((beside, task), {})
+        return [(new[seed], old[seed]) for seed in sorted(new.keys() & old.keys())]
 
-def paired(
-    losses: dict[tuple[str, str], dict[int, float]], name: str, beside: str, task: str
-) -> dict[int, tuple[float, float]]:
-    """The losses of two variants, of the seeds that both have."""
-    new, old = losses.get((name, task), {}), losses.get((beside, task), {})
-    return {seed: (new[seed], old[seed]) for seed in sorted(new.keys() & old.keys())}
+    yield "| part | task | without | with | change | nudged | seeds |\n|---|---|--:|--:|--:|--:|--:|"
+    for name, (beside, _) in (*VARIANTS.items(), *PACKAGE.items()):
+        for task in TASKS if beside else ():
+            if found := pairs(name, beside or "", task):
+                new, old = (statistics.fmean(values) for values in zip(*found, strict=True))
+                change = statistics.fmean(math.log(a / b) for a, b in found)
+                nudged = pairs("muon-nudged" if beside == "muon" else "nudged", beside or "", task)
+                noise = max((abs(math.log(a / b)) for a, b in nudged), default=math.nan)
+                figures = f"{old:.4g} | {new:.4g} | {math.expm1(change):+.1%} | ±{noise:.1%}"
+                yield f"| {name} | {task} | {figures} | {len(found)} |"
 
 
 if __name__ == "__main__":
