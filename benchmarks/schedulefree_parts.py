@@ -53,18 +53,16 @@ class Parts:
         evidence: Whose ⟨g, u⟩ is in ρ: of the step made, or of a plain one, that is of g without momentum.
         anneal: "run": log(1−β) goes linearly to that of 0.965 over the run (ScheduleFree+); "log": 1−β falls
             as k^−⅓ from step 100 on, for a run of unknown length.
-        restarts: x ← z at the first step at which γ grows less than it may. That is ScheduleFree+'s c = 1 in
-            warm-up, but for y: c = 1 has no ⟨g, x − z⟩.
+        restarts: c = 1 once γ grows less than it may; until then (ScheduleFree+) there is no ⟨g, x − z⟩.
         power: r of w = k^r γ² (ScheduleFree+).
-        decay, decay_at, decay_by: λ of z ← z − λ γ v; v is y (Schedule-Free, arXiv 2405.15682) or z
-            (SF-NorMuon); by 2, γ² is in the place of γ (AdamC, arXiv 2506.02285, and ScheduleFree+).
+        decay, decay_by: λ of z ← z − λ γ y (Schedule-Free, arXiv 2405.15682); by 2, γ² is in the place of γ
+            (AdamC, arXiv 2506.02285, and ScheduleFree+).
         muon: Whether hidden matrices have Muon's direction.
         rows: Divide it by the root of a second moment of each row, and scale it to an rms of 1 (SF-NorMuon).
         by_norm: Scale it to an rms of 1 by its norm, rather than by its shape.
         scale: What multiplies it besides; 0.2 in SF-NorMuon.
         one_d: Whether its group and Adam's have one step size, not one each.
-        target, growth: In the place of balance's.
-        d0: The first step size.
+        target, growth, d0: In the place of balance's, and of the package's.
     """
 
     beta1: float = BETA1
@@ -74,7 +72,6 @@ class Parts:
     restarts: bool = False
     power: float = 0.0
     decay: float = 0.0
-    decay_at: Literal["y", "z"] = "y"
     decay_by: Literal[1, 2] = 1
     muon: bool = False
     rows: bool = False
@@ -92,8 +89,9 @@ class Parts:
         return 1 - (1 - self.beta1) * min(1.0, (100 / (k + 1)) ** (1 / 3) if self.anneal else 1.0)
 
 
+MUON_IN_FLOAT32: dict[str, Any] = {"split_groups_mean": False, "muon_fp32": True}
 # Each with what it is compared with; None for what others are compared with.
-VARIANTS: dict[str, tuple[str | None, Parts]] = {
+VARIANTS: dict[str, tuple[str | None, Parts | Callable[..., Built]]] = {
     "base": (None, Parts()),
     "nudged": ("base", Parts(d0=1.1 * D0)),
     "momentum": ("base", Parts(momentum=0.9)),
@@ -105,9 +103,7 @@ VARIANTS: dict[str, tuple[str | None, Parts]] = {
     "power-1": ("base", Parts(power=1)),
     "power-2": ("base", Parts(power=2)),
     "decay": ("base", Parts(decay=0.1)),
-    "decay-z": ("base", Parts(decay=0.1, decay_at="z")),
     "decay-squared": ("base", Parts(decay=20, decay_by=2)),
-    "decay-squared-z": ("base", Parts(decay=20, decay_at="z", decay_by=2)),
     "growth-4": ("base", Parts(growth=4, target=0.28)),
     "muon": (None, Parts(muon=True)),
     "muon-nudged": ("muon", Parts(muon=True, d0=1.1 * D0)),
@@ -117,11 +113,8 @@ VARIANTS: dict[str, tuple[str | None, Parts]] = {
     "muon-by-norm": ("muon", Parts(muon=True, by_norm=True)),
     "muon-one-d": ("muon", Parts(muon=True, one_d=True)),
     "muon-one-d-0.2": ("muon", Parts(muon=True, one_d=True, scale=0.2)),
-}
-BALANCE: dict[str, Any] = {"step_size": "balance"}
-PACKAGE: dict[str, tuple[str, Callable[..., Built]]] = {
-    "package": ("base", partial(peers.ours, **BALANCE)),
-    "package-muon": ("muon", partial(peers.ours_muon, **BALANCE, split_groups_mean=False, muon_fp32=True)),
+    "package": ("base", partial(peers.ours, step_size="balance")),
+    "package-muon": ("muon", partial(peers.ours_muon, step_size="balance", **MUON_IN_FLOAT32)),
 }
 
 
@@ -136,23 +129,19 @@ class Numbers:
 
     def begin(self) -> None:
         """Count a step, and set its size and c."""
-        self.k += 1
-        self.step, self.product, self.norm = float(self.d), 0.0, 0.0
+        self.k, self.step, self.product, self.norm = self.k + 1, float(self.d), 0.0, 0.0
         weight = self.k**self.parts.power * self.step**2
         self.weight_sum += weight
         self.c = weight / self.weight_sum
 
-    def end(self) -> bool:
-        """Move d by the sums of ⟨g, x − z⟩ and ⟨g, u⟩; returns whether x is to become z."""
+    def end(self) -> None:
+        """Move d by the sums of ⟨g, x − z⟩ and ⟨g, u⟩."""
         now = balance.Averages(torch.full_like(self.d, self.product), self.d * self.norm)
         balance.TARGET, balance.GROWTH = self.parts.target, self.parts.growth  # no other optimiser is at work
         self.d, _, self.averages = balance.next_d(self.d, torch.tensor([self.k]), self.averages, now)
-        limit = min(balance.LOG_LIMIT, self.parts.growth / self.k)
-        stops_growing = self.is_growing and math.log(float(self.d) / self.step) < limit - 1e-6
-        self.is_growing &= not stops_growing
-        if stops_growing and self.parts.restarts:
-            self.weight_sum = 0.0
-        return stops_growing and self.parts.restarts
+        grown, limit = math.log(float(self.d) / self.step), min(balance.LOG_LIMIT, balance.GROWTH / self.k)
+        if self.parts.restarts and self.is_growing and grown < limit - 1e-6:
+            self.is_growing, self.weight_sum = False, 0.0
 
 
 class ScheduleFree(torch.optim.Optimizer):
@@ -178,25 +167,22 @@ class ScheduleFree(torch.optim.Optimizer):
     def train(self) -> None:
         """Put y back."""
         for p in self.all:
-            if "y" in self.state[p]:
-                p.copy_(self.state[p].pop("y"))
+            p.copy_(self.state[p].pop("y", p))
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Take a step."""
         self.k += 1
-        beta = self.parts.beta(self.k, self.steps)
-        for numbers in set(self.numbers):
+        beta, apart = self.parts.beta(self.k, self.steps), set(self.numbers)
+        for numbers in apart:
             numbers.begin()
         for group, numbers in zip(self.param_groups, self.numbers, strict=True):
             for p in (p for p in group["params"] if p.grad is not None):
                 self._move(p, p.grad, numbers, beta, is_muon=group["muon"])
-        restarting = {numbers for numbers in set(self.numbers) if numbers.end()}
+        for numbers in apart:
+            numbers.end()
         for group, numbers in zip(self.param_groups, self.numbers, strict=True):
             group["d"] = float(numbers.d)
-            for p in group["params"] if numbers in restarting else ():
-                self.state[p]["x"].copy_(self.state[p]["z"])
-                p.copy_(self.state[p]["z"])
 
     def _move(self, p: Tensor, g: Tensor, n: Numbers, beta: float, *, is_muon: bool) -> None:
         """Move z, x and y, and add up ρ's sums."""
@@ -208,10 +194,10 @@ class ScheduleFree(torch.optim.Optimizer):
         direction = self._muon if is_muon else self._adam(g, state, n.step)
         u = direction(m, state)
         n.product += float((g * (x - z)).sum())
-        plain = direction(g, {}) if parts.evidence == "plain" and parts.momentum else u
-        n.norm += float((g * plain).sum())
+        is_plain = parts.momentum and parts.evidence == "plain"
+        n.norm += float((g * (direction(g, {}) if is_plain else u)).sum())
         if parts.decay:
-            z.sub_((p if parts.decay_at == "y" else z) * (parts.decay * n.step**parts.decay_by))
+            z.sub_(p, alpha=parts.decay * n.step**parts.decay_by)
         z.sub_(u, alpha=n.step)
         x.lerp_(z, n.c)
         p.copy_(torch.lerp(x, z, 1 - beta))
@@ -259,10 +245,8 @@ def build(model: nn.Module, setting: Setting, steps: int, *, parts: Parts) -> Bu
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what is left to do, or report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, names = parser.add_argument, [*VARIANTS, *PACKAGE]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add, names = parser.add_argument, list(VARIANTS)
     add("--out", type=Path, required=True, metavar="FILE.jsonl")
     add("--tasks", nargs="+", choices=TASKS, default=FEW, metavar="NAME")
     add("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -281,7 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(out: Path, done: dict[str, results.Row], name: str, variant: str, seed: int) -> None:
     """One run, if it is not done already."""
     task, scale = TASKS[name], TASKS[name].scales["small"]
-    make = PACKAGE[variant][1] if variant in PACKAGE else partial(build, parts=VARIANTS[variant][1])
+    made = VARIANTS[variant][1]
+    make = partial(build, parts=made) if isinstance(made, Parts) else made
     entry = Entry(variant, make, tuned="nothing", distribution="")
     identity = results.identity(name, "small", scale, entry, Setting(), seed, "cpu")
     if results.key(identity) not in done:
@@ -298,21 +283,18 @@ def report(rows: Iterable[results.Row]) -> Iterator[str]:
     for row in rows:
         loss = math.inf if row["loss"] is None else row["loss"]
         losses.setdefault((row["optimizer"], row["task"]), {})[row["seed"]] = loss
-
-    def pairs(name: str, beside: str, task: str) -> list[tuple[float, float]]:
-        new, old = losses.get((name, task), {}), losses.get((beside, task), {})
-        return [(new[seed], old[seed]) for seed in sorted(new.keys() & old.keys())]
-
     yield "| part | task | without | with | change | nudged | seeds |\n|---|---|--:|--:|--:|--:|--:|"
-    for name, (beside, _) in (*VARIANTS.items(), *PACKAGE.items()):
+    for name, (beside, _) in VARIANTS.items():
         for task in TASKS if beside else ():
-            if found := pairs(name, beside or "", task):
-                new, old = (statistics.fmean(values) for values in zip(*found, strict=True))
-                change = statistics.fmean(math.log(a / b) for a, b in found)
-                nudged = pairs("muon-nudged" if beside == "muon" else "nudged", beside or "", task)
-                noise = max((abs(math.log(a / b)) for a, b in nudged), default=math.nan)
-                figures = f"{old:.4g} | {new:.4g} | {math.expm1(change):+.1%} | ±{noise:.1%}"
-                yield f"| {name} | {task} | {figures} | {len(found)} |"
+            old, new = losses.get((beside or "", task), {}), losses.get((name, task), {})
+            if seeds := old.keys() & new.keys():
+                nudged = losses.get(("muon-nudged" if beside == "muon" else "nudged", task), {})
+                noise = [abs(math.log(nudged[seed] / old[seed])) for seed in nudged.keys() & old.keys()]
+                change = statistics.fmean(math.log(new[seed] / old[seed]) for seed in seeds)
+                means = (statistics.fmean(its[seed] for seed in seeds) for its in (old, new))
+                figures = [f"{mean:.4g}" for mean in means] + [f"{math.expm1(change):+.1%}"]
+                figures += [f"±{max(noise):.1%}" if noise else "", str(len(seeds))]
+                yield f"| {' | '.join([name, task, *figures])} |"
 
 
 if __name__ == "__main__":
