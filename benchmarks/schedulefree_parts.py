@@ -4,10 +4,10 @@
         [--tasks NAME ...] [--variants NAME ...] [--seeds N ...]
     PYTHONPATH=. python benchmarks/schedulefree_parts.py --out docs/research/parts.jsonl --report
 
-The first trains the tasks of benchmarks/quality, and adds a JSON line to the file for each run; it is
-resumable. The second prints a table of what is in the file. The optimiser is a plain one of this file. It
-keeps x, y and z, and with no part on it makes the step of the package (`package` and `package-muon` are runs
-of that one). `nudged` is the same run begun at 1.1 times the step size: what it changes is noise.
+The first trains tasks of benchmarks/quality, and adds a line to the file for each run that it has not yet. The
+second prints a table, in which a change is nothing within 1 % and within twice that of `nudged`, the same run
+begun at 1.1 times the step size. The optimiser is a plain one of this file, which keeps x, y and z. Without a
+part it makes the step of the package (`package` and `package-muon` are runs of that one).
 """
 
 from __future__ import annotations
@@ -47,12 +47,11 @@ class Parts:
     """What is switched on. g is the gradient at y, γ the step size, P Adam's deviations, c = w/Σw.
 
     Attributes:
-        beta1: β of y = (1−β) z + β x.
         momentum: μ of m ← μ m + (1−μ) g, corrected for its start; z steps by P⁻¹m in the place of P⁻¹g
             (ScheduleFree+, arXiv 2605.19095). Muon orthogonalises m (SF-NorMuon, arXiv 2605.23061).
         evidence: Whose ⟨g, u⟩ is in ρ: of the step made, or of a plain one, that is of g without momentum.
-        anneal: "run": log(1−β) goes linearly to that of 0.965 over the run (ScheduleFree+); "log": 1−β falls
-            as k^−⅓ from step 100 on, for a run of unknown length.
+        beta1, anneal: β of y = (1−β) z + β x; "run": log(1−β) goes linearly to that of 0.965 over the run
+            (ScheduleFree+); "log": 1−β falls as k^−⅓ from step 100 on, for a run of unknown length.
         restarts: c = 1 once γ grows less than it may; until then (ScheduleFree+) there is no ⟨g, x − z⟩.
         power: r of w = k^r γ² (ScheduleFree+).
         decay, decay_by: λ of z ← z − λ γ y (Schedule-Free, arXiv 2405.15682); by 2, γ² is in the place of γ
@@ -62,7 +61,7 @@ class Parts:
         by_norm: Scale it to an rms of 1 by its norm, rather than by its shape.
         scale: What multiplies it besides; 0.2 in SF-NorMuon.
         one_d: Whether its group and Adam's have one step size, not one each.
-        target, growth, d0: In the place of balance's, and of the package's.
+        target, growth, d0: In the place of the package's.
     """
 
     beta1: float = BETA1
@@ -107,7 +106,6 @@ VARIANTS: dict[str, tuple[str | None, Parts | Callable[..., Built]]] = {
     "growth-4": ("base", Parts(growth=4, target=0.28)),
     "muon": (None, Parts(muon=True)),
     "muon-nudged": ("muon", Parts(muon=True, d0=1.1 * D0)),
-    "muon-momentum": ("muon", Parts(muon=True, momentum=0.9)),
     "muon-momentum-made": ("muon", Parts(muon=True, momentum=0.9, evidence="made")),
     "muon-rows": ("muon", Parts(muon=True, rows=True)),
     "muon-by-norm": ("muon", Parts(muon=True, by_norm=True)),
@@ -150,8 +148,8 @@ class ScheduleFree(torch.optim.Optimizer):
     def __init__(self, groups: Sequence[dict[str, Any]], parts: Parts, steps: int) -> None:
         super().__init__(groups, {"lr": 1.0, "d": parts.d0, "muon": False})
         self.parts, self.steps, self.k = parts, steps, 0
-        numbers = [Numbers(parts) for _ in self.param_groups]
-        self.numbers = numbers[:1] * len(numbers) if parts.one_d else numbers
+        alone = [Numbers(parts) for _ in self.param_groups]
+        self.numbers = alone[:1] * len(alone) if parts.one_d else alone
         self.all = [p for group in self.param_groups for p in group["params"]]
         for p in self.all:
             self.state[p] = {"x": p.detach().clone(), "z": p.detach().clone()}
@@ -229,7 +227,7 @@ class ScheduleFree(torch.optim.Optimizer):
         if self.parts.rows:
             of_rows = u.square().mean(1, keepdim=True)
             seen = state.setdefault("rows", torch.zeros_like(of_rows)).lerp_(of_rows, 1 - BETA2)
-            u = u / (seen.sqrt() + EPS)  # how long it has been averaged comes out of what follows
+            u = u / (seen.sqrt() + EPS)
         if self.parts.rows or self.parts.by_norm:
             return u * (self.parts.scale * math.sqrt(u.numel()) / (u.norm() + EPS))
         u = u * muon.unit_rms(*u.shape)
@@ -281,20 +279,23 @@ def report(rows: Iterable[results.Row]) -> Iterator[str]:
     """The table: each variant beside what it is compared with, on the seeds that both have."""
     losses: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
-        loss = math.inf if row["loss"] is None else row["loss"]
-        losses.setdefault((row["optimizer"], row["task"]), {})[row["seed"]] = loss
-    yield "| part | task | without | with | change | nudged | seeds |\n|---|---|--:|--:|--:|--:|--:|"
+        losses.setdefault((row["optimizer"], row["task"]), {})[row["seed"]] = row["loss"] or math.inf
+    yield "| part | task | without | with | change | nudged | seeds | |\n|---|---|--:|--:|--:|--:|--:|---|"
     for name, (beside, _) in VARIANTS.items():
         for task in TASKS if beside else ():
             old, new = losses.get((beside or "", task), {}), losses.get((name, task), {})
             if seeds := old.keys() & new.keys():
                 nudged = losses.get(("muon-nudged" if beside == "muon" else "nudged", task), {})
-                noise = [abs(math.log(nudged[seed] / old[seed])) for seed in nudged.keys() & old.keys()]
-                change = statistics.fmean(math.log(new[seed] / old[seed]) for seed in seeds)
-                means = (statistics.fmean(its[seed] for seed in seeds) for its in (old, new))
-                figures = [f"{mean:.4g}" for mean in means] + [f"{math.expm1(change):+.1%}"]
-                figures += [f"±{max(noise):.1%}" if noise else "", str(len(seeds))]
-                yield f"| {' | '.join([name, task, *figures])} |"
+                noise = max(
+                    (abs(math.log(nudged[s] / old[s])) for s in nudged.keys() & old.keys()), default=0
+                )
+                change = statistics.fmean(math.log(new[s] / old[s]) for s in seeds)
+                verdict = (
+                    ("helps" if change < 0 else "hurts") if abs(change) > max(2 * noise, 0.01) else "nothing"
+                )
+                figures = [f"{statistics.fmean(its[s] for s in seeds):.4g}" for its in (old, new)]
+                figures += [f"{math.expm1(change):+.1%}", f"±{noise:.1%}" if noise else "", str(len(seeds))]
+                yield f"| {' | '.join([name, task, *figures, verdict])} |"
 
 
 if __name__ == "__main__":
