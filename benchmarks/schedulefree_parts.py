@@ -1,13 +1,12 @@
 """Parts of newer Schedule-Free methods beside balance's step size, each switched on by itself.
 
-    PYTHONPATH=. python benchmarks/schedulefree_parts.py --out docs/research/parts.jsonl \
-        [--tasks NAME ...] [--variants NAME ...] [--seeds N ...]
-    PYTHONPATH=. python benchmarks/schedulefree_parts.py --out docs/research/parts.jsonl --report
+    PYTHONPATH=. python benchmarks/schedulefree_parts.py --out FILE [--tasks …] [--variants …] [--seeds …]
+    PYTHONPATH=. python benchmarks/schedulefree_parts.py --out FILE --report
 
-The first trains tasks of benchmarks/quality, and adds a line to the file for each run that it has not yet. The
-second prints a table, in which a change is nothing within 1 % and within twice that of `nudged`, the same run
-begun at 1.1 times the step size. The optimiser is a plain one of this file, which keeps x, y and z. Without a
-part it makes the step of the package (`package` and `package-muon` are runs of that one).
+The first trains tasks of benchmarks/quality, and adds a line to the file for each run that it does not have.
+The second prints a table, in which a change is nothing within 1 % or within twice that of `nudged`, the same
+run begun at 1.1 times the step size. The optimiser is a plain one of this file, which keeps x, y and z. With no
+part on, it makes the step of the package (`package` and `package-muon` are runs of that one).
 """
 
 from __future__ import annotations
@@ -192,8 +191,7 @@ class ScheduleFree(torch.optim.Optimizer):
         direction = self._muon if is_muon else self._adam(g, state, n.step)
         u = direction(m, state)
         n.product += float((g * (x - z)).sum())
-        is_plain = parts.momentum and parts.evidence == "plain"
-        n.norm += float((g * (direction(g, {}) if is_plain else u)).sum())
+        n.norm += float((g * (direction(g, {}) if parts.momentum and parts.evidence == "plain" else u)).sum())
         if parts.decay:
             z.sub_(p, alpha=parts.decay * n.step**parts.decay_by)
         z.sub_(u, alpha=n.step)
