@@ -5,8 +5,8 @@
 
 The first trains tasks of benchmarks/quality, and adds a line to the file for each run that it does not have.
 The second prints a table, in which a change is nothing within 1 % or within twice that of `nudged`, the same
-run begun at 1.1 times the step size. The optimiser is a plain one of this file, which keeps x, y and z. With no
-part on, it makes the step of the package (`package` and `package-muon` are runs of that one).
+run begun at 1.1 times the step size. The optimiser is a plain one of this file, which keeps x, y and z. With
+no part on, it makes the step of the package (`package` and `package-muon` are runs of that one).
 """
 
 from __future__ import annotations
