@@ -83,8 +83,8 @@ class Parts:
     def beta(self, k: int, steps: int) -> float:
         """β after step k of a run of so many steps."""
         if self.anneal == "run":
-            return 1 - (1 - self.beta1) * ((1 - BETA1_AT_END) / (1 - BETA1)) ** min(1.0, k / steps)
-        return 1 - (1 - self.beta1) * min(1.0, (100 / (k + 1)) ** (1 / 3) if self.anneal else 1.0)
+            return 1 - (1 - self.beta1) * math.pow((1 - BETA1_AT_END) / (1 - BETA1), min(1.0, k / steps))
+        return 1 - (1 - self.beta1) * min(1.0, math.pow(100 / (k + 1), 1 / 3) if self.anneal else 1.0)
 
 
 MUON_IN_FLOAT32: dict[str, Any] = {"split_groups_mean": False, "muon_fp32": True}
@@ -221,13 +221,13 @@ class ScheduleFree(torch.optim.Optimizer):
 
     def _muon(self, m: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Muon's direction, in float32; a ``state`` that is empty is left to be forgotten."""
-        u = muon.newton_schulz(m.unsqueeze(0))[0]
+        u: Tensor = muon.newton_schulz(m.unsqueeze(0))[0]
         if self.parts.rows:
             of_rows = u.square().mean(1, keepdim=True)
             seen = state.setdefault("rows", torch.zeros_like(of_rows)).lerp_(of_rows, 1 - BETA2)
             u = u / (seen.sqrt() + EPS)
         if self.parts.rows or self.parts.by_norm:
-            return u * (self.parts.scale * math.sqrt(u.numel()) / (u.norm() + EPS))
+            return u * (self.parts.scale * math.sqrt(u.numel()) / (torch.linalg.vector_norm(u) + EPS))
         u = u * muon.unit_rms(*u.shape)
         return u * (self.parts.scale * stable_scale(u.square().sum(), u.numel()))
 
@@ -235,7 +235,7 @@ class ScheduleFree(torch.optim.Optimizer):
 def build(model: nn.Module, setting: Setting, steps: int, *, parts: Parts) -> Built:
     """The optimiser of a model."""
     hidden, rest = peers.hidden_and_rest(model) if parts.muon else ([], peers.trained(model))
-    groups = [{"params": rest}, {"params": hidden, "muon": True}]
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": hidden, "muon": True}]
     return [ScheduleFree([group for group in groups if group["params"]], parts, steps)]
 
 
