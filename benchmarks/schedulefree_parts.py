@@ -227,7 +227,7 @@ class ScheduleFree(torch.optim.Optimizer):
             seen = state.setdefault("rows", torch.zeros_like(of_rows)).lerp_(of_rows, 1 - BETA2)
             u = u / (seen.sqrt() + EPS)
         if self.parts.rows or self.parts.by_norm:
-            return u / (torch.linalg.vector_norm(u) + EPS) * (self.parts.scale * math.sqrt(u.numel()))
+            return u.div(torch.linalg.vector_norm(u) + EPS).mul(self.parts.scale * math.sqrt(u.numel()))
         u = u * muon.unit_rms(*u.shape)
         return u * (self.parts.scale * stable_scale(u.square().sum(), u.numel()))
 
