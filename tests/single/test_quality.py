@@ -29,7 +29,8 @@ def quality():
 
 TASKS = (
     *("mnist", "mnist-mlp", "rotated-mnist", "noisy-mnist", "few-shot-mnist", "diffusion"),
-    *("gpt-w64-b8", "gpt-w128-b4", "gpt-w128-b16", "gpt-w128-b64", "gpt-w192-b16", "lora", "experts"),
+    *("gpt-w64-b8", "gpt-w128-b4", "gpt-w128-b16", "gpt-w128-b64", "gpt-w192-b16", "gpt-w128-b16-c128"),
+    *("lora", "experts"),
     *("addition", "logistic-digits", "logistic-cancer", "logistic-wine", "tanh-regression"),
 )
 TINY = {

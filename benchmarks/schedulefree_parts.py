@@ -1,0 +1,300 @@
+"""Parts of newer Schedule-Free methods beside balance's step size, each switched on by itself.
+
+    PYTHONPATH=. python benchmarks/schedulefree_parts.py --out FILE [--tasks …] [--variants …] [--seeds …]
+    PYTHONPATH=. python benchmarks/schedulefree_parts.py --out FILE --report
+
+The first trains tasks of benchmarks/quality, and adds a line to the file for each run that it does not have.
+The second prints a table, in which a change is nothing within 1 % or within twice that of `nudged`, the same
+run begun at 1.1 times the step size. The optimiser is a plain one of this file, which keeps x, y and z. With
+no part on, it makes the step of the package (`package` and `package-muon` are runs of that one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from quality import peers, results
+from quality.peers import Built, Entry, Setting
+from quality.run import environment
+from quality.task import Setup
+from quality.tasks import TASKS
+from quality.train import train
+
+from prodigyplus.formulas import balance, moments, muon
+from prodigyplus.formulas.directions import stable_scale
+
+BETA1, BETA1_AT_END, BETA2, EPS, D0 = 0.9, 0.965, 0.99, 1e-8, 1e-6
+FEW = ("tanh-regression", "logistic-digits", "mnist-mlp", "gpt-w64-b8", "noisy-mnist")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What is switched on. g is the gradient at y, γ the step size, P Adam's deviations, c = w/Σw.
+
+    Attributes:
+        momentum: μ of m ← μ m + (1−μ) g, corrected for its start; z steps by P⁻¹m in the place of P⁻¹g
+            (ScheduleFree+, arXiv 2605.19095). Muon orthogonalises m (SF-NorMuon, arXiv 2605.23061).
+        evidence: Whose ⟨g, u⟩ is in ρ: of the step made, or of a plain one, that is of g without momentum.
+        beta1, anneal: β of y = (1−β) z + β x; "run": log(1−β) goes linearly to that of 0.965 over the run
+            (ScheduleFree+); "log": 1−β falls as k^−⅓ from step 100 on, for a run of unknown length.
+        restarts: c = 1 once γ grows less than it may; until then (ScheduleFree+) there is no ⟨g, x − z⟩.
+        power: r of w = k^r γ² (ScheduleFree+).
+        decay, decay_by: λ of z ← z − λ γ y (Schedule-Free, arXiv 2405.15682); by 2, γ² is in the place of γ
+            (AdamC, arXiv 2506.02285, and ScheduleFree+).
+        muon: Whether hidden matrices have Muon's direction.
+        rows: Divide it by the root of a second moment of each row, and scale it to an rms of 1 (SF-NorMuon).
+        by_norm: Scale it to an rms of 1 by its norm, rather than by its shape.
+        scale: What multiplies it besides; 0.2 in SF-NorMuon.
+        one_d: Whether its group and Adam's have one step size, not one each.
+        target, growth, d0: In the place of the package's.
+    """
+
+    beta1: float = BETA1
+    momentum: float = 0.0
+    evidence: Literal["made", "plain"] = "plain"
+    anneal: Literal["", "run", "log"] = ""
+    restarts: bool = False
+    power: float = 0.0
+    decay: float = 0.0
+    decay_by: Literal[1, 2] = 1
+    muon: bool = False
+    rows: bool = False
+    by_norm: bool = False
+    scale: float = 1.0
+    one_d: bool = False
+    target: float = balance.TARGET
+    growth: float = balance.GROWTH
+    d0: float = D0
+
+    def beta(self, k: int, steps: int) -> float:
+        """β after step k of a run of so many steps."""
+        if self.anneal == "run":
+            return 1 - (1 - self.beta1) * math.pow((1 - BETA1_AT_END) / (1 - BETA1), min(1.0, k / steps))
+        return 1 - (1 - self.beta1) * min(1.0, math.pow(100 / (k + 1), 1 / 3) if self.anneal else 1.0)
+
+
+MUON_IN_FLOAT32: dict[str, Any] = {"split_groups_mean": False, "muon_fp32": True}
+# Each with what it is compared with; None for what others are compared with.
+VARIANTS: dict[str, tuple[str | None, Parts | Callable[..., Built]]] = {
+    "base": (None, Parts()),
+    "nudged": ("base", Parts(d0=1.1 * D0)),
+    "momentum": ("base", Parts(momentum=0.9)),
+    "momentum-made": ("base", Parts(momentum=0.9, evidence="made")),
+    "beta-0.95": ("base", Parts(beta1=0.95)),
+    "anneal-run": ("base", Parts(anneal="run")),
+    "anneal-log": ("base", Parts(anneal="log")),
+    "restart": ("base", Parts(restarts=True)),
+    "power-1": ("base", Parts(power=1)),
+    "power-2": ("base", Parts(power=2)),
+    "decay": ("base", Parts(decay=0.1)),
+    "decay-squared": ("base", Parts(decay=20, decay_by=2)),
+    "growth-4": ("base", Parts(growth=4, target=0.28)),
+    "muon": (None, Parts(muon=True)),
+    "muon-nudged": ("muon", Parts(muon=True, d0=1.1 * D0)),
+    "muon-momentum-made": ("muon", Parts(muon=True, momentum=0.9, evidence="made")),
+    "muon-rows": ("muon", Parts(muon=True, rows=True)),
+    "muon-by-norm": ("muon", Parts(muon=True, by_norm=True)),
+    "muon-one-d": ("muon", Parts(muon=True, one_d=True)),
+    "muon-one-d-0.2": ("muon", Parts(muon=True, one_d=True, scale=0.2)),
+    "package": ("base", partial(peers.ours, step_size="balance")),
+    "package-muon": ("muon", partial(peers.ours_muon, step_size="balance", **MUON_IN_FLOAT32)),
+}
+
+
+class Numbers:
+    """The numbers of the groups that have one step size."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.k, self.is_growing = parts, 0, True
+        self.d = torch.tensor([parts.d0], dtype=torch.float64)
+        self.averages = balance.Averages(torch.zeros_like(self.d), torch.zeros_like(self.d))
+        self.weight_sum = self.c = self.step = self.product = self.norm = 0.0
+
+    def begin(self) -> None:
+        """Count a step, and set its size and c."""
+        self.k, self.step, self.product, self.norm = self.k + 1, float(self.d), 0.0, 0.0
+        weight = self.k**self.parts.power * self.step**2
+        self.weight_sum += weight
+        self.c = weight / self.weight_sum
+
+    def end(self) -> None:
+        """Move d by the sums of ⟨g, x − z⟩ and ⟨g, u⟩."""
+        now = balance.Averages(torch.full_like(self.d, self.product), self.d * self.norm)
+        balance.TARGET, balance.GROWTH = self.parts.target, self.parts.growth  # no other optimiser is at work
+        self.d, _, self.averages = balance.next_d(self.d, torch.tensor([self.k]), self.averages, now)
+        grown, limit = math.log(float(self.d) / self.step), min(balance.LOG_LIMIT, balance.GROWTH / self.k)
+        if self.parts.restarts and self.is_growing and grown < limit - 1e-6:
+            self.is_growing, self.weight_sum = False, 0.0
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-Free with balance's step size and parts, for a run of so many steps."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], parts: Parts, steps: int) -> None:
+        super().__init__(groups, {"lr": 1.0, "d": parts.d0, "muon": False})
+        self.parts, self.steps, self.k = parts, steps, 0
+        alone = [Numbers(parts) for _ in self.param_groups]
+        self.numbers = alone[:1] * len(alone) if parts.one_d else alone
+        self.all = [p for group in self.param_groups for p in group["params"]]
+        for p in self.all:
+            self.state[p] = {"x": p.detach().clone(), "z": p.detach().clone()}
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put x into the model."""
+        for p in self.all:
+            self.state[p]["y"] = p.clone()
+            p.copy_(self.state[p]["x"])
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put y back."""
+        for p in self.all:
+            p.copy_(self.state[p].pop("y", p))
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Take a step."""
+        self.k += 1
+        beta, apart = self.parts.beta(self.k, self.steps), set(self.numbers)
+        for numbers in apart:
+            numbers.begin()
+        for group, numbers in zip(self.param_groups, self.numbers, strict=True):
+            for p in (p for p in group["params"] if p.grad is not None):
+                self._move(p, p.grad, numbers, beta, is_muon=group["muon"])
+        for numbers in apart:
+            numbers.end()
+        for group, numbers in zip(self.param_groups, self.numbers, strict=True):
+            group["d"] = float(numbers.d)
+
+    def _move(self, p: Tensor, g: Tensor, n: Numbers, beta: float, *, is_muon: bool) -> None:
+        """Move z, x and y, and add up ρ's sums."""
+        state, parts = self.state[p], self.parts
+        x, z, m = state["x"], state["z"], g
+        if parts.momentum:
+            m = state.setdefault("m", torch.zeros_like(g)).lerp_(g, 1 - parts.momentum)
+            m = m / (1 - parts.momentum**self.k)
+        direction = self._muon if is_muon else self._adam(g, state, n.step)
+        u = direction(m, state)
+        n.product += float((g * (x - z)).sum())
+        n.norm += float((g * (direction(g, {}) if parts.momentum and parts.evidence == "plain" else u)).sum())
+        if parts.decay:
+            z.sub_(p, alpha=parts.decay * n.step**parts.decay_by)
+        z.sub_(u, alpha=n.step)
+        x.lerp_(z, n.c)
+        p.copy_(torch.lerp(x, z, 1 - beta))
+
+    def _adam(self, g: Tensor, state: dict[str, Tensor], d: float) -> Callable[..., Tensor]:
+        """Adam's direction, with factored moments where the package has them, and StableAdamW's scale."""
+
+        def average(name: str, value: Tensor) -> Tensor:
+            kept = state.setdefault(name, torch.zeros_like(value))
+            return kept.mul_(BETA2).add_(value, alpha=(1 - BETA2) * d * d)
+
+        squares = g.square()
+        if dims := moments.factored_dims(tuple(g.shape)):
+            means = (squares.mean(over, keepdim=True) for over in (dims[1], dims[0], dims))
+            row, column, mean = map(average, ("row", "column", "mean"), means)
+            deviation = (row / (mean + 1e-30)).sqrt() * column.sqrt() / d
+        else:
+            deviation = average("V", squares).sqrt() / d
+
+        def direction(m: Tensor, _: dict[str, Tensor]) -> Tensor:
+            u = m / (deviation + EPS)
+            return u * stable_scale(u.square().sum(), u.numel())
+
+        return direction
+
+    def _muon(self, m: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Muon's direction, in float32; a ``state`` that is empty is left to be forgotten."""
+        u: Tensor = muon.newton_schulz(m.unsqueeze(0))[0]
+        if self.parts.rows:
+            of_rows = u.square().mean(1, keepdim=True)
+            seen = state.setdefault("rows", torch.zeros_like(of_rows)).lerp_(of_rows, 1 - BETA2)
+            u = u / (seen.sqrt() + EPS)
+        if self.parts.rows or self.parts.by_norm:
+            return u.div(torch.linalg.vector_norm(u) + EPS).mul(self.parts.scale * math.sqrt(u.numel()))
+        u = u * muon.unit_rms(*u.shape)
+        return u * (self.parts.scale * stable_scale(u.square().sum(), u.numel()))
+
+
+def build(model: nn.Module, setting: Setting, steps: int, *, parts: Parts) -> Built:
+    """The optimiser of a model."""
+    hidden, rest = peers.hidden_and_rest(model) if parts.muon else ([], peers.trained(model))
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": hidden, "muon": True}]
+    return [ScheduleFree([group for group in groups if group["params"]], parts, steps)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what is left to do, or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add, names = parser.add_argument, list(VARIANTS)
+    add("--out", type=Path, required=True, metavar="FILE.jsonl")
+    add("--tasks", nargs="+", choices=TASKS, default=FEW, metavar="NAME")
+    add("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    add("--seeds", nargs="+", type=int, default=[1], metavar="N")
+    add("--report", action="store_true")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    done = results.read([args.out])
+    if args.report:
+        print("\n".join(report(done.values())))
+        return
+    for seed, name, variant in itertools.product(args.seeds, args.tasks, args.variants):
+        run(args.out, done, name, variant, seed)
+
+
+def run(out: Path, done: dict[str, results.Row], name: str, variant: str, seed: int) -> None:
+    """One run, if it is not done already."""
+    task, scale = TASKS[name], TASKS[name].scales["small"]
+    made = VARIANTS[variant][1]
+    make = partial(build, parts=made) if isinstance(made, Parts) else made
+    entry = Entry(variant, make, tuned="nothing", distribution="")
+    identity = results.identity(name, "small", scale, entry, Setting(), seed, "cpu")
+    if results.key(identity) not in done:
+        setup = Setup(scale, seed, torch.device("cpu"), Path("runs/quality"))
+        row = {**identity, **train(task, setup, entry, Setting()), "environment": environment("cpu")}
+        results.append(out, row)
+        done[results.key(row)] = row
+        print(f"{name}, {variant}, seed {seed}: {row['loss']}, {row['cpu_seconds']} s of the CPU", flush=True)
+
+
+def report(rows: Iterable[results.Row]) -> Iterator[str]:
+    """The table: each variant beside what it is compared with, on the seeds that both have."""
+    losses: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        losses.setdefault((row["optimizer"], row["task"]), {})[row["seed"]] = row["loss"] or math.inf
+    yield "| part | task | without | with | change | nudged | seeds | |\n|---|---|--:|--:|--:|--:|--:|---|"
+    for name, (beside, _) in VARIANTS.items():
+        for task in TASKS if beside else ():
+            old, new = losses.get((beside or "", task), {}), losses.get((name, task), {})
+            if seeds := old.keys() & new.keys():
+                nudged = losses.get(("muon-nudged" if beside == "muon" else "nudged", task), {})
+                noise = max(
+                    (abs(math.log(nudged[s] / old[s])) for s in nudged.keys() & old.keys()), default=0
+                )
+                change = statistics.fmean(math.log(new[s] / old[s]) for s in seeds)
+                verdict = (
+                    ("helps" if change < 0 else "hurts") if abs(change) > max(2 * noise, 0.01) else "nothing"
+                )
+                figures = [f"{statistics.fmean(its[s] for s in seeds):.4g}" for its in (old, new)]
+                figures += [f"{math.expm1(change):+.1%}", f"±{noise:.1%}" if noise else "", str(len(seeds))]
+                yield f"| {' | '.join([name, task, *figures, verdict])} |"
+
+
+if __name__ == "__main__":
+    main()
