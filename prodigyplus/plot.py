@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +26,13 @@ class Panel(NamedTuple):
     """One of the plots, which lie below one another."""
 
     title: str
-    name: str  # of the number, without prefix and group
+    name: str  # of the number, without prefix and group; several with a | between
     scale: str
 
 
 PANELS = (
     Panel("training loss (lower is better)", "loss", "linear"),
+    Panel("loss in evaluations (lower is better)", "eval_loss|val_loss", "linear"),
     Panel("step size", "step_size", "log"),
     Panel("d: should climb early, then level off", "d", "log"),
     Panel("estimate before its limits (Prodigy: numerator / denominator; balance: ρ)", "d_hat", "linear"),
@@ -52,17 +53,21 @@ def rows_of(path: Path) -> list[Row]:
         found = json.loads(path.read_text())["log_history"]
     else:
         found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    rows: list[Row] = [dict(_numbers(row)) for row in found]
+    rows: list[Row] = [_row_of(record) for record in found]
     rows = [row for row in rows if "step" in row and len(row) > 1]
     if not rows:
         raise ValueError(f"{path} has no row with a 'step': write them by prodigyplus.run_log.RunLog.")
     return rows
 
 
-def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in row.items():
-        with suppress(TypeError, ValueError):  # words, as the kind of a record
-            yield name, float(value)
+def _row_of(record: Mapping[str, Any]) -> Row:
+    row = {}
+    for name, value in record.items():
+        with suppress(TypeError, ValueError):  # words
+            row[name] = float(value)
+    if record.get("kind", "train") != "train" and "loss" in row:  # the scripts': "test", "held out"
+        row["eval_loss"] = row.pop("loss")
+    return row
 
 
 def curves_of(rows: Sequence[Row], name: str) -> dict[str, Curve]:
@@ -73,7 +78,7 @@ def curves_of(rows: Sequence[Row], name: str) -> dict[str, Curve]:
             last counts.
         name: As in ``optimizer.scalars()``; a prefix before it ends in ``/``.
     """
-    pattern = re.compile(rf"(?:.*/)?{name}(?:/(\d+))?")
+    pattern = re.compile(rf"(?:.*/)?(?:{name})(?:/(\d+))?")
     points: dict[str, dict[float, float]] = {}
     for row in rows:
         for key, value in row.items():
