@@ -5,7 +5,7 @@ PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: mnist gpt test parity lint docs package clean
+.PHONY: mnist gpt test test-all parity lint docs package clean
 
 mnist: $(VENV)/launch  ## train MNIST on two DDP processes
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/mnist_ddp.py $(ARGS)
@@ -13,7 +13,10 @@ mnist: $(VENV)/launch  ## train MNIST on two DDP processes
 gpt: $(VENV)/launch  ## pretrain a small GPT under FSDP2 on two processes, ten minutes
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/gpt_fsdp2.py --minutes 10 $(ARGS)
 
-test: $(VENV)/test  ## the whole suite
+test: $(VENV)/test  ## the suite, without what takes minutes
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+
+test-all: $(VENV)/test  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 parity: $(VENV)/test  ## the golden runs with each set of instructions that this processor has

@@ -20,6 +20,14 @@ def pytest_addoption(parser, pluginmanager):
         parser.addini("timeout", "of pytest-timeout, which is not installed")
 
 
+def pytest_configure(config):
+    # xdist would begin with the groups of most tests, and be left with launch, whose few take longest.
+    config.option.loadscopereorder = False
+
+
+GROUPS = ("launch", "dist", "gpt", "integrations")  # those that take longest first
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     # What starts processes stays together, so that one pool serves it and few processes run at a time.
@@ -27,6 +35,13 @@ def pytest_collection_modifyitems(items):
         for folder in ("dist", "integrations", "launch"):
             if HERE / folder in item.path.parents:
                 item.add_marker(pytest.mark.xdist_group(folder))
+    items.sort(key=lambda item: GROUPS.index(group) if (group := group_of(item)) else len(GROUPS))
+
+
+def group_of(item):
+    """The group that a test runs with: that of its own mark, which stands nearest."""
+    mark = item.get_closest_marker("xdist_group")
+    return mark.args[0] if mark else None
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,14 @@ def imports(folder):
                 yield from ((path.name, f"{node.module}.{alias.name}") for alias in node.names)
 
 
+def test_every_folder_of_tests_is_collected(pytestconfig):
+    """Where pytest is not told otherwise, it passes over folders of some names, without a word."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for folder in path.relative_to(ROOT).parent.parts:
+            patterns = pytestconfig.getini("norecursedirs")
+            assert not any(fnmatch(folder, pattern) for pattern in patterns), folder
+
+
 def test_one_process_knows_nothing_of_many():
     found = list(imports("prodigyplus"))
     assert found
