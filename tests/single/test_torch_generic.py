@@ -67,6 +67,7 @@ class Run:
         self.optimizer.load_state_dict(through(other.optimizer.state_dict()))
 
 
+@pytest.mark.filterwarnings("ignore:lr of param_groups.*has fallen:UserWarning")  # rightly
 @each
 def test_the_loss_falls_under_schedules(cls, options):
     run = Run(cls, options)
