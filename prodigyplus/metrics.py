@@ -20,7 +20,7 @@ def metrics(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
 @isolated
 def scalars(groups: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
     """See :meth:`prodigyplus.ProdigyPlusScheduleFree.scalars`; ``groups`` are its ``param_groups``."""
-    numbers: list[dict[str, Any]] = [{**_of(group)} for group in groups]
+    numbers = [_of(group) for group in groups]
     to_python_numbers_(numbers, numbers[0] if numbers else ())
     return {
         f"{prefix}{name}" if len(numbers) == 1 else f"{prefix}{name}/{index}": float(value)
@@ -29,7 +29,7 @@ def scalars(groups: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float
     }
 
 
-def _of(group: Mapping[str, Any]) -> dict[str, Tensor]:
+def _of(group: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {
         name: value.clone() if isinstance(value := group[name], Tensor) else as_tensor(name, value)
         for name in NUMBERS

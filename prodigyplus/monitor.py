@@ -192,8 +192,7 @@ def _sent_to_host(groups: Groups) -> _Sent | None:
         return None  # a look into a graph would be no part of its replays
     counts = torch.stack([columns["k"], columns["skipped"]], dim=1)
     sizes = torch.stack([groups.in_mean_or_nan(), columns["d"]])
-    first = [(step.options.d0, step.adapts) for step in groups.steps]
-    d0 = [d0 if adapts and d0 <= _SMALL_D0 else None for d0, adapts in first]
+    d0 = [step.options.d0 if step.adapts and step.options.d0 <= _SMALL_D0 else None for step in groups.steps]
     if _is_on_host(home):
         return _Sent(counts, sizes, None, d0)
     event = torch.Event(device=home)

@@ -50,7 +50,7 @@ def rows_of(path: Path) -> list[Row]:
         with path.open(newline="") as file:
             found: list[Any] = list(csv.DictReader(file))
     elif path.suffix == ".json":
-        found = json.loads(path.read_text())["log_history"]
+        found = json.loads(path.read_text()).get("log_history", [])
     else:
         found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     rows: list[Row] = [_row_of(record) for record in found]
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw(runs, options.out)
     except ImportError:
         parser.exit(1, 'Drawing needs matplotlib: pip install "prodigyplus-dist[plot]"\n')
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     lines = [summary(name, rows) for name, rows in runs.items()]
     sys.stdout.write("\n".join([*lines, f"drawn into {options.out}"]) + "\n")

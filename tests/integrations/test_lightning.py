@@ -124,8 +124,7 @@ class Module(pl.LightningModule):
     def configure_optimizers(self):
         make = ShardedProdigyPlusScheduleFree if is_sharded(self.kind) else ProdigyPlusScheduleFree
         options = {"d0": 1e-2, "step_size": "balance", **self.options}
-        optimizers = [make(net.named_parameters(), **options) for net in self.nets]
-        return optimizers
+        return [make(net.named_parameters(), **options) for net in self.nets]
 
 
 def local(tensors):

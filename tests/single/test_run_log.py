@@ -86,7 +86,9 @@ def test_runs_are_drawn(tmp_path, capsys):
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "run.jsonl").write_text('{"kind": "run"}\n')
-    for name, message in (("run.jsonl", "no row with a 'step'"), ("none.jsonl", "No such file")):
+    (tmp_path / "other.json").write_text("{}")
+    no_row = "no row with a 'step'"
+    for name, message in (("run.jsonl", no_row), ("other.json", no_row), ("none.jsonl", "No such file")):
         with pytest.raises(SystemExit) as ended:
             plot.main([str(tmp_path / name), "--out", str(tmp_path / "runs.png")])
         assert ended.value.code == 1
