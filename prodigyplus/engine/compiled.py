@@ -4,7 +4,8 @@ Run operator by operator, each operator is a pass over memory, and a direction i
 move. Compiled, there is one pass that measures and one that moves, and the direction is computed in both
 rather than written and read; the functions are those of :mod:`prodigyplus.engine.passes`.
 
-Whatever changes from step to step comes as a tensor, and sizes are symbols: after the first steps nothing is
+Whatever changes from step to step comes as a tensor, and sizes are symbols, but for a size of 1, which
+torch.compile makes another graph for: once a stack of one and a stack of several have been seen, nothing is
 compiled again.
 """
 
