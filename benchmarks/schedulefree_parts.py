@@ -11,10 +11,7 @@ no part on, it makes the step of the package (`package` and `package-muon` are r
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,17 +25,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from quality import peers, results
-from quality.peers import Built, Entry, Setting
-from quality.run import environment
-from quality.task import Setup
-from quality.tasks import TASKS
-from quality.train import train
+from quality.peers import Built, Setting
+from quality.variants import Variant, changes, command
 
 from prodigyplus.formulas import balance, moments, muon
 from prodigyplus.formulas.directions import stable_scale
 
 BETA1, BETA1_AT_END, BETA2, EPS, D0 = 0.9, 0.965, 0.99, 1e-8, 1e-6
-FEW = ("tanh-regression", "logistic-digits", "mnist-mlp", "gpt-w64-b8", "noisy-mnist")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,31 +81,6 @@ class Parts:
 
 
 MUON_IN_FLOAT32: dict[str, Any] = {"split_groups_mean": False, "muon_fp32": True}
-# Each with what it is compared with; None for what others are compared with.
-VARIANTS: dict[str, tuple[str | None, Parts | Callable[..., Built]]] = {
-    "base": (None, Parts()),
-    "nudged": ("base", Parts(d0=1.1 * D0)),
-    "momentum": ("base", Parts(momentum=0.9)),
-    "momentum-made": ("base", Parts(momentum=0.9, evidence="made")),
-    "beta-0.95": ("base", Parts(beta1=0.95)),
-    "anneal-run": ("base", Parts(anneal="run")),
-    "anneal-log": ("base", Parts(anneal="log")),
-    "restart": ("base", Parts(restarts=True)),
-    "power-1": ("base", Parts(power=1)),
-    "power-2": ("base", Parts(power=2)),
-    "decay": ("base", Parts(decay=0.1)),
-    "decay-squared": ("base", Parts(decay=20, decay_by=2)),
-    "growth-4": ("base", Parts(growth=4, target=0.28)),
-    "muon": (None, Parts(muon=True)),
-    "muon-nudged": ("muon", Parts(muon=True, d0=1.1 * D0)),
-    "muon-momentum-made": ("muon", Parts(muon=True, momentum=0.9, evidence="made")),
-    "muon-rows": ("muon", Parts(muon=True, rows=True)),
-    "muon-by-norm": ("muon", Parts(muon=True, by_norm=True)),
-    "muon-one-d": ("muon", Parts(muon=True, one_d=True)),
-    "muon-one-d-0.2": ("muon", Parts(muon=True, one_d=True, scale=0.2)),
-    "package": ("base", partial(peers.ours, step_size="balance")),
-    "package-muon": ("muon", partial(peers.ours_muon, step_size="balance", **MUON_IN_FLOAT32)),
-}
 
 
 class Numbers:
@@ -239,62 +207,47 @@ def build(model: nn.Module, setting: Setting, steps: int, *, parts: Parts) -> Bu
     return [ScheduleFree([group for group in groups if group["params"]], parts, steps)]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what is left to do, or report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add, names = parser.add_argument, list(VARIANTS)
-    add("--out", type=Path, required=True, metavar="FILE.jsonl")
-    add("--tasks", nargs="+", choices=TASKS, default=FEW, metavar="NAME")
-    add("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    add("--seeds", nargs="+", type=int, default=[1], metavar="N")
-    add("--report", action="store_true")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    done = results.read([args.out])
-    if args.report:
-        print("\n".join(report(done.values())))
-        return
-    for seed, name, variant in itertools.product(args.seeds, args.tasks, args.variants):
-        run(args.out, done, name, variant, seed)
+def _of(**parts: Any) -> Callable[..., Built]:
+    return partial(build, parts=Parts(**parts))
 
 
-def run(out: Path, done: dict[str, results.Row], name: str, variant: str, seed: int) -> None:
-    """One run, if it is not done already."""
-    task, scale = TASKS[name], TASKS[name].scales["small"]
-    made = VARIANTS[variant][1]
-    make = partial(build, parts=made) if isinstance(made, Parts) else made
-    entry = Entry(variant, make, tuned="nothing", distribution="")
-    identity = results.identity(name, "small", scale, entry, Setting(), seed, "cpu")
-    if results.key(identity) not in done:
-        setup = Setup(scale, seed, torch.device("cpu"), Path("runs/quality"))
-        row = {**identity, **train(task, setup, entry, Setting()), "environment": environment("cpu")}
-        results.append(out, row)
-        done[results.key(row)] = row
-        print(f"{name}, {variant}, seed {seed}: {row['loss']}, {row['cpu_seconds']} s of the CPU", flush=True)
+VARIANTS = {
+    "base": Variant(_of()),
+    "nudged": Variant(_of(d0=1.1 * D0), "base", "nudged"),
+    "momentum": Variant(_of(momentum=0.9), "base", "nudged"),
+    "momentum-made": Variant(_of(momentum=0.9, evidence="made"), "base", "nudged"),
+    "beta-0.95": Variant(_of(beta1=0.95), "base", "nudged"),
+    "anneal-run": Variant(_of(anneal="run"), "base", "nudged"),
+    "anneal-log": Variant(_of(anneal="log"), "base", "nudged"),
+    "restart": Variant(_of(restarts=True), "base", "nudged"),
+    "power-1": Variant(_of(power=1), "base", "nudged"),
+    "power-2": Variant(_of(power=2), "base", "nudged"),
+    "decay": Variant(_of(decay=0.1), "base", "nudged"),
+    "decay-squared": Variant(_of(decay=20, decay_by=2), "base", "nudged"),
+    "growth-4": Variant(_of(growth=4, target=0.28), "base", "nudged"),
+    "muon": Variant(_of(muon=True)),
+    "muon-nudged": Variant(_of(muon=True, d0=1.1 * D0), "muon", "muon-nudged"),
+    "muon-momentum-made": Variant(_of(muon=True, momentum=0.9, evidence="made"), "muon", "muon-nudged"),
+    "muon-rows": Variant(_of(muon=True, rows=True), "muon", "muon-nudged"),
+    "muon-by-norm": Variant(_of(muon=True, by_norm=True), "muon", "muon-nudged"),
+    "muon-one-d": Variant(_of(muon=True, one_d=True), "muon", "muon-nudged"),
+    "muon-one-d-0.2": Variant(_of(muon=True, one_d=True, scale=0.2), "muon", "muon-nudged"),
+    "package": Variant(partial(peers.ours, step_size="balance"), "base", "nudged"),
+    "package-muon": Variant(
+        partial(peers.ours_muon, step_size="balance", **MUON_IN_FLOAT32), "muon", "muon-nudged"
+    ),
+}
 
 
 def report(rows: Iterable[results.Row]) -> Iterator[str]:
     """The table: each variant beside what it is compared with, on the seeds that both have."""
-    losses: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:
-        losses.setdefault((row["optimizer"], row["task"]), {})[row["seed"]] = row["loss"] or math.inf
     yield "| part | task | without | with | change | nudged | seeds | |\n|---|---|--:|--:|--:|--:|--:|---|"
-    for name, (beside, _) in VARIANTS.items():
-        for task in TASKS if beside else ():
-            old, new = losses.get((beside or "", task), {}), losses.get((name, task), {})
-            if seeds := old.keys() & new.keys():
-                nudged = losses.get(("muon-nudged" if beside == "muon" else "nudged", task), {})
-                noise = max(
-                    (abs(math.log(nudged[s] / old[s])) for s in nudged.keys() & old.keys()), default=0
-                )
-                change = statistics.fmean(math.log(new[s] / old[s]) for s in seeds)
-                verdict = (
-                    ("helps" if change < 0 else "hurts") if abs(change) > max(2 * noise, 0.01) else "nothing"
-                )
-                figures = [f"{statistics.fmean(its[s] for s in seeds):.4g}" for its in (old, new)]
-                figures += [f"{math.expm1(change):+.1%}", f"±{noise:.1%}" if noise else "", str(len(seeds))]
-                yield f"| {' | '.join([name, task, *figures, verdict])} |"
+    for name, of_task in changes(rows, VARIANTS).items():
+        for task, its in of_task.items():
+            figures = [f"{its.before:.4g}", f"{its.after:.4g}", f"{its.ratio - 1:+.1%}"]
+            figures += [f"±{its.noise:.1%}" if its.noise else "", str(its.seeds), its.verdict]
+            yield f"| {' | '.join([name, task, *figures])} |"
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, VARIANTS, report)
