@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,9 +18,16 @@ def metrics(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
 
 
 @isolated
-def scalars(groups: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
+def scalars(
+    groups: Sequence[Mapping[str, Any]], prefix: str, names: Collection[str] | None
+) -> dict[str, float]:
     """See :meth:`prodigyplus.ProdigyPlusScheduleFree.scalars`; ``groups`` are its ``param_groups``."""
     numbers = [_of(group) for group in groups]
+    known = numbers[0] if numbers else {}
+    if names is not None:
+        if unknown := set(names) - known.keys():
+            raise ValueError(f"names={sorted(names)}: {sorted(unknown)} is none of {', '.join(known)}.")
+        numbers = [{name: of_group[name] for name in known if name in names} for of_group in numbers]
     to_python_numbers_(numbers, numbers[0] if numbers else ())
     return {
         f"{prefix}{name}" if len(numbers) == 1 else f"{prefix}{name}/{index}": float(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
@@ -625,18 +625,22 @@ class ProdigyPlusScheduleFree(Optimizer):
         """
         return metrics_.metrics(self.param_groups)
 
-    def scalars(self, prefix: str = "") -> dict[str, float]:
+    def scalars(self, prefix: str = "", names: Collection[str] | None = None) -> dict[str, float]:
         """The numbers of :meth:`metrics` as one flat dict of floats, as loggers take them. Waits once.
 
         >>> wandb.log(optimizer.scalars("prodigyplus/"), step=step)
 
         Args:
             prefix: Put before each name.
+            names: Which of the numbers; all where it is None.
 
         Returns:
             Under ``d``, ``d_hat`` and so on; with several groups, under ``d/0``, ``d/1`` and so on.
+
+        Raises:
+            ValueError: There is no number of such a name.
         """
-        return metrics_.scalars(self.param_groups, prefix)
+        return metrics_.scalars(self.param_groups, prefix, names)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimiser; a group's numbers are plain Python numbers in it.

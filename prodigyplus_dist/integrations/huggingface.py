@@ -138,13 +138,14 @@ def _unwrapped(optimizer: Any) -> ProdigyPlusScheduleFree | None:
 
 
 def _scalars(optimizer: ProdigyPlusScheduleFree) -> dict[str, float]:
-    one_d = not any(group["split_groups"] for group in optimizer.param_groups)
-    scalars = optimizer.scalars()
+    scalars = optimizer.scalars("prodigyplus/", _LOGGED)
+    if any(group["split_groups"] for group in optimizer.param_groups):
+        return scalars
+    # All groups have one d: the first says it.
     return {
-        f"prodigyplus/{name if one_d else key}": value
+        key.removesuffix("/0"): value
         for key, value in scalars.items()
-        for name, _, index in [key.partition("/")]
-        if name in _LOGGED and not (one_d and index not in ("", "0"))
+        if key.endswith("/0") or not key[-1].isdigit()
     }
 
 

@@ -57,7 +57,7 @@ class ScheduleFreeCallback(_pl.Callback):
             ``log_every_n_steps``, as ``prodigyplus/d``; with several optimisers as ``prodigyplus/0/d``.
 
     Raises:
-        ValueError: In ``fit``, where the trainer would train wrongly: see the messages.
+        ValueError: In ``fit``, where the trainer would train wrongly, or ``log`` has a name that is none.
     """
 
     def __init__(self, log: Sequence[str] = ("d", "step_size", "skipped_steps")) -> None:
@@ -182,8 +182,7 @@ class ScheduleFreeCallback(_pl.Callback):
         return {
             f"prodigyplus/{name}" if alone else f"prodigyplus/{index}/{name}": value
             for index, optimizer in enumerate(self._optimizers)
-            for name, value in optimizer.scalars().items()
-            if name.partition("/")[0] in self._names
+            for name, value in optimizer.scalars(names=self._names).items()
         }
 
 

@@ -56,16 +56,19 @@ BALANCED = [
 ]
 BALANCED_MUON = [{"muon_fp32": True}, {**_APART, "use_cautious": True}]
 _TWO = [{}, {}]
+# With which Prodigy's small first d moves weights by what can be told from rounding, in few steps.
+_FAST = {"lr": 100.0}
+_FAST_APART = {**_FAST, **_APART}
 
 # What is played: the options, and those of each group. Where there are groups, each has its own d.
 RUNS = {
     "default": ({}, [{}]),
-    "groups_mean": ({}, _TWO),
-    "groups_apart": ({"split_groups_mean": False}, _TWO),
-    "groups_pooled": ({"split_groups": False}, _TWO),
+    "groups_mean": (_FAST, _TWO),
+    "groups_apart": (_FAST_APART, _TWO),
+    "groups_pooled": ({**_FAST, "split_groups": False}, _TWO),
     # One run of all, since what takes the time is the messages, and their number is that of one.
-    "variants": ({"split_groups_mean": False, "lr": 100.0}, VARIANTS),
-    "muon": ({"split_groups_mean": False, "lr": 100.0}, MUON),
+    "variants": (_FAST_APART, VARIANTS),
+    "muon": (_FAST_APART, MUON),
     "balanced": ({"step_size": "balance"}, BALANCED),
     "balanced_muon": ({"step_size": "balance"}, BALANCED_MUON),
 }
@@ -101,7 +104,7 @@ def play(optimizer_class, problem, mesh, name):
     parameters = problem.parameters
     optimizer = optimizer_class(groups_of(parameters, mesh, name), **RUNS[name][0])
     d = []
-    for _ in range(25 if name in DIFFER else 100):
+    for _ in range(100 if name == "default" else 25):
         problem.backward()
         optimizer.step()
         d.append([group["d"] for group in optimizer.metrics()])
@@ -142,7 +145,7 @@ def on_mesh(mesh_name, names):
 def test_exactness(pool, mesh_name):
     mesh = MESHES[mesh_name]
     # Nine ranks are for the layouts that they make; on two cores they are slow.
-    names = ("default", "groups_mean", "variants", "muon", "balanced") if mesh_name == "nine" else tuple(RUNS)
+    names = ("default", "groups_mean", "balanced") if mesh_name == "nine" else tuple(RUNS)
     first, *others = pool.run(mesh.ranks, on_mesh, mesh_name, names)
     for name in names:
         expected, expected_d = in_one_process(mesh, name)

@@ -421,3 +421,11 @@ def test_the_numbers_of_several_groups_in_one_dict():
     numbers = optimizer.scalars()
     assert (numbers["d/0"], numbers["d/1"]) == (1e-6, 1e-5)
     assert len(numbers) == 2 * len(optimizer.metrics()[0])
+    assert optimizer.scalars("p/", ("step", "d")) == {
+        "p/d/0": 1e-6,
+        "p/d/1": 1e-5,
+        "p/step/0": 0,
+        "p/step/1": 0,
+    }
+    with pytest.raises(ValueError, match=r"names=\['d', 'rate'\]: \['rate'\] is none of d, d_hat"):
+        optimizer.scalars(names=("d", "rate"))
