@@ -119,4 +119,6 @@ def test_rounding_needs_some_more_of_one_parameter(pool):
 def test_one_process_needs_two_of_the_largest_parameter(options):
     problem = Fed(*((512, 512),) * 8, (1024, 512))
     optimizer = ProdigyPlusScheduleFree(problem.parameters, **options)
-    assert peak_of_a_step(optimizer, problem) <= (1 + temporaries(options)) * 1024 * 512 * 4 + 200_000
+    largest = 1024 * 512 * 4
+    samples = 5 * largest / 11  # of gradient, weight and p0, and a product of them in float64
+    assert peak_of_a_step(optimizer, problem) <= (1 + temporaries(options)) * largest + samples + 50_000

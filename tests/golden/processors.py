@@ -1,9 +1,9 @@
 """Play the tests against the golden runs with each set of instructions that this processor has.
 
-    python tests/golden/processors.py [--others] [PYTEST ARGUMENT ...]
+    python tests/golden/processors.py [--next] [PYTEST ARGUMENT ...]
 
 torch has kernels for several, which round differently, and takes the best ones unless it is told. With
-``--others`` those are left out: the suite itself is run with them.
+``--next`` only those that come next to the best are taken: the suite itself is run with the best.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def main() -> int:
     arguments = sys.argv[1:]
     own = best()
     available = KERNELS[: KERNELS.index(own) + 1] if own in KERNELS else ["default", own]
-    chosen = [name for name in available if name != own or "--others" not in arguments]
+    chosen = available[-2:-1] if "--next" in arguments else available
     failed = []
     for name in chosen:
         print(f"{CHOICE}={name}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", *TESTS, *(a for a in arguments if a != "--others")]
+        command = [sys.executable, "-m", "pytest", "-q", *TESTS, *(a for a in arguments if a != "--next")]
         if subprocess.run(command, cwd=ROOT, env={**os.environ, CHOICE: name}, check=False).returncode:
             failed.append(name)
     if failed:

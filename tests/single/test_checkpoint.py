@@ -45,13 +45,13 @@ def resumed(problem, optimizer, **options):
 @pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
 def test_resume(options, mode, dtype):
     problem, optimizer = pair((40, 12), (12, 40), (9,), (), dtype=dtype, **options)
-    run(optimizer, problem, 30)
+    run(optimizer, problem, 15)
     getattr(optimizer, mode)()
     other, other_optimizer = resumed(problem, optimizer, **options)
     assert_same(other_optimizer.state_dict(), optimizer.state_dict())
     for p, o in ((problem, optimizer), (other, other_optimizer)):
         o.train()
-        run(o, p, 20)
+        run(o, p, 10)
     assert_same(snapshot(other_optimizer), snapshot(optimizer))
 
 

@@ -34,9 +34,9 @@ def test_formulas(options):
     shapes = MATRICES if options.get("use_muon_pp") else SHAPES
     problem, optimizer = pair(*shapes, dtype=torch.float64, **options)
     reference = Reference([p.detach().numpy() for p in problem.parameters], **options)
-    for step in range(120):
+    for step in range(60):
         problem.backward()
-        if 50 <= step < 65:  # back, for a while: no progress to be found
+        if 30 <= step < 40:  # back, for a while: no progress to be found
             for p in problem.parameters:
                 p.grad.neg_()
         reference.step([p.grad.numpy() for p in problem.parameters])

@@ -13,7 +13,7 @@ from tests import option_table as table
 from tests.models import Transformer, Walks, loss_of
 from tests.single.problems import assert_same, snapshot
 
-STEPS = 40
+STEPS = 30
 
 # Passes, since what numbers they take is nothing to them; of those in whose steps d moves in either dtype.
 NAMES = table.named("passes", but=("prodigy_steps", "stochastic_rounding", "factored_fp32"))
