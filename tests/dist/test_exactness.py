@@ -56,7 +56,7 @@ BALANCED = [
 ]
 BALANCED_MUON = [{"muon_fp32": True}, {**_APART, "use_cautious": True}]
 _TWO = [{}, {}]
-# With which Prodigy's small first d moves weights by what can be told from rounding, in few steps.
+# So large that from its small first d on Prodigy moves weights by more than they are rounded, in few steps.
 _FAST = {"lr": 100.0}
 _FAST_APART = {**_FAST, **_APART}
 
