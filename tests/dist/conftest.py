@@ -6,8 +6,8 @@ from tests.dist.pool import Pool
 
 HERE = Path(__file__).parent
 
-# What `make test` and CI have time for; all else here is slow. Of every promise something: one process's numbers
-# where shards are even, uneven and empty, and cut along two axes; a run that goes on elsewhere.
+# What `make test` and CI have time for; all else here is slow. Of every promise something: the numbers of one
+# process where shards are even, uneven and empty, and cut along two axes; a run that goes on elsewhere.
 QUICK = (
     "test_bad_placements.py",
     "test_checkpoint.py",
