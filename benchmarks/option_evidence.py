@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/option_evidence.py --out FILE [--tasks …] [--variants …] [--seeds …]
     PYTHONPATH=. python benchmarks/option_evidence.py --out FILE --report
 
-The first trains, and adds a line to the file for each run that it does not have. The second prints the tables
-of docs/options.md.
+The first trains, and adds a line to the file for each run that it does not have. The second prints
+docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -70,20 +70,36 @@ def of(step_size: str, options: dict[str, dict[str, Any]]) -> dict[str, Variant]
 VARIANTS = {**of("balance", EITHER), **of("prodigy", EITHER | OF_PRODIGY)}
 
 
+INTRODUCTION = """\
+# What options do to the loss
+
+    PYTHONPATH=. python benchmarks/option_evidence.py --out docs/research/options.jsonl
+    PYTHONPATH=. python benchmarks/option_evidence.py --out docs/research/options.jsonl --report
+
+How much the final loss of a small task changes with an option, in percent; negative is better. **Bold**
+helps. In brackets is what is nothing: within 1 %, or within twice what the run changes that is begun at 1.1
+times `d0`, which should change nothing. The last column counts the tasks that the option helps and hurts.
+
+The tasks are those of [quality.md](quality.md): half a minute on one core, one seed, Schedule-Free
+evaluated at its average. They say where an option may matter, not what it does to a long run of a large
+model. What options cost is in [options.md](options.md)."""
+
+
 def report(rows: Iterable[results.Row]) -> Iterator[str]:
-    """The tables: a row for each option, a column for each task, what helps in bold."""
+    """The page: a row for each option, a column for each task."""
+    yield INTRODUCTION
     found = changes(rows, VARIANTS)
+    tasks = [task for task in FEW if any(task in of_task for of_task in found.values())]
     for step_size in ("balance", "prodigy"):
-        yield f'\nBeside `step_size="{step_size}"`:\n'
-        yield f"| option | {' | '.join(FEW)} | helps, hurts |"
-        yield f"|---|{'--:|' * len(FEW)}---|"
+        yield f'\n## Beside `step_size="{step_size}"`\n'
+        yield f"| option | {' | '.join(tasks)} | helps, hurts |"
+        yield f"|---|{'--:|' * len(tasks)}---|"
         for name, of_task in found.items():
             if VARIANTS[name].beside == step_size:
-                option = name.partition(": ")[2]
                 verdicts = [its.verdict for its in of_task.values()]
                 total = f"{verdicts.count('helps')}, {verdicts.count('hurts')}"
-                cells = [shown(of_task[task]) if task in of_task else "" for task in FEW]
-                yield f"| `{option}` | {' | '.join(cells)} | {total} |"
+                cells = [shown(of_task[task]) if task in of_task else "" for task in tasks]
+                yield f"| `{name.partition(': ')[2]}` | {' | '.join(cells)} | {total} |"
 
 
 def shown(change: Change) -> str:

@@ -580,9 +580,9 @@ def test_a_fused_backward_pass(tmp_path):
 def test_numbers_are_read_at_steps_that_are_logged_alone(tmp_path, monkeypatch):
     reads, scalars = [], ProdigyPlusScheduleFree.scalars
 
-    def counted(self, prefix=""):
+    def counted(self, *args, **kwargs):
         reads.append(trainer.global_step)
-        return scalars(self, prefix)
+        return scalars(self, *args, **kwargs)
 
     monkeypatch.setattr(ProdigyPlusScheduleFree, "scalars", counted)
     for callback, expected in ((ScheduleFreeCallback(), [5, 10]), (ScheduleFreeCallback(log=()), [])):
@@ -604,6 +604,11 @@ def test_numbers_are_read_at_steps_that_are_logged_alone(tmp_path, monkeypatch):
 def test_callbacks_that_are_refused(tmp_path, callback, match):
     with pytest.raises(ValueError, match=match):
         fit_module(Module(), tmp_path, ScheduleFreeCallback(), callback())
+
+
+def test_names_that_are_no_numbers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'rate'\] is none of d, d_hat"):
+        fit_module(Module(), tmp_path, ScheduleFreeCallback(log=("d", "rate")))
 
 
 def test_float16_weights_are_refused(tmp_path):
