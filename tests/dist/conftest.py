@@ -7,17 +7,16 @@ from tests.dist.pool import Pool
 HERE = Path(__file__).parent
 
 # What `make test` and CI have time for; all else here is slow. Of every promise something: the numbers of one
-# process where shards are even, uneven and empty, and cut along two axes; a run that goes on elsewhere.
+# process, of even shards and of uneven and empty ones along two axes; a run that goes on elsewhere.
 QUICK = (
     "test_bad_placements.py",
     "test_checkpoint.py",
     "test_docs.py",
-    "test_exactness.py::test_exactness[empty]",
     "test_exactness.py::test_exactness[fsdp2]",
     "test_exactness.py::test_exactness[fsdp_tp_uneven]",
     "test_pool.py",
     "test_published.py",
-    "test_resume.py::test_from_one_layout_to_another[fsdp_tp]",
+    "test_resume.py::test_from_one_layout_to_another[tp]",
     "test_situations.py",
     "test_torch_private.py",
     "test_wrapping.py",
