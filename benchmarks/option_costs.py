@@ -280,8 +280,9 @@ def all_reduces(given: Mapping[str, Any], bucket_bytes: int) -> int:
 # ---------------------------------------------------------------------------------------- report
 
 INTRODUCTION = f"""\
-Every option of `ProdigyPlusScheduleFree`, what it is for, and what it costs beyond the defaults. "2.0.1" and
-"1.9.0" are versions of [prodigy-plus-schedule-free](https://pypi.org/project/prodigy-plus-schedule-free/).
+Every option of `ProdigyPlusScheduleFree`, what it is for, and what it costs beyond the defaults; what it
+does to the loss of small tasks is in [evidence.md](evidence.md). "2.0.1" and "1.9.0" are versions of
+[prodigy-plus-schedule-free](https://pypi.org/project/prodigy-plus-schedule-free/).
 Where a cost has two values, the second is that without Schedule-Free, against the defaults without it.
 
 - State: bytes that the optimiser keeps per parameter, of a {SIDE:,} × {SIDE:,} matrix; in float32, unless the

@@ -5,20 +5,15 @@ nothing of it runs. Its arguments are fixtures and parameters that JSON can say,
 """
 
 import functools
-import json
 import os
-import subprocess
-import sys
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.waiting import Hung, wait_until
+from tests.serving import ROOT, Server
 
-ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ("transformers", "accelerate", "peft", "trl", "diffusers")
 # No GPU, no hub, one thread.
 QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
@@ -30,60 +25,29 @@ def needs(*names):
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
 
 
-class Server:
-    """The process that they are forked from, which starts when it is first needed."""
+class Forking(Server):
+    """The process that they are forked from: see server.py."""
 
     def __init__(self):
-        self._process = None
+        super().__init__("tests.integrations.server", {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)})
 
     def run(self, function, size, arguments):
         with TemporaryDirectory() as folder:
             files = [Path(folder) / str(rank) for rank in range(size)]
             asked = {"module": function.__module__, "name": function.__name__, "size": size}
             plain = {k: {"path": str(v)} if isinstance(v, Path) else v for k, v in arguments.items()}
-            self._start()
-            self._process.stdin.write(json.dumps(asked | {"arguments": plain, "folder": folder}) + "\n")
-            self._process.stdin.flush()
-
-            def over():
-                return (Path(folder) / "done").exists() or self._process.poll() is not None
-
-            try:
-                wait_until(over, lambda: self._log.tell(), function.__name__)
-            except Hung as hung:
-                self.stop()
-                raise Hung(f"{hung}\n{self._said()}") from None
+            self.ask(
+                asked | {"arguments": plain, "folder": folder},
+                lambda: (Path(folder) / "done").exists(),
+                self.printed,
+                function.__name__,
+            )
             failed = {file.name: text for file in files if file.exists() and (text := file.read_text())}
             assert not failed, "\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items())
-            assert all(file.exists() for file in files), self._said()
-
-    def _start(self):
-        if self._process is None or self._process.poll() is not None:
-            self._log = TemporaryFile("w+")  # noqa: SIM115
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.integrations.server"],
-                cwd=ROOT,
-                env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT)},
-                stdin=subprocess.PIPE,
-                stdout=self._log,
-                stderr=self._log,
-                text=True,
-            )
-
-    def _said(self):
-        self._log.seek(0)
-        return self._log.read()[-5000:]
-
-    def stop(self):
-        if self._process is not None:
-            process, self._process = self._process, None
-            with suppress(BrokenPipeError):
-                process.stdin.close()
-            process.kill()
-            process.wait()
+            assert all(file.exists() for file in files), self.said()
 
 
-SERVER = Server()
+SERVER = Forking()
 
 
 def processes(size):

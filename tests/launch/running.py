@@ -2,20 +2,19 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from tests.serving import ROOT, Server, kill
 from tests.waiting import HANG, Hung, wait_until
 
-ROOT = Path(__file__).parents[2]
 TIMED = {"minutes", "tokens_per_second"}
 
 
@@ -88,20 +87,11 @@ def started(command):
             its.process.wait()
 
 
-def kill(pid):
-    """Kill a process, and all that it has started: what torchrun starts would go on."""
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    for child in children.split():
-        kill(int(child))
-
-
-class Launcher:
-    """A launcher of this session, which starts when it is first needed: see launcher.py."""
+class Launcher(Server):
+    """A launcher of this session: see launcher.py."""
 
     def __init__(self):
-        self._process = None
+        super().__init__("tests.launch.launcher", environment())
 
     def run(self, script, processes, options, **how):
         """Run a script to its end; returns also how often the processes were started."""
@@ -111,50 +101,19 @@ class Launcher:
             files = [folder / name for name in ("stdout", "stderr", "status")]
             for file in files:
                 file.touch()
-            self._start()
-            self._process.stdin.write(json.dumps(its | how) + "\n")
-            self._process.stdin.flush()
-
-            def over():
-                return files[2].read_text().endswith("\n") or self._process.poll() is not None
-
             try:
-                wait_until(over, lambda: [file.stat().st_size for file in files], f"the end of {script}")
+                self.ask(
+                    its | how,
+                    lambda: files[2].read_text().endswith("\n"),
+                    lambda: [file.stat().st_size for file in files],
+                    f"the end of {script}",
+                )
             except Hung as hung:
-                self.stop()
                 raise Hung("\n".join((str(hung), *(file.read_text() for file in files)))) from None
             stdout, stderr, status = (file.read_text() for file in files)
-            assert status, f"the launcher has ended\n{stdout}\n{stderr}\n{self._said()}"
+            assert status, f"the launcher has ended\n{stdout}\n{stderr}\n{self.said()}"
             starts = int((folder / "starts").read_text()) if status == "0\n" else None
             return subprocess.CompletedProcess(its, int(status), stdout, stderr), starts
-
-    def _start(self):
-        if self._process is not None and self._process.poll() is None:
-            return
-        self.stop()
-        self._log = TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.launch.launcher"],
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=self._log,
-            text=True,
-        )
-
-    def _said(self):
-        self._log.seek(0)
-        return self._log.read()
-
-    def stop(self):
-        """End it, and all that it has started."""
-        if self._process is not None:
-            kill(self._process.pid)
-            self._process.stdin.close()
-            self._process.wait()
-            self._log.close()
-            self._process = None
 
 
 LAUNCHER = Launcher()
