@@ -89,17 +89,19 @@ def report(rows: Iterable[results.Row]) -> Iterator[str]:
     """The page: a row for each option, a column for each task."""
     yield INTRODUCTION
     found = changes(rows, VARIANTS)
-    tasks = [task for task in FEW if any(task in of_task for of_task in found.values())]
     for step_size in ("balance", "prodigy"):
+        its = {name: change for name, change in found.items() if VARIANTS[name].beside == step_size}
+        tasks = [task for task in FEW if any(task in of_task for of_task in its.values())]
+        if not its:
+            continue
         yield f'\n## Beside `step_size="{step_size}"`\n'
         yield f"| option | {' | '.join(tasks)} | helps, hurts |"
         yield f"|---|{'--:|' * len(tasks)}---|"
-        for name, of_task in found.items():
-            if VARIANTS[name].beside == step_size:
-                verdicts = [its.verdict for its in of_task.values()]
-                total = f"{verdicts.count('helps')}, {verdicts.count('hurts')}"
-                cells = [shown(of_task[task]) if task in of_task else "" for task in tasks]
-                yield f"| `{name.partition(': ')[2]}` | {' | '.join(cells)} | {total} |"
+        for name, of_task in its.items():
+            verdicts = [change.verdict for change in of_task.values()]
+            total = f"{verdicts.count('helps')}, {verdicts.count('hurts')}"
+            cells = [shown(of_task[task]) if task in of_task else "" for task in tasks]
+            yield f"| `{name.partition(': ')[2]}` | {' | '.join(cells)} | {total} |"
 
 
 def shown(change: Change) -> str:
