@@ -240,5 +240,7 @@ def log_of(script: str, ranks: int, *options: str, within: str = "") -> list[dic
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         launcher += ["--no-python", sys.executable, "-c", within] if within else []
         command = [sys.executable, *launcher, f"launch/{script}", "--out", folder, *options]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        # As torchrun has it, but of one process, whose sums would be of as many threads as there are cores.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)
         return list(map(json.loads, Path(folder, "log.jsonl").read_text().splitlines()))
