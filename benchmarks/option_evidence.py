@@ -18,13 +18,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from quality import peers, results
-from quality.variants import FEW, Change, Variant, changes, command
+from quality.variants import FEW, MUON_IN_FLOAT32, Change, Variant, changes, command
 
 NUDGED = "d0=1.1e-06"
-MUON: dict[str, Any] = {"split_groups_mean": False, "muon_fp32": True}  # bfloat16 is slow on a CPU
 
 # What may be set beside either step size. Each is a row of the table.
 EITHER: dict[str, dict[str, Any]] = {
+    NUDGED: {"d0": 1.1e-6},
     "betas=(0.95, 0.99)": {"betas": (0.95, 0.99)},
     "betas=(0.9, 0.999)": {"betas": (0.9, 0.999)},
     "weight_decay=0.1": {"weight_decay": 0.1},
@@ -56,15 +56,13 @@ OF_PRODIGY: dict[str, dict[str, Any]] = {
 
 def of(step_size: str, options: dict[str, dict[str, Any]]) -> dict[str, Variant]:
     """The variants of a step size, each named after it and the option."""
-    make, nudged = partial(partial, peers.ours, step_size=step_size), f"{step_size}: {NUDGED}"
-    return {
-        step_size: Variant(make()),
-        nudged: Variant(make(d0=1.1e-6), step_size, nudged),
-        **{f"{step_size}: {name}": Variant(make(**its), step_size, nudged) for name, its in options.items()},
-        f"{step_size}: use_muon_pp=True": Variant(
-            partial(peers.ours_muon, step_size=step_size, **MUON), step_size, nudged
-        ),
+    builds = {name: partial(peers.ours, step_size=step_size, **its) for name, its in options.items()}
+    builds["use_muon_pp=True"] = partial(peers.ours_muon, step_size=step_size, **MUON_IN_FLOAT32)
+    compared = {
+        f"{step_size}: {name}": Variant(build, step_size, f"{step_size}: {NUDGED}")
+        for name, build in builds.items()
     }
+    return {step_size: Variant(partial(peers.ours, step_size=step_size)), **compared}
 
 
 VARIANTS = {**of("balance", EITHER), **of("prodigy", EITHER | OF_PRODIGY)}

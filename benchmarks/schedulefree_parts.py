@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from quality import peers, results
 from quality.peers import Built, Setting
-from quality.variants import Variant, changes, command
+from quality.variants import MUON_IN_FLOAT32, Variant, changes, command
 
 from prodigyplus.formulas import balance, moments, muon
 from prodigyplus.formulas.directions import stable_scale
@@ -78,9 +78,6 @@ class Parts:
         if self.anneal == "run":
             return 1 - (1 - self.beta1) * math.pow((1 - BETA1_AT_END) / (1 - BETA1), min(1.0, k / steps))
         return 1 - (1 - self.beta1) * min(1.0, math.pow(100 / (k + 1), 1 / 3) if self.anneal else 1.0)
-
-
-MUON_IN_FLOAT32: dict[str, Any] = {"split_groups_mean": False, "muon_fp32": True}
 
 
 class Numbers:

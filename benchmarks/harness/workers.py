@@ -240,7 +240,7 @@ def log_of(script: str, ranks: int, *options: str, within: str = "") -> list[dic
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         launcher += ["--no-python", sys.executable, "-c", within] if within else []
         command = [sys.executable, *launcher, f"launch/{script}", "--out", folder, *options]
-        # As torchrun has it, but of one process, whose sums would be of as many threads as there are cores.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # torchrun does so for several processes, but not for one, whose sums would be of several threads.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)
         return list(map(json.loads, Path(folder, "log.jsonl").read_text().splitlines()))

@@ -9,19 +9,23 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import results
 from .peers import Built, Entry, Setting
-from .run import environment
+from .run import environment, line
 from .task import Setup
 from .tasks import TASKS
 from .train import train
 
 FEW = ("tanh-regression", "logistic-digits", "mnist-mlp", "gpt-w64-b8", "noisy-mnist")
 """Tasks of half a minute, of different kinds; none is held out."""
+
+MUON_IN_FLOAT32: dict[str, Any] = {"split_groups_mean": False, "muon_fp32": True}
+"""Options of Muon here: in bfloat16 it is slow on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +117,7 @@ def sweep(
             row = {**identity, **train(task, setup, entry, Setting()), "environment": environment("cpu")}
             results.append(out, row)
             done[results.key(row)] = row
-            print(
-                f"{task_name}, {name}, seed {seed}: {row['loss']}, {row['cpu_seconds']} s of the CPU",
-                flush=True,
-            )
+            print(line(row), flush=True)
 
 
 def changes(rows: Iterable[results.Row], variants: Mapping[str, Variant]) -> dict[str, dict[str, Change]]:

@@ -6,7 +6,7 @@ The one function to call is :func:`with_prodigyplus`; docs/guides/torchtitan.md 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -170,9 +170,9 @@ class Optimizers(OptimizersContainer):
         with self.optimizers[0].averaged_parameters():
             yield
 
-    def scalars(self, prefix: str = "", names: Collection[str] | None = None) -> dict[str, float]:
+    def scalars(self, prefix: str = "") -> dict[str, float]:
         """The numbers of the step size, as a logger takes them; see the optimiser's method."""
-        return self.optimizers[0].scalars(prefix, names)
+        return self.optimizers[0].scalars(prefix)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state, flat: its tensors by names of parameters, its numbers by groups."""
@@ -319,10 +319,12 @@ class StepSizeMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        ours = self.optimizers.scalars("prodigyplus/")
+        numbers = self.optimizers.scalars()
+        ours = {f"prodigyplus/{name}": value for name, value in numbers.items()}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **ours})
         shown = (
             f"{name}: {value:.3e}"
-            for name, value in self.optimizers.scalars(names=("d", "step_size")).items()
+            for name, value in numbers.items()
+            if name.partition("/")[0] in ("d", "step_size")
         )
         logger.info(f"step: {step:2}  {'  '.join(shown)}")
