@@ -69,8 +69,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         all_to_all: bool = True,
         **options: Any,
     ) -> None:
-        whole = isinstance(bucket_bytes, numbers.Integral) and not isinstance(bucket_bytes, bool)
-        if not whole or bucket_bytes < 0:
+        given: Any = bucket_bytes
+        if not isinstance(given, numbers.Integral) or isinstance(given, bool) or int(given) < 0:
             raise ValueError(f"bucket_bytes={bucket_bytes!r}: allowed is a whole number, 0 or greater.")
         exchange = MeshExchange(process_group, bucket_bytes, replicas, all_to_all=all_to_all)
         self._set_up(MeshTensors(replicas), exchange, MeshHooks(), shares_d=process_group is not None)
