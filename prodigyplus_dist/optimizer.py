@@ -70,7 +70,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         **options: Any,
     ) -> None:
         given: Any = bucket_bytes
-        if not isinstance(given, numbers.Integral) or isinstance(given, bool) or int(given) < 0:
+        if isinstance(given, bool) or not isinstance(given, numbers.Integral) or int(given) < 0:
             raise ValueError(f"bucket_bytes={bucket_bytes!r}: allowed is a whole number, 0 or greater.")
         exchange = MeshExchange(process_group, bucket_bytes, replicas, all_to_all=all_to_all)
         self._set_up(MeshTensors(replicas), exchange, MeshHooks(), shares_d=process_group is not None)
