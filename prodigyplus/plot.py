@@ -2,7 +2,7 @@
 
 Reads what :class:`prodigyplus.run_log.RunLog` writes, the ``log.jsonl`` of the launch scripts, and the
 ``trainer_state.json`` of a Hugging Face Trainer: rows with a ``step``, a ``loss`` and the names of
-``optimizer.scalars()``, with any prefix. Needs matplotlib: ``pip install "prodigyplus-dist[plot]"``.
+``optimizer.scalars()``, with any prefix. Needs matplotlib: ``pip install matplotlib``.
 """
 
 from __future__ import annotations
@@ -46,14 +46,20 @@ def rows_of(path: Path) -> list[Row]:
     Raises:
         ValueError: There are none.
     """
-    if path.suffix == ".csv":
-        with path.open(newline="") as file:
-            found: list[Any] = list(csv.DictReader(file))
-    elif path.suffix == ".json":
-        found = json.loads(path.read_text()).get("log_history", [])
-    else:
-        found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    rows: list[Row] = [_row_of(record) for record in found]
+    try:
+        if path.suffix == ".csv":
+            with path.open(newline="") as file:
+                found: list[Any] = list(csv.DictReader(file))
+        elif path.suffix == ".json":
+            found = json.loads(path.read_text()).get("log_history", [])
+        else:
+            found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows: list[Row] = [_row_of(record) for record in found]
+    except (ValueError, AttributeError) as error:  # no JSON, or JSON of something else
+        raise ValueError(
+            f"{path} is not a log of a run ({error}): pass JSON lines, a .csv of prodigyplus.run_log.RunLog, "
+            "or the trainer_state.json of a Hugging Face Trainer."
+        ) from error
     rows = [row for row in rows if "step" in row and len(row) > 1]
     if not rows:
         raise ValueError(f"{path} has no row with a 'step': write them by prodigyplus.run_log.RunLog.")
@@ -143,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = {str(path): rows_of(path) for path in options.runs}
         draw(runs, options.out)
     except ImportError:
-        parser.exit(1, 'Drawing needs matplotlib: pip install "prodigyplus-dist[plot]"\n')
+        parser.exit(1, "Drawing needs matplotlib: pip install matplotlib\n")
     except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     lines = [summary(name, rows) for name, rows in runs.items()]
