@@ -99,6 +99,18 @@ def test_runs_are_drawn(tmp_path, capsys):
     assert last == f"drawn into {tmp_path / 'runs.png'}"
 
 
+def test_what_spans_much_is_drawn_by_its_logarithm():
+    rows = [{"step": step, "loss": 2.0 / step, "eval_loss": 2.0 - step / 100} for step in range(1, 101)]
+    rows += [{"step": 100, "accuracy": 0.99}, {"step": 100, "eval_accuracy": 0.98}]
+    axes = plot.draw({"run": rows, "other": rows[:3]}).axes
+    shown = {its.get_title("left").split(" (")[0]: (its.get_yscale(), len(its.lines)) for its in axes}
+    assert shown == {
+        "training loss": ("log", 2),
+        "loss in evaluations": ("linear", 2),
+        "accuracy in evaluations": ("linear", 1),
+    }
+
+
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "run.jsonl").write_text('{"kind": "run"}\n')
     (tmp_path / "other.json").write_text("{}")
