@@ -40,6 +40,8 @@ class _PatchOnce:
         languages = _languages(function)
         if self._patched is None:
             scope = self._patch(function)
+            if scope is None:  # of Triton before 3.5, whose patches stay
+                return None
             self._patched, restore = languages, scope.restore
 
             def end():

@@ -113,11 +113,12 @@ class Packed(NamedTuple):
 
     def across(self, dims: int) -> Scalars:
         """These one by one, in shapes that broadcast over a stack of tensors of ``dims`` dimensions."""
-        if self.values.ndim == 1:
-            return Scalars._make((*self.values.unbind(), self.gate, self.observes, self.step, self))
-        shape = -1, *(1,) * dims
-        values = self.values.view(len(self.values), *shape).unbind()
-        return Scalars._make((*values, self.gate.view(shape), self.observes.view(shape), self.step, self))
+        values, gate, observes = self.values, self.gate, self.observes
+        if values.ndim > 1:
+            shape = -1, *(1,) * dims
+            values, gate, observes = values.view(len(values), *shape), gate.view(shape), observes.view(shape)
+        # Not by _make(), into which torch.compile does not look in 2.8; how many there are, mypy cannot know.
+        return Scalars(*values.unbind(), gate, observes, self.step, self)  # type: ignore[call-arg, arg-type]
 
 
 Numbers: TypeAlias = "Scalars | Packed"

@@ -115,7 +115,17 @@ def test_a_seed_is_the_same_problem_for_all_optimizers(quality, name, tmp_path):
     assert problems[0] == problems[1]
 
 
-@pytest.mark.parametrize("name", ["adamw-cosine", "adamw-wsd", "muon-cosine", "adamw-constant"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw-cosine",
+        "adamw-wsd",
+        "adamw-constant",
+        pytest.param(
+            "muon-cosine", marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.8")
+        ),
+    ],
+)
 @pytest.mark.usefixtures("small_data")
 def test_peers_of_torch_train(quality, name, tmp_path):
     task, entry = tiny(quality.tasks.TASKS["gpt-w64-b8"]), quality.peers.OPTIMIZERS[name]

@@ -84,7 +84,19 @@ def test_the_loss_falls_under_schedules(cls, options):
     for group in o.param_groups:
         assert float(group["lr"]) == pytest.approx(0.9**3 * 0.9**3)  # the steps' and the plateaus'
     # A tensor is written to, not replaced: whoever holds it, as a captured step does, sees the new rate.
-    assert o.param_groups[-1]["lr"] is rate or not isinstance(rate, torch.Tensor)
+    if isinstance(rate, torch.Tensor) and keeps_tensors(lr_scheduler.ReduceLROnPlateau):
+        assert o.param_groups[-1]["lr"] is rate
+
+
+def keeps_tensors(schedule):
+    """Whether a schedule of this torch writes to a rate that is a tensor; in 2.8 this one does not."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(()))], lr=torch.tensor(1.0))
+    rate = optimizer.param_groups[0]["lr"]
+    reduce = schedule(optimizer, patience=0, threshold=1.0)
+    for _ in range(3):
+        reduce.step(1.0)
+    assert float(optimizer.param_groups[0]["lr"]) < 1
+    return optimizer.param_groups[0]["lr"] is rate
 
 
 @each
@@ -162,6 +174,7 @@ def test_what_is_complex_or_sparse_is_refused(cls):
         cls([p]).step()
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch lets none in")
 def test_a_gradient_of_another_dtype(cls):
     """torch lets one in where it is asked to. AdamW then fails; here it is taken, and bfloat16 holds it."""
     p, q = (nn.Parameter(torch.linspace(-1, 1, 800).reshape(20, 40)) for _ in range(2))
