@@ -302,7 +302,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             step.close(params)
             if not step.initializes_state:
                 self._hold_(step)
-                self._cache.monitor.end(self, step.groups)
+                self._cache.monitor.end(self, step.groups, in_backward=bool(step.taken))
         for group in fused:
             for p in group["params"]:
                 p.grad = None
@@ -386,7 +386,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         if self._cache.average.is_lent:
             raise RuntimeError(
                 "within averaged_parameters() the model holds the averaged weights, to be evaluated or saved "
-                "by itself; the optimiser goes with those of training: leave the with-block first."
+                "by itself; the optimiser goes with those of training: leave the with-block first. (Where a "
+                "trainer's callback evaluates at the average, leave out train() and eval() of your own.)"
             )
 
     @isolated
@@ -411,6 +412,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         return next(
             self._parameters.name(location) for location in locations(self.param_groups) if location.p is p
         )
+
+    def lacks_gradients(self) -> bool:
+        """Whether parameters are to be trained, and none of them has a gradient."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return bool(trained) and all(p.grad is None for p in trained)
 
     # ------------------------------------------------------------------- within the backward pass
 
