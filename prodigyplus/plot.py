@@ -2,7 +2,7 @@
 
 Reads what :class:`prodigyplus.run_log.RunLog` writes, the ``log.jsonl`` of the launch scripts, and the
 ``trainer_state.json`` of a Hugging Face Trainer: rows with a ``step``, a ``loss`` and the names of
-``optimizer.scalars()``, with any prefix. Needs matplotlib: ``pip install "prodigyplus-dist[plot]"``.
+``optimizer.scalars()``, with any prefix. Needs matplotlib: ``pip install matplotlib``.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = {str(path): rows_of(path) for path in options.runs}
         draw(runs, options.out)
     except ImportError:
-        parser.exit(1, 'Drawing needs matplotlib: pip install "prodigyplus-dist[plot]"\n')
+        parser.exit(1, "Drawing needs matplotlib: pip install matplotlib\n")
     except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     lines = [summary(name, rows) for name, rows in runs.items()]
