@@ -33,7 +33,6 @@ class Bytes(Dataset):
 
 
 def main() -> None:
-    """Train as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/trainer")
     parser.add_argument("--steps", type=int, default=1000)
