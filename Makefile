@@ -19,7 +19,7 @@ test: $(VENV)/test  ## the suite, without what takes minutes
 test-all: $(VENV)/test  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
-parity: $(VENV)/test  ## the golden runs with each set of instructions that this processor has
+parity: $(VENV)/test  ## the golden runs, pairs of options too, with each set of instructions that this processor has
 	$(BIN)/python tests/golden/processors.py -n 2 $(ARGS)
 
 lint: $(VENV)/dev  ## style and types

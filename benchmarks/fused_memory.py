@@ -216,9 +216,13 @@ def ddp(model: nn.Module, setting: Setting, memory: Memory) -> DistributedDataPa
 # ---------------------------------------------------------------------------------------- report
 
 USE = """\
+Set `fused_back_pass=True` where gradients do not fit into memory beside all else. The numbers are those of
+an ordinary step, to the bit. In one process `ProdigyPlusScheduleFree` takes it too; `bucket_bytes` is an
+argument of `ShardedProdigyPlusScheduleFree` alone, 64 MiB by default.
+
 ```python
 optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True, bucket_bytes=1 << 20)
-optimizer.fuse_backward(model)  # once, when the model is wrapped
+optimizer.fuse_backward(model)  # once, when the model is wrapped; else step() raises
 
 for batch in batches:
     loss_of(model, batch).backward()  # moves the weights
@@ -248,7 +252,8 @@ bucket costs two all-reduces.
 
 - A gradient is that of one backward pass. To accumulate several, let FSDP2 or DDP hold them back until the
   last (`set_requires_gradient_sync(False)`, `no_sync()`). A second gradient before `step()` is an error.
-- What reads or changes gradients after the backward pass (clipping, a GradScaler) comes too late.
+- What reads or changes gradients after the backward pass comes too late: `clip_grad_norm_` finds none and
+  returns 0, a GradScaler raises "No inf checks were recorded".
 - Under DDP with `find_unused_parameters` or `static_graph`, only the end of the backward pass shows what was
   not used. There `step()` moves everything.
 - Tensor parallelism needs FSDP2 around it. Otherwise ranks may get gradients in different orders, and wait

@@ -297,6 +297,8 @@ Where a cost has two values, the second is that without Schedule-Free, against t
 NOTES = """\
 ## Notes
 
+- `ShardedProdigyPlusScheduleFree` has four arguments more, for the whole optimiser: `bucket_bytes`,
+  `replicas`, `process_group` and `all_to_all` ([API](reference.md)).
 - Every option may be set per parameter group. Groups with `split_groups=False` share d under the options of
   the first of them.
 - On a GPU, kernels move what has float32 or bfloat16 weights, but for groups with Cautious, Grams, ADOPT,

@@ -71,6 +71,8 @@ VARIANTS = {**of("balance", EITHER), **of("prodigy", EITHER | OF_PRODIGY)}
 INTRODUCTION = """\
 # What options do to the loss
 
+The figures on this page are printed by
+
     PYTHONPATH=. python benchmarks/option_evidence.py --out docs/research/options.jsonl
     PYTHONPATH=. python benchmarks/option_evidence.py --out docs/research/options.jsonl --report
 

@@ -22,6 +22,8 @@ def scalars(
     groups: Sequence[Mapping[str, Any]], prefix: str, names: Collection[str] | None
 ) -> dict[str, float]:
     """See :meth:`prodigyplus.ProdigyPlusScheduleFree.scalars`; ``groups`` are its ``param_groups``."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"scalars: prefix={prefix!r} is no string. To choose numbers, pass names=[…].")
     numbers = [_of(group) for group in groups]
     known = numbers[0] if numbers else {}
     if names is not None:

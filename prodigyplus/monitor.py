@@ -189,8 +189,9 @@ class Monitor:
             self._tell(
                 "d0",
                 f"after {should[0][0]} steps the step size still is d0: the model has hardly moved. "
-                "Gradients may be as small as eps (pass eps=None), or d0 too small to leave a trace in "
-                "bfloat16 weights (d0=1e-5 or 1e-4), or gradients mostly noise (a larger batch).",
+                "lr may be far below 1 (leave it at 1), gradients as small as eps (pass eps=None), d0 too "
+                "small to leave a trace in bfloat16 weights (d0=1e-5 or 1e-4), or gradients mostly noise (a "
+                "larger batch).",
             )
 
 

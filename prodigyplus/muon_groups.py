@@ -127,13 +127,19 @@ def muon_groups(
         keep_empty: Return three groups in any case, as stages of a pipeline must all have the same.
 
     Returns:
-        Up to three groups, none of them empty: with ``use_muon_pp=True``; with ``muon_batched=True`` too;
-        with ``use_muon_pp=False``. Their "params" are lists of (name, parameter).
+        Up to three groups, none of them empty unless ``keep_empty``: with ``use_muon_pp=True``; with
+        ``muon_batched=True`` too; with ``use_muon_pp=False``. Their "params" are lists of (name, parameter).
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: A pattern matches no parameter; ``batched`` matches a single matrix; or a parameter has
             three or more dimensions, is trained, and nothing says of which it is a matrix.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"muon_groups: pass the model itself, not {type(model).__name__}: the types and names of its "
+            "modules say which matrices are hidden."
+        )
     candidates = _candidates(model)
     for p in _heads(model) if has_head else ():
         candidates[p].is_head = True
@@ -144,7 +150,12 @@ def muon_groups(
     groups: dict[str, list[tuple[str, Tensor]]] = {kind: [] for kind in _GROUPS}
     for name, p in model.named_parameters():
         groups[_kind(name, candidates[p])].append((name, p))
-    return [{"params": params, **_GROUPS[kind]} for kind, params in groups.items() if params or keep_empty]
+    return [
+        # torch takes a group without parameters for one without names, and refuses it beside named ones.
+        {"params": params, **({} if params else {"param_names": []}), **_GROUPS[kind]}
+        for kind, params in groups.items()
+        if params or keep_empty
+    ]
 
 
 def _kind(name: str, candidate: _Candidate) -> str:

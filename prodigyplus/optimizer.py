@@ -385,9 +385,10 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _check_average_is_not_lent(self) -> None:
         if self._cache.average.is_lent:
             raise RuntimeError(
-                "within averaged_parameters() the model holds the averaged weights, to be evaluated or saved "
-                "by itself; the optimiser goes with those of training: leave the with-block first. (Where a "
-                "trainer's callback evaluates at the average, leave out train() and eval() of your own.)"
+                "within averaged_parameters() the model holds the averaged weights, so the optimiser cannot "
+                "step, change mode, or be saved or loaded: leave the with-block first. Only "
+                "averaged_state_dict(model) works here too. (Where a trainer's callback evaluates at the "
+                "average, leave out train() and eval() of your own.)"
             )
 
     @isolated
@@ -495,9 +496,20 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         Raises:
             ValueError: A tensor is not one of the optimiser's parameters, or ``project`` gives another shape.
+            TypeError: A module was passed in place of its parameters, or ``project`` cannot be called.
         """
         self._check_no_step_is_under_way()
         self._check_average_is_not_lent()
+        if isinstance(parameters, nn.Module):
+            raise TypeError(
+                f"constrain: pass parameters, not a {type(parameters).__name__}: one, as module.weight, or "
+                "several, as module.parameters()."
+            )
+        if not callable(project):
+            raise TypeError(
+                f"constrain: project={project!r} is no function: pass one that projects a tensor onto the "
+                "set, as lambda w: w.clamp_(0, 1)."
+            )
         tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if not tensors or not {*tensors} <= {*self._view.parameters}:
             raise ValueError(
@@ -638,13 +650,14 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         Args:
             prefix: Put before each name.
-            names: Which of the numbers; all where it is None.
+            names: Which of the numbers, as ``names=["d", "step_size"]``; all where it is None.
 
         Returns:
             Under ``d``, ``d_hat`` and so on; with several groups, under ``d/0``, ``d/1`` and so on.
 
         Raises:
             ValueError: There is no number of such a name.
+            TypeError: ``prefix`` is no string, as where names were meant.
         """
         return metrics_.scalars(self.param_groups, prefix, names)
 

@@ -386,6 +386,6 @@ def doubts(group: Mapping[str, Any]) -> list[str]:
     if isinstance(lr, Tensor) or not 0 < lr < _SMALL_LR:
         return []
     return [
-        f"lr={lr!r} multiplies the step size that is found, and makes it so many times smaller: it is no "
-        "learning rate to choose. Leave lr at 1.0 (a Hugging Face Trainer: learning_rate=1.0)."
+        f"lr={lr!r} looks like another optimiser's learning rate. Here lr only scales the step size that is "
+        "found: leave it at 1.0 (a Hugging Face Trainer: learning_rate=1.0)."
     ]

@@ -16,7 +16,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = Mapping[str, float]
 Curve = tuple[list[float], list[float]]  # steps and values
@@ -27,17 +30,20 @@ class Panel(NamedTuple):
 
     title: str
     name: str  # of the number, without prefix and group; several with a | between
-    scale: str
+    scale: str | None  # None: linear, or logarithmic where values span more than _WIDE
 
 
 PANELS = (
-    Panel("training loss (lower is better)", "loss", "linear"),
-    Panel("loss in evaluations (lower is better)", "eval_loss|val_loss", "linear"),
+    Panel("training loss (lower is better)", "loss", None),
+    Panel("loss in evaluations (lower is better)", "eval_loss|val_loss", None),
+    Panel("accuracy in evaluations (higher is better)", "(?:eval_|val_)?accuracy", "linear"),
     Panel("step size", "step_size", "log"),
     Panel("d: should climb early, then level off", "d", "log"),
     Panel("estimate before its limits (Prodigy: numerator / denominator; balance: ρ)", "d_hat", "linear"),
     Panel("steps skipped for an inf or NaN (0 is best)", "skipped_steps", "linear"),
 )
+
+_WIDE = 50.0
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -46,14 +52,20 @@ def rows_of(path: Path) -> list[Row]:
     Raises:
         ValueError: There are none.
     """
-    if path.suffix == ".csv":
-        with path.open(newline="") as file:
-            found: list[Any] = list(csv.DictReader(file))
-    elif path.suffix == ".json":
-        found = json.loads(path.read_text()).get("log_history", [])
-    else:
-        found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    rows: list[Row] = [_row_of(record) for record in found]
+    try:
+        if path.suffix == ".csv":
+            with path.open(newline="") as file:
+                found: list[Any] = list(csv.DictReader(file))
+        elif path.suffix == ".json":
+            found = json.loads(path.read_text()).get("log_history", [])
+        else:
+            found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows: list[Row] = [_row_of(record) for record in found]
+    except (ValueError, AttributeError) as error:  # no JSON, or JSON of something else
+        raise ValueError(
+            f"{path} is not a log of a run ({error}): pass JSON lines, a .csv of prodigyplus.run_log.RunLog, "
+            "or the trainer_state.json of a Hugging Face Trainer."
+        ) from error
     rows = [row for row in rows if "step" in row and len(row) > 1]
     if not rows:
         raise ValueError(f"{path} has no row with a 'step': write them by prodigyplus.run_log.RunLog.")
@@ -90,12 +102,11 @@ def curves_of(rows: Sequence[Row], name: str) -> dict[str, Curve]:
     }
 
 
-def draw(runs: Mapping[str, Sequence[Row]], out: Path) -> None:
+def draw(runs: Mapping[str, Sequence[Row]]) -> Figure:
     """Draw runs over one another, one plot for each number that any of them has.
 
     Args:
         runs: Their rows, under the names for the legend.
-        out: The picture.
     """
     from matplotlib.figure import Figure
 
@@ -111,15 +122,19 @@ def draw(runs: Mapping[str, Sequence[Row]], out: Path) -> None:
                 style = {"color": f"C{colour}", "linestyle": styles[index % len(styles)], "linewidth": 1.2}
                 marker = "o" if len(steps) <= 20 else ""
                 axes.plot(steps, values, label=label, marker=marker, markersize=3, **style)
-        positive = all(
-            value > 0 for groups in curves.values() for _, values in groups.values() for value in values
-        )
+        drawn = [value for groups in curves.values() for _, values in groups.values() for value in values]
         axes.set_title(panel.title, fontsize=10, loc="left")
-        axes.set_yscale(panel.scale if positive else "linear")
+        axes.set_yscale(_scale(panel, drawn))
         axes.grid(alpha=0.3)
     grid[0].legend(frameon=False, fontsize=8)
     grid[-1].set_xlabel("step")
-    figure.savefig(out, dpi=120)
+    return figure
+
+
+def _scale(panel: Panel, values: Sequence[float]) -> str:
+    if not all(value > 0 for value in values):  # not a number, too
+        return "linear"
+    return panel.scale or ("log" if max(values) > _WIDE * min(values) else "linear")
 
 
 def summary(name: str, rows: Sequence[Row]) -> str:
@@ -141,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         runs = {str(path): rows_of(path) for path in options.runs}
-        draw(runs, options.out)
+        draw(runs).savefig(options.out, dpi=120)
     except ImportError:
         parser.exit(1, "Drawing needs matplotlib: pip install matplotlib\n")
     except (OSError, ValueError) as error:

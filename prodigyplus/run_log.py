@@ -40,12 +40,21 @@ class RunLog:
         Args:
             step: The training loop's, which stands in the row under that name.
             numbers: Such as ``optimizer.scalars()``.
-            others: More of them, by name, such as the loss.
+            others: More of them, by name, such as the loss. A tensor of one element is read, which waits for
+                its device.
 
         Raises:
             ValueError: A CSV file has other columns: those of its first row.
+            TypeError: ``numbers`` is no dict.
         """
-        row = {**numbers, **others, "step": step}
+        if not isinstance(numbers, Mapping):
+            raise TypeError(
+                f"RunLog.add: numbers is a {type(numbers).__name__}, no dict: pass optimizer.scalars()."
+            )
+        row = {
+            name: value.item() if hasattr(value, "item") else value  # of torch and NumPy
+            for name, value in {**numbers, **others, "step": step}.items()
+        }
         new = self._is_csv and not self._columns
         if new:
             self._columns = [*row]

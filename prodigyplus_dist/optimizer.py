@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,6 +69,9 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         all_to_all: bool = True,
         **options: Any,
     ) -> None:
+        given: Any = bucket_bytes
+        if isinstance(given, bool) or not isinstance(given, numbers.Integral) or int(given) < 0:
+            raise ValueError(f"bucket_bytes={bucket_bytes!r}: allowed is a whole number, 0 or greater.")
         exchange = MeshExchange(process_group, bucket_bytes, replicas, all_to_all=all_to_all)
         self._set_up(MeshTensors(replicas), exchange, MeshHooks(), shares_d=process_group is not None)
         super().__init__(params, *args, **options)

@@ -1,9 +1,11 @@
-"""Triton's interpreter as these tests need it: bfloat16 as GPUs have it, and in half the time."""
+"""Triton's interpreter as these tests need it: bfloat16 as GPUs have it, and in a third of the time."""
 
+import functools
 import inspect
 
 import torch
 from triton import language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -35,11 +37,7 @@ class _PatchOnce:
         self._patched = None
 
     def __call__(self, function):
-        languages = {
-            id(value)
-            for value in function.__globals__.values()
-            if inspect.ismodule(value) and value in (tl, tl.core)
-        }
+        languages = _languages(function)
         if self._patched is None:
             scope = self._patch(function)
             self._patched, restore = languages, scope.restore
@@ -56,6 +54,27 @@ class _PatchOnce:
         return None
 
 
+@functools.cache
+def _languages(function):
+    """Which of Triton's modules a function knows by a name."""
+    values = function.__globals__.values()
+    return {id(value) for value in values if inspect.ismodule(value) and value in (tl, tl.core)}
+
+
+_np_dtype_of_scalars = functools.cache(interpreter._get_np_dtype)
+
+
+def _np_dtype(dtype, otherwise=interpreter._get_np_dtype):
+    """NumPy's dtype for one of Triton's; of scalars, known once it was asked for."""
+    return _np_dtype_of_scalars(dtype) if type(dtype) is tl.dtype else otherwise(dtype)
+
+
+def _check_no_overflow(semantic, left, right, operator):
+    """Nothing: the interpreter makes eight operators of each sum of integers, which no GPU does."""
+
+
 interpreter.InterpreterBuilder.create_fp_trunc = _to_bfloat16
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter._patch_lang = _PatchOnce(interpreter._patch_lang)
+interpreter._get_np_dtype = _np_dtype
+TritonSemantic.binary_op_sanitize_overflow_impl = _check_no_overflow

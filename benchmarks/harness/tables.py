@@ -33,7 +33,8 @@ class Page:
         own = {str(path): name for path, name in (named or {}).items()}
         script, *arguments = sys.argv
         command = ["python", f"benchmarks/{Path(script).name}", *(own.get(word, word) for word in arguments)]
-        self.tell(*([f"# {title}\n"] if title else []), f"    {shlex.join(command)}\n")
+        lead = [f"# {title}\n", "The figures on this page are printed by\n"] if title else []
+        self.tell(*lead, f"    {shlex.join(command)}\n")
 
     def tell(self, *lines: str) -> None:
         """Print lines, and keep them."""

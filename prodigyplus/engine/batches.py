@@ -93,7 +93,7 @@ class Batch:
 
     def __init__(self, params: Sequence[ParamStep]) -> None:
         first = params[0]
-        self.is_matrix = first.is_matrix
+        self.is_matrix, self.adapts = first.is_matrix, first.adapts
         self.cost = first.cost if first.is_matrix else (0, 0, 0)
         self.matrix_names = [f"matrices {param.number}" for param in params]
         self.weights = [param.weight for param in params]
@@ -136,11 +136,6 @@ class Batch:
     def is_sharded(self) -> bool:
         """Whether its sums are completed by other ranks before it moves."""
         return bool(self.layouts[0].shard_axes)
-
-    @property
-    def adapts(self) -> bool:
-        """Whether the gradients are evidence for the step size."""
-        return self.group.adapts and (self.kind.is_balanced or "p0" in self.states[0])
 
     def launches(self, constants: Constants) -> Launches:
         """Its launches, which know where its tensors are."""

@@ -22,7 +22,7 @@ from prodigyplus.device import launches
 from prodigyplus.engine import compiled, passes
 from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.passes import Kind, Moments, Noise, Samples
-from prodigyplus.formulas import balance, directions, moments, muon, prodigy, stochastic_rounding, variants
+from prodigyplus.formulas import balance, moments, muon, prodigy, stochastic_rounding, variants
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import Layout
 from prodigyplus.terms.requests import Matrices, Method, Requests, Sum
@@ -58,6 +58,11 @@ class ParamStep(NamedTuple):
         return self.group.options.use_muon_pp
 
     @property
+    def adapts(self) -> bool:
+        """Whether its gradients are evidence for the step size; not once its state for that is freed."""
+        return self.group.adapts and (self.group.options.is_balanced or "p0" in self.state)
+
+    @property
     def cost(self) -> tuple[int, int, int]:
         """See :attr:`Moving.cost`."""
         return _cost(self.layout, self.group)
@@ -83,6 +88,7 @@ class Moving(Protocol):
     present: list[bool] | None  # of each, whether its gradient is here; None where nobody needs to ask
     nbytes: int  # of what is alive of them while sums are completed
     is_matrix: bool
+    adapts: bool  # whether its gradients are evidence for the step size
 
     def squares(self, constants: Constants) -> Requests:
         """The sums of the raw gradients' squares, among them ``total``: a number for each parameter."""
@@ -117,9 +123,6 @@ class Moving(Protocol):
     @property
     def is_sharded(self) -> bool: ...
 
-    @property
-    def adapts(self) -> bool: ...
-
 
 @dataclass(slots=True)
 class Stack:
@@ -134,6 +137,7 @@ class Stack:
     present: list[bool] | None
     nbytes: int
     is_matrix: bool
+    adapts: bool
     kind: Kind  # which operators its passes consist of
 
     @classmethod
@@ -150,6 +154,7 @@ class Stack:
             None if first.present is None else [bool(param.present) for param in params],
             len(params) * first.nbytes,
             first.is_matrix,
+            first.adapts,
             Kind.of(first.group.options, first.state, first.layout.numel, adapts=first.group.adapts),
         )
 
@@ -184,11 +189,6 @@ class Stack:
     def is_sharded(self) -> bool:
         """Whether its sums are completed by other ranks before it moves."""
         return bool(self.layout.shard_axes)
-
-    @property
-    def adapts(self) -> bool:
-        """Whether the gradients are evidence for the step size; once their state is freed, they are not."""
-        return self.group.adapts and (self.kind.is_balanced or "p0" in self.states[0])
 
     @property
     def layouts(self) -> Sequence[Layout]:
@@ -497,9 +497,8 @@ class _CompiledWork(_PlainWork):
 
     def move_(self, answers: Answers) -> Tensor | None:
         if self._kept:
-            scale = self.n.unit.expand(len(self.y))
-            if self.kind.is_stable:
-                scale = scale * directions.stable_scale(answers["uu"], self.stack.layout.numel)
+            factor, unit = self._scales(answers).factor, self.n.unit.expand(len(self.y))
+            scale = unit if factor is None else unit * factor
             assert self.z is not None
             compiled.move_(
                 self.y, self.z, self.grad(), self._kept, scale, self.n.packed, self.kind, self.noise

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree, options
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
@@ -31,6 +32,18 @@ def test_options_out_of_range(name, value):
     assert repr(value) in str(error.value)
     with pytest.raises(ValueError, match=name):
         ProdigyPlusScheduleFree([{"params": parameters(), name: value}])
+
+
+@pytest.mark.parametrize("value", [-1, 1e6, "64M", None, True])
+def test_bucket_bytes(value):
+    with pytest.raises(ValueError, match=re.escape(f"bucket_bytes={value!r}: allowed is")):
+        ShardedProdigyPlusScheduleFree(parameters(), bucket_bytes=value)
+
+
+def test_names_in_the_place_of_a_prefix():
+    optimizer = ProdigyPlusScheduleFree(parameters())
+    with pytest.raises(TypeError, match=r"prefix=\['d'\] is no string.*names="):
+        optimizer.scalars(["d"])
 
 
 @pytest.mark.parametrize("shape", [(), (5,)])

@@ -183,6 +183,10 @@ def test_what_cannot_be_constrained():
         optimizer.constrain(p, lambda w: w[:2])
     with pytest.raises(ValueError, match="made 1 of"):
         optimizer.constrain(p, lambda w: 1)
+    with pytest.raises(TypeError, match=r"not a Linear.*module\.parameters\(\)"):
+        optimizer.constrain(nn.Linear(4, 4), clamp)
+    with pytest.raises(TypeError, match=r"project=0\.5 is no function"):
+        optimizer.constrain(p, 0.5)
     assert not optimizer._constraints
 
 

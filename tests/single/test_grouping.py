@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.muon_groups import describe_groups, muon_groups
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 MUON = {"use_muon_pp": True}
 BATCHED = {"use_muon_pp": True, "muon_batched": True}
@@ -622,6 +623,26 @@ def test_a_stage_of_a_pipeline():
     assert batched["params"] == []
     assert [name for name, _ in others["params"]] == ["0.bias", "1.bias"]
     assert [name for name, _ in muon_groups(stage)[0]["params"]] == ["0.weight"]
+
+
+@pytest.mark.parametrize("stage", [nn.Linear(4, 5), nn.LayerNorm(4)], ids=["matrix", "no matrix"])
+def test_empty_groups_train_and_are_saved(stage):
+    def build():
+        groups = muon_groups(stage, has_head=False, keep_empty=True)
+        return ShardedProdigyPlusScheduleFree(groups, step_size="balance")
+
+    optimizer = build()
+    stage(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    assert len(optimizer.metrics()) == 3
+    other = build()
+    other.load_state_dict(optimizer.state_dict())
+    assert {*other.state} == {*stage.parameters()}
+
+
+def test_parameters_are_not_a_model():
+    with pytest.raises(TypeError, match="pass the model itself, not generator"):
+        muon_groups(nn.Linear(4, 5).parameters())
 
 
 def test_convolutions_with_a_filter_for_each_channel():

@@ -470,7 +470,7 @@ def test_groups_that_start_together_count_together():
         assert float(group["shared_d"]) == pytest.approx(2 / (1 / one + 1 / two), rel=1e-12)
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
+@pytest.mark.parametrize("scale", [0.01, 10.0])
 @pytest.mark.parametrize("options", [{}, {"factored": False}, {"bfloat16_z": True}], ids=str)
 def test_noise_is_no_progress(options, scale):
     """Rounding of p0 once took d a hundredfold here: 400 steps of gradients that say nothing."""

@@ -18,18 +18,18 @@ def without_skips(state):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
-def test_one_bad_element_skips_the_step(options, bad, dtype):
+def test_one_bad_element_skips_the_step(options, dtype):
     problem, optimizer = pair((40, 12), (12, 40), (9,), (), dtype=dtype, **options)
     run(optimizer, problem, 30)
-    before = snapshot(optimizer)
-    for number, place in ((0, (3, 5)), (1, (11, 0)), (2, (4,)), (3, ())):
-        problem.backward()
-        problem.parameters[number].grad[place] = bad
-        optimizer.step()
-    assert int(optimizer.metrics()[0]["skipped_steps"]) == 4
-    assert_same(without_skips(snapshot(optimizer)), without_skips(before))
+    before = without_skips(snapshot(optimizer))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for number, place in ((0, (3, 5)), (1, (11, 0)), (2, (4,)), (3, ())):
+            problem.backward()
+            problem.parameters[number].grad[place] = bad
+            optimizer.step()
+        assert_same(without_skips(snapshot(optimizer)), before)
+    assert int(optimizer.metrics()[0]["skipped_steps"]) == 12
     run(optimizer, problem, 1)
     assert int(optimizer.metrics()[0]["step"]) == 31
 

@@ -26,6 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:lr of param_groups.*has fallen:U
 
 ALL_CASES = {**CASES, **OPTION_CASES, **PAIR_CASES}
 
+# Pairs of options are played by `make parity`, which CI has too.
+PLAYED = [pytest.param(name, marks=pytest.mark.slow if name in PAIR_CASES else ()) for name in ALL_CASES]
+
 
 def run(case, dtype=torch.float32):
     problem = Problem(dtype)
@@ -58,7 +61,7 @@ def test_the_problem_is_the_same_on_every_processor():
     assert digest.hexdigest() == "e3d7d4722b4ff864ac4c3068188e067f13b5969e31e790f9584bfaa3007293a0"
 
 
-@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize("name", PLAYED)
 def test_oracle(name):
     case = ALL_CASES[name]
     ours = run(case)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from prodigyplus import ProdigyPlusScheduleFree, plot
 from prodigyplus.run_log import RunLog, to_tensorboard
@@ -51,6 +52,20 @@ def test_rows_of_csv_have_the_same_names(tmp_path):
         log.add(2, lr=2.0)
 
 
+@pytest.mark.parametrize("name", ["run.jsonl", "run.csv"])
+def test_tensors_are_read(tmp_path, name):
+    path = tmp_path / name
+    loss = torch.ones((), requires_grad=True) * 0.5
+    RunLog(path).add(1, {"d": torch.tensor(0.25, dtype=torch.float64)}, loss=loss)
+    assert plot.rows_of(path) == [{"step": 1.0, "d": 0.25, "loss": 0.5}]
+
+
+def test_metrics_are_not_for_a_row(tmp_path):
+    _, optimizer = pair((2, 2))
+    with pytest.raises(TypeError, match=r"numbers is a list.*optimizer\.scalars\(\)"):
+        RunLog(tmp_path / "run.jsonl").add(1, optimizer.metrics())
+
+
 def test_curves_are_told_apart(tmp_path):
     rows = [{"step": 1, "p/d/0": 1.0, "p/d/1": 2.0, "p/d_hat/0": 3.0, "eval_loss": 4.0, "loss": 5.0}]
     assert plot.curves_of(rows, "d") == {"0": ([1], [1.0]), "1": ([1], [2.0])}
@@ -84,11 +99,31 @@ def test_runs_are_drawn(tmp_path, capsys):
     assert last == f"drawn into {tmp_path / 'runs.png'}"
 
 
+def test_what_spans_much_is_drawn_by_its_logarithm():
+    rows = [{"step": step, "loss": 2.0 / step, "eval_loss": 2.0 - step / 100} for step in range(1, 101)]
+    rows += [{"step": 100, "accuracy": 0.99}, {"step": 100, "eval_accuracy": 0.98}]
+    axes = plot.draw({"run": rows, "other": rows[:3]}).axes
+    shown = {its.get_title("left").split(" (")[0]: (its.get_yscale(), len(its.lines)) for its in axes}
+    assert shown == {
+        "training loss": ("log", 2),
+        "loss in evaluations": ("linear", 2),
+        "accuracy in evaluations": ("linear", 1),
+    }
+
+
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "run.jsonl").write_text('{"kind": "run"}\n')
     (tmp_path / "other.json").write_text("{}")
-    no_row = "no row with a 'step'"
-    for name, message in (("run.jsonl", no_row), ("other.json", no_row), ("none.jsonl", "No such file")):
+    (tmp_path / "script.py").write_text("import torch\n")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    no_row, no_log = "no row with a 'step'", "is not a log of a run"
+    for name, message in (
+        ("run.jsonl", no_row),
+        ("other.json", no_row),
+        ("none.jsonl", "No such file"),
+        ("script.py", f"script.py {no_log}"),
+        ("list.jsonl", f"list.jsonl {no_log}"),
+    ):
         with pytest.raises(SystemExit) as ended:
             plot.main([str(tmp_path / name), "--out", str(tmp_path / "runs.png")])
         assert ended.value.code == 1
