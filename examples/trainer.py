@@ -1,7 +1,7 @@
 """Train a small byte-level language model with transformers' Trainer, on the source of Python's library.
 
     python examples/trainer.py
-    torchrun --nproc-per-node 2 examples/trainer.py          # DDP; add --fsdp to shard
+    torchrun --nproc-per-node 2 examples/trainer.py          # DDP; with GPUs, add --fsdp to shard
 
 The files under --out hold the averaged weights; with --resume it goes on from the last checkpoint.
 """
@@ -33,7 +33,6 @@ class Bytes(Dataset):
 
 
 def main() -> None:
-    """Train as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/trainer")
     parser.add_argument("--steps", type=int, default=1000)
@@ -62,6 +61,7 @@ def main() -> None:
         eval_steps=max(options.steps // 5, 1),
         save_steps=max(options.steps // 5, 1),
         load_best_model_at_end=True,
+        use_cpu=not torch.accelerator.is_available(),  # or accelerate would not join processes on a CPU
         fsdp=options.fsdp,
         fsdp_config={"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]} if options.fsdp else None,
     )

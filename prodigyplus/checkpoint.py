@@ -185,6 +185,12 @@ def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str
         raise ValueError(
             f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it was "
             "saved by another optimiser, or with other options."
+            + (
+                " The weights are in it as ScheduleFreeCallback (of the Lightning integration) saves them: "
+                "resume with that callback in the trainer."
+                if "weights" in saved
+                else ""
+            )
         )
     for key, value in saved.items():
         needed = states.TABLE[key].saved_shape(shape, o.slice_p)

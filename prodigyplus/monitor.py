@@ -31,6 +31,9 @@ _LEAST_LR, _MOST_STEPS_BELOW = 0.99, 10
 # After how many steps some d must have doubled, if it began as small as it should.
 _STEPS_TO_GROW, _SMALL_D0 = 500, 1e-4
 
+# By which step some parameter must have had a gradient.
+_STEPS_TO_A_GRADIENT = 10
+
 # How often weights have to have been changed: once may be a checkpoint that was loaded.
 _MOST_CHANGES = 3
 
@@ -46,6 +49,10 @@ class Watched(Protocol):
         """What to call a parameter."""
         ...
 
+    def lacks_gradients(self) -> bool:
+        """Whether parameters are to be trained, and none of them has a gradient."""
+        ...
+
 
 class Monitor:
     """Looks at an optimiser's steps."""
@@ -59,6 +66,7 @@ class Monitor:
         self._told: set[str] = set()
         self._highest_lr: dict[int, float] = {}  # of each group, while its lr is a plain number
         self._steps_below = 0
+        self._had_gradients = False
         self._versions: dict[Tensor, int] = {}  # of the weights, as the last step has left them
         self._changes = 0
 
@@ -73,14 +81,25 @@ class Monitor:
                 in_mean, d = sent.sizes.tolist()
                 self._read(sent.counts.tolist(), in_mean, d, sent.d0)
 
-    def end(self, watched: Watched, groups: Groups) -> None:
+    def end(self, watched: Watched, groups: Groups, *, in_backward: bool) -> None:
         """Note what is to be looked at later, after a step.
 
         Args:
             watched: The optimiser.
             groups: The groups as the step has left them.
+            in_backward: Whether parameters have moved within the backward pass: their gradients are gone.
         """
         self._steps += 1
+        if not self._had_gradients:
+            self._had_gradients = in_backward or not watched.lacks_gradients()
+            if not self._had_gradients and self._steps == _STEPS_TO_A_GRADIENT:
+                self._tell(
+                    "gradients",
+                    f"none of the optimiser's parameters has had a gradient in {self._steps} steps, so "
+                    "nothing is trained. Give it the parameters of the model that is trained, as they are "
+                    "once it is wrapped: fully_shard and parallelize_module put new ones in their place. And "
+                    "call backward() before step(), zero_grad() before backward().",
+                )
         self._compare_rates(groups)
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:
             self._versions = {p: version_of(weight) for p, weight in watched.own_weights()}

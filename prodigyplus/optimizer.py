@@ -302,7 +302,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             step.close(params)
             if not step.initializes_state:
                 self._hold_(step)
-                self._cache.monitor.end(self, step.groups)
+                self._cache.monitor.end(self, step.groups, in_backward=bool(step.taken))
         for group in fused:
             for p in group["params"]:
                 p.grad = None
@@ -387,7 +387,8 @@ class ProdigyPlusScheduleFree(Optimizer):
             raise RuntimeError(
                 "within averaged_parameters() the model holds the averaged weights, so the optimiser cannot "
                 "step, change mode, or be saved or loaded: leave the with-block first. Only "
-                "averaged_state_dict(model) works here too."
+                "averaged_state_dict(model) works here too. (Where a trainer's callback evaluates at the "
+                "average, leave out train() and eval() of your own.)"
             )
 
     @isolated
@@ -412,6 +413,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         return next(
             self._parameters.name(location) for location in locations(self.param_groups) if location.p is p
         )
+
+    def lacks_gradients(self) -> bool:
+        """Whether parameters are to be trained, and none of them has a gradient."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return bool(trained) and all(p.grad is None for p in trained)
 
     # ------------------------------------------------------------------- within the backward pass
 

@@ -131,8 +131,8 @@ class WholeTensors:
             )
         if hasattr(p, "placements"):
             raise RuntimeError(
-                f"{name} is a DTensor, a piece of a sharded parameter: use "
-                "ShardedProdigyPlusScheduleFree, of the package beside this one."
+                f"{name} is a DTensor, a piece of a sharded parameter: use ShardedProdigyPlusScheduleFree "
+                "(from prodigyplus_dist)."
             )
 
     def forget_copies(self, parameters: Collection[Tensor]) -> None:

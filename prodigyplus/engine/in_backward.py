@@ -44,8 +44,8 @@ class ParameterHooks:
             raise ValueError(
                 "fuse_backward: gradients are summed over processes"
                 + (" (DistributedDataParallel)" if wrapped else f" (WORLD_SIZE={processes})")
-                + ", which a hook of a parameter does not see: use ShardedProdigyPlusScheduleFree, of the "
-                "package beside this one, which waits for it."
+                + ", which a hook of a parameter does not see: use ShardedProdigyPlusScheduleFree (from "
+                "prodigyplus_dist), which waits for it."
             )
         return hook_parameters(parameters, take)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
+from prodigyplus.reporting import warn_caller
 from prodigyplus_dist.optimizer import ShardedProdigyPlusScheduleFree
 
 # ProdigyPlusTrainer is made by __getattr__.
@@ -38,11 +40,11 @@ class ProdigyPlusMixin(_Base):
         optimizer_options: Options of :class:`prodigyplus_dist.ShardedProdigyPlusScheduleFree`. Of these,
             ``split_groups`` is False here by default: all parameters share one step size.
             ``{"params": groups}`` are parameter groups in place of the ``Trainer``'s two, of which one has
-            no weight decay.
+            no weight decay. ``weight_decay`` is of ``args``, or of such groups.
 
     Raises:
-        ValueError: Something in ``args`` would spoil the step size, or the ``Trainer`` was given another
-            optimiser, DeepSpeed or FSDP1.
+        ValueError: Something in ``args`` would spoil the step size, ``weight_decay`` is in the wrong place,
+            or the ``Trainer`` was given another optimiser, DeepSpeed or FSDP1.
         RuntimeError: This version of ``transformers`` lacks a method that is overridden here.
     """
 
@@ -60,6 +62,12 @@ class ProdigyPlusMixin(_Base):
             )
         super().__init__(*args, **kwargs)
         options = {"split_groups": False, **(optimizer_options or {})}
+        if "weight_decay" in options and "params" not in options:
+            raise ValueError(
+                f"optimizer_options has weight_decay={options['weight_decay']}, which the groups that the "
+                "Trainer makes would override. Set it in TrainingArguments; or pass groups of your own, with "
+                'their weight decay, as optimizer_options={"params": …}.'
+            )
         if self.optimizer is None:
             if self.optimizer_cls_and_kwargs is not None:
                 raise ValueError(
@@ -174,6 +182,17 @@ def _check_backend(trainer: Any) -> None:
         raise ValueError(
             f"deepspeed={trainer.args.deepspeed!r}: ZeRO hands the optimiser flat pieces of many parameters, "
             "which have no shape. Use FSDP2: fsdp=True, and no deepspeed."
+        )
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        warn_caller(
+            "fsdp is set, but accelerate does not shard here: it does so on accelerators alone, and falls "
+            "back to DDP with use_cpu=True."
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and trainer.args.world_size == 1:
+        warn_caller(
+            f"WORLD_SIZE={processes}, but to accelerate this process is the only one: each trains a model of "
+            "its own, and all write to the same folder. Without a GPU, set use_cpu=True for DDP over gloo."
         )
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError(

@@ -164,6 +164,9 @@ def test_warm_up_and_rates_that_are_refused(tmp_path):
         trainer(arguments(tmp_path), optimizers=(Adafactor(model.parameters()), None))
     with pytest.raises(ValueError, match="optimizer_cls_and_kwargs="):
         trainer(arguments(tmp_path), optimizer_cls_and_kwargs=(Adafactor, {}))
+    # The Trainer's groups have a weight decay each, which would hide it.
+    with pytest.raises(ValueError, match=r"weight_decay=0\.2.*TrainingArguments"):
+        trainer(arguments(tmp_path), optimizer_options={"weight_decay": 0.2})
     with pytest.raises(RuntimeError, match=r"has no evaluate.*in this order"):
         type("Alone", (huggingface.ProdigyPlusMixin,), {})()
     for name, cure in (("is_deepspeed_enabled", "Use FSDP2"), ("is_fsdp_enabled", "Set version=2")):
@@ -174,6 +177,24 @@ def test_warm_up_and_rates_that_are_refused(tmp_path):
         setattr(its, name, True)
         with pytest.raises(ValueError, match=cure):
             huggingface._check_backend(its)
+
+
+def test_processes_that_accelerate_does_not_join(monkeypatch):
+    """On CPUs it shards nothing, and without use_cpu each process is alone; it says neither."""
+    from prodigyplus_dist.integrations import huggingface
+
+    def check(*, fsdp, size):
+        args = SimpleNamespace(fsdp=fsdp, world_size=size)
+        huggingface._check_backend(
+            SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=False, args=args)
+        )
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check(fsdp=None, size=2)
+    with pytest.warns(UserWarning, match=r"falls back\s+to DDP with use_cpu=True"):
+        check(fsdp=True, size=2)
+    with pytest.warns(UserWarning, match=r"WORLD_SIZE=2.*set use_cpu=True"):
+        check(fsdp=None, size=1)
 
 
 @processes(1)

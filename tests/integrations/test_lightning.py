@@ -531,7 +531,7 @@ def test_going_on_from_what_was_saved_after_the_fit(tmp_path):
 
 def test_without_the_callback_a_state_with_weights_is_refused(tmp_path):
     fit("one", tmp_path, every=6)
-    with pytest.raises(ValueError, match=f"holds .*'{WEIGHTS}'"):
+    with pytest.raises(ValueError, match=f"holds .*'{WEIGHTS}'.*resume with that callback"):
         fit_module(Module(), tmp_path, ckpt_path=tmp_path / "step=6.ckpt")
 
 

@@ -36,6 +36,27 @@ def test_steps_skipped_in_a_row(often):
     assert len(caught) == 1
 
 
+def test_no_gradients_at_all():
+    """As where a model was wrapped after the optimiser had been given its parameters."""
+    parameters = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4), requires_grad=False)]
+    optimizer = ProdigyPlusScheduleFree(parameters)
+    for _ in range(9):
+        optimizer.step()
+    with pytest.warns(UserWarning, match="none of the optimiser's parameters has had a gradient in 10 steps"):
+        optimizer.step()
+    for _ in range(20):  # said once
+        optimizer.step()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradients_that_come_late_or_that_nobody_wants(trained):
+    parameter = nn.Parameter(torch.ones(4), requires_grad=trained)
+    optimizer = ProdigyPlusScheduleFree([parameter])
+    for step in range(30):
+        parameter.grad = torch.ones(4) if trained and step == 8 else None
+        optimizer.step()
+
+
 def test_the_limit_is_500_steps():
     problem, optimizer = pair((4,))
     poisoned(optimizer, problem, 499)
