@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 HEADER = "| torch | Python | date | tests | passed | failed | skipped |\n|---|---|---|---|---|---|---|\n"
-TESTS = "-n 1 --dist loadgroup -m 'not slow' tests"
+TESTS = "-n 2 --dist loadgroup -m 'not slow' tests"
 VERSIONS = "import platform, torch; print(torch.__version__, platform.python_version())"
 
 
