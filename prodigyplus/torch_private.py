@@ -60,7 +60,7 @@ def compiled(function: F) -> F:
 
 
 def _inductor_options() -> dict[str, object]:
-    """``INDUCTOR_OPTIONS``, but for what this release's code generator for CPUs fails on, as that of 2.8 does."""
+    """``INDUCTOR_OPTIONS`` without the one that the code generator for CPUs of torch 2.8 fails on."""
     from torch._inductor.codegen.cpp import CppVecOverrides
 
     emulates = "use_compute_types" in inspect.signature(CppVecOverrides.to_dtype).parameters

@@ -34,9 +34,9 @@ def test_formulas(options):
     shapes = MATRICES if options.get("use_muon_pp") else SHAPES
     problem, optimizer = pair(*shapes, dtype=torch.float64, **options)
     reference = Reference([p.detach().numpy() for p in problem.parameters], **options)
-    for step in range(60):
+    for step in range(45):
         problem.backward()
-        if 30 <= step < 40:  # back, for a while: no progress to be found
+        if 25 <= step < 35:  # back, for a while: no progress to be found
             for p in problem.parameters:
                 p.grad.neg_()
         reference.step([p.grad.numpy() for p in problem.parameters])

@@ -87,7 +87,7 @@ def in_both_ways(monkeypatch, act, key="z"):
 def test_the_same_bits_as_each_for_itself(options, dtype, monkeypatch):
     def act():
         problem, optimizer = build(dtype=dtype, **options)
-        run(optimizer, problem, 12)
+        run(optimizer, problem, 7)  # more than prodigy_steps
         return optimizer
 
     key = "z" if options.get("use_schedulefree", True) else "exp_avg"
@@ -104,7 +104,7 @@ def test_the_same_bits_as_each_for_itself(options, dtype, monkeypatch):
     else:
         assert_same(stacked, alone)
     for group in alone[2]:
-        assert group["step"] == 12
+        assert group["step"] == 7
         assert group["denominator"] > 0
 
 
