@@ -24,6 +24,12 @@ from prodigyplus.terms.isolation import isolated
 Group = Mapping[str, Any]
 """An entry of ``param_groups``."""
 
+WEIGHTS = "weights"
+"""The entry of a parameter's saved state with the weights that it goes with: y, while it trains.
+
+The Lightning integration adds it, and takes it out again before the state is loaded.
+"""
+
 
 def new_entries(d0: float) -> dict[str, Any]:
     """What an entry of ``param_groups`` has beside parameters and options, of a group that has made no step.
@@ -188,7 +194,7 @@ def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str
             + (
                 " The weights are in it as ScheduleFreeCallback (of the Lightning integration) saves them: "
                 "resume with that callback in the trainer."
-                if "weights" in saved
+                if WEIGHTS in saved
                 else ""
             )
         )

@@ -146,7 +146,9 @@ def _number(low: float, *, above: bool = False, below: float = math.inf) -> _Tes
     return test
 
 
-def _count(low: int) -> _Test:
+def count(low: int) -> _Test:
+    """A test of whole numbers, ``low`` or greater: gives the value as an int, or None if it is none."""
+
     def test(value: Any) -> int | None:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             return None
@@ -203,11 +205,11 @@ _ALLOWED: dict[str, tuple[_Test, bool, str]] = {
     "weight_decay": _NOT_NEGATIVE,
     "d0": (_POSITIVE, False, _POSITIVE_TEXT),
     "d_coef": (_POSITIVE, False, _POSITIVE_TEXT),
-    "prodigy_steps": (_count(0), True, "None or a whole number, 0 or greater"),
+    "prodigy_steps": (count(0), True, "None or a whole number, 0 or greater"),
     "eps": (_POSITIVE, True, f"None (Adam-atan2) or {_POSITIVE_TEXT}"),
     "schedulefree_c": _NOT_NEGATIVE,
-    "warmup_steps": (_count(0), False, "a whole number, 0 or greater"),
-    "slice_p": (_count(1), False, "a whole number, 1 or greater"),
+    "warmup_steps": (count(0), False, "a whole number, 0 or greater"),
+    "slice_p": (count(1), False, "a whole number, 1 or greater"),
     "fused": (_switch, True, "None, True or False"),
     "use_speed": (_speed, False, "True, False or 'relative'"),
     "step_size": (_step_size, False, "'prodigy' or 'balance'"),

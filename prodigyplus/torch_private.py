@@ -64,9 +64,8 @@ def _inductor_options() -> dict[str, object]:
     from torch._inductor.codegen.cpp import CppVecOverrides
 
     emulates = "use_compute_types" in inspect.signature(CppVecOverrides.to_dtype).parameters
-    return {
-        name: its for name, its in INDUCTOR_OPTIONS.items() if emulates or name != "emulate_precision_casts"
-    }
+    left_out = () if emulates else ("emulate_precision_casts",)
+    return {name: value for name, value in INDUCTOR_OPTIONS.items() if name not in left_out}
 
 
 def disable_compiler(function: F) -> F:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from prodigyplus.engine import driver
 from prodigyplus.eval_mode import check_model
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
+from prodigyplus.options import count
 from prodigyplus_dist.exchange import MeshExchange
 from prodigyplus_dist.in_backward import MeshHooks
 from prodigyplus_dist.placement import MeshTensors
@@ -69,8 +69,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         all_to_all: bool = True,
         **options: Any,
     ) -> None:
-        given: Any = bucket_bytes
-        if isinstance(given, bool) or not isinstance(given, numbers.Integral) or int(given) < 0:
+        if count(0)(bucket_bytes) is None:
             raise ValueError(f"bucket_bytes={bucket_bytes!r}: allowed is a whole number, 0 or greater.")
         exchange = MeshExchange(process_group, bucket_bytes, replicas, all_to_all=all_to_all)
         self._set_up(MeshTensors(replicas), exchange, MeshHooks(), shares_d=process_group is not None)

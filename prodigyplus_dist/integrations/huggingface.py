@@ -43,8 +43,9 @@ class ProdigyPlusMixin(_Base):
             no weight decay. ``weight_decay`` is of ``args``, or of such groups.
 
     Raises:
-        ValueError: Something in ``args`` would spoil the step size, ``weight_decay`` is in the wrong place,
-            or the ``Trainer`` was given another optimiser, DeepSpeed or FSDP1.
+        ValueError: Something in ``args`` would spoil the step size, a ``weight_decay`` in
+            ``optimizer_options`` would be overridden, or the ``Trainer`` was given another optimiser,
+            DeepSpeed or FSDP1.
         RuntimeError: This version of ``transformers`` lacks a method that is overridden here.
     """
 

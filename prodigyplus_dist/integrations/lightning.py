@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from prodigyplus import ProdigyPlusScheduleFree, checkpoint
+from prodigyplus.checkpoint import WEIGHTS
 from prodigyplus.formulas import schedule_free
-
-WEIGHTS = "weights"
-"""The entry of a parameter's saved state with the weights that the state goes with: y, while it trains."""
 
 
 def _framework() -> str:

@@ -84,15 +84,15 @@ def test_the_loss_falls_under_schedules(cls, options):
     for group in o.param_groups:
         assert float(group["lr"]) == pytest.approx(0.9**3 * 0.9**3)  # the steps' and the plateaus'
     # A tensor is written to, not replaced: whoever holds it, as a captured step does, sees the new rate.
-    if isinstance(rate, torch.Tensor) and keeps_tensors(lr_scheduler.ReduceLROnPlateau):
+    if isinstance(rate, torch.Tensor) and a_plateau_keeps_tensors():
         assert o.param_groups[-1]["lr"] is rate
 
 
-def keeps_tensors(schedule):
-    """Whether a schedule of this torch writes to a rate that is a tensor; in 2.8 this one does not."""
+def a_plateau_keeps_tensors():
+    """Whether torch's ReduceLROnPlateau writes to a rate that is a tensor; in 2.8 it replaces it."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(()))], lr=torch.tensor(1.0))
     rate = optimizer.param_groups[0]["lr"]
-    reduce = schedule(optimizer, patience=0, threshold=1.0)
+    reduce = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1.0)
     for _ in range(3):
         reduce.step(1.0)
     assert float(optimizer.param_groups[0]["lr"]) < 1
