@@ -5,16 +5,16 @@ import subprocess
 import sys
 
 
-def compile_alone(script, cache):
+def compile_alone(script, cache, *arguments):
     """Run a script in a process of its own, whose Triton compiles rather than interprets; fail if it fails.
 
     Args:
         script: Its source.
         cache: A folder for what is compiled: none of it comes from a run before.
+        arguments: Those of the script.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def pytest_collection_modifyitems(items):
             if HERE / folder in item.path.parents:
                 item.add_marker(pytest.mark.xdist_group(folder))
     items.sort(key=lambda item: GROUPS.index(group) if (group := group_of(item)) else len(GROUPS))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # tests make garbage: not among all that was imported
 
 
 def group_of(item):

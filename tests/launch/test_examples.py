@@ -38,20 +38,20 @@ def test_ddp(tmp_path):
 
 def test_fsdp2_goes_on_where_it_was_stopped(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    first, last = losses(run("fsdp2", 2, "--steps", 200, "--out", whole))
-    assert last < first < 2
-    run("fsdp2", 2, "--steps", 100, "--out", parts)
-    run("fsdp2", 2, "--steps", 200, "--out", parts, "--resume", parts / "step-100")
+    (loss,) = losses(run("fsdp2", 2, "--steps", 100, "--out", whole))
+    assert loss < 1
+    run("fsdp2", 2, "--steps", 50, "--out", parts)
+    run("fsdp2", 2, "--steps", 100, "--out", parts, "--resume", parts / "step-50")
     trained, again = (torch.load(Path(out) / "model.pt", weights_only=True) for out in (whole, parts))
     for name, weight in trained.items():
         assert torch.equal(weight, again[name]), name
 
 
 def test_muon_on_fsdp_and_tensor_parallelism():
-    printed = run("muon_fsdp_tp", 4, "--steps", 200)
+    printed = run("muon_fsdp_tp", 4, "--steps", 100)
     assert re.search(r"^up.weight +\(128, 96\) +Muon$", printed, re.MULTILINE)
-    first, last = losses(printed)
-    assert last < first < 2.7
+    (loss,) = losses(printed)
+    assert loss < 2.5  # it begins at log 16 = 2.77
 
 
 def test_two_networks(tmp_path):
