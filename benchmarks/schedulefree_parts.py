@@ -97,7 +97,7 @@ class Numbers:
         self.c = weight / self.weight_sum
 
     def end(self) -> None:
-        """Move d by the sums of ⟨g, x − z⟩ and ⟨g, u⟩."""
+        """Move d by the weighted sums of ρ, and of the weights."""
         now = balance.Averages(torch.full_like(self.d, self.product), self.d * self.norm)
         balance.TARGET, balance.GROWTH = self.parts.target, self.parts.growth  # no other optimiser is at work
         self.d, _, self.averages = balance.next_d(self.d, torch.tensor([self.k]), self.averages, now)
@@ -155,8 +155,11 @@ class ScheduleFree(torch.optim.Optimizer):
             m = m / (1 - parts.momentum**self.k)
         direction = self._muon if is_muon else self._adam(g, state, n.step)
         u = direction(m, state)
-        n.product += float((g * (x - z)).sum())
-        n.norm += float((g * (direction(g, {}) if parts.momentum and parts.evidence == "plain" else u)).sum())
+        v = direction(g, {}) if parts.momentum and parts.evidence == "plain" else u
+        sums = (g * (x - z)).sum(), (g * v).sum(), v.square().sum()
+        product, weight = balance.evidence(*sums, g.numel())
+        n.product += float(product)
+        n.norm += float(weight)
         if parts.decay:
             z.sub_(p, alpha=parts.decay * n.step**parts.decay_by)
         z.sub_(u, alpha=n.step)

@@ -635,8 +635,9 @@ class ProdigyPlusScheduleFree(Optimizer):
                            RAdam's rectification with ``use_bias_correction``
         ``step_size``      the step size in use (see ``split_groups_mean``) × ``effective_lr``
         ``numerator``      Prodigy's decayed sum of ⟨g, p0 − z⟩, weighted with d²/sqrt(d0); of signs, and
-                           with d0·sqrt(d), with ``use_speed=True``. Balance's average of ⟨g, x − z⟩
-        ``denominator``    Prodigy's ‖s‖₁. Balance's average of the step times ⟨g, u⟩
+                           with d0·sqrt(d), with ``use_speed=True``. Balance's average of ρ, times the
+                           same weights and the step
+        ``denominator``    Prodigy's ‖s‖₁. Balance's average of its weights times the step
         ``step``           steps made
         ``skipped_steps``  steps skipped for an inf or NaN in a gradient
         =================  =============================================================================

@@ -464,6 +464,7 @@ def sweep(
                 lag = -z if IS_OFFSET else y - z
                 product_sum += tl.sum((lag * g).to(tl.float64), 0)
             second_sum += tl.sum((u * g).to(tl.float64), 0)
+            third_sum += tl.sum((u * u).to(tl.float64), 0)
         if MOVES:
             y, z = _moved(y, z, u, step, unit, numbers, number_stride, MOMENTUM, IS_OFFSET, DECAYS)
             noise = _hash(global_index + seed) if STOCHASTIC else global_index
@@ -475,5 +476,5 @@ def sweep(
     if EVIDENCE:
         tl.store(evidence_parts + program, tl.sum(product_sum, 0))
         tl.store(evidence_parts + parts_stride + program, tl.sum(second_sum, 0))
-        if KIND == RELATIVE:
+        if KIND == RELATIVE or BALANCES:
             tl.store(evidence_parts + 2 * parts_stride + program, tl.sum(third_sum, 0))

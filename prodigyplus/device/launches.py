@@ -317,7 +317,7 @@ class Launches:
 
     def _evidence_parts(self, setup: Setup, takes_evidence: bool) -> Tensor:
         """What the programs of a sweep write their sums of the evidence to; none where it is not taken."""
-        rows = (3 if setup.evidence == "relative" else 2) if takes_evidence else 0
+        rows = (3 if setup.evidence in ("relative", "balance") else 2) if takes_evidence else 0
         return torch.empty(rows, self.plan.tile_count, dtype=torch.float64, device=self.plan.device)
 
     def _of_tensors(self, parts: Tensor) -> Tensor:

@@ -254,8 +254,8 @@ class _KernelWork:
             evidence = self._launches.move_(setup, n, norms, self._seeds, takes_evidence=takes)
         sums = dict(zip(self._evidence_names, evidence, strict=True)) if takes else {}
         if self.kind.is_late:
-            del sums["gu"]
-        if norms is not None and (self.kind.is_balanced or not self._moves_at_once):
+            del sums["gu"], sums["uu"]
+        if norms is not None and not self._moves_at_once:
             sums["uu"] = norms
         asked = self._asked(sums)
         return {**asked, **batch.matrices()} if batch.is_matrix else asked
@@ -264,7 +264,7 @@ class _KernelWork:
     def _evidence_names(self) -> tuple[str, ...]:
         """Those of the sums of the evidence, as the kernels give them."""
         if self.kind.is_balanced:
-            return "product", "gu"
+            return "product", "gu", "uu"
         return ("product", "l1", "l2_square") if self.kind.use_speed == "relative" else ("product", "norm")
 
     def _asked(self, sums: Mapping[str, Tensor]) -> Requests:
@@ -282,7 +282,7 @@ class _KernelWork:
             scales = passes.Scales(None, self.n.unit * self.batch.scales(self._constants))
         else:
             scales = passes.scales(answers, numels, self.batch.dtype, kind)
-        return passes.balance_evidence(answers, scales, self.n)
+        return passes.balance_evidence(answers, scales, numels, self.n)
 
     def move_(self, answers: Answers) -> None:
         if self._moves_at_once:
@@ -294,13 +294,13 @@ class _KernelWork:
         late = self._launches.move_(
             self._setup,
             self.n.packed,
-            answers.get("uu"),
+            answers["uu"] if self._setup.is_stable else None,
             self._seeds,
             takes_evidence=self.kind.is_late,
             directions=directions,
         )
         if self.kind.is_late:
-            self._late = {"gu": late[1]}
+            self._late = {"gu": late[1], "uu": late[2]}
 
     def finish_(self) -> None:
         for key, values in self._averages.items():

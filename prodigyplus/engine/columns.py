@@ -26,7 +26,7 @@ def first_numbers(d0: float) -> dict[str, float | int]:
     ``in_mean``          1 once ``d`` counts in a mean of several groups', else 0
     ``d_numerator``      N, the decayed sum of ⟨g, p0 − z⟩, weighted; balance's average of ⟨g, x − z⟩
     ``max_d_numerator``  the largest N so far
-    ``d_denom``          ‖s‖₁ of the last step; balance's average of dlr·⟨g, u⟩
+    ``d_denom``          ‖s‖₁ of the last step; balance's average of its weights times dlr
     ``weight_sum``       Σ dlr², the Schedule-Free weights so far
     ``effective_lr``     lr·(1 − β1(1 − c)) of the last step, times RAdam's rectification
     ``k``                steps that counted so far

@@ -217,7 +217,7 @@ def measure_(
         del wide  # of bfloat16 gradients a copy, which the sums below need not find alive
         if kind.projects:
             sums |= variants.dots(u, base(y, state, kind))._asdict()
-        elif kind.is_stable:
+        elif kind.is_stable or kind.is_balanced:
             sums["uu"] = stacks.square_total(u)
         if kind.is_balanced:
             sums["gu"] = balance.dot(u, grad)
@@ -261,20 +261,22 @@ def scales(sums: State, numel: int | Tensor, dtype: torch.dtype, kind: Kind) -> 
     return Scales(along, factor)
 
 
-def balance_evidence(sums: State, by: Scales, n: Scalars) -> tuple[Tensor, Tensor]:
-    """What balance goes by, β1⟨g, x − z⟩ and ⟨g, u⟩ of the directions as they are moved by; shapes (count,).
+def balance_evidence(sums: State, by: Scales, numel: int | Tensor, n: Scalars) -> tuple[Tensor, Tensor]:
+    """What balance goes by: see :func:`prodigyplus.formulas.balance.evidence`.
 
     Args:
-        sums: Those that :func:`measure_` gave, over whole tensors; of Muon's, with ``gu``.
+        sums: Those that :func:`measure_` gave, over whole tensors; of Muon's, with ``gu`` and ``uu``.
         by: What the directions are made by.
+        numel: How many elements a whole tensor has, or each of them.
         n: The numbers of the step.
     """
-    norm = sums["gu"]
+    norm, square = sums["gu"], sums["uu"]
     if by.along is not None:
-        norm = norm - by.along * sums["gw"]
+        norm, square = norm - by.along * sums["gw"], square - by.along * sums["wu"]
     if by.factor is not None:
-        norm = norm * by.factor
-    return torch.where(n.observes, sums["product"], 0), torch.where(n.observes, norm, 0)
+        norm, square = norm * by.factor, square * by.factor.square()
+    product, weight = balance.evidence(sums["product"], norm, square, numel)
+    return torch.where(n.observes, product, 0), torch.where(n.observes, weight, 0)
 
 
 def move_(

@@ -441,7 +441,7 @@ class _PlainWork:
         if kind.direction == "muon":
             u = n.gated(answers.pop("matrices").unsqueeze(0).to(self.stack.dtype))
             if kind.is_late:
-                self._late = {"gu": balance.dot(u, self.grad())}
+                self._late = {"gu": balance.dot(u, self.grad()), "uu": stacks.square_total(u)}
             return u, n.unit * self._unit_rms
         (u,), (along, factor) = kept, self._scales(answers)
         if along is not None:
@@ -466,7 +466,7 @@ class _PlainWork:
 
     def evidence_(self, answers: Answers) -> tuple[Tensor, Tensor]:
         if self.kind.is_balanced:
-            return passes.balance_evidence(answers, self._scales(answers), self.n)
+            return passes.balance_evidence(answers, self._scales(answers), self.stack.layout.numel, self.n)
         return prodigy.evidence_(answers, self.state, self.kind.use_speed, self.n)
 
     def finish_(self) -> None:

@@ -14,8 +14,13 @@ gradients know nothing of e, as pure noise does, e walks at random, and ρ is 0.
 within its reach, e is stationary, and ρ tends to −½ whatever γ is. What is sought lies between: ρ near
 ``−TARGET``, where z is as fast as it can be without undoing its own steps.
 
+All of this holds for each tensor by itself, and tensors come to rest at different times. In the sums over all
+of them, the few whose gradients are largest would speak for the rest. So ρ is a mean of the tensors' own: one
+of n elements has the weight ``‖u‖²/n^¾``, between each element's counting the same (``‖u‖²``, since Adam's
+directions have an rms of about 1) and each tensor's (``‖u‖²/n``).
+
 Everything goes by the number k of the step, so that nothing depends on how long a run is. ρ is averaged over
-about the last ``k / WINDOW`` steps, each with the weight of its γ⟨g, u⟩, and d follows it in log k:
+about the last ``k / WINDOW`` steps, each with its γ as a further weight, and d follows it in log k:
 
     d log d / d log k = GROWTH · min(1, (ρ + TARGET) / 2·TARGET)    above −TARGET,
                       = ½ · max(−1, (ρ + TARGET) / (½ − TARGET))    below.
@@ -45,6 +50,9 @@ GROWTH, LOG_LIMIT = 3.0, math.log(2)
 # The average of ρ is over the last of so many parts of the run.
 WINDOW = 4.0
 
+# By which power of its number of elements the weight of a tensor's ρ is less than its ‖u‖².
+SHARE = 0.75
+
 
 def product_sum(grad: Tensor, y: Tensor, z: Tensor, dtype: torch.dtype, *, is_offset: bool) -> Tensor:
     """The local sums of ⟨g, y − z⟩, that is of β1⟨g, x − z⟩; shape (count,), in float64.
@@ -70,8 +78,24 @@ def _total(values: Tensor) -> Tensor:
     return stacks.total(rows, wide_dtype(values.device))
 
 
+def evidence(product: Tensor, norm: Tensor, square: Tensor, numel: int | Tensor) -> tuple[Tensor, Tensor]:
+    """What each tensor adds to the sums that ρ is the ratio of; shapes (count,).
+
+    Args:
+        product: ⟨g, y − z⟩ of whole tensors.
+        norm: ⟨g, u⟩ of the directions u that they are moved by.
+        square: ⟨u, u⟩.
+        numel: How many elements a tensor has, or each of them.
+
+    Returns:
+        The weight w = ‖u‖²/numel^¾ times ``product / norm``, and w; 0 where ``norm`` is not above 0.
+    """
+    weight = torch.where(norm > 0, square / numel**SHARE, 0)
+    return torch.where(norm > 0, product * (weight / norm), 0), weight
+
+
 class Averages(NamedTuple):
-    """What ρ is the ratio of: averages of ⟨g, x − z⟩ and of γ⟨g, u⟩; shapes (groups,)."""
+    """What ρ is the ratio of: averages over steps of the sums of γwρ and of γw, of all tensors; (groups,)."""
 
     numerator: Tensor
     denominator: Tensor

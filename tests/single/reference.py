@@ -181,7 +181,7 @@ class Reference:
         for i, g in enumerate(gradients):
             u = self.direction(i, g, base[i], beta2_now)
             if o["step_size"] == "balance":
-                evidence.append((float((g * (self.x[i] - self.z[i])).sum()), dlr * float((g * u).sum())))
+                evidence.append(self.balance_evidence(g, u, self.x[i] - self.z[i], dlr))
             else:
                 evidence.append(self.evidence(i, g, base[i]))
             y = self.y(i)
@@ -203,6 +203,13 @@ class Reference:
                 self.x[i] = (1 - c) * self.x[i] + c * self.z[i]
         adapt = self.balance if o["step_size"] == "balance" else self.adapt
         adapt(*map(sum, zip(*evidence, strict=True)))
+
+    def balance_evidence(self, g, u, lag, dlr):
+        """The tensor's own ratio, weighted; and the weight, times the step."""
+        norm, weight = float((g * u).sum()), float((u**2).sum()) / g.size**0.75
+        if norm <= 0:
+            return 0.0, 0.0
+        return weight * float((g * lag).sum()) / norm, weight * dlr
 
     def balance(self, product, norm):
         recent = min(1.0, 4 / self.k)

@@ -70,7 +70,8 @@ def test_it_finds_a_rate_wherever_it_starts():
         losses.append(evaluated(model, optimizer))
     assert max(rates) < 3 * min(rates)
     assert max(losses) < 0.05 * untrained
-    assert max(losses) < 1.5 * min(losses)
+    # AdamW's changes by a factor of 2.6 here from a rate of 0.03, its best, to 0.01.
+    assert max(losses) < 2 * min(losses)
 
 
 def test_where_there_is_nothing_to_learn_it_does_not_run_away():
