@@ -53,7 +53,9 @@ class Parts:
         by_norm: Scale it to an rms of 1 by its norm, rather than by its shape.
         scale: What multiplies it besides; 0.2 in SF-NorMuon.
         one_d: Whether its group and Adam's have one step size, not one each.
-        target, growth, d0: In the place of the package's.
+        over: What ρ is a ratio of: weighted sums of the tensors' own, plain sums of ⟨g, x − z⟩ and ⟨g, u⟩
+            over all elements, or of ⟨u, x − z⟩ and ⟨u, u⟩.
+        target, growth, share, d0: In the place of the package's.
     """
 
     beta1: float = BETA1
@@ -69,8 +71,10 @@ class Parts:
     by_norm: bool = False
     scale: float = 1.0
     one_d: bool = False
+    over: Literal["tensors", "elements", "directions"] = "tensors"
     target: float = balance.TARGET
     growth: float = balance.GROWTH
+    share: float = balance.SHARE
     d0: float = D0
 
     def beta(self, k: int, steps: int) -> float:
@@ -156,10 +160,13 @@ class ScheduleFree(torch.optim.Optimizer):
         direction = self._muon if is_muon else self._adam(g, state, n.step)
         u = direction(m, state)
         v = direction(g, {}) if parts.momentum and parts.evidence == "plain" else u
-        sums = (g * (x - z)).sum(), (g * v).sum(), v.square().sum()
-        product, weight = balance.evidence(*sums, g.numel())
+        by = v if parts.over == "directions" else g
+        product, norm = (by * (x - z)).sum(), (by * v).sum()
+        if parts.over == "tensors":
+            numel = g.numel() ** (parts.share / balance.SHARE)
+            product, norm = balance.evidence(product, norm, v.square().sum(), numel)
         n.product += float(product)
-        n.norm += float(weight)
+        n.norm += float(norm)
         if parts.decay:
             z.sub_(p, alpha=parts.decay * n.step**parts.decay_by)
         z.sub_(u, alpha=n.step)
@@ -214,6 +221,11 @@ def _of(**parts: Any) -> Callable[..., Built]:
 VARIANTS = {
     "base": Variant(_of()),
     "nudged": Variant(_of(d0=1.1 * D0), "base", "nudged"),
+    "elements": Variant(_of(over="elements"), "base", "nudged"),
+    "directions": Variant(_of(over="directions"), "base", "nudged"),
+    "share-0": Variant(_of(share=0), "base", "nudged"),
+    "share-0.5": Variant(_of(share=0.5), "base", "nudged"),
+    "share-1": Variant(_of(share=1), "base", "nudged"),
     "momentum": Variant(_of(momentum=0.9), "base", "nudged"),
     "momentum-made": Variant(_of(momentum=0.9, evidence="made"), "base", "nudged"),
     "beta-0.95": Variant(_of(beta1=0.95), "base", "nudged"),
