@@ -47,6 +47,19 @@ class Outcome:
         ]
         return statistics.fmean(math.inf if loss is None else loss for loss in losses)
 
+    def is_no_worse(self, than: Outcome) -> bool | None:
+        """Whether its mean loss is at or below another's, over the seeds that both have; None if none."""
+        seeds = {row["seed"] for row in self.rows} & {row["seed"] for row in than.rows}
+        if not seeds:
+            return None
+        mine, others = (
+            statistics.fmean(
+                loss for loss, row in zip(its.losses, its.rows, strict=True) if row["seed"] in seeds
+            )
+            for its in (self, than)
+        )
+        return mine <= others
+
     @property
     def accuracy(self) -> float | None:
         """The mean accuracy, of a task that has one."""

@@ -90,6 +90,22 @@ def overview(found: Sequence[Comparison]) -> list[str]:
     return table(["task", "untuned", "loss (seeds)", "best tuned peer", "its loss", "untuned ÷ tuned"], rows)
 
 
+def tally(found: Sequence[Comparison]) -> list[str]:
+    """On how many tasks each optimiser that is not tuned ends at or below each other, over their seeds."""
+    counts: dict[tuple[str, str], list[bool]] = {}
+    for comparison in found:
+        for ours in comparison.untuned:
+            for other in (*comparison.untuned, *comparison.best_tuned):
+                is_no_worse = None if other is ours else ours.is_no_worse(other)
+                if is_no_worse is not None:
+                    counts.setdefault((ours.optimizer, other.optimizer), []).append(is_no_worse)
+    rows = (
+        [*pair, f"{sum(outcomes)} of {len(outcomes)}"]
+        for pair, outcomes in sorted(counts.items(), key=lambda item: item[0])
+    )
+    return table(["untuned", "ends at or below", "on tasks"], rows)
+
+
 def section(comparison: Comparison, picture: str) -> list[str]:
     """What there is to say of a task."""
     task = TASKS.get(comparison.task)
@@ -158,6 +174,8 @@ def write(rows: Sequence[Row], out: Path) -> None:
         packages(rows),
         "",
         *overview(found),
+        "",
+        *tally(found),
         "",
     ]
     for index, comparison in enumerate(found):

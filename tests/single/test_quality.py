@@ -213,6 +213,7 @@ def test_the_report(quality, tmp_path):
     assert f"| mnist | ours | 2 ± 0.1 (2) | {best} | 2.5 ± 0 (2) | 0.800 |" in text
     assert "| adamw-cosine | 0.001, warm-up (edge of the grid) | 4 ± 1 (2) | 2.000 | 50.00% | 1 |" in text
     assert "| ours | 2 | 2 | 2 | 2 | 2 | 2 |" in text
+    assert "| ours | adamw-cosine | 1 of 1 |" in text
     assert (tmp_path / "quality" / "mnist.png").stat().st_size > 10_000
 
 
