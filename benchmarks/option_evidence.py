@@ -82,7 +82,8 @@ times `d0`, which should change nothing. The last column counts the tasks that t
 
 The tasks are those of [quality.md](quality.md): half a minute on one core, one seed, Schedule-Free
 evaluated at its average. They say where an option may matter, not what it does to a long run of a large
-model. What options cost is in [options.md](options.md).
+model. The runs beside balance are of the rule before it weighed tensors
+([research.md](research.md#which-tensors-are-asked)). What options cost is in [options.md](options.md).
 
 With `eps=None` goes `use_stableadamw=False`, and with `use_focus=True` `factored=False`, as they have to.
 `use_muon_pp=True` is for the hidden matrices, with a step size of their own, orthogonalised in float32."""
