@@ -27,6 +27,14 @@ _RUN = 1024
 # The kinds of evidence, those of ``use_speed`` and balance, as the kernels number them.
 EVIDENCE: dict[object, int] = {False: 0, True: 1, "relative": 2, "balance": 3}
 
+# The names of the sums that a sweep takes of each kind, in the order of its rows.
+EVIDENCE_SUMS: dict[object, tuple[str, ...]] = {
+    False: ("product", "norm"),
+    True: ("product", "norm"),
+    "relative": ("product", "l1", "l2_square"),
+    "balance": ("product", "gu", "uu"),
+}
+
 
 def interprets() -> bool:
     """Whether Triton runs kernels on the CPU."""
@@ -220,14 +228,17 @@ class Launches:
                 BLOCK=FACTOR_BLOCK,
             )  # fmt: skip
 
-    def measure_(self, setup: Setup, n: Packed, *, takes_evidence: bool) -> tuple[Tensor | None, Tensor]:
+    def measure_(
+        self, setup: Setup, n: Packed, *, takes_evidence: bool
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The sums of the directions' squares, (tensors,), if they are needed; of the evidence, as below."""
         evidence = self._evidence_parts(setup, takes_evidence)
         norms = self._empty(self.plan.tile_count) if setup.is_stable else None
         with on_device(self.plan.device):
             if setup.is_stable or takes_evidence or (setup.direction and setup.has_momentum):
                 self._sweep(setup, n, evidence, norm_parts=norms)
-            return None if norms is None else self._of_tensors(norms[None])[0], self._of_tensors(evidence)
+            whole = None if norms is None else self._of_tensors(norms[None])[0]
+            return whole, self._evidence(setup, evidence)
 
     def move_(
         self,
@@ -238,7 +249,7 @@ class Launches:
         *,
         takes_evidence: bool,
         directions: Directions | None = None,
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         """Move everything.
 
         Args:
@@ -249,14 +260,14 @@ class Launches:
             directions: Those that are read, where the setup has them read.
 
         Returns:
-            The sums of the evidence, (2 or 3, tensors); (0, tensors) where it is not taken.
+            The sums of the evidence by their names, (tensors,) each; none where it is not taken.
         """
         evidence = self._evidence_parts(setup, takes_evidence)
         with on_device(self.plan.device):
             if directions is not None:
                 self._point_to_directions(directions)
             self._sweep(setup, n, evidence, moves=True, norms=norms, seeds=seeds, directions=directions)
-            return self._of_tensors(evidence)
+            return self._evidence(setup, evidence)
 
     def _sweep(
         self,
@@ -317,8 +328,12 @@ class Launches:
 
     def _evidence_parts(self, setup: Setup, takes_evidence: bool) -> Tensor:
         """What the programs of a sweep write their sums of the evidence to; none where it is not taken."""
-        rows = (3 if setup.evidence in ("relative", "balance") else 2) if takes_evidence else 0
+        rows = len(EVIDENCE_SUMS[setup.evidence]) if takes_evidence else 0
         return torch.empty(rows, self.plan.tile_count, dtype=torch.float64, device=self.plan.device)
+
+    def _evidence(self, setup: Setup, parts: Tensor) -> dict[str, Tensor]:
+        """The sums of the evidence by their names, (tensors,) each; none where ``parts`` has no rows."""
+        return dict(zip(EVIDENCE_SUMS[setup.evidence], self._of_tensors(parts), strict=False))
 
     def _of_tensors(self, parts: Tensor) -> Tensor:
         """The sums over the tiles of each tensor; (rows, tensors)."""

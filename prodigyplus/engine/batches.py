@@ -249,23 +249,15 @@ class _KernelWork:
         if squares:
             self._launches.factors_(squares[0] if len(squares) == 1 else torch.cat(squares), setup, n)
         takes = batch.adapts
-        norms, evidence = self._launches.measure_(setup, n, takes_evidence=takes and not self._moves_at_once)
+        norms, sums = self._launches.measure_(setup, n, takes_evidence=takes and not self._moves_at_once)
         if self._moves_at_once:
-            evidence = self._launches.move_(setup, n, norms, self._seeds, takes_evidence=takes)
-        sums = dict(zip(self._evidence_names, evidence, strict=True)) if takes else {}
+            sums = self._launches.move_(setup, n, norms, self._seeds, takes_evidence=takes)
         if self.kind.is_late:
             del sums["gu"], sums["uu"]
         if norms is not None and not self._moves_at_once:
-            sums["uu"] = norms
+            sums["uu"] = norms  # of float32, as the move reads it
         asked = self._asked(sums)
         return {**asked, **batch.matrices()} if batch.is_matrix else asked
-
-    @property
-    def _evidence_names(self) -> tuple[str, ...]:
-        """Those of the sums of the evidence, as the kernels give them."""
-        if self.kind.is_balanced:
-            return "product", "gu", "uu"
-        return ("product", "l1", "l2_square") if self.kind.use_speed == "relative" else ("product", "norm")
 
     def _asked(self, sums: Mapping[str, Tensor]) -> Requests:
         layout = self.batch.layouts[0]
@@ -300,7 +292,7 @@ class _KernelWork:
             directions=directions,
         )
         if self.kind.is_late:
-            self._late = {"gu": late[1], "uu": late[2]}
+            self._late = {name: late[name] for name in ("gu", "uu")}
 
     def finish_(self) -> None:
         for key, values in self._averages.items():

@@ -65,13 +65,12 @@ def test_it_finds_a_rate_wherever_it_starts():
     untrained = evaluated(*trained(0, regression))
     rates, losses = [], []
     for options in ({}, {"d0": 1e-8}, {"d0": 1e-4}, {"lr": 1 / 3}, {"lr": 3.0}):
-        model, optimizer = trained(400, regression, **options)
+        model, optimizer = trained(500, regression, **options)
         rates.append(rate(optimizer))
         losses.append(evaluated(model, optimizer))
     assert max(rates) < 3 * min(rates)
     assert max(losses) < 0.05 * untrained
-    # AdamW's changes by a factor of 2.6 here from a rate of 0.03, its best, to 0.01.
-    assert max(losses) < 2 * min(losses)
+    assert max(losses) < 1.5 * min(losses)
 
 
 def test_where_there_is_nothing_to_learn_it_does_not_run_away():
