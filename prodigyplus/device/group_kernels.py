@@ -15,7 +15,7 @@ D, SHARED_D, D_HAT, IN_MEAN, NUMERATOR, LARGEST, DENOMINATOR, WEIGHT_SUM, EFFECT
 )
 K, SKIPPED = map(tl.constexpr, range(2))
 
-# The rows of a table of options, in the order of ``prodigyplus.device.groups.GroupOptions``.
+# The rows of a table of settings, in the order of ``prodigyplus.device.groups.GroupOptions``.
 LR, BETA1, BETA2, BETA3, BETA4, D0, D_COEF, LIMIT, SPEED_COEF, WARMUP, STRENGTH, DECAY, EPS = map(
     tl.constexpr, range(13)
 )
@@ -56,30 +56,30 @@ def _rectified(step, beta2):
 
 
 @triton.jit
-def _rates(options, count, group, lr, step, shared_d, beta2):
+def _rates(settings, count, group, lr, step, shared_d, beta2):
     """``dlr`` and the rate without d, by RAdam and warm-up; and β2, which RAdam corrects."""
-    rectifies = _row(options, RECTIFIES, count, group, 0.0) > 0
+    rectifies = _row(settings, RECTIFIES, count, group, 0.0) > 0
     rectification, corrected = _rectified(step, beta2)
     beta2 = tl.where(rectifies, corrected, beta2)
     factor = tl.where(rectifies, rectification, 1.0)
     dlr, rate = shared_d * lr * factor, lr * factor
-    warmup = _row(options, WARMUP, count, group, 0.0)
+    warmup = _row(settings, WARMUP, count, group, 0.0)
     factor = tl.where(warmup > 0, tl.minimum(step / tl.maximum(warmup, 1.0), 1.0), 1.0)
     return dlr * factor, rate * factor, beta2
 
 
 @triton.jit
-def _averaging(options, count, group, weight, weight_sum, beta1):
+def _averaging(settings, count, group, weight, weight_sum, beta1):
     """Schedule-Free's c, and the fraction of z's step that y makes."""
     c = tl.where(weight_sum > 0, weight / tl.where(weight_sum > 0, weight_sum, 1.0), 0.0)
-    strength = _row(options, STRENGTH, count, group, 0.0)
+    strength = _row(settings, STRENGTH, count, group, 0.0)
     c = tl.where(strength > 0, tl.minimum(c * ((1.0 - beta1) * strength), 1.0), c)
     return c, 1.0 - beta1 * (1.0 - c)
 
 
 @triton.jit
 def begin(
-    floats, counts, options, square, present,
+    floats, counts, settings, square, present,
     values, values32, gates, gates32, observes, steps, learns, count,
     INITIALIZES: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def begin(
     group = tl.arange(0, BLOCK)
     exists = group < count
     total = tl.load(square + group * 0)
-    lr = _row(options, LR, count, group, 0.0)
+    lr = _row(settings, LR, count, group, 0.0)
     infinity = float("inf")
     is_finite = tl.abs(total) < infinity  # not of nan either
     has_gradients = exists & (tl.load(present + group, mask=exists, other=0.0) > 0)
@@ -108,27 +108,27 @@ def begin(
     old_rate = _row(floats, EFFECTIVE_LR, count, group, 0.0)
     k = _row(counts, K, count, group, 0)
     skipped = _row(counts, SKIPPED, count, group, 0)
-    beta1 = _row(options, BETA1, count, group, 0.5)
-    beta2 = _row(options, BETA2, count, group, 0.9)
-    beta3 = _row(options, BETA3, count, group, 0.9)
-    d0 = _row(options, D0, count, group, 1.0)
-    evidence = _row(options, EVIDENCE, count, group, 0.0)
+    beta1 = _row(settings, BETA1, count, group, 0.5)
+    beta2 = _row(settings, BETA2, count, group, 0.9)
+    beta3 = _row(settings, BETA3, count, group, 0.9)
+    d0 = _row(settings, D0, count, group, 1.0)
+    evidence = _row(settings, EVIDENCE, count, group, 0.0)
 
     step = (k + 1).to(tl.float64)
     prodigy_weight = tl.where(evidence == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
     prodigy_weight = tl.where(evidence == BALANCE, 1.0 / beta1, prodigy_weight)
-    dlr, rate, beta2 = _rates(options, count, group, lr, step, shared_d, beta2)
+    dlr, rate, beta2 = _rates(settings, count, group, lr, step, shared_d, beta2)
     # ADOPT's first gradient starts the second moment, and does nothing else.
-    counts_evidence = (_row(options, ADOPTS, count, group, 0.0) == 0) | (step > 1)
+    counts_evidence = (_row(settings, ADOPTS, count, group, 0.0) == 0) | (step > 1)
     unit = tl.where(counts_evidence, 1.0, 0.0)
     dlr, rate, beta2 = dlr * unit, rate * unit, tl.where(counts_evidence, beta2, 0.0)
     prodigy_weight, beta3 = prodigy_weight * unit, tl.where(counts_evidence, beta3, 1.0)
     new_sum = weight_sum + dlr * dlr
-    c, y_fraction = _averaging(options, count, group, dlr * dlr, new_sum, beta1)
-    rate = tl.where(_row(options, AVERAGES, count, group, 0.0) > 0, rate * y_fraction, rate)
-    by_lr = _row(options, DECAYS_BY_LR, count, group, 0.0) > 0
-    decay = tl.where(by_lr, dlr, unit) * _row(options, DECAY, count, group, 0.0)
-    eps = _row(options, EPS, count, group, 0.0)
+    c, y_fraction = _averaging(settings, count, group, dlr * dlr, new_sum, beta1)
+    rate = tl.where(_row(settings, AVERAGES, count, group, 0.0) > 0, rate * y_fraction, rate)
+    by_lr = _row(settings, DECAYS_BY_LR, count, group, 0.0) > 0
+    decay = tl.where(by_lr, dlr, unit) * _row(settings, DECAY, count, group, 0.0)
+    eps = _row(settings, EPS, count, group, 0.0)
     fourth_root = tl.sqrt(tl.sqrt(step))
 
     # What keeps something is 1 where the step is to change nothing, what adds something 0.
@@ -162,19 +162,19 @@ def begin(
 
 @triton.jit
 def _next_d(
-    d, numerator, largest, product, norm, options, group, count, exists,
+    d, numerator, largest, product, norm, settings, group, count, exists,
     LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
 ):  # fmt: skip
     """:func:`prodigyplus.formulas.prodigy.next_d`: the next ``d``, the estimate, and the next numerator."""
-    d0 = _row(options, D0, count, group, 1.0)
-    d_coef = _row(options, D_COEF, count, group, 1.0)
-    limit = _row(options, LIMIT, count, group, 1.0)
-    speed_coef = _row(options, SPEED_COEF, count, group, 1.0)
-    evidence = _row(options, EVIDENCE, count, group, 0.0)
-    limits = _row(options, LIMITS, count, group, 0.0) > 0
-    beta4 = _row(options, BETA4, count, group, 0.0)
+    d0 = _row(settings, D0, count, group, 1.0)
+    d_coef = _row(settings, D_COEF, count, group, 1.0)
+    limit = _row(settings, LIMIT, count, group, 1.0)
+    speed_coef = _row(settings, SPEED_COEF, count, group, 1.0)
+    evidence = _row(settings, EVIDENCE, count, group, 0.0)
+    limits = _row(settings, LIMITS, count, group, 0.0) > 0
+    beta4 = _row(settings, BETA4, count, group, 0.0)
     before = numerator
-    numerator = numerator * _row(options, BETA3, count, group, 0.0)
+    numerator = numerator * _row(settings, BETA3, count, group, 0.0)
     numerator = tl.where((d > d0) | (product > 0), numerator + product, numerator)
     grows = (numerator >= largest) & (numerator > 0) & (before > 0)
     growth = tl.sqrt(tl.where(grows, numerator, 1.0) / tl.where(grows, before, 1.0))
@@ -229,16 +229,16 @@ def _harmonic_mean(d, where):
 
 @triton.jit
 def _share(
-    floats, counts, options, group, count, exists, d, happens,
+    floats, counts, settings, group, count, exists, d, happens,
     LEAST_GROWTH: tl.constexpr, NEAR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Set the step sizes in use: of groups that share one, :func:`prodigyplus.formulas.prodigy.shared_d`."""
-    shares = exists & (_row(options, SHARES, count, group, 0.0) > 0)
+    shares = exists & (_row(settings, SHARES, count, group, 0.0) > 0)
     weight_sum = _row(floats, WEIGHT_SUM, count, group, 0.0)
     k = _row(counts, K, count, group, 0)
     in_mean = _row(floats, IN_MEAN, count, group, 0.0)
     shared_d = _row(floats, SHARED_D, count, group, 1.0)
-    d0 = _row(options, D0, count, group, 1.0)
+    d0 = _row(settings, D0, count, group, 1.0)
     moved = shares & (weight_sum > 0)
     is_early = (k == tl.max(tl.where(shares, k, 0), 0)) & (k <= EARLY)
     is_near = d * NEAR >= _harmonic_mean(d, moved & (in_mean > 0))
@@ -253,7 +253,7 @@ def _share(
 
 @triton.jit
 def end(
-    floats, counts, options, totals, values, learns, count,
+    floats, counts, settings, totals, values, learns, count,
     LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
     LEAST_GROWTH: tl.constexpr, NEAR: tl.constexpr, EARLY: tl.constexpr,
     TARGET: tl.constexpr, GROWTH: tl.constexpr, LOG_LIMIT: tl.constexpr, WINDOW: tl.constexpr,
@@ -269,14 +269,14 @@ def end(
     weight = tl.load(values + group * NUMBERS + WEIGHT, mask=exists, other=0.0)
     product = tl.load(totals + group * 2, mask=exists, other=0.0) * weight
     norm = tl.load(totals + group * 2 + 1, mask=exists, other=0.0)
-    is_balanced = _row(options, EVIDENCE, count, group, 0.0) == BALANCE
+    is_balanced = _row(settings, EVIDENCE, count, group, 0.0) == BALANCE
     rate = tl.load(values + group * NUMBERS + RATE, mask=exists, other=0.0)
     norm = tl.where(is_balanced, norm * rate, norm)
     learning = exists & tl.load(learns + group, mask=exists, other=0).to(tl.int1)
     happens = tl.max(learning.to(tl.int32), 0) + group * 0 > 0
-    adapts = _row(options, ADAPTS, count, group, 0.0) > 0
+    adapts = _row(settings, ADAPTS, count, group, 0.0) > 0
     # Groups of one pool have one d: the first of them adapts, by the sums of all.
-    pool = _row(options, POOL, count, group, 0.0)
+    pool = _row(settings, POOL, count, group, 0.0)
     follows = exists & (pool > 0)
     for number in tl.static_range(1, POOLS + 1):
         pooled = exists & (pool == number)
@@ -293,7 +293,7 @@ def end(
     largest = _row(floats, LARGEST, count, group, 0.0)
     denominator = _row(floats, DENOMINATOR, count, group, 0.0)
     next_d, estimate, next_numerator = _next_d(
-        d, numerator, largest, product, norm, options, group, count, exists, LIMIT_OF_SPEED, LARGEST_FACTOR
+        d, numerator, largest, product, norm, settings, group, count, exists, LIMIT_OF_SPEED, LARGEST_FACTOR
     )
     k = _row(counts, K, count, group, 0)
     balanced_d, rho, average, next_denominator = _next_balanced(
@@ -322,4 +322,4 @@ def end(
     tl.store(floats + LARGEST * count + group, largest, mask=exists)
     tl.store(floats + DENOMINATOR * count + group, denominator, mask=exists)
 
-    _share(floats, counts, options, group, count, exists, d, happens, LEAST_GROWTH, NEAR, EARLY)
+    _share(floats, counts, settings, group, count, exists, d, happens, LEAST_GROWTH, NEAR, EARLY)

@@ -75,7 +75,7 @@ def _tile(pointers, sizes, matrices, tiles, MULTIPLE: tl.constexpr):
 @triton.jit
 def _elements(
     offset, row, column, height, width, row_stride, column_stride, local,
-    FACTORED: tl.constexpr, FAST: tl.constexpr,
+    FACTORED: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The indices of a strip's elements in their tensor, and which of them there are."""
     columns = column[None, :] if FAST else column[None, :] * column_stride
@@ -85,7 +85,7 @@ def _elements(
         exists = exists & (index < local)
     if FAST:
         # Triton cannot see it, since offsets and lengths come from tables: 16 bytes may be read at a time.
-        index = tl.max_contiguous(tl.multiple_of(index, (1, 16)), (1, 16))
+        index = tl.max_contiguous(tl.multiple_of(index, (1, VECTOR)), (1, VECTOR))
         exists = tl.max_constancy(exists, (1, 16))
     return index, exists
 
@@ -93,7 +93,7 @@ def _elements(
 @triton.jit
 def squares(
     pointers, sizes, matrices, tiles, outer_parts, inner_parts,
-    DTYPE: tl.constexpr, FACTORED: tl.constexpr, FAST: tl.constexpr,
+    DTYPE: tl.constexpr, FACTORED: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Sums of g² of each tile: along its rows and along its columns; not factored, one for each tile."""
@@ -103,23 +103,23 @@ def squares(
     )
     grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(DTYPE)), MULTIPLE)
     column = across * COLUMNS + tl.arange(0, COLUMNS)
-    of_columns = tl.zeros((COLUMNS,), tl.float32)
+    of_columns = tl.zeros((STRIP, COLUMNS), tl.float32)
     rows_out = outer_parts + tl.load(matrix + OUTER_PARTS) + across * height
     columns_out = inner_parts + tl.load(matrix + INNER_PARTS) + down * width
     for start in range(0, ROWS, STRIP):
         row = down * ROWS + start + tl.arange(0, STRIP)
         index, exists = _elements(
-            offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST
+            offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST, VECTOR
         )
         g = tl.load(grad + index, mask=exists, other=0.0).to(tl.float32)
         square = g * g
-        of_columns += tl.sum(square, 0)
+        of_columns += square
         if FACTORED:
             tl.store(rows_out + row, tl.sum(square, 1), mask=row < height)
     if FACTORED:
-        tl.store(columns_out + column, of_columns, mask=column < width)
+        tl.store(columns_out + column, tl.sum(of_columns, 0), mask=column < width)
     else:
-        tl.store(inner_parts + tl.load(matrix + INNER_PARTS) + down, tl.sum(of_columns, 0))
+        tl.store(inner_parts + tl.load(matrix + INNER_PARTS) + down, tl.sum(of_columns))
 
 
 @triton.jit
@@ -221,13 +221,11 @@ def _factor_roots(factor, index, exists, mean, scale, IS_ROW):
 
 @triton.jit
 def _momentum(
-    g, address, index, exists, numbers, number_stride,
-    MULTIPLE: tl.constexpr, FIRST_DTYPE: tl.constexpr, STORES: tl.constexpr,
+    g, first, index, exists, weight, keep,
+    FIRST_DTYPE: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
     """The first moment of a strip; ``STORES``: in memory too."""
-    first = tl.multiple_of(tl.load(address + FIRST).to(tl.pointer_type(FIRST_DTYPE)), MULTIPLE)
     old = tl.load(first + index, mask=exists, other=0.0).to(tl.float32)
-    weight, keep = tl.load(numbers + GRAD_WEIGHT * number_stride), tl.load(numbers + BETA1 * number_stride)
     momentum = g * weight + old * keep
     if STORES:
         tl.store(first + index, momentum.to(FIRST_DTYPE), mask=exists)
@@ -236,23 +234,14 @@ def _momentum(
 
 @triton.jit
 def _moments(
-    g, address, index, exists, row_root, column_root, numbers, number_stride, d,
-    ATAN2: tl.constexpr, MOMENTUM: tl.constexpr, FACTORED: tl.constexpr, MULTIPLE: tl.constexpr,
-    SECOND_DTYPE: tl.constexpr, FIRST_DTYPE: tl.constexpr, STORES: tl.constexpr,
+    g, numerator, second, index, exists, row_root, column_root, weight, keep, d, eps,
+    ATAN2: tl.constexpr, FACTORED: tl.constexpr, SECOND_DTYPE: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
-    """The direction of a strip, of unit scale; ``STORES``: move the moments in memory too."""
-    numerator = g
-    if MOMENTUM:
-        numerator = (
-            _momentum(g, address, index, exists, numbers, number_stride, MULTIPLE, FIRST_DTYPE, STORES) / d
-        )
-    eps = tl.load(numbers + EPS * number_stride)
+    """The direction of a strip, of unit scale; ``STORES``: move the second moment in memory too."""
     if FACTORED:
         deviation = row_root[:, None] * column_root[None, :] + eps
     else:
-        second = tl.multiple_of(tl.load(address + SECOND).to(tl.pointer_type(SECOND_DTYPE)), MULTIPLE)
         old = tl.load(second + index, mask=exists, other=0.0).to(tl.float32)
-        weight, keep = tl.load(numbers + SQ_WEIGHT * number_stride), tl.load(numbers + BETA2 * number_stride)
         # As it is kept, so that the direction is the same in both passes.
         average = (g * g * weight + old * keep).to(SECOND_DTYPE)
         if STORES:
@@ -264,12 +253,10 @@ def _moments(
 
 @triton.jit
 def _moved(
-    y, z, u, step, unit, numbers, number_stride,
+    y, z, u, step, unit, decay, c, fraction,
     MOMENTUM: tl.constexpr, IS_OFFSET: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """The next y and z of a strip: ``step_`` and ``descend_`` of ``prodigyplus.formulas.schedule_free``."""
-    decay = tl.load(numbers + DECAY * number_stride)
-    c, fraction = tl.load(numbers + C * number_stride), tl.load(numbers + Y_FRACTION * number_stride)
     if MOMENTUM:
         if DECAYS:
             y = y * (1.0 - decay)
@@ -289,53 +276,74 @@ def _moved(
 
 
 @triton.jit
-def _global_indices(index, exists, size, runs, SINGLE: tl.constexpr, EVERY: tl.constexpr):
-    """Where the elements of a strip lie in the whole tensor.
-
-    Returns:
-        Their indices there modulo 2³², which of them are samples, and the places of these among the samples.
-    """
+def _whole_indices(index, exists, size, runs, SINGLE: tl.constexpr):
+    """Where the elements of a strip lie in the whole tensor: their indices there, modulo 2³²."""
     if SINGLE:
-        first = tl.load(size + FIRST_INDEX).to(tl.uint32)
-        phase = tl.load(size + FIRST_PHASE).to(tl.int32)
-        before = -tl.where(phase > 0, 1, 0)
-        position = index + phase
+        return index.to(tl.uint32) + tl.load(size + FIRST_INDEX).to(tl.uint32)
     else:
         length = tl.load(size + RUN_LENGTH).to(tl.int32)
         run = index // length
         row = runs + (tl.load(size + FIRST_RUN) + run) * RUNS
-        index = index - run * length
         first = tl.load(row + RUN_INDEX, mask=exists, other=0).to(tl.uint32, bitcast=True)
-        phase = tl.load(row + RUN_PHASE, mask=exists, other=0)
-        before = tl.load(row + RUN_SAMPLES, mask=exists, other=0) - tl.where(phase > 0, 1, 0)
-        position = index + phase
-    return index.to(tl.uint32) + first, exists & (position % EVERY == 0), before + position // EVERY
+        return (index - run * length).to(tl.uint32) + first
 
 
 @triton.jit
-def _evidence(
-    g, base, address, sampled, slot, beta3, weight,
-    KIND: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, STATISTIC_DTYPE: tl.constexpr,
+def _samples(
+    index, exists, row, across, offset, height, width, row_stride, local, size, runs,
+    FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, EVERY: tl.constexpr,
+    COLUMNS: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
+    """The samples of a strip: of up to ``SAMPLES`` a row where elements of a row follow on one another.
+
+    Elsewhere all elements of the strip are looked at.
+
+    Returns:
+        The indices of elements in their tensor, which of them are samples, and their places among these.
+    """
+    if SINGLE and FAST:
+        phase = tl.load(size + FIRST_PHASE).to(tl.int32)
+        start = offset + row * row_stride + across * COLUMNS
+        end = offset + row * row_stride + tl.minimum(width, (across + 1) * COLUMNS)
+        if not FACTORED:
+            end = tl.minimum(end, local)
+        number = ((start + phase + (EVERY - 1)) // EVERY)[:, None] + tl.arange(0, SAMPLES)[None, :]
+        index = number * EVERY - phase
+        return index, (row[:, None] < height) & (index < end[:, None]), number - tl.where(phase > 0, 1, 0)
+    elif SINGLE:
+        phase = tl.load(size + FIRST_PHASE).to(tl.int32)
+        position = index + phase
+        return index, exists & (position % EVERY == 0), position // EVERY - tl.where(phase > 0, 1, 0)
+    else:
+        length = tl.load(size + RUN_LENGTH).to(tl.int32)
+        run = index // length
+        its = runs + (tl.load(size + FIRST_RUN) + run) * RUNS
+        phase = tl.load(its + RUN_PHASE, mask=exists, other=0)
+        before = tl.load(its + RUN_SAMPLES, mask=exists, other=0) - tl.where(phase > 0, 1, 0)
+        position = index - run * length + phase
+        return index, exists & (position % EVERY == 0), before + position // EVERY
+
+
+@triton.jit
+def _evidence(g, base, start, statistic, slot, sampled, beta3, weight, KIND: tl.constexpr):
     """Prodigy's evidence of a strip: move s at its samples, and return the terms of up to three sums.
 
     Args:
-        base: The base iterates, before the move.
-        sampled, slot: Which elements are samples, and their places among them.
+        g, base: The gradients and the base iterates before the move, 0 where there is no sample.
+        start, statistic: Where p₀ and s of the tensor are.
+        slot, sampled: The places of the samples among the tensor's, and where there are any.
     """
-    start = tl.load(address + START).to(tl.pointer_type(WEIGHT_DTYPE))
     distance = tl.load(start + slot, mask=sampled, other=0.0).to(tl.float32) - base
-    distance = tl.where(sampled, distance, 0.0)
     product = distance * g
     if KIND == RELATIVE:
         return product, tl.abs(distance), distance * distance
     else:
-        kept = tl.load(address + STATISTIC).to(tl.pointer_type(STATISTIC_DTYPE)) + slot
-        statistic = (tl.load(kept, mask=sampled, other=0.0).to(tl.float32) * beta3).to(STATISTIC_DTYPE)
+        dtype: tl.constexpr = statistic.dtype.element_ty
+        kept = (tl.load(statistic + slot, mask=sampled, other=0.0).to(tl.float32) * beta3).to(dtype)
         seen = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)) if KIND == SIGNS else g
-        statistic = (statistic.to(tl.float32) + seen * weight).to(STATISTIC_DTYPE)
-        tl.store(kept, statistic, mask=sampled)
-        return product, tl.where(sampled, tl.abs(statistic.to(tl.float32)), 0.0), product
+        kept = (kept.to(tl.float32) + seen * weight).to(dtype)
+        tl.store(statistic + slot, kept, mask=sampled)
+        return product, tl.abs(kept.to(tl.float32)), product
 
 
 @triton.jit
@@ -355,7 +363,8 @@ def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     return value.to(DTYPE)
 
 
-@triton.jit
+# A batch of other tensors is not to be compiled for anew.
+@triton.jit(do_not_specialize=("parts_stride",), do_not_specialize_on_alignment=("norm_parts", "evidence_parts"))
 def sweep(
     pointers, sizes, runs, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
     norm_parts, evidence_parts, parts_stride, norms, numels, seeds, directions, scales,
@@ -365,8 +374,8 @@ def sweep(
     MOVES: tl.constexpr, EVIDENCE: tl.constexpr, READS: tl.constexpr,
     FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr,
     IS_OFFSET: tl.constexpr, ATAN2: tl.constexpr, STABLE: tl.constexpr, DECAYS: tl.constexpr,
-    STOCHASTIC: tl.constexpr, KIND: tl.constexpr, EVERY: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
+    STOCHASTIC: tl.constexpr, KIND: tl.constexpr, EVERY: tl.constexpr, SAMPLES: tl.constexpr,
+    VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Measure: of each tile, the sum of the direction's squares. Or with ``MOVES`` move y, z and moments.
 
@@ -379,7 +388,7 @@ def sweep(
     """
     MULTIPLE: tl.constexpr = 16 if FAST else 1
     BALANCES: tl.constexpr = EVIDENCE and KIND == BALANCE
-    SAMPLES: tl.constexpr = EVIDENCE and KIND != BALANCE
+    SAMPLED: tl.constexpr = EVIDENCE and KIND != BALANCE
     tensor, size, address, matrix, down, across, local, offset, height, width, row_stride, column_stride = (
         _tile(pointers, sizes, matrices, tiles, MULTIPLE)
     )
@@ -390,8 +399,20 @@ def sweep(
     base = tl.multiple_of(
         tl.load(address + (OFFSET_FROM_Y if IS_OFFSET else BASE)).to(tl.pointer_type(BASE_DTYPE)), MULTIPLE
     )
+    first = tl.multiple_of(tl.load(address + FIRST).to(tl.pointer_type(FIRST_DTYPE)), MULTIPLE)
+    second = tl.multiple_of(tl.load(address + SECOND).to(tl.pointer_type(SECOND_DTYPE)), MULTIPLE)
+    start = tl.load(address + START).to(tl.pointer_type(WEIGHT_DTYPE))
+    statistic = tl.load(address + STATISTIC).to(tl.pointer_type(STATISTIC_DTYPE))
     opens = tl.load(gate + tensor * gate_stride) != 0
+    # All before the loop, for the compiler must take what is written there to change them.
     numbers += tensor * tensor_stride
+    beta1, beta2 = tl.load(numbers + BETA1 * number_stride), tl.load(numbers + BETA2 * number_stride)
+    beta3, eps = tl.load(numbers + BETA3 * number_stride), tl.load(numbers + EPS * number_stride)
+    grad_weight = tl.load(numbers + GRAD_WEIGHT * number_stride)
+    sq_weight = tl.load(numbers + SQ_WEIGHT * number_stride)
+    prodigy_weight = tl.load(numbers + PRODIGY_WEIGHT * number_stride)
+    decay, c = tl.load(numbers + DECAY * number_stride), tl.load(numbers + C * number_stride)
+    fraction = tl.load(numbers + Y_FRACTION * number_stride)
     unit, d = tl.load(numbers + UNIT * number_stride), tl.load(numbers + D * number_stride)
     step = tl.load(numbers + DLR * number_stride) * unit
     direction = grad
@@ -414,67 +435,82 @@ def sweep(
         inner = tl.load(address + INNER).to(tl.pointer_type(FACTOR)) + tl.load(matrix + INNER_OFFSET)
         outer_stride, inner_stride = tl.load(matrix + OUTER_STRIDE), tl.load(matrix + INNER_STRIDE)
         column_root = _factor_roots(inner, column * inner_stride, column < width, mean, d, is_row_outer == 0)
-    norm = tl.zeros((COLUMNS,), tl.float32)
-    product_sum = tl.zeros((COLUMNS,), tl.float64)
-    second_sum = tl.zeros((COLUMNS,), tl.float64)
-    third_sum = tl.zeros((COLUMNS,), tl.float64)
-    for start in range(0, ROWS, STRIP):
-        row = down * ROWS + start + tl.arange(0, STRIP)
+    # Of each element that a strip has there, for a sum over threads in each strip would have all wait.
+    norm = tl.zeros((STRIP, COLUMNS), tl.float32)
+    TERMS: tl.constexpr = SAMPLES if SAMPLED and SINGLE and FAST else COLUMNS
+    product_sum = tl.zeros((STRIP, TERMS), tl.float64)
+    second_sum = tl.zeros((STRIP, TERMS), tl.float64)
+    third_sum = tl.zeros((STRIP, TERMS), tl.float64)
+    for top in range(0, ROWS, STRIP):
+        row = down * ROWS + top + tl.arange(0, STRIP)
         index, exists = _elements(
-            offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST
+            offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST, VECTOR
         )
         # Read, a direction is what a gradient is otherwise, and the move needs no other.
         g = tl.where(opens, tl.load(direction + index, mask=exists, other=0.0).to(tl.float32), 0.0)
-        global_index, sampled, slot = _global_indices(index, exists, size, runs, SINGLE, EVERY)
-        # To measure, of y and z only the samples; for balance, all.
-        read = exists if MOVES or BALANCES else sampled
         y, z = tl.zeros((STRIP, COLUMNS), tl.float32), tl.zeros((STRIP, COLUMNS), tl.float32)
-        if MOVES or (EVIDENCE and (MOMENTUM or IS_OFFSET != BALANCES)):
-            y = tl.load(weight + index, mask=read, other=0.0).to(tl.float32)
-        if (MOVES or EVIDENCE) and not MOMENTUM:
-            z = tl.load(base + index, mask=read, other=0.0).to(tl.float32)
-        if SAMPLES:
-            product, second, third = _evidence(
-                g, y + z if MOMENTUM or IS_OFFSET else z, address, sampled, slot,
-                tl.load(numbers + BETA3 * number_stride), tl.load(numbers + PRODIGY_WEIGHT * number_stride),
-                KIND, WEIGHT_DTYPE, STATISTIC_DTYPE,
+        if MOVES or (BALANCES and (MOMENTUM or not IS_OFFSET)):
+            y = tl.load(weight + index, mask=exists, other=0.0).to(tl.float32)
+        if (MOVES or BALANCES) and not MOMENTUM:
+            z = tl.load(base + index, mask=exists, other=0.0).to(tl.float32)
+        if SAMPLED:
+            # Every eleventh element, or so: read once more, from the cache, they are few.
+            at, sampled, slot = _samples(
+                index, exists, row, across, offset, height, width, row_stride, local, size, runs,
+                FACTORED, SINGLE, FAST, EVERY, COLUMNS, SAMPLES,
             )  # fmt: skip
-            product_sum += tl.sum(product.to(tl.float64), 0)
-            second_sum += tl.sum(second.to(tl.float64), 0)
+            seen = tl.where(opens, tl.load(direction + at, mask=sampled, other=0.0).to(tl.float32), 0.0)
+            iterate = tl.zeros(at.shape, tl.float32)
+            if MOMENTUM or IS_OFFSET:
+                iterate += tl.load(weight + at, mask=sampled, other=0.0).to(tl.float32)
+            if not MOMENTUM:
+                iterate += tl.load(base + at, mask=sampled, other=0.0).to(tl.float32)
+            product, second_term, third_term = _evidence(
+                seen, iterate, start, statistic, slot, sampled, beta3, prodigy_weight, KIND
+            )
+            product_sum += product.to(tl.float64)
+            second_sum += second_term.to(tl.float64)
             if KIND == RELATIVE:
-                third_sum += tl.sum(third.to(tl.float64), 0)
+                third_sum += third_term.to(tl.float64)
+            if MOVES:
+                tl.debug_barrier()  # no thread writes what another is yet to read
         u = g
         if READS:
             if MOMENTUM and not MOVES:
-                _momentum(g, address, index, exists, numbers, number_stride, MULTIPLE, FIRST_DTYPE, True)
+                _momentum(g, first, index, exists, grad_weight, beta1, FIRST_DTYPE, True)
         elif MOVES or STABLE or BALANCES:
             row_root = tl.zeros((STRIP,), tl.float32)
             if FACTORED:
                 row_root = _factor_roots(outer, row * outer_stride, row < height, mean, d, is_row_outer)
+            numerator = g
+            if MOMENTUM:
+                numerator = _momentum(g, first, index, exists, grad_weight, beta1, FIRST_DTYPE, MOVES) / d
             u = _moments(
-                g, address, index, exists, row_root, column_root, numbers, number_stride, d,
-                ATAN2, MOMENTUM, FACTORED, MULTIPLE, SECOND_DTYPE, FIRST_DTYPE, MOVES,
+                g, numerator, second, index, exists, row_root, column_root, sq_weight, beta2, d, eps,
+                ATAN2, FACTORED, SECOND_DTYPE, MOVES,
             )  # fmt: skip
             if not MOVES:
-                norm += tl.sum(u * u, 0)
+                norm += u * u
         if BALANCES:
             if READS and MOVES:
                 g = tl.where(opens, tl.load(grad + index, mask=exists, other=0.0).to(tl.float32), 0.0)
             else:
                 lag = -z if IS_OFFSET else y - z
-                product_sum += tl.sum((lag * g).to(tl.float64), 0)
-            second_sum += tl.sum((u * g).to(tl.float64), 0)
-            third_sum += tl.sum((u * u).to(tl.float64), 0)
+                product_sum += (lag * g).to(tl.float64)
+            second_sum += (u * g).to(tl.float64)
+            third_sum += (u * u).to(tl.float64)
         if MOVES:
-            y, z = _moved(y, z, u, step, unit, numbers, number_stride, MOMENTUM, IS_OFFSET, DECAYS)
-            noise = _hash(global_index + seed) if STOCHASTIC else global_index
+            y, z = _moved(y, z, u, step, unit, decay, c, fraction, MOMENTUM, IS_OFFSET, DECAYS)
+            noise = index
+            if STOCHASTIC:
+                noise = _hash(_whole_indices(index, exists, size, runs, SINGLE) + seed)
             tl.store(weight + index, _rounded(y, noise & 0xFFFF, WEIGHT_DTYPE, STOCHASTIC), mask=exists)
             if not MOMENTUM:
                 tl.store(base + index, _rounded(z, noise >> 16, BASE_DTYPE, STOCHASTIC), mask=exists)
     if STABLE and not MOVES:
-        tl.store(norm_parts + program, tl.sum(norm, 0))
+        tl.store(norm_parts + program, tl.sum(norm))
     if EVIDENCE:
-        tl.store(evidence_parts + program, tl.sum(product_sum, 0))
-        tl.store(evidence_parts + parts_stride + program, tl.sum(second_sum, 0))
+        tl.store(evidence_parts + program, tl.sum(product_sum))
+        tl.store(evidence_parts + parts_stride + program, tl.sum(second_sum))
         if KIND == RELATIVE or BALANCES:
-            tl.store(evidence_parts + 2 * parts_stride + program, tl.sum(third_sum, 0))
+            tl.store(evidence_parts + 2 * parts_stride + program, tl.sum(third_sum))

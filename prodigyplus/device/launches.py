@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Pla
 from prodigyplus.terms.requests import SymmetricProduct
 from prodigyplus.terms.scalars import Packed
 from prodigyplus.terms.tables import SentTable
+
+# What a thread reads or writes at a time, at most.
+_VECTOR_BYTES = 16
 
 # How many values are added up at a time.
 _RUN = 1024
@@ -43,7 +47,27 @@ def interprets() -> bool:
 
 def tile_size() -> TileSize:
     """The size of tiles: for GPUs, or so small that the interpreter ends before long."""
-    return TileSize(32, 64, 16) if interprets() else TileSize()
+    return TileSize(32, 64) if interprets() else TileSize()
+
+
+class Program(NamedTuple):
+    """How a program goes over its tile: how many rows are in registers at a time, and its warps."""
+
+    strip: int
+    warps: int
+
+
+class Programs(NamedTuple):
+    """Those of the passes over whole tensors."""
+
+    squares: Program = Program(4, 4)
+    measure: Program = Program(4, 4)
+    move: Program = Program(4, 4)
+
+
+def programs() -> Programs:
+    """Those for GPUs, or those that the interpreter goes over in few steps."""
+    return Programs(*[Program(16, 1)] * 3) if interprets() else Programs()
 
 
 class Dtypes(NamedTuple):
@@ -60,6 +84,11 @@ class Dtypes(NamedTuple):
     mean: torch.dtype | None
     start: torch.dtype | None
     statistic: torch.dtype | None
+
+    @property
+    def of_elements(self) -> tuple[torch.dtype | None, ...]:
+        """Those of the tensors that have a value for every element."""
+        return self.grad, self.weight, self.base, self.first, self.second
 
     @property
     def base(self) -> torch.dtype | None:
@@ -162,8 +191,7 @@ class Launches:
         self._sent_directions = SentTable(plan.device)
         self._directions: Tensor
         self._directions_are_aligned = False
-        rows, columns, strip = plan.tile
-        self._tile = {"ROWS": rows, "COLUMNS": columns, "STRIP": strip}
+        self._programs = programs()
 
     def point(self, gradients: list[int]) -> None:
         """Say where the tensors are; nothing is sent while all are where they were.
@@ -203,7 +231,7 @@ class Launches:
                     kernels.squares, (len(tiles.table),),
                     self._pointers, plan.sizes, plan.matrices, tiles.table, outer, inner,
                     DTYPE=_triton_dtype(dtypes.grad), FACTORED=tiles.factored, FAST=self._is_fast(tiles.fast),
-                    **self._tile,
+                    **self._tile(self._programs.squares, [dtypes.grad]),
                 )  # fmt: skip
             if len(plan.segments):
                 launch(
@@ -295,6 +323,10 @@ class Launches:
                 norms, plan.numels, seeds, *read,
                 MOVES=moves, EVIDENCE=len(evidence_parts) > 0,
                 **self._constants(setup, tiles, is_aligned),
+                **self._tile(
+                    self._programs.move if moves else self._programs.measure,
+                    [*setup.dtypes.of_elements, setup.direction],
+                ),
             )  # fmt: skip
 
     def _constants(self, setup: Setup, tiles: Tiles, is_aligned: bool) -> dict[str, Any]:
@@ -320,8 +352,16 @@ class Launches:
             "STOCHASTIC": setup.rounds,
             "KIND": EVIDENCE[setup.evidence],
             "EVERY": setup.every,
-            **self._tile,
+            "SAMPLES": 1 << (-(-self.plan.tile.columns // setup.every) - 1).bit_length(),
         }
+
+    def _tile(self, program: Program, dtypes: Sequence[torch.dtype | None]) -> dict[str, int]:
+        """How a kernel goes over its tiles, and how many elements of these dtypes it reads at a time."""
+        rows, columns = self.plan.tile
+        widest = max(dtype.itemsize for dtype in dtypes if dtype is not None)
+        strip, warps = program
+        vector = _VECTOR_BYTES // widest
+        return {"ROWS": rows, "COLUMNS": columns, "STRIP": strip, "VECTOR": vector, "num_warps": warps}
 
     def _is_fast(self, fast: bool) -> bool:
         return fast and self._is_aligned

@@ -41,11 +41,10 @@ _ROW_OUTER, _ROW_INNER = _keys("row", "col"), _keys("col", "row")
 
 
 class TileSize(NamedTuple):
-    """The size of a tile, and how many rows of it are in registers at a time."""
+    """The size of a tile."""
 
     rows: int = 64
     columns: int = 256
-    strip: int = 4
 
 
 class Tiles(NamedTuple):

@@ -34,6 +34,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 # Sums over distances of some 1e-3 that weights of some 1 have come: 2⁻²⁴ of these is 6e-5 of those.
 EVIDENCE = 1e-4
 
+# A hundred samples or so, each with such an error: of d, which is their sum, a tenth of it.
+NUMBERS = EVIDENCE / 10
+
 
 def is_admitted(options):
     with contextlib.suppress(ValueError):
@@ -68,7 +71,7 @@ def play(fused, options, *, shapes=SHAPES, dtype=torch.float32, steps=3, device=
     return optimizer, parameters
 
 
-def assert_close(found, expected, rel=1e-6):
+def assert_close(found, expected, rel=NUMBERS):
     """Weights, state and numbers (to ``rel``) of two optimisers, of the kernels and of the reference."""
     for p, q in zip(found[1], expected[1], strict=True):
         ours, theirs = found[0].state[p], expected[0].state[q]
@@ -334,27 +337,31 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from prodigyplus.device import group_kernels, kernels
+from prodigyplus.device.launches import Programs
 from prodigyplus.device.plan import TileSize
 from prodigyplus.formulas import balance
 
-rows, columns, strip = TileSize()
+rows, columns = TileSize()
+programs = Programs()
 # As a launch has them, which makes constants of strides that are 1.
 ones = dict(number_stride=1)
-tile = dict(ROWS=rows, COLUMNS=columns, STRIP=strip)
 types = dict.fromkeys(("pointers", "sizes", "matrices", "segments", "pieces", "directions"), "*i64")
 types |= dict.fromkeys(("tiles", "gate", "seeds", "runs"), "*i32") | {"evidence_parts": "*fp64"}
 types |= dict.fromkeys(("outer_parts", "inner_parts", "sums", "numbers", "scales"), "*fp32")
 types |= dict.fromkeys(("norm_parts", "norms", "numels", "values", "out"), "*fp32")
 
-def build(kernel, **constants):
+def build(kernel, program=None, **constants):
+    if program:
+        constants |= dict(ROWS=rows, COLUMNS=columns, STRIP=program.strip)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(kernel, signature=signature, constexprs=constants)
-    made = compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
+    made = compile(source, target=GPUTarget("cuda", 80, 32), options=dict(enable_fp_fusion=False, num_warps=program.warps if program else 4))
     return made.asm["ptx"]
 
 bf16, fp32 = tl.bfloat16, tl.float32
-types |= dict.fromkeys(("floats", "options", "square", "present", "values", "totals"), "*fp64")
+size_of = {bf16: 2, fp32: 4}
+types |= dict.fromkeys(("floats", "settings", "square", "present", "values", "totals"), "*fp64")
 types |= dict.fromkeys(("counts", "gates", "steps"), "*i64") | dict.fromkeys(("observes", "learns"), "*i1")
 types |= {"values32": "*fp32", "gates32": "*i32"}
 limits = dict(LIMIT_OF_SPEED=0.975, LARGEST_FACTOR=2**0.25, LEAST_GROWTH=10.0, NEAR=10.0, EARLY=30, WEIGHT=5)
@@ -366,7 +373,9 @@ for initializes, of_one_group in ((True, {}), (False, dict(count=1))):
     assert all(struct.pack(">d", value).hex().upper() in ptx for value in (2**0.25, 0.975, balance.LOG_LIMIT))
 types["values"] = "*fp32"
 for dtype, factored, fast in itertools.product((fp32, bf16), (True, False), (True, False)):
-    ptx = build(kernels.squares, DTYPE=dtype, FACTORED=factored, FAST=fast, **tile)
+    ptx = build(
+        kernels.squares, programs.squares, DTYPE=dtype, FACTORED=factored, FAST=fast, VECTOR=16 // size_of[dtype]
+    )
     assert not fast or "ld.global.v4.b32" in ptx or "ld.global.v2.b32" in ptx, (dtype, factored)
 build(kernels.add_parts, BLOCK=64, AT_ONCE=32)
 build(kernels.add_up, DTYPE=fp32, BLOCK=1024)
@@ -393,11 +402,12 @@ for momentum, is_offset, atan2, stable, evidence, kind, dtype, reads in (
         GRAD_DTYPE=dtype, WEIGHT_DTYPE=dtype, BASE_DTYPE=bf16 if is_offset else dtype, FIRST_DTYPE=dtype,
         SECOND_DTYPE=dtype, FACTOR=fp32, MEAN_DTYPE=fp32, STATISTIC_DTYPE=bf16, FACTORED=factored,
         SINGLE=fast, FAST=fast, MOMENTUM=momentum, IS_OFFSET=is_offset, ATAN2=atan2, STABLE=stable,
-        KIND=kind, EVERY=11, READS=reads, DIRECTION_DTYPE=fp32 if is_offset else bf16, **tile,
+        KIND=kind, EVERY=11, READS=reads, DIRECTION_DTYPE=fp32 if is_offset else bf16,
+        SAMPLES=32, VECTOR=16 // size_of[dtype],
     )
     constants |= dict(DECAYS=stable, STOCHASTIC=is_offset or dtype == bf16, **ones)
-    build(kernels.sweep, **constants, MOVES=False, EVIDENCE=evidence)
-    build(kernels.sweep, **constants, MOVES=True, EVIDENCE=evidence and (kind == 3 or not reads))
+    build(kernels.sweep, programs.measure, **constants, MOVES=False, EVIDENCE=evidence)
+    build(kernels.sweep, programs.move, **constants, MOVES=True, EVIDENCE=evidence and (kind == 3 or not reads))
 """
 
 
