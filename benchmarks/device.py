@@ -27,6 +27,7 @@ from harness.shapes import Shape, gpt, llama_1b
 from harness.tables import head, parser, row
 from harness.tensors import state_bytes, with_gradients
 from torch import nn
+from torch.autograd import DeviceType
 from torch.optim import Optimizer
 
 STEPS, WARM_UP = 15, 4
@@ -122,7 +123,8 @@ def measure(case: str, name: str, make: Make, shapes: Sequence[Shape], dtype: to
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         optimizer.step()
         torch.cuda.synchronize()
-    launches = sum(event.count for event in profile.key_averages() if "Memcpy" not in event.key)
+    names = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
+    launches = sum(not name.startswith(("Memcpy", "Memset")) for name in names)
     count = sum(p.numel() for p in parameters)
     return Result(
         case=case,

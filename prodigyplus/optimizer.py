@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
@@ -19,7 +19,7 @@ from prodigyplus.constraints import Constraint, Constraints, Projection
 from prodigyplus.engine.columns import Columns, to_python_numbers_
 from prodigyplus.engine.driver import Exchange, OneProcess
 from prodigyplus.engine.in_backward import Hooks, ParameterHooks, fusable
-from prodigyplus.engine.rule import ParamStep, compute_dtype
+from prodigyplus.engine.rule import Moving, ParamStep, compute_dtype
 from prodigyplus.engine.step import Step
 from prodigyplus.eval_mode import AverageSwap, View
 from prodigyplus.formulas import schedule_free
@@ -28,6 +28,7 @@ from prodigyplus.options import Options
 from prodigyplus.parameters import Parameters, check_parameter
 from prodigyplus.placement import Location, Placement, WholeTensors, locations, name_of
 from prodigyplus.reporting import is_called_from, warn_caller
+from prodigyplus.standing import Standing
 from prodigyplus.state import StateOptions, restart_
 from prodigyplus.terms.isolation import is_captured, isolated, isolated_from_compiler
 from prodigyplus.terms.scalars import Constants
@@ -51,6 +52,7 @@ class _Cache:
         self.step: Step | None = None  # a step that a backward pass has begun
         self.locations: dict[Tensor, Location] = {}  # of the parameters, in that step
         self.listed: tuple[object, list[Location]] = (None, [])  # of all parameters, and what it was made of
+        self.standing: Standing | None = None  # what moves again while only gradients change
         self.fuses_backward = False  # whether fuse_backward() has been called
 
 
@@ -297,15 +299,17 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "fused_back_pass=True, but no backward pass moves any parameter: call "
                 "optimizer.fuse_backward(model) once, when the model is wrapped as it will be trained."
             )
-        params = self._remaining(step)
+        moving = self._moving(step)
         if not self._view.is_evaluating:
-            step.close(params)
+            step.close(moving)
             if not step.initializes_state:
                 self._hold_(step)
                 self._cache.monitor.end(self, step.groups, in_backward=bool(step.taken))
         for group in fused:
             for p in group["params"]:
                 p.grad = None
+        if self._cache.standing is not None:
+            self._cache.standing.rest()
 
     def _begin(self, *, in_backward: bool) -> Step:
         self._check_average_is_not_lent()
@@ -326,6 +330,23 @@ class ProdigyPlusScheduleFree(Optimizer):
                     weight, state = self._placement.local(p), self._placement.local_state(self.state[p])
                     restart_(state, weight, self._placement.layout(p), group.options.slice_p)
         return step
+
+    def _moving(self, step: Step) -> Sequence[Moving]:
+        """What moves that no backward pass has moved: what did before, if only gradients have changed."""
+        locations, groups = self._locations(), step.groups.steps
+        may_stand = (
+            self._placement.is_whole and not step.taken and not is_captured(step.groups.columns.device)
+        )
+        standing, self._cache.standing = self._cache.standing, None
+        if may_stand and standing is not None:
+            batches = standing.renewed(locations, groups, self.state)
+            if batches is not None:
+                self._cache.standing = standing
+                return batches
+        moving = step.stacked(self._remaining(step))
+        if may_stand:
+            self._cache.standing = Standing.of(locations, groups, moving)
+        return moving
 
     def _remaining(self, step: Step) -> list[ParamStep]:
         """What the parameters bring that no backward pass has moved."""

@@ -16,7 +16,13 @@ from prodigyplus.terms.layout import Layout
 
 
 class Placement(Protocol):
-    """What an optimiser asks about its tensors; see :class:`WholeTensors`."""
+    """What an optimiser asks about its tensors; see :class:`WholeTensors`.
+
+    Attributes:
+        is_whole: Whether local tensors are the tensors themselves, and nobody else has a piece of one.
+    """
+
+    is_whole: bool
 
     def local(self, tensor: Tensor) -> Tensor:
         """The local piece of a parameter, a gradient or an entry of the state, sharing its memory."""
@@ -83,6 +89,8 @@ class Placement(Protocol):
 
 class WholeTensors:
     """Parameters that are plain tensors, whole in this process."""
+
+    is_whole = True
 
     def __init__(self) -> None:
         # Kept, since a layout may keep where its samples are, and parameters of one layout move together.

@@ -23,6 +23,8 @@ class MeshTensors:
         replicas: The ranks that hold copies of what is no DTensor, or None.
     """
 
+    is_whole = False
+
     def __init__(self, replicas: dist.ProcessGroup | None) -> None:
         self._replicas = replicas
         self._whole = WholeTensors()

@@ -9,6 +9,8 @@ a lane for each group. Operator by operator it is a hundred launches, each of a 
 import triton
 import triton.language as tl
 
+from prodigyplus.device.jit import kernel
+
 # The rows of the numbers of groups, see ``prodigyplus.engine.columns``: floating ones, and counts.
 D, SHARED_D, D_HAT, IN_MEAN, NUMERATOR, LARGEST, DENOMINATOR, WEIGHT_SUM, EFFECTIVE_LR = map(
     tl.constexpr, range(9)
@@ -77,7 +79,7 @@ def _averaging(settings, count, group, weight, weight_sum, beta1):
     return c, 1.0 - beta1 * (1.0 - c)
 
 
-@triton.jit
+@kernel
 def begin(
     floats, counts, settings, square, present,
     values, values32, gates, gates32, observes, steps, learns, count,
@@ -251,7 +253,7 @@ def _share(
     tl.store(floats + IN_MEAN * count + group, tl.where(happens, next_in_mean, in_mean), mask=exists)
 
 
-@triton.jit
+@kernel
 def end(
     floats, counts, settings, totals, values, learns, count,
     LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,

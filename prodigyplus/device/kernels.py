@@ -14,6 +14,8 @@ is not factored is a matrix too, of rows that follow on one another.
 import triton
 import triton.language as tl
 
+from prodigyplus.device.jit import kernel
+
 # The fields of a table's row, in their order.
 WEIGHT, BASE, OFFSET_FROM_Y, FIRST, SECOND, OUTER, INNER, MEAN, START, STATISTIC, GRAD = map(
     tl.constexpr, range(11)
@@ -90,7 +92,7 @@ def _elements(
     return index, exists
 
 
-@triton.jit
+@kernel
 def squares(
     pointers, sizes, matrices, tiles, outer_parts, inner_parts,
     DTYPE: tl.constexpr, FACTORED: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr,
@@ -122,7 +124,7 @@ def squares(
         tl.store(inner_parts + tl.load(matrix + INNER_PARTS) + down, tl.sum(of_columns))
 
 
-@triton.jit
+@kernel
 def add_parts(outer_parts, inner_parts, sums, segments, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
     """Add up the partial sums of rows and columns, in the order of the tiles.
 
@@ -144,7 +146,7 @@ def add_parts(outer_parts, inner_parts, sums, segments, BLOCK: tl.constexpr, AT_
     tl.store(sums + out + column * stride, total, mask=column < length)
 
 
-@triton.jit
+@kernel
 def add_up(values, values_stride, out, out_stride, segments, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of runs of ``values``, several rows of them (the second axis of the grid).
 
@@ -162,7 +164,7 @@ def add_up(values, values_stride, out, out_stride, segments, DTYPE: tl.constexpr
     tl.store(out + row * out_stride + target, tl.sum(total, 0))
 
 
-@triton.jit
+@kernel
 def factors(
     pointers, pieces, sums, numbers, number_stride, tensor_stride, gate, gate_stride,
     FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
@@ -363,8 +365,7 @@ def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     return value.to(DTYPE)
 
 
-# A batch of other tensors is not to be compiled for anew.
-@triton.jit(do_not_specialize=("parts_stride",), do_not_specialize_on_alignment=("norm_parts", "evidence_parts"))
+@kernel
 def sweep(
     pointers, sizes, runs, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
     norm_parts, evidence_parts, parts_stride, norms, numels, seeds, directions, scales,

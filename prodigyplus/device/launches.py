@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -60,9 +60,9 @@ class Program(NamedTuple):
 class Programs(NamedTuple):
     """Those of the passes over whole tensors."""
 
-    squares: Program = Program(4, 4)
-    measure: Program = Program(4, 4)
-    move: Program = Program(4, 4)
+    squares: Program = Program(2, 2)
+    measure: Program = Program(4, 2)
+    move: Program = Program(1, 1)
 
 
 def programs() -> Programs:
@@ -149,10 +149,49 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
-    """Launch a kernel on as many programs as ``grid`` has."""
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **constants: object) -> None:
+    """Launch a kernel.
+
+    Args:
+        kernel: One of :func:`prodigyplus.device.jit.kernel`.
+        grid: How many programs it runs as.
+        arguments: What it is given, in order.
+        constants: What it is compiled for, after these; dtypes are torch's. And ``num_warps``.
+    """
+    if interprets():
+        kernel[grid](*arguments, **_options(constants))
+        return
+    # Triton's own way to what it has compiled looks at each argument and constant, and takes ten times longer.
+    dtypes = [argument.dtype if isinstance(argument, Tensor) else None for argument in arguments]
+    key = id(kernel), _current_device(), *constants.values(), *dtypes
+    if key not in _COMPILED:
+        options = _options(constants)
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        _COMPILED[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
+    compiled, last = _COMPILED[key]
+    compiled[(*grid, 1, 1)[:3]](*arguments, *last)
+
+
+# What has been compiled, and the constants at the end of its arguments.
+_COMPILED: dict[Hashable, tuple[Any, list[object]]] = {}
+
+
+def _current_device() -> int:
+    from triton.runtime import driver
+
+    device: int = driver.active.get_current_device()
+    return device
+
+
+def _options(constants: Mapping[str, object]) -> dict[str, object]:
+    """Constants as Triton takes them."""
+    of_torch = (torch.dtype, type(None))
+    options = {
+        name: _triton_dtype(value) if isinstance(value, of_torch) else value
+        for name, value in constants.items()
+    }
     # Not fused into multiply-adds, so that the CPU and the GPU round alike.
-    kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+    return {**options, "enable_fp_fusion": False}
 
 
 @functools.cache
@@ -230,7 +269,7 @@ class Launches:
                 launch(
                     kernels.squares, (len(tiles.table),),
                     self._pointers, plan.sizes, plan.matrices, tiles.table, outer, inner,
-                    DTYPE=_triton_dtype(dtypes.grad), FACTORED=tiles.factored, FAST=self._is_fast(tiles.fast),
+                    DTYPE=dtypes.grad, FACTORED=tiles.factored, FAST=self._is_fast(tiles.fast),
                     **self._tile(self._programs.squares, [dtypes.grad]),
                 )  # fmt: skip
             if len(plan.segments):
@@ -252,7 +291,7 @@ class Launches:
             launch(
                 _kernels().factors, (len(plan.factor_blocks),),
                 self._pointers, plan.factor_blocks, sums, *_numbers(n),
-                FACTOR=_triton_dtype(setup.dtypes.outer), MEAN_DTYPE=_triton_dtype(setup.dtypes.mean),
+                FACTOR=setup.dtypes.outer, MEAN_DTYPE=setup.dtypes.mean,
                 BLOCK=FACTOR_BLOCK,
             )  # fmt: skip
 
@@ -331,15 +370,15 @@ class Launches:
 
     def _constants(self, setup: Setup, tiles: Tiles, is_aligned: bool) -> dict[str, Any]:
         return {
-            "GRAD_DTYPE": _triton_dtype(setup.dtypes.grad),
-            "WEIGHT_DTYPE": _triton_dtype(setup.dtypes.weight),
-            "BASE_DTYPE": _triton_dtype(setup.dtypes.base),
-            "FIRST_DTYPE": _triton_dtype(setup.dtypes.first),
-            "SECOND_DTYPE": _triton_dtype(setup.dtypes.second),
-            "FACTOR": _triton_dtype(setup.dtypes.outer),
-            "MEAN_DTYPE": _triton_dtype(setup.dtypes.mean),
-            "STATISTIC_DTYPE": _triton_dtype(setup.dtypes.statistic),
-            "DIRECTION_DTYPE": _triton_dtype(setup.direction),
+            "GRAD_DTYPE": setup.dtypes.grad,
+            "WEIGHT_DTYPE": setup.dtypes.weight,
+            "BASE_DTYPE": setup.dtypes.base,
+            "FIRST_DTYPE": setup.dtypes.first,
+            "SECOND_DTYPE": setup.dtypes.second,
+            "FACTOR": setup.dtypes.outer,
+            "MEAN_DTYPE": setup.dtypes.mean,
+            "STATISTIC_DTYPE": setup.dtypes.statistic,
+            "DIRECTION_DTYPE": setup.direction,
             "READS": setup.direction is not None,
             "FACTORED": tiles.factored,
             "SINGLE": tiles.single,
@@ -389,7 +428,7 @@ class Launches:
         launch(
             _kernels().add_up, (len(segments), rows),
             values, values.stride(0) if values.ndim == 2 else 0, out, out.stride(0) if out.ndim == 2 else 0,
-            segments, DTYPE=_triton_dtype(values.dtype), BLOCK=_RUN,
+            segments, DTYPE=values.dtype, BLOCK=_RUN,
         )  # fmt: skip
 
     def _empty(self, count: int) -> Tensor:

@@ -7,6 +7,7 @@ stack is (see :mod:`prodigyplus.engine.rule`), of many layouts; its passes are t
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Generator, Hashable, Mapping, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from prodigyplus.device.launches import Directions, Dtypes, Launches, Setup, has_triton, runs_on, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
 from prodigyplus.engine import passes
+from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.passes import Kind
 from prodigyplus.engine.rule import Answers, ParamStep, matrices, orthogonalized_in
 from prodigyplus.formulas import moments, muon, prodigy, schedule_free, stochastic_rounding
@@ -81,6 +83,8 @@ def _batch_key(param: ParamStep) -> Hashable | None:
     return group.index, axes, weight.device, weight.dtype, grad.dtype, has_evidence, may_lack
 
 
+_GRAD, _LAYOUT, _DTYPE = map(operator.attrgetter, ("grad", "layout", "dtype"))
+
 # The types of tensors that have their elements where ``data_ptr()`` says. Others have them elsewhere, as
 # quantised tensors, or none, as fake ones.
 _MEMORY = (nn.Parameter, Tensor)
@@ -106,6 +110,42 @@ class Batch:
         # Which operators its passes consist of; none that the kernels admit depends on the size of a tensor.
         self.kind = Kind.of(first.group.options, first.state, 2, adapts=first.group.adapts)
         self._launches: Launches | None = None
+        self._entries: list[Tensor] = []  # of its states, where they were last found
+
+    def renew(self, group: GroupStep, states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Take up the gradients of another step, if they are all that has changed; only of whole tensors.
+
+        Args:
+            group: Its parameters' group in that step.
+            states: The optimiser's.
+
+        Returns:
+            Whether it moves in that step. If not, it is of no more use.
+        """
+        launches, weights = self._launches, self.weights
+        assert launches is not None
+        # For every parameter at every step: by map, which asks a thousand without a line of Python for each.
+        grads = list(map(_GRAD, weights))
+        if {*map(type, grads)} != {Tensor} or {*map(_LAYOUT, grads)} != {torch.strided}:
+            return False
+        if {*map(_DTYPE, grads)} != {launches.dtypes.grad}:
+            return False
+        if not all(map(Tensor.is_contiguous, itertools.chain(grads, weights))):
+            return False
+        entries = list(itertools.chain.from_iterable(map(dict.values, self.states)))
+        same_states = map(operator.is_, map(states.__getitem__, weights), self.states)
+        same_entries = map(operator.is_, entries, self._entries)
+        if len(entries) != len(self._entries) or not all(itertools.chain(same_states, same_entries)):
+            return False
+        if launches.data_ptrs != [*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, entries)]:
+            return False
+        self.group, self.grads = group, grads
+        launches.point(list(map(Tensor.data_ptr, grads)))
+        return True
+
+    def rest(self) -> None:
+        """Let go of the gradients: their memory is free until there are others."""
+        self.grads = []
 
     def squares(self, constants: Constants) -> Requests:
         """See :class:`prodigyplus.engine.rule.Moving`; a request for each run of the sums."""
@@ -151,10 +191,10 @@ class Batch:
 
     def _point(self, launches: Launches) -> None:
         # For every parameter at every step: by map, which asks a thousand without a line of Python for each.
-        entries = itertools.chain.from_iterable(map(dict.values, self.states))
-        data_ptrs = [*map(Tensor.data_ptr, self.weights), *map(Tensor.data_ptr, entries)]
+        self._entries = list(itertools.chain.from_iterable(map(dict.values, self.states)))
+        data_ptrs = [*map(Tensor.data_ptr, self.weights), *map(Tensor.data_ptr, self._entries)]
         if data_ptrs != launches.data_ptrs or self.grads[0].dtype != launches.dtypes.grad:
-            for value in itertools.chain.from_iterable(map(dict.values, self.states)):
+            for value in self._entries:
                 if not value.is_contiguous():  # of a state that was loaded
                     value.set_(value.contiguous())  # type: ignore[call-overload]
             rows = [

@@ -94,14 +94,12 @@ class Asking(NamedTuple):
     wait: Callable[[], list[Answers]]
 
 
-def start(params: Sequence[ParamStep], exchange: Exchange, constants: Constants) -> list[Running]:
+def start(stacks: Sequence[Moving], exchange: Exchange, constants: Constants) -> list[Running]:
     """Begin a step of all parameters: their first round, the statistics of the raw gradients.
 
     Its answers are small, so it is of all at once; and nothing may move before it is known whether all
     gradients are finite. The numbers of the groups must be set before :func:`finish`.
     """
-    # Stacks are copies, of weights and gradients: they are small beside the updates that may be alive.
-    stacks = _stacked(params, exchange.bucket_bytes)
     rules = [update(stack, constants) for stack in stacks]
     asked = [_sums(next(rule)) for rule in rules]
     return list(map(Running, stacks, rules, exchange.complete(asked)()))
@@ -127,11 +125,12 @@ def finish(running: Sequence[Running], exchange: Exchange) -> None:
         _run_out(_ask(bucket, exchange), exchange)
 
 
-def _stacked(params: Sequence[ParamStep], bucket_bytes: int) -> list[Moving]:
+def stacked(params: Sequence[ParamStep], bucket_bytes: int) -> list[Moving]:
     """What moves as one: batches, for kernels; and stacks of small ones of one key.
 
     So do all ranks; in the order of the first of each: buckets are then as full as that order lets them be.
     """
+    # Stacks are copies, of weights and gradients: they are small beside the updates that may be alive.
     limit = min(STACK_BYTES, bucket_bytes // 8)
     by_key: dict[Hashable, list[int]] = {}
     batches: dict[Hashable, list[int]] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from prodigyplus.engine import driver
 from prodigyplus.engine.columns import Columns
 from prodigyplus.engine.groups import Groups, GroupStep
-from prodigyplus.engine.rule import ParamStep
+from prodigyplus.engine.rule import Moving, ParamStep
 from prodigyplus.terms.scalars import Constants
 
 
@@ -77,13 +77,17 @@ class Step:
             waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
             self._move(waiting)
 
-    def close(self, params: Sequence[ParamStep]) -> None:
+    def stacked(self, params: Sequence[ParamStep]) -> list[Moving]:
+        """The rest of the parameters, as they move: those that have waited for others, and ``params``."""
+        return driver.stacked([*self._waiting, *params], self._exchange.bucket_bytes)
+
+    def close(self, rest: Sequence[Moving]) -> None:
         """Move the rest of the parameters, then the step sizes."""
         if self._skips_per_param:
-            self._move([*self._waiting, *params])
+            driver.finish(self._start(rest), self._exchange)
             learns = self._count_each()
         else:
-            running = self._start(params)
+            running = self._start(rest)
             learns = self._open_and_count()
             driver.finish(running, self._exchange)
         totals = self._exchange.sum_over_stages(self.groups.totals())
@@ -94,10 +98,11 @@ class Step:
                 group.entry["frozen"] = not group.adapts
 
     def _move(self, params: Sequence[ParamStep]) -> None:
-        driver.finish(self._start(params), self._exchange)
+        stacks = driver.stacked(params, self._exchange.bucket_bytes)
+        driver.finish(self._start(stacks), self._exchange)
 
-    def _start(self, params: Sequence[ParamStep]) -> list[driver.Running]:
-        running = driver.start(params, self._exchange, self._constants)
+    def _start(self, stacks: Sequence[Moving]) -> list[driver.Running]:
+        running = driver.start(stacks, self._exchange, self._constants)
         self._seen += [
             _Seen(one.stack.group, one.stack.numbers, one.answers["total"], one.answers.get("present"))
             for one in running

@@ -82,12 +82,13 @@ def assert_near(found, expected, *, is_muon=False):
     for p, q in zip(found[0].parameters, expected[0].parameters, strict=True):
         bound = max(WEIGHTS[p.dtype], MUON_WEIGHTS * is_muon)
         difference = (p.detach().cpu().double() - q.detach().cpu().double()).abs().max()
-        assert difference <= bound * q.abs().max(), tuple(p.shape)
+        assert difference <= bound * q.abs().max(), (tuple(p.shape), difference.item(), q.abs().max().item())
     bounds = {"d": max(D[p.dtype], MUON_D * is_muon), "d_hat": max(D_HAT[p.dtype], MUON_D_HAT * is_muon)}
     for ours, theirs in zip(found[1].metrics(), expected[1].metrics(), strict=True):
         assert ours["step"].item() == theirs["step"].item()
         for name, bound in bounds.items():
-            assert ours[name].item() == pytest.approx(theirs[name].item(), rel=bound), name
+            pair = ours[name].item(), theirs[name].item()
+            assert pair[0] == pytest.approx(pair[1], rel=bound), (name, *pair)
 
 
 def assert_same(found, expected):

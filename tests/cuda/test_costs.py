@@ -89,9 +89,9 @@ def test_memory_stays(options):
         problem.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step == 5:
+        if step == 60:  # after the numbers were first sent to the host, which keeps a little
             torch.cuda.reset_peak_memory_stats()
-        if step in (5, 10, 200):
+        if step in (60, 65, 200):
             allocated.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
     (first, _), (_, peak), last = allocated
     assert first > 0

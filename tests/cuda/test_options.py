@@ -31,7 +31,8 @@ def test_as_on_the_cpu(options, dtype, monkeypatch):
     expected = trained({**options, "fused": False}, dtype=dtype, device=CPU)
     assert_near(found, expected, is_muon="use_muon_pp" in options)
     for p, start in zip(found[0].parameters, begun(options, dtype=dtype)[0].parameters, strict=True):
-        assert not torch.equal(p, start)
+        if p.numel() > 1:  # one element of bfloat16 may be rounded back at every step
+            assert not torch.equal(p, start)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,6 +81,7 @@ def test_wherever_gradients_lie(options):
     """In the same place at each step, in another, beginning at no multiple of 16 bytes, and by columns."""
     expected = trained(options, moves=False)
     assert_same(trained(options), expected)
+    # Below, other threads read other elements, so that sums have other last bits.
     problem, optimizer = begun(options)
     for step in range(expected[1].param_groups[0]["calls"]):
         problem.backward()
@@ -90,7 +92,7 @@ def test_wherever_gradients_lie(options):
                 memory = torch.empty(p.numel() + 1, device=p.device)
                 p.grad = memory[1:].view(p.shape).copy_(p.grad)
         optimizer.step()
-    assert_same((problem, optimizer), expected)
+    assert_near((problem, optimizer), expected)
 
 
 def test_gradients_that_come_and_go():

@@ -11,20 +11,21 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.run import get_args_parser
 
 from tests.serving import ROOT, Server, kill
 from tests.waiting import HANG, Hung, wait_until
 
 TIMED = {"minutes", "tokens_per_second"}
 
+_HAS_TIMEOUT = "--shutdown-timeout" in get_args_parser().format_help()  # not in torch 2.11
+
 
 def command(script, processes, *options):
     """Without processes, without a launcher."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    torchrun += [
-        "--shutdown-timeout",
-        str(HANG),
-    ]  # for the processes to save what they have, when told to end
+    if _HAS_TIMEOUT:  # for the processes to save what they have, when told to end
+        torchrun += ["--shutdown-timeout", str(HANG)]
     return [sys.executable, *(torchrun if processes else ()), f"launch/{script}", *map(str, options)]
 
 

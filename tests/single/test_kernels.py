@@ -330,89 +330,68 @@ def test_a_launch_serves_all_parameters(monkeypatch):
 
 
 COMPILE = """
-import itertools, struct, warnings
+import itertools, struct, sys, types, warnings
 warnings.simplefilter("ignore")
-import triton.language as tl
-from triton import compile
+import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from prodigyplus.device import group_kernels, kernels
-from prodigyplus.device.launches import Programs
-from prodigyplus.device.plan import TileSize
+from triton.runtime import driver
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.device import launches
+from prodigyplus.engine import batches, groups
 from prodigyplus.formulas import balance
 
-rows, columns = TileSize()
-programs = Programs()
-# As a launch has them, which makes constants of strides that are 1.
-ones = dict(number_stride=1)
-types = dict.fromkeys(("pointers", "sizes", "matrices", "segments", "pieces", "directions"), "*i64")
-types |= dict.fromkeys(("tiles", "gate", "seeds", "runs"), "*i32") | {"evidence_parts": "*fp64"}
-types |= dict.fromkeys(("outer_parts", "inner_parts", "sums", "numbers", "scales"), "*fp32")
-types |= dict.fromkeys(("norm_parts", "norms", "numels", "values", "out"), "*fp32")
+# A GPU of which there is only what Triton asks for: nothing that is launched runs.
+binary = lambda *_: (1, 1, 0, 0, 1024)
+utils = types.SimpleNamespace(load_binary=binary, get_device_properties=lambda _: {"max_shared_mem": 1 << 17})
+driver.set_active(types.SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 80, 32), get_current_device=lambda: 0,
+    get_current_stream=lambda _: 0, utils=utils, launcher_cls=lambda *_: lambda *_: None,
+))
+launches.runs_on = batches.runs_on = groups.runs_on = lambda _: True
 
-def build(kernel, program=None, **constants):
-    if program:
-        constants |= dict(ROWS=rows, COLUMNS=columns, STRIP=program.strip)
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    made = compile(source, target=GPUTarget("cuda", 80, 32), options=dict(enable_fp_fusion=False, num_warps=program.warps if program else 4))
-    return made.asm["ptx"]
+def compiled(options, dtype, shapes):
+    launches._COMPILED.clear()
+    parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+    optimizer = ProdigyPlusScheduleFree(parameters, fused=True, **options)
+    counts = []
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        counts.append(len(launches._COMPILED))
+    assert len(set(counts)) == 1  # nothing is compiled for what a later step brings
+    made = {}
+    for kernel, _ in launches._COMPILED.values():
+        made.setdefault(kernel.name, []).append(kernel.asm["ptx"])
+    return made
 
-bf16, fp32 = tl.bfloat16, tl.float32
-size_of = {bf16: 2, fp32: 4}
-types |= dict.fromkeys(("floats", "settings", "square", "present", "values", "totals"), "*fp64")
-types |= dict.fromkeys(("counts", "gates", "steps"), "*i64") | dict.fromkeys(("observes", "learns"), "*i1")
-types |= {"values32": "*fp32", "gates32": "*i32"}
-limits = dict(LIMIT_OF_SPEED=0.975, LARGEST_FACTOR=2**0.25, LEAST_GROWTH=10.0, NEAR=10.0, EARLY=30, WEIGHT=5)
-limits |= dict(TARGET=balance.TARGET, GROWTH=3.0, LOG_LIMIT=balance.LOG_LIMIT, WINDOW=4.0, RATE=7)
-for initializes, of_one_group in ((True, {}), (False, dict(count=1))):
-    build(group_kernels.begin, INITIALIZES=initializes, NUMBERS=15, BLOCK=4, **of_one_group)
-    ptx = build(group_kernels.end, NUMBERS=15, BLOCK=4, **limits, **of_one_group)
+fast, slow = ((64, 48), (96,)), ((33, 70), (3, 33, 10), (70,))
+sets = [
+    ({}, torch.float32),
+    ({"bfloat16_z": True, "use_speed": True}, torch.float32),
+    ({"use_schedulefree": False, "use_speed": "relative", "weight_decay": 0.1}, torch.float32),
+    ({"eps": None, "use_stableadamw": False}, torch.bfloat16),
+    ({"use_stableadamw": False, "factored": False}, torch.bfloat16),
+    ({"step_size": "balance", "factored_fp32": False}, torch.bfloat16),
+    ({"step_size": "balance", "bfloat16_z": True}, torch.float32),
+    ({"use_muon_pp": True, "muon_fp32": True, "use_stableadamw": False}, torch.float32),
+    ({"use_muon_pp": True, "muon_fp32": True, "step_size": "balance"}, torch.float32),
+]
+for (options, dtype), shapes in zip(sets, itertools.cycle((fast, slow))):
+    shapes = shapes[:1] if "use_muon_pp" in options else shapes
+    made = compiled(options, dtype, shapes)
+    reads = "ld.global.v4.b32" if dtype == torch.float32 else "ld.global.v2.b32", "ld.global.v4.b32"
+    if shapes[0] == fast[0]:
+        for ptx in made["squares"] + made["sweep"]:
+            assert any(read in ptx for read in reads), options
     # Constants that are no float32 numbers.
-    assert all(struct.pack(">d", value).hex().upper() in ptx for value in (2**0.25, 0.975, balance.LOG_LIMIT))
-types["values"] = "*fp32"
-for dtype, factored, fast in itertools.product((fp32, bf16), (True, False), (True, False)):
-    ptx = build(
-        kernels.squares, programs.squares, DTYPE=dtype, FACTORED=factored, FAST=fast, VECTOR=16 // size_of[dtype]
-    )
-    assert not fast or "ld.global.v4.b32" in ptx or "ld.global.v2.b32" in ptx, (dtype, factored)
-build(kernels.add_parts, BLOCK=64, AT_ONCE=32)
-build(kernels.add_up, DTYPE=fp32, BLOCK=1024)
-types |= dict.fromkeys(("values", "out"), "*fp64")
-build(kernels.add_up, DTYPE=tl.float64, BLOCK=1024)
-for factor in (fp32, bf16):
-    build(kernels.factors, FACTOR=factor, MEAN_DTYPE=fp32, BLOCK=1024, **ones)
-ways = itertools.cycle(itertools.product((True, False), (True, False)))
-for momentum, is_offset, atan2, stable, evidence, kind, dtype, reads in (
-    (False, False, False, True, True, 0, fp32, False),
-    (False, True, False, True, True, 1, fp32, False),
-    (True, False, False, True, True, 2, fp32, False),
-    (False, False, True, False, True, 0, bf16, False),
-    (True, False, True, False, False, 0, bf16, False),
-    (False, False, False, True, False, 0, bf16, False),
-    (False, True, False, False, True, 0, fp32, True),
-    (True, False, False, False, True, 0, bf16, True),
-    (False, False, False, True, True, 3, fp32, False),
-    (False, True, True, False, True, 3, fp32, False),
-    (False, False, False, False, True, 3, bf16, True),
-):
-    factored, fast = (False, not momentum) if reads else next(ways)
-    constants = dict(
-        GRAD_DTYPE=dtype, WEIGHT_DTYPE=dtype, BASE_DTYPE=bf16 if is_offset else dtype, FIRST_DTYPE=dtype,
-        SECOND_DTYPE=dtype, FACTOR=fp32, MEAN_DTYPE=fp32, STATISTIC_DTYPE=bf16, FACTORED=factored,
-        SINGLE=fast, FAST=fast, MOMENTUM=momentum, IS_OFFSET=is_offset, ATAN2=atan2, STABLE=stable,
-        KIND=kind, EVERY=11, READS=reads, DIRECTION_DTYPE=fp32 if is_offset else bf16,
-        SAMPLES=32, VECTOR=16 // size_of[dtype],
-    )
-    constants |= dict(DECAYS=stable, STOCHASTIC=is_offset or dtype == bf16, **ones)
-    build(kernels.sweep, programs.measure, **constants, MOVES=False, EVIDENCE=evidence)
-    build(kernels.sweep, programs.move, **constants, MOVES=True, EVIDENCE=evidence and (kind == 3 or not reads))
+    constants = (2**0.25, 0.975, balance.LOG_LIMIT)
+    assert all(struct.pack(">d", value).hex().upper() in made["end"][0] for value in constants)
 """
 
 
 def test_they_compile_for_gpus(tmp_path):
-    """What the interpreter takes, the compiler need not: to machine code, for which no GPU is needed."""
+    """What the interpreter takes, neither the compiler need nor what Triton launches by: without a GPU."""
     compile_alone(COMPILE, tmp_path)
 
 
@@ -429,18 +408,18 @@ def test_what_is_on_a_gpu_moves_by_them_unless_it_is_said():
 def test_loaded_state_of_other_strides(dtype):
     """It is put in order, in the tensor that the state has."""
 
-    def turned(fused):
-        p = torch.nn.Parameter(torch.ones(6, 5, dtype=dtype))
+    def turned(fused, device):
+        p = torch.nn.Parameter(torch.ones(6, 5, dtype=dtype, device=device))
         optimizer = ProdigyPlusScheduleFree([p], fused=fused)
         for step in range(3):
-            p.grad = torch.arange(-9.0, 21.0).view(6, 5).to(dtype) / (step + 8)
+            p.grad = torch.arange(-9.0, 21.0).view(6, 5).to(p) / (step + 8)
             if step == 1:
                 state = optimizer.state[p]
                 state["z"] = state["z"].t().contiguous().t()
             optimizer.step()
         return optimizer, [p]
 
-    assert_close(turned(True), turned(False))
+    assert_close(turned(True, DEVICE), turned(False, "cpu"))
 
 
 def test_every_entry_of_the_state_is_known_to_them():
