@@ -139,11 +139,11 @@ def measure(case: str, name: str, make: Make, shapes: Sequence[Shape], dtype: to
     )
 
 
-def on_gpu(only: str) -> list[Result]:
+def on_gpu(only: Sequence[str]) -> list[Result]:
     """All cases, a line printed for each optimiser."""
     results: list[Result] = []
     for case, shapes, dtype, optimizers in cases():
-        if only not in case:
+        if not any(text in case for text in only):
             continue
         first: float | None = None
         for name, make in optimizers.items():
@@ -192,7 +192,9 @@ def main() -> None:
     """See the module."""
     cli = parser(__doc__)
     cli.add_argument("--host", action="store_true", help="without a GPU: the host's work alone")
-    cli.add_argument("--only", default="", metavar="TEXT", help="only cases whose names have this in them")
+    cli.add_argument(
+        "--only", default=[""], nargs="+", metavar="TEXT", help="cases with one of these in their names"
+    )
     cli.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured")
     args = cli.parse_args()
     if args.host:

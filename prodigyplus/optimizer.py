@@ -345,7 +345,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 return batches
         moving = step.stacked(self._remaining(step))
         if may_stand:
-            self._cache.standing = Standing.of(locations, groups, moving)
+            self._cache.standing = Standing.of(locations, groups, self.state, moving)
         return moving
 
     def _remaining(self, step: Step) -> list[ParamStep]:

@@ -357,6 +357,14 @@ def _hash(bits):
 
 
 @triton.jit
+def _seed(step, number):
+    """What makes the noise of a parameter another one in each step, of numbers in int64."""
+    golden = tl.full((), 0x9E3779B9, tl.int64)
+    of_parameter = (number * golden).to(tl.uint32) & tl.full((), 0x7FFFFFFF, tl.uint32)
+    return _hash(_hash((step * golden).to(tl.uint32)) + of_parameter)
+
+
+@triton.jit
 def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """``value`` in ``DTYPE``: to the nearest, or to bfloat16 with ``half``, 16 bits of noise."""
     if STOCHASTIC and tl.bfloat16 == DTYPE:
@@ -368,7 +376,7 @@ def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 @kernel
 def sweep(
     pointers, sizes, runs, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
-    norm_parts, evidence_parts, parts_stride, norms, numels, seeds, directions, scales,
+    norm_parts, evidence_parts, parts_stride, norms, numels, numbers_of, steps, directions, scales,
     GRAD_DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr,
     FIRST_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr, FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr,
     STATISTIC_DTYPE: tl.constexpr, DIRECTION_DTYPE: tl.constexpr,
@@ -426,7 +434,7 @@ def sweep(
         step = step / tl.sqrt(tl.maximum(rms, 1.0))
     seed = tl.full((), 0, tl.uint32)
     if MOVES and STOCHASTIC:
-        seed = tl.load(seeds + tensor).to(tl.uint32, bitcast=True)
+        seed = _seed(tl.load(steps), tl.load(numbers_of + tensor))
     column = across * COLUMNS + tl.arange(0, COLUMNS)
     column_root = tl.zeros((COLUMNS,), tl.float32)
     if FACTORED:

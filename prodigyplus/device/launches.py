@@ -146,7 +146,9 @@ def runs_on(device: torch.device) -> bool:
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Where kernels for ``device`` are launched from."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **constants: object) -> None:
@@ -163,7 +165,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **const
         return
     # Triton's own way to what it has compiled looks at each argument and constant, and takes ten times longer.
     dtypes = [argument.dtype if isinstance(argument, Tensor) else None for argument in arguments]
-    key = id(kernel), _current_device(), *constants.values(), *dtypes
+    key = id(kernel), _driver().active.get_current_device(), *constants.values(), *dtypes
     if key not in _COMPILED:
         options = _options(constants)
         compiled = kernel.warmup(*arguments, grid=grid, **options)
@@ -176,11 +178,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **const
 _COMPILED: dict[Hashable, tuple[Any, list[object]]] = {}
 
 
-def _current_device() -> int:
+@functools.cache
+def _driver() -> Any:
     from triton.runtime import driver
 
-    device: int = driver.active.get_current_device()
-    return device
+    return driver
 
 
 def _options(constants: Mapping[str, object]) -> dict[str, object]:
@@ -262,8 +264,9 @@ class Launches:
             Those that factors need, local, in the order of the plan; and those of whole tensors, (tensors,).
         """
         plan, kernels = self.plan, _kernels()
-        outer, inner = self._empty(plan.outer_parts), self._empty(plan.inner_parts)
-        sums, totals = self._empty(plan.sum_count), self._empty(len(plan.layouts))
+        lengths = plan.sum_count, len(plan.layouts), plan.outer_parts, plan.inner_parts
+        every = self._empty(sum(lengths))
+        sums, totals, outer, inner = torch.split(every, lengths)
         with on_device(self.plan.device):
             for tiles in plan.tiles:
                 launch(
@@ -277,9 +280,7 @@ class Launches:
                     kernels.add_parts, (len(plan.segments),),
                     outer, inner, sums, plan.segments, BLOCK=BLOCK, AT_ONCE=AT_ONCE,
                 )  # fmt: skip
-            self._add_up(sums, sums, plan.means)
-            self._add_up(sums, totals, plan.factored_totals)
-            self._add_up(inner, totals, plan.full_totals)
+            self._add_up(every, every, plan.totals)
         return sums, totals
 
     def factors_(self, sums: Tensor, setup: Setup, n: Packed) -> None:
@@ -312,7 +313,7 @@ class Launches:
         setup: Setup,
         n: Packed,
         norms: Tensor | None,
-        seeds: Tensor | None,
+        parameters: Tensor,
         *,
         takes_evidence: bool,
         directions: Directions | None = None,
@@ -322,7 +323,7 @@ class Launches:
         Args:
             setup, n: The batch's, and the numbers of the step.
             norms: The whole sums of the directions' squares, (tensors,), where StableAdamW needs them.
-            seeds: Those of the noise, (tensors,), where weights are rounded stochastically.
+            parameters: The numbers of the parameters in the optimiser, (tensors,), int64.
             takes_evidence: Whether evidence is taken here.
             directions: Those that are read, where the setup has them read.
 
@@ -333,7 +334,9 @@ class Launches:
         with on_device(self.plan.device):
             if directions is not None:
                 self._point_to_directions(directions)
-            self._sweep(setup, n, evidence, moves=True, norms=norms, seeds=seeds, directions=directions)
+            self._sweep(
+                setup, n, evidence, moves=True, norms=norms, parameters=parameters, directions=directions
+            )
             return self._evidence(setup, evidence)
 
     def _sweep(
@@ -345,13 +348,13 @@ class Launches:
         moves: bool = False,
         norm_parts: Tensor | None = None,
         norms: Tensor | None = None,
-        seeds: Tensor | None = None,
+        parameters: Tensor | None = None,
         directions: Directions | None = None,
     ) -> None:
         plan = self.plan
         # A kernel's arguments are always tensors, also those that it does not read.
         norm_parts, norms = (plan.numels if given is None else given for given in (norm_parts, norms))
-        seeds = plan.sizes if seeds is None else seeds
+        parameters = plan.sizes if parameters is None else parameters
         read = (plan.sizes, plan.numels) if directions is None else (self._directions, directions.scales)
         is_aligned = directions is None or self._directions_are_aligned
         for tiles in plan.tiles:
@@ -359,7 +362,7 @@ class Launches:
                 _kernels().sweep, (len(tiles.table),),
                 self._pointers, plan.sizes, plan.runs, plan.matrices, tiles.table, *_numbers(n),
                 norm_parts[tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
-                norms, plan.numels, seeds, *read,
+                norms, plan.numels, parameters, n.step, *read,
                 MOVES=moves, EVIDENCE=len(evidence_parts) > 0,
                 **self._constants(setup, tiles, is_aligned),
                 **self._tile(

@@ -97,7 +97,9 @@ class Plan:
         sizes, runs, matrices: Rows that the kernels read, of each tensor, of its runs and of each matrix.
         tiles, tile_count: Those of each launch, and how many they are in all.
         outer_parts, inner_parts: How many partial sums of g² there are.
-        segments, means, factored_totals, full_totals: What is added up to sums of g².
+        segments, totals: What is added up to sums of g², first the parts, then the sums; these are in one
+            buffer, in which the sums that factors need come first, then those of whole tensors, then the
+            partial sums, outer and inner.
         sum_pieces, sum_count: The buffer of the sums that factors need.
         factor_blocks: What moves the factors.
         of_tensors: The tiles of each tensor.
@@ -177,8 +179,8 @@ class Plan:
 
     def _lay_out_parts(self, matrices: Sequence[_Matrices]) -> None:
         """Where the partial sums of g² of each tile are, and how they are added up."""
-        rows, segments, means = [], [], []
-        factored_totals, full_totals = [], []
+        rows, segments, totals = [], [], []
+        full: list[tuple[int, int, int, int]] = []
         outer_parts = inner_parts = 0
         self._grids: list[tuple[int, int]] = []  # of each tensor, the tiles of a matrix, down and across
         for tensor, (m, dims) in enumerate(zip(matrices, self._dims, strict=True)):
@@ -191,7 +193,7 @@ class Plan:
             firsts = outer_parts + index * outer_size, inner_parts + index * inner_size
             rows.append(_matrix_rows(tensor, m, index, *firsts))
             if dims is None:
-                full_totals.append((inner_parts, 1, down, tensor))
+                full.append((inner_parts, 1, down, self.sum_count + tensor))
             outer_parts, inner_parts = outer_parts + len(m) * outer_size, inner_parts + len(m) * inner_size
             if dims is None:
                 continue
@@ -199,13 +201,18 @@ class Plan:
             outer, inner = outer_sums + m.outer_offsets, inner_sums + m.inner_offsets
             segments.append(_segments(0, firsts[0], outer, m.outer_stride, m.height, across))
             segments.append(_segments(1, firsts[1], inner, m.inner_stride, m.width, down))
-            means.append(_columns(outer, m.outer_stride, m.height, mean_sums + index))
-            factored_totals.append((mean_sums, 1, len(m), tensor))
+            totals.append(_columns(outer, m.outer_stride, m.height, mean_sums + index))
+            whole = outer_sums, 1, len(m) * m.height, self.sum_count + tensor
+            totals.append(torch.tensor([whole], dtype=torch.int64, device="cpu"))
         self.outer_parts, self.inner_parts = outer_parts, inner_parts
-        self.matrices, self.segments, self.means = (
-            self._joined(tables, width) for tables, width in ((rows, 13), (segments, 7), (means, 4))
+        inner_start = self.sum_count + len(matrices) + outer_parts
+        totals += [
+            torch.tensor([(inner_start + first, *rest)], dtype=torch.int64, device="cpu")
+            for first, *rest in full
+        ]
+        self.matrices, self.segments, self.totals = (
+            self._joined(tables, width) for tables, width in ((rows, 13), (segments, 7), (totals, 4))
         )
-        self.factored_totals, self.full_totals = self._table(factored_totals, 4), self._table(full_totals, 4)
 
     def _make_tiles(self, matrices: Sequence[_Matrices]) -> None:
         """The tiles of each launch, and those of each tensor among them all."""

@@ -19,7 +19,7 @@ from prodigyplus.engine import passes
 from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.passes import Kind
 from prodigyplus.engine.rule import Answers, ParamStep, matrices, orthogonalized_in
-from prodigyplus.formulas import moments, muon, prodigy, schedule_free, stochastic_rounding
+from prodigyplus.formulas import moments, muon, prodigy, schedule_free
 from prodigyplus.options import Options
 from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Matrices, Requests, Sum
@@ -112,12 +112,11 @@ class Batch:
         self._launches: Launches | None = None
         self._entries: list[Tensor] = []  # of its states, where they were last found
 
-    def renew(self, group: GroupStep, states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+    def renew(self, group: GroupStep) -> bool:
         """Take up the gradients of another step, if they are all that has changed; only of whole tensors.
 
         Args:
             group: Its parameters' group in that step.
-            states: The optimiser's.
 
         Returns:
             Whether it moves in that step. If not, it is of no more use.
@@ -126,16 +125,12 @@ class Batch:
         assert launches is not None
         # For every parameter at every step: by map, which asks a thousand without a line of Python for each.
         grads = list(map(_GRAD, weights))
-        if {*map(type, grads)} != {Tensor} or {*map(_LAYOUT, grads)} != {torch.strided}:
+        if {*map(type, grads)} != {Tensor} or {*map(_DTYPE, grads)} != {launches.dtypes.grad}:
             return False
-        if {*map(_DTYPE, grads)} != {launches.dtypes.grad}:
-            return False
-        if not all(map(Tensor.is_contiguous, itertools.chain(grads, weights))):
+        if {*map(_LAYOUT, grads)} != {torch.strided} or not all(map(Tensor.is_contiguous, grads + weights)):
             return False
         entries = list(itertools.chain.from_iterable(map(dict.values, self.states)))
-        same_states = map(operator.is_, map(states.__getitem__, weights), self.states)
-        same_entries = map(operator.is_, entries, self._entries)
-        if len(entries) != len(self._entries) or not all(itertools.chain(same_states, same_entries)):
+        if len(entries) != len(self._entries) or not all(map(operator.is_, entries, self._entries)):
             return False
         if launches.data_ptrs != [*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, entries)]:
             return False
@@ -272,8 +267,7 @@ class _KernelWork:
         self._launches, self._sums, self._constants = batch.launches(constants), squares, constants
         self._moves_at_once = not (batch.is_sharded or batch.is_matrix)
         self._setup = batch.setup(self._launches)
-        numbers = constants.on(n.step.device, batch.numbers)
-        self._seeds = stochastic_rounding.seeds(n.step, numbers) if self._setup.rounds else None
+        self._numbers = constants.on(n.step.device, batch.numbers)
         self._late: dict[str, Tensor] = {}  # see late_sums()
 
     def momentum_(self) -> None:
@@ -291,7 +285,7 @@ class _KernelWork:
         takes = batch.adapts
         norms, sums = self._launches.measure_(setup, n, takes_evidence=takes and not self._moves_at_once)
         if self._moves_at_once:
-            sums = self._launches.move_(setup, n, norms, self._seeds, takes_evidence=takes)
+            sums = self._launches.move_(setup, n, norms, self._numbers, takes_evidence=takes)
         if self.kind.is_late:
             del sums["gu"], sums["uu"]
         if norms is not None and not self._moves_at_once:
@@ -327,7 +321,7 @@ class _KernelWork:
             self._setup,
             self.n.packed,
             answers["uu"] if self._setup.is_stable else None,
-            self._seeds,
+            self._numbers,
             takes_evidence=self.kind.is_late,
             directions=directions,
         )

@@ -84,10 +84,9 @@ class GroupStep:
         if not self._observed:
             return d.new_zeros(2)
         parameters, *pairs = zip(*self._observed, strict=True)
-        numbers = [number for of_stack in parameters for number in of_stack]
         # In the order of the parameters, in whichever they came: a sum has the bits of its order.
-        order = sorted(range(len(numbers)), key=numbers.__getitem__)
-        rows = constants.on(d.device, order) if order != list(range(len(order))) else None
+        came = tuple(map(tuple, parameters))
+        rows = constants.made(d.device, ("order", came), lambda: _order(came, d.device))
         sums = []
         for values in pairs:
             wide = [value.to(d.device, d.dtype) for value in values]
@@ -364,6 +363,15 @@ def _by_group(numbers: Packed) -> list[Packed]:
 
 def _and(condition: Tensor, also: Tensor | None) -> Tensor:
     return condition if also is None else condition & also
+
+
+def _order(numbers: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:
+    """The places of numbers, several runs of them, in their order; None where they are in order."""
+    every = [number for run in numbers for number in run]
+    order = sorted(range(len(every)), key=every.__getitem__)
+    if order == list(range(len(order))):
+        return None
+    return torch.tensor(order, device="cpu").to(device, non_blocking=True)
 
 
 class Groups:

@@ -146,8 +146,16 @@ class Step:
         squares = [seen.square.to(zeros.device, zeros.dtype) for seen in self._seen]
         every = torch.cat([zeros[:1], *squares]) if len(squares) != 1 else squares[0]
         sums = [every.sum(0, keepdim=True)]
-        groups = tuple(seen.group.index for seen in self._seen for _ in seen.numbers)
-        index = self._constants.on(zeros.device, groups)
+        groups = tuple((seen.group.index, len(seen.numbers)) for seen in self._seen)
+        index = self._constants.made(
+            zeros.device,
+            ("groups", groups),
+            lambda: (
+                torch.tensor([group for group, count in groups for _ in range(count)], device="cpu")
+                .long()
+                .to(zeros.device, non_blocking=True)
+            ),
+        )
         ones = self._constants.made(zeros.device, "ones", lambda: zeros[:1] + 1)
         for of_stacks in counts:
             if all(count is None for count in of_stacks):

@@ -30,7 +30,7 @@ def journey(options, start, end, dtype):
 @pytest.mark.parametrize("options", [*ADMITTED, *OTHERS[:4]], ids=option_table.text_of)
 def test_goes_on(options, start, end, dtype):
     whole = trained(options, 2 * LEG, dtype=dtype, device=CPU)
-    assert_near(journey(options, start, end, dtype), whole, is_muon="use_muon_pp" in options)
+    assert_near(journey(options, start, end, dtype), whole)
 
 
 @pytest.mark.parametrize("into", [CPU, GPU], ids=str)
