@@ -34,7 +34,7 @@ WEIGHTS = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 D = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 D_HAT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 # Of Muon in bfloat16, whose polynomial enlarges what products of matrices round. On the CPU gradients that
-# differ in the last bits of bfloat16 made 1.6e-2, 1e-2, and 0.6 of the estimate, which then is next to nothing.
+# differ in the last bits of bfloat16 made 1.6e-2, 1e-2, and 0.6 of the estimate, which then is next to none.
 MUON_WEIGHTS, MUON_D, MUON_D_HAT = 3e-2, 3e-2, 1.0
 
 

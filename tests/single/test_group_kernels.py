@@ -56,9 +56,9 @@ def groups_of(sharing, draw):
     columns = optimizer._columns()
     for name in FLOATS:
         columns[name].copy_(torch.tensor([10 ** draw.uniform(-6, -2) for _ in kinds]))
-    columns["d_numerator"].mul_(torch.tensor([draw.choice((1.0, -1.0, 0.5)) for _ in kinds]))
+    columns["d_numerator"].mul_(torch.tensor([draw.choice((1.0, -1.0, 0.5)) for _ in kinds], device=DEVICE))
     columns["in_mean"].copy_(torch.tensor([draw.choice((0.0, 1.0)) for _ in kinds]))
-    columns["weight_sum"].mul_(torch.tensor([draw.choice((0.0, 1.0, 1.0)) for _ in kinds]))
+    columns["weight_sum"].mul_(torch.tensor([draw.choice((0.0, 1.0, 1.0)) for _ in kinds], device=DEVICE))
     columns["k"].copy_(torch.tensor([draw.choice((0, 1, 3, 29, 30, 31, 500)) for _ in kinds]))
     for index, group in enumerate(optimizer.param_groups):
         if draw.random() < 0.3:  # not left its start

@@ -149,7 +149,7 @@ def used(monkeypatch, **options):
 
     def note(x, coefficients):
         products.append(x.dtype)
-        return symmetric_product(x, coefficients)
+        return symmetric_product(x.to(DEVICE), coefficients).to(x.device)
 
     monkeypatch.setattr(launches, "symmetric_product", lambda dtype, device: note)
     problem, optimizer = pair((8, 12), (24, 8), use_muon_pp=True, **options)

@@ -1,0 +1,188 @@
+"""Batches of kernels that stand from step to step while only gradients change: what makes them anew."""
+
+import weakref
+
+import pytest
+import torch
+
+from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.device import launches
+from prodigyplus.standing import Standing
+from tests.single.problems import Fed
+
+pytest.importorskip("triton")
+if launches.interprets():
+    import tests.interpreting  # noqa: F401
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = ((4, 3), (3,), (2, 4))
+
+
+class Pair:
+    """Two like problems: of one the batches may stand, of the other they are found anew at every step."""
+
+    def __init__(self, **options):
+        self._fed = Fed(*SHAPES)
+        self.both = []
+        for _ in range(2):
+            parameters = [torch.nn.Parameter(p.detach().to(DEVICE, copy=True)) for p in self._fed.parameters]
+            self.both.append(
+                (parameters, ProdigyPlusScheduleFree(parameters, d0=1e-3, fused=True, **options))
+            )
+
+    def step(self, change=lambda parameters, optimizer: None):
+        """A step of both, after a change of both; whether the batches of the first stood."""
+        self._fed.backward()
+        found = [optimizer._cache.standing for _, optimizer in self.both]
+        for parameters, optimizer in self.both:
+            for p, fed in zip(parameters, self._fed.parameters, strict=True):
+                p.grad = fed.grad.to(DEVICE, copy=True)
+            change(parameters, optimizer)
+        self.both[1][1]._cache.standing = None
+        for _, optimizer in self.both:
+            optimizer.step()
+        return found[0] is not None and self.both[0][1]._cache.standing is found[0]
+
+    def assert_same(self):
+        (ours, standing), (theirs, anew) = self.both
+        for p, q in zip(ours, theirs, strict=True):
+            assert torch.equal(p, q)
+            for key, value in anew.state[q].items():
+                assert torch.equal(standing.state[p][key], value), key
+
+
+def no_gradient(parameters, optimizer):
+    parameters[1].grad = None
+
+
+def gradient_by_columns(parameters, optimizer):
+    parameters[0].grad = parameters[0].grad.t().contiguous().t()
+
+
+def gradient_of_other_dtype(parameters, optimizer):
+    for p in parameters:
+        grad, p.grad = p.grad.bfloat16(), None
+        p.grad_dtype = torch.bfloat16
+        p.grad = grad
+
+
+def other_option(parameters, optimizer):
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+
+
+def other_state(parameters, optimizer):
+    state = optimizer.state[parameters[0]]
+    optimizer.state[parameters[0]] = dict(state)
+
+
+def no_state(parameters, optimizer):
+    del optimizer.state[parameters[2]]
+
+
+def other_entry(parameters, optimizer):
+    state = optimizer.state[parameters[0]]
+    state["z"] = state["z"].clone()
+
+
+def entry_moved(parameters, optimizer):
+    entry = optimizer.state[parameters[0]]["z"]
+    entry.data = entry.data.clone()
+
+
+def weight_moved(parameters, optimizer):
+    parameters[0].data = parameters[0].data.clone()
+
+
+def weight_turned(parameters, optimizer):
+    """A square one would have kept its shape."""
+    parameters[0].data = parameters[0].data.t().contiguous().t()
+
+
+def loaded(parameters, optimizer):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def other_group(parameters, optimizer):
+    p = torch.nn.Parameter(torch.ones(2, device=DEVICE))
+    p.grad = torch.ones_like(p)
+    optimizer.add_param_group({"params": [p]})
+
+
+CHANGES = (
+    (no_gradient, gradient_by_columns, other_option, other_state, no_state, other_entry, entry_moved)
+    + (weight_moved, weight_turned, loaded, other_group)
+    + ((gradient_of_other_dtype,) if hasattr(torch.Tensor, "grad_dtype") else ())
+)
+
+
+@pytest.fixture
+def _without_launches(monkeypatch):
+    """What is looked at is which batches there are, not what they do."""
+    monkeypatch.setattr(launches, "launch", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("_without_launches")
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_has_them_found_anew(change):
+    pair = Pair()
+    assert not pair.step()
+    assert pair.step()
+    assert not pair.step(change)
+
+
+def test_they_stand():
+    pair = Pair(prodigy_steps=4)
+    start = pair.both[0][0][0].detach().clone()
+    assert [pair.step() for _ in range(6)] == [False, True, True, False, True, True]
+    pair.assert_same()
+    assert not torch.equal(pair.both[0][0][0], start)
+
+
+@pytest.mark.usefixtures("_without_launches")
+def test_a_gradient_that_comes_later():
+    pair = Pair()
+    assert not pair.step(no_gradient)
+    assert pair.step(no_gradient)
+    assert not pair.step()
+    assert pair.step()
+
+
+@pytest.mark.usefixtures("_without_launches")
+def test_in_eval_mode_and_back():
+    pair = Pair()
+    pair.step()
+    for _, optimizer in pair.both:
+        optimizer.eval()
+        optimizer.train()
+    assert pair.step()
+
+
+@pytest.mark.usefixtures("_without_launches")
+def test_gradients_are_let_go():
+    """What is not needed until the next step is free for the forward pass."""
+    pair = Pair()
+    for _ in range(2):
+        pair.step()
+    grads = []
+    for parameters, optimizer in pair.both:
+        grads += [weakref.ref(p.grad) for p in parameters]
+        optimizer.zero_grad()
+    assert not any(grad() for grad in grads)
+
+
+@pytest.mark.usefixtures("_without_launches")
+def test_not_where_something_else_moves():
+    """A parameter that kernels do not move is looked at in every step, and so are all."""
+    parameters = [
+        torch.nn.Parameter(torch.ones(3, device=DEVICE, dtype=dtype))
+        for dtype in (torch.float32, torch.float64)
+    ]
+    optimizer = ProdigyPlusScheduleFree(
+        [{"params": [parameters[0]], "fused": True}, {"params": [parameters[1]]}]
+    )
+    for _ in range(2):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert optimizer._cache.standing is None
+    assert Standing.of([], [], {}, []) is None
