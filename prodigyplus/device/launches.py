@@ -163,7 +163,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **const
     if interprets():
         kernel[grid](*arguments, **_options(constants))
         return
-    # Triton's own way to what it has compiled looks at each argument and constant, and takes ten times longer.
+    # Triton looks at each argument and constant to find what it has compiled, and takes ten times longer.
     dtypes = [argument.dtype if isinstance(argument, Tensor) else None for argument in arguments]
     key = id(kernel), _driver().active.get_current_device(), *constants.values(), *dtypes
     if key not in _COMPILED:

@@ -110,7 +110,7 @@ class Batch:
         # Which operators its passes consist of; none that the kernels admit depends on the size of a tensor.
         self.kind = Kind.of(first.group.options, first.state, 2, adapts=first.group.adapts)
         self._launches: Launches | None = None
-        self._entries: list[Tensor] = []  # of its states, where they were last found
+        self._entries: list[Tensor] = []  # of its states, as they were found
 
     def renew(self, group: GroupStep) -> bool:
         """Take up the gradients of another step, if they are all that has changed; only of whole tensors.
@@ -129,9 +129,8 @@ class Batch:
             return False
         if {*map(_LAYOUT, grads)} != {torch.strided} or not all(map(Tensor.is_contiguous, grads + weights)):
             return False
-        entries = list(itertools.chain.from_iterable(map(dict.values, self.states)))
-        if len(entries) != len(self._entries) or not all(map(operator.is_, entries, self._entries)):
-            return False
+        # Others would lie elsewhere, for those that were found are held.
+        entries = itertools.chain.from_iterable(map(dict.values, self.states))
         if launches.data_ptrs != [*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, entries)]:
             return False
         self.group, self.grads = group, grads

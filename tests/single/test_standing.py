@@ -102,6 +102,12 @@ def loaded(parameters, optimizer):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+def other_parameter(parameters, optimizer):
+    p = torch.nn.Parameter(parameters[0].detach().clone())
+    p.grad = parameters[0].grad
+    optimizer.param_groups[0]["params"][0] = p
+
+
 def other_group(parameters, optimizer):
     p = torch.nn.Parameter(torch.ones(2, device=DEVICE))
     p.grad = torch.ones_like(p)
@@ -110,7 +116,7 @@ def other_group(parameters, optimizer):
 
 CHANGES = (
     (no_gradient, gradient_by_columns, other_option, other_state, no_state, other_entry, entry_moved)
-    + (weight_moved, weight_turned, loaded, other_group)
+    + (weight_moved, weight_turned, loaded, other_group, other_parameter)
     + ((gradient_of_other_dtype,) if hasattr(torch.Tensor, "grad_dtype") else ())
 )
 
