@@ -38,7 +38,7 @@ def test_one_process_knows_nothing_of_many():
 
 # What is imported only when it is used, and where: Triton's kernels where there is a GPU, matplotlib to draw.
 WHEN_USED = {
-    "triton": ("kernels.py", "group_kernels.py", "launches.py", "symmetric.py"),
+    "triton": ("kernels.py", "group_kernels.py", "jit.py", "launches.py", "symmetric.py"),
     "matplotlib": ("plot.py",),
 }
 
@@ -59,7 +59,7 @@ WINGS = (
     ("published", "plot"),
     ("optimizer",),
     ("checkpoint", "eval_mode", "metrics", "monitor"),
-    ("constraints", "parameters"),
+    ("constraints", "parameters", "standing"),
     ("muon_groups", "placement"),
     ("engine",),
     ("state", "device"),

@@ -264,7 +264,7 @@ class Launches:
             Those that factors need, local, in the order of the plan; and those of whole tensors, (tensors,).
         """
         plan, kernels = self.plan, _kernels()
-        lengths = plan.sum_count, len(plan.layouts), plan.outer_parts, plan.inner_parts
+        lengths = [plan.sum_count, len(plan.layouts), plan.outer_parts, plan.inner_parts]
         every = self._empty(sum(lengths))
         sums, totals, outer, inner = torch.split(every, lengths)
         with on_device(self.plan.device):

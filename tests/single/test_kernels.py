@@ -330,24 +330,15 @@ def test_a_launch_serves_all_parameters(monkeypatch):
 
 
 COMPILE = """
-import itertools, struct, sys, types, warnings
+import itertools, struct, warnings
 warnings.simplefilter("ignore")
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from benchmarks.harness.no_gpu import pretend_gpu
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.device import launches
-from prodigyplus.engine import batches, groups
 from prodigyplus.formulas import balance
 
-# A GPU of which there is only what Triton asks for: nothing that is launched runs.
-binary = lambda *_: (1, 1, 0, 0, 1024)
-utils = types.SimpleNamespace(load_binary=binary, get_device_properties=lambda _: {"max_shared_mem": 1 << 17})
-driver.set_active(types.SimpleNamespace(
-    get_current_target=lambda: GPUTarget("cuda", 80, 32), get_current_device=lambda: 0,
-    get_current_stream=lambda _: 0, utils=utils, launcher_cls=lambda *_: lambda *_: None,
-))
-launches.runs_on = batches.runs_on = groups.runs_on = lambda _: True
+pretend_gpu()
 
 def compiled(options, dtype, shapes):
     launches._COMPILED.clear()

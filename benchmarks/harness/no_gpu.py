@@ -1,0 +1,35 @@
+"""Triton without a GPU: kernels are compiled and bound as they would be launched, and do not run."""
+
+from __future__ import annotations
+
+import os
+import types
+from typing import Any
+
+from prodigyplus.device import launches
+from prodigyplus.engine import batches, groups
+
+# Ampere: the first GPUs that multiply bfloat16.
+CAPABILITY = 80
+
+
+def pretend_gpu() -> None:
+    """Have kernels take tensors of the CPU from now on, in this process."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    # What Triton asks of a driver: a module, a function, its registers, spills and threads; and limits.
+    utils = types.SimpleNamespace(
+        load_binary=lambda *_: (1, 1, 0, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 1 << 17}
+    )
+    pretended: Any = types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", CAPABILITY, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 0,
+        utils=utils,
+        launcher_cls=lambda *_: lambda *_: None,
+    )
+    driver.set_active(pretended)
+    for module in (launches, batches, groups):
+        module.runs_on = lambda _: True  # type: ignore[attr-defined]
