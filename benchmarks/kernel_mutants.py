@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 DEVICE = Path("prodigyplus/device")
-COPIED = ("prodigyplus", "prodigyplus_dist", "tests")
+COPIED = ("benchmarks", "prodigyplus", "prodigyplus_dist", "tests")
 # The tests of each source: what sees most of it first.
 TESTS = {
     "kernels": ("tests/single/test_kernels.py", "tests/dist/test_kernels.py"),

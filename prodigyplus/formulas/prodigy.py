@@ -69,7 +69,10 @@ def evidence_sums_(
         distances = {"l1": distance.abs(), "l2_square": distance.square(), "product": distance.mul_(grad)}
         return {name: stacks.total(values, wide_dtype(grad.device)) for name, values in distances.items()}
     product = stacks.total(distance.mul_(grad), wide_dtype(grad.device))
-    s = state["s"].mul_(n.beta3).add_((grad.sign() if use_speed else grad) * n.prodigy_weight)
+    s = state["s"]
+    # On a GPU, a product of s in bfloat16 and of a number there would be with the number rounded to bfloat16.
+    s.copy_(s.to(grad.dtype).mul_(n.beta3))
+    s.add_((grad.sign() if use_speed else grad) * n.prodigy_weight)
     return {"product": product, "norm": stacks.total(s.abs(), wide_dtype(grad.device))}
 
 
