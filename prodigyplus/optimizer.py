@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
@@ -19,7 +19,7 @@ from prodigyplus.constraints import Constraint, Constraints, Projection
 from prodigyplus.engine.columns import Columns, to_python_numbers_
 from prodigyplus.engine.driver import Exchange, OneProcess
 from prodigyplus.engine.in_backward import Hooks, ParameterHooks, fusable
-from prodigyplus.engine.rule import Moving, ParamStep, compute_dtype
+from prodigyplus.engine.rule import ParamStep, compute_dtype
 from prodigyplus.engine.step import Step
 from prodigyplus.eval_mode import AverageSwap, View
 from prodigyplus.formulas import schedule_free
@@ -299,17 +299,22 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "fused_back_pass=True, but no backward pass moves any parameter: call "
                 "optimizer.fuse_backward(model) once, when the model is wrapped as it will be trained."
             )
-        moving = self._moving(step)
+        standing = self._take_standing(step)
+        moving = step.stacked(self._remaining(step)) if standing is None else standing.batches
         if not self._view.is_evaluating:
             step.close(moving)
+            if standing is None and self._may_stand(step):
+                standing = Standing.of(self._locations(), step.groups.steps, self.state, moving)
             if not step.initializes_state:
                 self._hold_(step)
                 self._cache.monitor.end(self, step.groups, in_backward=bool(step.taken))
         for group in fused:
             for p in group["params"]:
                 p.grad = None
-        if self._cache.standing is not None:
-            self._cache.standing.rest()
+        if standing is not None:
+            standing.rest()
+        # Kept where the step has come to its end.
+        self._cache.standing = standing
 
     def _begin(self, *, in_backward: bool) -> Step:
         self._check_average_is_not_lent()
@@ -331,22 +336,16 @@ class ProdigyPlusScheduleFree(Optimizer):
                     restart_(state, weight, self._placement.layout(p), group.options.slice_p)
         return step
 
-    def _moving(self, step: Step) -> Sequence[Moving]:
-        """What moves that no backward pass has moved: what did before, if only gradients have changed."""
-        locations, groups = self._locations(), step.groups.steps
-        may_stand = (
-            self._placement.is_whole and not step.taken and not is_captured(step.groups.columns.device)
-        )
+    def _take_standing(self, step: Step) -> Standing | None:
+        """What moved in the step before, with the gradients of this one, if only gradients have changed."""
         standing, self._cache.standing = self._cache.standing, None
-        if may_stand and standing is not None:
-            batches = standing.renewed(locations, groups, self.state)
-            if batches is not None:
-                self._cache.standing = standing
-                return batches
-        moving = step.stacked(self._remaining(step))
-        if may_stand:
-            self._cache.standing = Standing.of(locations, groups, self.state, moving)
-        return moving
+        if standing is None or not self._may_stand(step):
+            return None
+        return standing if standing.renew(self._locations(), step.groups.steps, self.state) else None
+
+    def _may_stand(self, step: Step) -> bool:
+        captured = is_captured(step.groups.columns.device)
+        return self._placement.is_whole and not step.taken and not captured
 
     def _remaining(self, step: Step) -> list[ParamStep]:
         """What the parameters bring that no backward pass has moved."""

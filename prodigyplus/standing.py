@@ -26,16 +26,19 @@ class Standing:
         locations: Where all parameters of the optimiser stand: another list where they are others.
         groups: The groups in that step.
         states: The optimiser's.
-        batches: What moved in it.
+        batches: What has moved in it.
+
+    Attributes:
+        batches: The same.
     """
 
     def __init__(
         self, locations: list[Location], groups: Sequence[GroupStep], states: States, batches: Sequence[Batch]
     ) -> None:
         self._locations = locations
-        self._terms = _terms(groups)
+        self._terms = [(group.options, group.adapts) for group in groups]
         self._states = list(states.values())
-        self._batches = batches
+        self.batches = batches
         moved = {weight for batch in batches for weight in batch.weights}
         self._idle = [location.p for location in locations if location.p not in moved]
 
@@ -47,34 +50,33 @@ class Standing:
 
         Args:
             locations, groups, states: As of the class.
-            moving: What moved.
+            moving: What has moved.
         """
         batches = [one for one in moving if isinstance(one, Batch)]
         return cls(locations, groups, states, batches) if batches and len(batches) == len(moving) else None
 
-    def renewed(
-        self, locations: list[Location], groups: Sequence[GroupStep], states: States
-    ) -> Sequence[Batch] | None:
-        """The batches in another step, with its gradients; None where something else has changed.
+    def renew(self, locations: list[Location], groups: Sequence[GroupStep], states: States) -> bool:
+        """Take up the gradients of another step, if they are all that has changed.
 
         Args:
             locations, groups, states: As of the class, in that step.
+
+        Returns:
+            Whether its batches are what moves in that step. If not, it is of no more use.
         """
-        if locations is not self._locations or _terms(groups) != self._terms:
-            return None
+        terms = zip(groups, self._terms, strict=False)
+        # Equal options are one object.
+        if not all(group.options is o and group.adapts == adapts for group, (o, adapts) in terms):
+            return False
+        if locations is not self._locations:
+            return False
         if len(states) != len(self._states) or not all(map(operator.is_, states.values(), self._states)):
-            return None
+            return False
         if any(p.grad is not None for p in self._idle):
-            return None
-        renewed = (batch.renew(groups[batch.group.index]) for batch in self._batches)
-        return self._batches if all(renewed) else None
+            return False
+        return all(batch.renew(groups[batch.group.index]) for batch in self.batches)
 
     def rest(self) -> None:
         """Let go of what is of one step alone."""
-        for batch in self._batches:
+        for batch in self.batches:
             batch.rest()
-
-
-def _terms(groups: Sequence[GroupStep]) -> list[tuple[int, bool]]:
-    """What the batches of groups hang on: the options, equal ones of which are one object, and the rest."""
-    return [(id(group.options), group.adapts) for group in groups]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,9 +18,9 @@ _WEIGHT, _RATE = VALUES.index("prodigy_weight"), VALUES.index("dlr")
 
 
 class GroupOptions(NamedTuple):
-    """The options of a group as the kernels take them; switches are 0 or 1, ``lr`` may be a 0-dim tensor."""
+    """A group's options as the kernels take them; switches are 0 or 1, ``lr`` is 0 where it is a tensor."""
 
-    lr: float | Tensor
+    lr: float
     beta1: float
     beta2: float
     beta3: float
@@ -44,17 +44,19 @@ class GroupOptions(NamedTuple):
     shares: float
 
 
-def table_of(groups: Sequence[GroupOptions], sent: SentTable) -> Tensor:
+def table_of(
+    key: object, rows: Callable[[], list[GroupOptions]], rates: Sequence[float | Tensor], sent: SentTable
+) -> Tensor:
     """The options of all groups on a device; float64, (options, groups).
 
     Args:
-        groups: The options.
+        key: What the rows are made of.
+        rows: Gives the options of each group.
+        rates: Their ``lr``, 0-dim tensors or numbers.
         sent: Where they are kept.
     """
-    rates = [group.lr for group in groups]
-    numbers = [group._replace(lr=0.0) if isinstance(group.lr, Tensor) else group for group in groups]
     table = sent.of(
-        numbers, lambda: torch.tensor(list(zip(*numbers, strict=True)), dtype=torch.float64, device="cpu")
+        key, lambda: torch.tensor(list(zip(*rows(), strict=True)), dtype=torch.float64, device="cpu")
     )
     if not any(isinstance(rate, Tensor) for rate in rates):
         return table

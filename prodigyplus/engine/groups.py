@@ -6,6 +6,7 @@ change nothing is a step with other numbers (see :class:`prodigyplus.terms.scala
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -40,13 +41,17 @@ class GroupStep:
         self.index = index
         self.entry = entry
         self.options = Options.of(entry)
-        self.state_options = StateOptions.of(self.options)
         self.skips_per_param = False
         self.adapts = not self.options.is_frozen(entry)
         self.batch_keys: dict[Hashable, Hashable | None] = {}
         self._numbers: tuple[Packed, ...]
         self._observed: list[tuple[list[int], Tensor, Tensor]] = []
         self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}
+
+    @functools.cached_property
+    def state_options(self) -> StateOptions:
+        """Those of its options that say what state there is."""
+        return StateOptions.of(self.options)
 
     def set_numbers(self, *numbers: Packed) -> None:
         """Set this step's numbers; they may be given in several dtypes."""
@@ -103,7 +108,7 @@ def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
     """The options of a group for kernels; ``shares``: whether it moves by a mean of several."""
     o = group.options
     return GroupOptions(
-        lr=o.lr,
+        lr=0.0 if isinstance(o.lr, Tensor) else o.lr,
         beta1=o.betas[0],
         beta2=o.betas[1],
         beta3=o.prodigy_beta,
@@ -387,7 +392,6 @@ class Groups:
         self.steps = [GroupStep(index, entry) for index, entry in enumerate(entries)]
         self.columns = columns
         self.constants = constants
-        self._batches = self._split(self.steps)
         self._kernels = self._in_kernels() if self._has_kernels else None
 
     @property
@@ -402,11 +406,23 @@ class Groups:
     def _in_kernels(self) -> GroupNumbers:
         columns = self.columns
         sharing = {step.index for step in self._sharing}
-        rows = [_row(step, shares=step.index in sharing) for step in self.steps]
-        return GroupNumbers(columns.floats, columns.counts, table_of(rows, columns.options))
+        rates = [step.options.lr for step in self.steps]
+
+        def rows() -> list[GroupOptions]:
+            return [_row(step, shares=step.index in sharing) for step in self.steps]
+
+        # Equal options are one object, so that they are soon compared; a rate on a device had better not be.
+        key: object = [(step.options, step.adapts, step.index in sharing) for step in self.steps]
+        if any(isinstance(rate, Tensor) for rate in rates):
+            key = rows()
+        return GroupNumbers(columns.floats, columns.counts, table_of(key, rows, rates, columns.options))
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @functools.cached_property
+    def _batches(self) -> list[GroupBatch]:
+        return self._split(self.steps)
 
     def _split(self, steps: Sequence[GroupStep]) -> list[GroupBatch]:
         return GroupBatch.split(steps, self.columns, self.constants)

@@ -192,3 +192,35 @@ def test_not_where_something_else_moves():
         optimizer.step()
         assert optimizer._cache.standing is None
     assert Standing.of([], [], {}, []) is None
+
+
+@pytest.mark.usefixtures("_without_launches")
+def test_a_step_that_fails_leaves_nothing_standing(monkeypatch):
+    pair = Pair()
+    pair.step()
+    optimizer = pair.both[0][1]
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launches, "launch", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step()
+    assert optimizer._cache.standing is None
+    assert not pair.step()
+    assert pair.step()
+
+
+@pytest.mark.usefixtures("_without_launches")
+def test_state_that_is_made_in_eval_mode():
+    """As torch's checkpoint helpers make it: nothing has moved then."""
+    pair = Pair(lr=0.0)
+    for _, optimizer in pair.both:
+        optimizer.eval()
+    pair.step()
+    assert pair.both[0][1].state
+    for _, optimizer in pair.both:
+        optimizer.train()
+    assert not pair.step()
+    assert pair.step()
