@@ -356,16 +356,14 @@ def compiled(options, dtype, shapes):
         made.setdefault(kernel.name, []).append(kernel.asm["ptx"])
     return made
 
-fast, slow = ((64, 48), (96,)), ((33, 70), (3, 33, 10), (70,))
+fast, slow = ((64, 48), (96,)), ((3, 33, 10),)
 sets = [
     ({}, torch.float32),
     ({"bfloat16_z": True, "use_speed": True}, torch.float32),
     ({"use_schedulefree": False, "use_speed": "relative", "weight_decay": 0.1}, torch.float32),
-    ({"eps": None, "use_stableadamw": False}, torch.bfloat16),
-    ({"use_stableadamw": False, "factored": False}, torch.bfloat16),
+    ({"eps": None, "use_stableadamw": False, "factored": False}, torch.bfloat16),
     ({"step_size": "balance", "factored_fp32": False}, torch.bfloat16),
     ({"step_size": "balance", "bfloat16_z": True}, torch.float32),
-    ({"use_muon_pp": True, "muon_fp32": True, "use_stableadamw": False}, torch.float32),
     ({"use_muon_pp": True, "muon_fp32": True, "step_size": "balance"}, torch.float32),
 ]
 for (options, dtype), shapes in zip(sets, itertools.cycle((fast, slow))):
