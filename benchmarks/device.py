@@ -28,6 +28,8 @@ from harness.tensors import state_bytes, with_gradients
 from torch import nn
 from torch.optim import Optimizer
 
+from prodigyplus.device import launches
+
 STEPS, WARM_UP = 15, 4
 HOST_STEPS = 200
 
@@ -173,8 +175,6 @@ def on_host() -> None:
     """The host's time by the number of tensors, of kernels that do not run; and that of AdamW fused."""
     torch.set_num_threads(1)
     pretend_gpu()
-    from prodigyplus.device import launches
-
     real, launched = launches.launch, 0
 
     def launch(*arguments: Any, **constants: Any) -> None:

@@ -278,16 +278,22 @@ def _moved(
 
 
 @triton.jit
+def _run_of(index, size, runs):
+    """Of elements of a tensor that is several runs of the whole one: their runs' rows, and places there."""
+    length = tl.load(size + RUN_LENGTH).to(tl.int32)
+    run = index // length
+    return runs + (tl.load(size + FIRST_RUN) + run) * RUNS, index - run * length
+
+
+@triton.jit
 def _whole_indices(index, exists, size, runs, SINGLE: tl.constexpr):
     """Where the elements of a strip lie in the whole tensor: their indices there, modulo 2³²."""
     if SINGLE:
         return index.to(tl.uint32) + tl.load(size + FIRST_INDEX).to(tl.uint32)
     else:
-        length = tl.load(size + RUN_LENGTH).to(tl.int32)
-        run = index // length
-        row = runs + (tl.load(size + FIRST_RUN) + run) * RUNS
-        first = tl.load(row + RUN_INDEX, mask=exists, other=0).to(tl.uint32, bitcast=True)
-        return (index - run * length).to(tl.uint32) + first
+        run, place = _run_of(index, size, runs)
+        first = tl.load(run + RUN_INDEX, mask=exists, other=0).to(tl.uint32, bitcast=True)
+        return place.to(tl.uint32) + first
 
 
 @triton.jit
@@ -317,12 +323,10 @@ def _samples(
         position = index + phase
         return index, exists & (position % EVERY == 0), position // EVERY - tl.where(phase > 0, 1, 0)
     else:
-        length = tl.load(size + RUN_LENGTH).to(tl.int32)
-        run = index // length
-        its = runs + (tl.load(size + FIRST_RUN) + run) * RUNS
-        phase = tl.load(its + RUN_PHASE, mask=exists, other=0)
-        before = tl.load(its + RUN_SAMPLES, mask=exists, other=0) - tl.where(phase > 0, 1, 0)
-        position = index - run * length + phase
+        run, place = _run_of(index, size, runs)
+        phase = tl.load(run + RUN_PHASE, mask=exists, other=0)
+        before = tl.load(run + RUN_SAMPLES, mask=exists, other=0) - tl.where(phase > 0, 1, 0)
+        position = place + phase
         return index, exists & (position % EVERY == 0), before + position // EVERY
 
 
@@ -358,7 +362,7 @@ def _hash(bits):
 
 @triton.jit
 def _seed(step, number):
-    """What makes the noise of a parameter another one in each step, of numbers in int64."""
+    """:func:`prodigyplus.formulas.stochastic_rounding.seeds`, of one parameter; both are int64."""
     golden = tl.full((), 0x9E3779B9, tl.int64)
     of_parameter = (number * golden).to(tl.uint32) & tl.full((), 0x7FFFFFFF, tl.uint32)
     return _hash(_hash((step * golden).to(tl.uint32)) + of_parameter)
