@@ -12,6 +12,7 @@ from functools import cached_property
 from .peers import Setting
 from .results import Row
 from .tasks import TASKS
+from .train import UNTRAINED
 
 
 @dataclass
@@ -47,18 +48,18 @@ class Outcome:
         ]
         return statistics.fmean(math.inf if loss is None else loss for loss in losses)
 
-    def is_no_worse(self, than: Outcome) -> bool | None:
-        """Whether its mean loss is at or below another's, over the seeds that both have; None if none."""
-        seeds = {row["seed"] for row in self.rows} & {row["seed"] for row in than.rows}
+    def above(self, other: Outcome) -> float | None:
+        """How far its mean loss is above another's, over the seeds that both have; None if there are none."""
+        seeds = {row["seed"] for row in self.rows} & {row["seed"] for row in other.rows}
         if not seeds:
             return None
-        mine, others = (
+        mine, others = (  # one that diverged is as bad as another
             statistics.fmean(
                 loss for loss, row in zip(its.losses, its.rows, strict=True) if row["seed"] in seeds
             )
-            for its in (self, than)
+            for its in (self, other)
         )
-        return mine <= others
+        return 0.0 if mine == others else mine - others
 
     @property
     def accuracy(self) -> float | None:
@@ -91,6 +92,20 @@ class Comparison:
     def untuned(self) -> list[Outcome]:
         """What nothing was tuned of."""
         return [outcome for outcome in self.outcomes.values() if outcome.setting.rate is None]
+
+    @property
+    def range(self) -> float | None:
+        """From the loss of the untrained model to the least of all; None if no run has the former."""
+        untrained = [
+            point["loss"]
+            for outcome in self.outcomes.values()
+            for row in outcome.rows
+            for point in row["curve"]
+            if point["fraction"] == UNTRAINED
+        ]
+        if not untrained:
+            return None
+        return statistics.fmean(untrained) - min(its.loss for its in (*self.untuned, *self.best_tuned))
 
     @property
     def best_tuned(self) -> list[Outcome]:

@@ -108,9 +108,11 @@ def ours(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Buil
 
 
 def ours_muon(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Built:
-    """Ours, with Muon for the hidden matrices."""
+    """Ours, with Muon for the hidden matrices: on a CPU, which is slow in bfloat16, in float32."""
     hidden, rest = hidden_and_rest(model)
-    groups: list[dict[str, Any]] = [{"params": rest}, {"params": hidden, "use_muon_pp": True}]
+    in_float32 = all(p.device.type == "cpu" for p in hidden)
+    muon: dict[str, Any] = {"params": hidden, "use_muon_pp": True, "muon_fp32": in_float32}
+    groups: list[dict[str, Any]] = [{"params": rest}, muon]
     return [ProdigyPlusScheduleFree([group for group in groups if group["params"]], **options)]
 
 

@@ -26,7 +26,9 @@ from quality.train import FRACTIONS
 ABOUT = """\
 A loss is the mean over seeds ± their standard deviation. A tuned optimiser is shown with the setting of the
 least mean loss, of those that were run with the most seeds; × is a factor of the step size that it finds
-itself. Schedule-Free methods are evaluated at their averages.""".splitlines()
+itself. Schedule-Free methods are evaluated at their averages. The range of a task is from the loss of the
+untrained model to the least of all.""".splitlines()
+CLOSE = 0.01  # of the range: what is no worse than another's, but for that
 
 # ------------------------------------------------------------------------------------------ words
 
@@ -63,6 +65,13 @@ def ratio(value: float, to: float) -> str:
     return f"{value / to:.3f}" if to > 0 and math.isfinite(value) and math.isfinite(to) else ""
 
 
+def share(above: float | None, of: float | None) -> str:
+    """How far a loss is above another, in terms of a range."""
+    if above is None or of is None or not math.isfinite(above):
+        return ""
+    return f"{above / of:+.1%}"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
@@ -85,25 +94,34 @@ def overview(found: Sequence[Comparison]) -> list[str]:
                     f"{peers[0].optimizer}, {described(peers[0], comparison.of(peers[0].optimizer))}",
                     with_spread(peers[0]),
                     ratio(ours.loss, peers[0].loss),
+                    share(ours.above(peers[0]), comparison.range),
                 ]
             )
-    return table(["task", "untuned", "loss (seeds)", "best tuned peer", "its loss", "untuned ÷ tuned"], rows)
+    head = ["task", "untuned", "loss (seeds)", "best tuned peer", "its loss"]
+    return table([*head, "untuned ÷ tuned", "above it, of the range"], rows)
 
 
 def tally(found: Sequence[Comparison]) -> list[str]:
-    """On how many tasks each optimiser that is not tuned ends at or below each other, over their seeds."""
-    counts: dict[tuple[str, str], list[bool]] = {}
+    """On how many tasks each optimiser that is not tuned ends at or below each other, over their seeds.
+
+    The second number also counts what ends above by no more than CLOSE, of the tasks whose range is known.
+    """
+    counts: dict[tuple[str, str], list[tuple[bool, bool | None]]] = {}
     for comparison in found:
         for ours in comparison.untuned:
             for other in (*comparison.untuned, *comparison.best_tuned):
-                is_no_worse = None if other is ours else ours.is_no_worse(other)
-                if is_no_worse is not None:
-                    counts.setdefault((ours.optimizer, other.optimizer), []).append(is_no_worse)
-    rows = (
-        [*pair, f"{sum(outcomes)} of {len(outcomes)}"]
-        for pair, outcomes in sorted(counts.items(), key=lambda item: item[0])
+                above = None if other is ours else ours.above(other)
+                if above is not None:
+                    is_close = None if comparison.range is None else above <= CLOSE * comparison.range
+                    counts.setdefault((ours.optimizer, other.optimizer), []).append((above <= 0, is_close))
+    rows = []
+    for pair, outcomes in sorted(counts.items(), key=lambda item: item[0]):
+        close = [is_close for _, is_close in outcomes if is_close is not None]
+        below = [is_below for is_below, _ in outcomes]
+        rows.append([*pair, *(f"{sum(found)} of {len(found)}" for found in (below, close))])
+    return table(
+        ["untuned", "beside", "at or below it on", f"or above by {CLOSE:.0%} of the range at most"], rows
     )
-    return table(["untuned", "ends at or below", "on tasks"], rows)
 
 
 def section(comparison: Comparison, picture: str) -> list[str]:

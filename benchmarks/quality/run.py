@@ -1,7 +1,8 @@
 """Train tasks with optimisers, and add a JSON line to a file for each finished run; resumable.
 
     python benchmarks/quality/run.py --out FILE.jsonl [--tasks NAME ...] [--optimizers NAME ...]
-        [--seeds N ...] [--size small|large] [--device cpu|cuda] [--peers FOLDER] [--minutes M] [--best N]
+        [--seeds N ...] [--best N] [--size small|large|long] [--device cpu|cuda] [--peers FOLDER]
+        [--minutes M]
 
 What the file has already is skipped, so that the same command goes on after any end. With `--best 3`, the
 further seeds run the three settings of each tuned optimiser that were best with the first seed, not all. What
@@ -48,7 +49,7 @@ from quality.task import Setup, Task
 from quality.tasks import TASKS
 from quality.train import train
 
-SIZES = ("small", "large")
+SIZES = ("small", "large", "long")
 WARM_UPS = {"both": (True, False), "with": (True,), "without": (False,)}
 
 
@@ -75,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.peers is not None:
         sys.path.append(str(args.peers))  # after ours
     entries = available([OPTIMIZERS[name] for name in args.optimizers])
-    tasks = [TASKS[name] for name in args.tasks if TASKS[name].is_available]
-    for name in sorted(set(args.tasks) - {task.name for task in tasks}):
-        print(f"Left out: {name}: {TASKS[name].needs} is not installed", flush=True)
+    tasks = available_tasks([TASKS[name] for name in args.tasks], args.size)
     end = time.monotonic() + 60 * args.minutes
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = results.read([args.out])
@@ -109,7 +108,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rates", nargs="+", type=float, metavar="R", help="instead of each tuned optimiser's own")
     add("--warm-up", choices=WARM_UPS, default="both", help="of each rate; default: %(default)s")
     add("--best", type=int, metavar="N", help="settings of the first seed that the further seeds repeat")
-    add("--size", choices=SIZES, default=SIZES[0], help="default: %(default)s, minutes on a CPU core")
+    add(
+        "--size",
+        choices=SIZES,
+        default=SIZES[0],
+        help="default: %(default)s, seconds to minutes on a CPU core",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--threads", type=int, default=1, help="of the CPU; default: %(default)s")
     add("--minutes", type=float, default=math.inf, help="begin no run after that")
@@ -120,6 +124,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     return args
+
+
+def available_tasks(tasks: Sequence[Task], size: str) -> list[Task]:
+    """The tasks that have this size and what they need; says which have not."""
+    found = []
+    for task in tasks:
+        if size not in task.scales:
+            print(f"Left out: {task.name}: it has no size {size!r}", flush=True)
+        elif not task.is_available:
+            print(f"Left out: {task.name}: {task.needs} is not installed", flush=True)
+        else:
+            found.append(task)
+    return found
 
 
 def available(entries: Sequence[Entry]) -> list[Entry]:

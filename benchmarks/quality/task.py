@@ -82,7 +82,8 @@ class Task:
     Attributes:
         name: As the command line and the report have it.
         build: Makes model, batches, loss and evaluation.
-        scales: By the name of the size: "small" for a CPU core, "large" for a GPU.
+        scales: By the name of the size: "small" for a CPU core, "large" for a GPU, and for some tasks
+            "long", what a training script does.
         loss: What the reported loss is, in words.
         accuracy: What the reported accuracy is; empty where there is none.
         held_out: Not to be looked at when a rule or a default is chosen.

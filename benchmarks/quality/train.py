@@ -14,6 +14,7 @@ from .peers import Built, Entry, Setting
 from .task import Problem, Setup, Task
 
 FRACTIONS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of training, after which the model is evaluated
+UNTRAINED = 0.0  # the fraction at which it is evaluated too
 
 
 def evaluated_after(steps: int) -> dict[int, float]:
@@ -41,8 +42,9 @@ def train(task: Task, setup: Setup, entry: Entry, setting: Setting) -> dict[str,
 def points(
     task: Task, setup: Setup, problem: Problem, entry: Entry, setting: Setting, built: Built
 ) -> Iterator[dict[str, Any]]:
-    """Take all steps; the points of the anytime curve as they come."""
+    """Take all steps; the points of the anytime curve as they come, the first of the untrained model."""
     steps = setup.scale.steps
+    yield {"fraction": UNTRAINED, "step": 0, **evaluate(problem, ())}
     at = evaluated_after(steps)
     first = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in built]
     for optimizer in built:

@@ -94,7 +94,7 @@ def test_a_task_trains_and_repeats(quality, name, tmp_path):
         for _ in range(2)
     ]
     assert runs[0]["curve"] == runs[1]["curve"]
-    assert [point["step"] for point in runs[0]["curve"]] == [1, 2]
+    assert [point["step"] for point in runs[0]["curve"]] == [0, 1, 2]
     assert runs[0]["loss"] is not None
     assert (runs[0]["accuracy"] is not None) == bool(task.accuracy)
 
@@ -180,7 +180,8 @@ def test_what_is_done_is_skipped(quality, monkeypatch, tmp_path, capsys):
 
 def row(optimizer, rate, seed, loss, accuracy=0.5):
     """A made-up run."""
-    curve = [{"fraction": fraction, "loss": loss} for fraction in (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)]
+    curve = [{"fraction": 0.0, "loss": 52.0}] if optimizer == "ours" else []
+    curve += [{"fraction": fraction, "loss": loss} for fraction in (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)]
     return {
         "task": "mnist",
         "size": "small",
@@ -203,6 +204,7 @@ def test_the_report(quality, tmp_path):
         *(row("adamw-cosine", 1e-3, seed, loss) for seed, loss in ((1, 3.0), (2, 5.0))),
         *(row("adamw-cosine", 1e-2, seed, loss) for seed, loss in ((1, 2.0), (2, None))),
         row("adamw-cosine", 1e-1, 1, 0.1),  # one seed only, so not the best
+        *(row("published", None, seed, 2.5) for seed in (1, 2)),
         *(row("prodigy-cosine", factor, seed, 2.5) for factor in (0.5, 1.0, 2.0) for seed in (1, 2)),
     ]
     source, out = tmp_path / "runs.jsonl", tmp_path / "quality.md"
@@ -210,10 +212,12 @@ def test_the_report(quality, tmp_path):
     quality.report.main([str(source), "--out", str(out)])
     text = out.read_text()
     best = "prodigy-cosine, × 0.5, warm-up (edge of the grid)"
-    assert f"| mnist | ours | 2 ± 0.1 (2) | {best} | 2.5 ± 0 (2) | 0.800 |" in text
+    assert f"| mnist | ours | 2 ± 0.1 (2) | {best} | 2.5 ± 0 (2) | 0.800 | -1.0% |" in text
     assert "| adamw-cosine | 0.001, warm-up (edge of the grid) | 4 ± 1 (2) | 2.000 | 50.00% | 1 |" in text
     assert "| ours | 2 | 2 | 2 | 2 | 2 | 2 |" in text
-    assert "| ours | adamw-cosine | 1 of 1 |" in text
+    assert "| ours | adamw-cosine | 1 of 1 | 1 of 1 |" in text
+    assert "| published | ours | 0 of 1 | 1 of 1 |" in text  # 0.5 above, of a range of 50
+    assert "| published | prodigy-cosine | 1 of 1 | 1 of 1 |" in text
     assert (tmp_path / "quality" / "mnist.png").stat().st_size > 10_000
 
 

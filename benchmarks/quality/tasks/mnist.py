@@ -67,6 +67,7 @@ TASKS = (
         {
             "small": Scale(250, 64, {"evaluated": 1000}),
             "large": Scale(3 * 938, 64, {"evaluated": 10_000}),
+            "long": Scale(14 * 938, 64, {"evaluated": 10_000}),  # half an hour on a CPU core
         },
         HELD_OUT,
         "held out",
