@@ -4,30 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .peers import Entry, Setting
-from .task import Scale
-
 Row = dict[str, Any]
 IDENTITY = ("task", "size", "scale", "optimizer", "setting", "seed", "device")
-
-
-def identity(
-    task: str, size: str, scale: Scale, entry: Entry, setting: Setting, seed: int, device: str
-) -> Row:
-    """What a run is: two runs of which this is equal are the same."""
-    return {
-        "task": task,
-        "size": size,
-        "scale": {"steps": scale.steps, "batch": scale.batch, **scale.shape},
-        "optimizer": entry.name,
-        "setting": asdict(setting),
-        "seed": seed,
-        "device": device,
-    }
 
 
 def key(row: Row) -> str:

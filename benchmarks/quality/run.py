@@ -27,47 +27,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the package is
 
-from quality import ROOT, peers, results
+from quality import peers, results, runs
 from quality.peers import OPTIMIZERS, Entry, Setting
 from quality.results import Row
-from quality.task import Setup, Task
+from quality.runs import Run
+from quality.task import Task
 from quality.tasks import TASKS
-from quality.train import train
 
 SIZES = ("small", "large", "long")
 WARM_UPS = {"both": (True, False), "with": (True,), "without": (False,)}
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run that may be done already."""
-
-    task: Task
-    entry: Entry
-    setting: Setting
-    seed: int
-
-    def identity(self, args: argparse.Namespace) -> Row:
-        """What the results say it is."""
-        scale = self.task.scales[args.size]
-        return results.identity(
-            self.task.name, args.size, scale, self.entry, self.setting, self.seed, args.device
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,21 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.append(str(args.peers))  # after ours
     entries = available([OPTIMIZERS[name] for name in args.optimizers])
     tasks = available_tasks([TASKS[name] for name in args.tasks], args.size)
-    end = time.monotonic() + 60 * args.minutes
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     done = results.read([args.out])
-    for run in plan(args, tasks, entries, done):
-        identity = run.identity(args)
-        key = results.key(identity)
-        if key in done:
-            continue
-        if time.monotonic() > end:
-            print("The time is over: the same command goes on from here.")
-            return
-        row = {**identity, **perform(run, args)}
-        results.append(args.out, row)
-        done[key] = row
-        print(line(row), flush=True)
+    until = time.monotonic() + 60 * args.minutes
+    planned = plan(args, tasks, entries, done)
+    if not runs.finish(args.out, planned, done, folder=args.cache, until=until):
+        print("The time is over: the same command goes on from here.")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -118,9 +85,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="of the CPU; default: %(default)s")
     add("--minutes", type=float, default=math.inf, help="begin no run after that")
     add("--peers", type=Path, metavar="FOLDER", help="with the packages of others")
-    add(
-        "--cache", type=Path, default=Path("runs/quality"), help="for pretrained models; default: %(default)s"
-    )
+    add("--cache", type=Path, default=runs.CACHE, help="for pretrained models; default: %(default)s")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     return args
@@ -159,53 +124,12 @@ def plan(
         if args.best is not None and seed != args.seeds[0]:
 
             def loss(setting: Setting, task: Task = task, entry: Entry = entry) -> float:
-                row = done.get(results.key(Run(task, entry, setting, args.seeds[0]).identity(args)))
+                row = done.get(Run(task, entry, setting, args.seeds[0], args.size, args.device).key)
                 return math.inf if row is None or row["loss"] is None else float(row["loss"])
 
             settings = sorted(settings, key=loss)[: args.best]
         for setting in settings:
-            yield Run(task, entry, setting, seed)
-
-
-def perform(run: Run, args: argparse.Namespace) -> Row:
-    """Train; returns what was measured, and where."""
-    scale = run.task.scales[args.size]
-    setup = Setup(scale, run.seed, torch.device(args.device), args.cache)
-    measured = train(run.task, setup, run.entry, run.setting)
-    return {**measured, "environment": {**environment(args.device), "package": peers.version(run.entry)}}
-
-
-@cache
-def environment(device: str) -> dict[str, Any]:
-    """The machine and the versions."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "commit": commit,
-    }
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    with suppress(OSError):
-        for text in Path("/proc/cpuinfo").read_text().splitlines():
-            if text.startswith("model name"):
-                return text.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def line(row: Row) -> str:
-    """A finished run in words."""
-    setting = row["setting"]
-    how = "" if setting["rate"] is None else f" {setting['rate']:g}{' with warm-up' * setting['warm_up']}"
-    loss = "diverged" if row["loss"] is None else f"{row['loss']:.5g}"
-    accuracy = "" if row["accuracy"] is None else f", accuracy {row['accuracy']:.2%}"
-    what = f"{row['task']}, {row['optimizer']}{how}, seed {row['seed']}"
-    return f"{what}: {loss}{accuracy}, {row['cpu_seconds']} s of the CPU"
+            yield Run(task, entry, setting, seed, args.size, args.device)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ from torch import nn
 
 from . import results
 from .peers import Built, Entry, Setting
-from .run import environment, line
-from .task import Setup
+from .runs import Run, finish
 from .tasks import TASKS
-from .train import train
 
 FEW = ("tanh-regression", "logistic-digits", "mnist-mlp", "gpt-w64-b8", "noisy-mnist")
 """Tasks of half a minute, of different kinds; none is held out."""
@@ -94,30 +92,17 @@ def command(
     if args.report:
         print("\n".join(report(results.read([args.out]).values())))
     else:
-        sweep(args.out, variants, names=args.variants, tasks=args.tasks, seeds=args.seeds)
+        runs = planned(variants, names=args.variants, tasks=args.tasks, seeds=args.seeds)
+        finish(args.out, runs, results.read([args.out]))
 
 
-def sweep(
-    out: Path,
-    variants: Mapping[str, Variant],
-    *,
-    names: Sequence[str],
-    tasks: Sequence[str],
-    seeds: Sequence[int],
-) -> None:
-    """Train what the file does not have, and add a line to it for each run."""
-    done = results.read([out])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for seed, task_name, name in itertools.product(seeds, tasks, names):
-        task, scale = TASKS[task_name], TASKS[task_name].scales["small"]
+def planned(
+    variants: Mapping[str, Variant], *, names: Sequence[str], tasks: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Run]:
+    """The runs of some variants: of each seed all tasks, of each task all variants."""
+    for seed, task, name in itertools.product(seeds, tasks, names):
         entry = Entry(name, variants[name].build, tuned="nothing", distribution="")
-        identity = results.identity(task_name, "small", scale, entry, Setting(), seed, "cpu")
-        if results.key(identity) not in done:
-            setup = Setup(scale, seed, torch.device("cpu"), Path("runs/quality"))
-            row = {**identity, **train(task, setup, entry, Setting()), "environment": environment("cpu")}
-            results.append(out, row)
-            done[results.key(row)] = row
-            print(line(row), flush=True)
+        yield Run(TASKS[task], entry, Setting(), seed)
 
 
 def changes(rows: Iterable[results.Row], variants: Mapping[str, Variant]) -> dict[str, dict[str, Change]]:
