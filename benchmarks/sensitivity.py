@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/sensitivity.py --out FILE.jsonl [--minutes M]
     PYTHONPATH=. python benchmarks/sensitivity.py --out FILE.jsonl --report
 
-The first trains what the file does not have. The second prints tables: of `lr` and `d0`, on tasks of quality/;
+The first trains what the file does not have. The second prints tables: of `lr` and `d0` on tasks of quality/,
 and of the width and the batch size of a byte-level GPT.
 """
 
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +30,8 @@ from quality.task import Scale, Task
 from quality.tasks import TASKS
 from quality.variants import FEW
 
-FACTORS = {"lr=⅓": {"lr": 1 / 3}, "lr=3": {"lr": 3.0}}
-STARTS = {f"d0={start:g}": {"d0": start} for start in (1e-8, 1e-7, 1e-5, 1e-4)}
+FACTORS: dict[str, dict[str, Any]] = {"lr=⅓": {"lr": 1 / 3}, "lr=3": {"lr": 3.0}}
+STARTS: dict[str, dict[str, Any]] = {f"d0={start:g}": {"d0": start} for start in (1e-8, 1e-7, 1e-5, 1e-4)}
 OURS = {
     name: Entry(name, partial(peers.ours, step_size="balance", **options), tuned="nothing", distribution="")
     for name, options in {"untuned": {}, **FACTORS, **STARTS}.items()
@@ -127,7 +128,7 @@ def of_gpts(losses: Losses, what: str, tasks: Mapping[str, str]) -> Iterator[str
         yield f"| {value} | {' | '.join(f'{loss:.3f}' for loss in (ours, *adamw, ratios[-1]))} |"
     if ratios:
         changes = [spread(around(losses, task)) for task in tasks.values()]
-        yield f"\nuntuned ÷ best AdamW changes by {spread(ratios)}, AdamW over its rate by {', '.join(changes)}"
+        yield f"\nuntuned ÷ best AdamW: {spread(ratios)}. AdamW over its rate: {', '.join(changes)}."
 
 
 def main() -> None:
