@@ -28,7 +28,7 @@ from harness.tensors import state_bytes, with_gradients
 from torch import nn
 from torch.optim import Optimizer
 
-from prodigyplus.device import launches
+from prodigyplus.device import jit
 
 STEPS, WARM_UP = 15, 4
 HOST_STEPS = 200
@@ -175,14 +175,14 @@ def on_host() -> None:
     """The host's time by the number of tensors, of kernels that do not run; and that of AdamW fused."""
     torch.set_num_threads(1)
     pretend_gpu()
-    real, launched = launches.launch, 0
+    real, launched = jit.launch, 0
 
     def launch(*arguments: Any, **constants: Any) -> None:
         nonlocal launched
         launched += 1
         real(*arguments, **constants)
 
-    launches.launch = launch
+    jit.launch = launch
     print(head("tensors: | AdamW fused, ms: | ours, ms: | operator by operator, ms: | launches of kernels:"))
     for count in (148, 1000):
         launched = 0

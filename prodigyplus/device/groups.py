@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus.device import launches
+from prodigyplus.device import jit
 from prodigyplus.formulas import balance, prodigy
 from prodigyplus.terms.scalars import VALUES, Packed
 from prodigyplus.terms.tables import SentTable
@@ -100,8 +100,8 @@ class GroupNumbers:
             for dtype, bits in ((torch.float64, torch.int64), (torch.float32, torch.int32))
         )
         self._values = wide.values
-        with launches.on_device(device):
-            launches.launch(
+        with jit.on_device(device):
+            jit.launch(
                 _kernels().begin, (1,),
                 self._floats, self._counts, self._options, square, present, wide.values, narrow.values,
                 wide.gate, narrow.gate, observes, steps, learns, count,
@@ -116,8 +116,8 @@ class GroupNumbers:
             totals: The sums of all groups, (groups, 2), of products that are not weighted yet and of norms.
             learns: What :meth:`begin_` gave.
         """
-        with launches.on_device(totals.device):
-            launches.launch(
+        with jit.on_device(totals.device):
+            jit.launch(
                 _kernels().end, (1,),
                 self._floats, self._counts, self._options, totals, self._values, learns, self._count,
                 LIMIT_OF_SPEED=prodigy.SPEED_LIMIT, LARGEST_FACTOR=prodigy.LIMIT,

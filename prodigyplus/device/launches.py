@@ -1,22 +1,16 @@
-"""The launches of a batch's passes: what :mod:`prodigyplus.device.kernels` gets, and what comes back.
-
-Triton is imported with the first launch. Without a GPU, ``TRITON_INTERPRET=1`` in the environment of the
-process has the kernels run on the CPU, slowly: for tests.
-"""
+"""The launches of a batch's passes: what :mod:`prodigyplus.device.kernels` gets, and what comes back."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.util
-import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from prodigyplus.device import jit
 from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, Tiles, TileSize
 from prodigyplus.terms.requests import SymmetricProduct
 from prodigyplus.terms.scalars import Packed
@@ -40,14 +34,9 @@ EVIDENCE_SUMS: dict[object, tuple[str, ...]] = {
 }
 
 
-def interprets() -> bool:
-    """Whether Triton runs kernels on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def tile_size() -> TileSize:
     """The size of tiles: for GPUs, or so small that the interpreter ends before long."""
-    return TileSize(32, 64) if interprets() else TileSize()
+    return TileSize(32, 64) if jit.interprets() else TileSize()
 
 
 class Program(NamedTuple):
@@ -67,7 +56,7 @@ class Programs(NamedTuple):
 
 def programs() -> Programs:
     """Those for GPUs, or those that the interpreter goes over in few steps."""
-    return Programs(*[Program(16, 1)] * 3) if interprets() else Programs()
+    return Programs(*[Program(16, 1)] * 3) if jit.interprets() else Programs()
 
 
 class Dtypes(NamedTuple):
@@ -126,80 +115,9 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
-def _triton_dtype(dtype: torch.dtype | None) -> Any:
-    import triton.language as tl
-
-    # What is not there is never read; the kernel needs a type for its address all the same.
-    return {torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}.get(dtype, tl.float32)  # type: ignore[arg-type]
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether kernels can be launched for tensors on ``device``."""
-    return (device.type == "cuda" or interprets()) and has_triton()
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Where kernels for ``device`` are launched from."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **constants: object) -> None:
-    """Launch a kernel.
-
-    Args:
-        kernel: One of :func:`prodigyplus.device.jit.kernel`.
-        grid: How many programs it runs as.
-        arguments: What it is given, in order.
-        constants: What it is compiled for, after these; dtypes are torch's. And ``num_warps``.
-    """
-    if interprets():
-        kernel[grid](*arguments, **_options(constants))
-        return
-    # Triton looks at each argument and constant to find what it has compiled, and takes ten times longer.
-    dtypes = [argument.dtype if isinstance(argument, Tensor) else None for argument in arguments]
-    key = id(kernel), _driver().active.get_current_device(), *constants.values(), *dtypes
-    if key not in _COMPILED:
-        options = _options(constants)
-        compiled = kernel.warmup(*arguments, grid=grid, **options)
-        _COMPILED[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
-    compiled, last = _COMPILED[key]
-    compiled[(*grid, 1, 1)[:3]](*arguments, *last)
-
-
-# What has been compiled, and the constants at the end of its arguments.
-_COMPILED: dict[Hashable, tuple[Any, list[object]]] = {}
-
-
-@functools.cache
-def _driver() -> Any:
-    from triton.runtime import driver
-
-    return driver
-
-
-def _options(constants: Mapping[str, object]) -> dict[str, object]:
-    """Constants as Triton takes them."""
-    of_torch = (torch.dtype, type(None))
-    options = {
-        name: _triton_dtype(value) if isinstance(value, of_torch) else value
-        for name, value in constants.items()
-    }
-    # Not fused into multiply-adds, so that the CPU and the GPU round alike.
-    return {**options, "enable_fp_fusion": False}
-
-
-@functools.cache
 def symmetric_product(dtype: torch.dtype, device: torch.device) -> SymmetricProduct | None:
     """The kernel for matrices' products with their own transposes, where there is one for them; else None."""
-    if device.type != "cuda" or not has_triton():
+    if device.type != "cuda" or not jit.has_triton():
         return None
     from prodigyplus.device import symmetric
 
@@ -267,16 +185,16 @@ class Launches:
         lengths = [plan.sum_count, len(plan.layouts), plan.outer_parts, plan.inner_parts]
         every = self._empty(sum(lengths))
         sums, totals, outer, inner = torch.split(every, lengths)
-        with on_device(self.plan.device):
+        with jit.on_device(self.plan.device):
             for tiles in plan.tiles:
-                launch(
+                jit.launch(
                     kernels.squares, (len(tiles.table),),
                     self._pointers, plan.sizes, plan.matrices, tiles.table, outer, inner,
                     DTYPE=dtypes.grad, FACTORED=tiles.factored, FAST=self._is_fast(tiles.fast),
                     **self._tile(self._programs.squares, [dtypes.grad]),
                 )  # fmt: skip
             if len(plan.segments):
-                launch(
+                jit.launch(
                     kernels.add_parts, (len(plan.segments),),
                     outer, inner, sums, plan.segments, BLOCK=BLOCK, AT_ONCE=AT_ONCE,
                 )  # fmt: skip
@@ -288,8 +206,8 @@ class Launches:
         plan = self.plan
         if not len(plan.factor_blocks):
             return
-        with on_device(self.plan.device):
-            launch(
+        with jit.on_device(self.plan.device):
+            jit.launch(
                 _kernels().factors, (len(plan.factor_blocks),),
                 self._pointers, plan.factor_blocks, sums, *_numbers(n),
                 FACTOR=setup.dtypes.outer, MEAN_DTYPE=setup.dtypes.mean,
@@ -302,7 +220,7 @@ class Launches:
         """The sums of the directions' squares, (tensors,), if they are needed; of the evidence, as below."""
         evidence = self._evidence_parts(setup, takes_evidence)
         norms = self._empty(self.plan.tile_count) if setup.is_stable else None
-        with on_device(self.plan.device):
+        with jit.on_device(self.plan.device):
             if setup.is_stable or takes_evidence or (setup.direction and setup.has_momentum):
                 self._sweep(setup, n, evidence, norm_parts=norms)
             whole = None if norms is None else self._of_tensors(norms[None])[0]
@@ -331,7 +249,7 @@ class Launches:
             The sums of the evidence by their names, (tensors,) each; none where it is not taken.
         """
         evidence = self._evidence_parts(setup, takes_evidence)
-        with on_device(self.plan.device):
+        with jit.on_device(self.plan.device):
             if directions is not None:
                 self._point_to_directions(directions)
             self._sweep(
@@ -358,7 +276,7 @@ class Launches:
         read = (plan.sizes, plan.numels) if directions is None else (self._directions, directions.scales)
         is_aligned = directions is None or self._directions_are_aligned
         for tiles in plan.tiles:
-            launch(
+            jit.launch(
                 _kernels().sweep, (len(tiles.table),),
                 self._pointers, plan.sizes, plan.runs, plan.matrices, tiles.table, *_numbers(n),
                 norm_parts[tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
@@ -428,7 +346,7 @@ class Launches:
         rows = len(values) if values.ndim == 2 else 1
         if not len(segments):
             return
-        launch(
+        jit.launch(
             _kernels().add_up, (len(segments), rows),
             values, values.stride(0) if values.ndim == 2 else 0, out, out.stride(0) if out.ndim == 2 else 0,
             segments, DTYPE=values.dtype, BLOCK=_RUN,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodigyplus.device.launches import interprets, on_device
+from prodigyplus.device.jit import interprets, on_device
 
 
 class Block(NamedTuple):

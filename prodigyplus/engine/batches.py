@@ -13,7 +13,8 @@ from collections.abc import Generator, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prodigyplus.device.launches import Directions, Dtypes, Launches, Setup, has_triton, runs_on, tile_size
+from prodigyplus.device import jit
+from prodigyplus.device.launches import Directions, Dtypes, Launches, Setup, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
 from prodigyplus.engine import passes
 from prodigyplus.engine.groups import GroupStep
@@ -51,9 +52,9 @@ def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None
         return f"the kernels have no {refused}"
     if dtype not in _DTYPES:
         return f"the kernels move {' and '.join(map(str, _DTYPES))}, not {dtype}"
-    if not has_triton():
+    if not jit.has_triton():
         return "Triton is not installed"
-    return None if runs_on(device) else f"the kernels run on GPUs, not on {device}"
+    return None if jit.runs_on(device) else f"the kernels run on GPUs, not on {device}"
 
 
 def batch_key(param: ParamStep) -> Hashable | None:

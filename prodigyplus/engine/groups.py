@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prodigyplus.device import jit
 from prodigyplus.device.groups import GroupNumbers, GroupOptions, table_of
-from prodigyplus.device.launches import EVIDENCE, runs_on
+from prodigyplus.device.launches import EVIDENCE
 from prodigyplus.engine.columns import Columns
 from prodigyplus.formulas import balance, prodigy, radam, schedule_free, variants
 from prodigyplus.options import Options
@@ -398,7 +399,7 @@ class Groups:
     def _has_kernels(self) -> bool:
         """Whether kernels move the groups' numbers: where they move parameters too."""
         device, options = self.columns.device, [step.options for step in self.steps]
-        if not runs_on(device) or type(self.columns.floats) is not Tensor:
+        if not jit.runs_on(device) or type(self.columns.floats) is not Tensor:
             return False  # or fake ones, which have no memory
         # Within the backward pass, the numbers are set at one time and counted at another.
         return any(o.wants_kernels(device) for o in options) and not any(o.fused_back_pass for o in options)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.device.launches import interprets
+from prodigyplus.device.jit import interprets
 from prodigyplus.engine import driver
 from prodigyplus.engine.batches import Batch
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.device import launches
-from prodigyplus.device.launches import interprets
+from prodigyplus.device import jit
+from prodigyplus.device.jit import interprets
 from prodigyplus.terms import scalars, tables
 
 pytest.importorskip("triton")
@@ -53,7 +53,7 @@ class Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def recording(self):
-        with mock.patch.object(launches, "launch", self.launch(launches.launch)), self:
+        with mock.patch.object(jit, "launch", self.launch(jit.launch)), self:
             yield
 
     def replay(self):

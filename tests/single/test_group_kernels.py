@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prodigyplus import ProdigyPlusScheduleFree, options
-from prodigyplus.device.launches import interprets
+from prodigyplus.device.jit import interprets
 from prodigyplus.engine.columns import COUNTS, FLOATS
 from prodigyplus.engine.groups import Groups
 from prodigyplus.terms.scalars import Constants

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from prodigyplus import ProdigyPlusScheduleFree, state
-from prodigyplus.device import launches
-from prodigyplus.device.launches import Launches, interprets
+from prodigyplus.device import jit
+from prodigyplus.device.jit import interprets
+from prodigyplus.device.launches import Launches
 from prodigyplus.engine.batches import Batch, obstacle
 from prodigyplus.engine.driver import OneProcess
 from prodigyplus.options import Options
@@ -143,7 +144,7 @@ def test_matrices_move_as_they_are_orthogonalised(monkeypatch):
 
 def test_directions_that_begin_anywhere(monkeypatch):
     """What is received from other ranks need not begin where 16 bytes can be read at a time."""
-    orthogonalize, launch, fast = OneProcess.orthogonalize, launches.launch, set()
+    orthogonalize, launch, fast = OneProcess.orthogonalize, jit.launch, set()
 
     def shifted(self, asked):
         for numbers, pieces in orthogonalize(self, asked):
@@ -158,7 +159,7 @@ def test_directions_that_begin_anywhere(monkeypatch):
             fast.add((constants["MOVES"], constants["FAST"]))
         launch(kernel, *arguments, **constants)
 
-    monkeypatch.setattr(launches, "launch", note)
+    monkeypatch.setattr(jit, "launch", note)
     expected = play(True, MUON, shapes=((48, 32),), device=DEVICE)
     monkeypatch.setattr(OneProcess, "orthogonalize", shifted)
     found = play(True, MUON, shapes=((48, 32),), device=DEVICE)
@@ -296,7 +297,7 @@ def test_a_launch_serves_all_parameters(monkeypatch):
 
     def count(shapes, options):
         names, tables = [], []
-        launch, point = launches.launch, Launches.point
+        launch, point = jit.launch, Launches.point
 
         def count_launch(kernel, *arguments, **constants):
             names.append(kernel.__name__)
@@ -306,7 +307,7 @@ def test_a_launch_serves_all_parameters(monkeypatch):
             point(self, gradients)
             tables.append(id(self._pointers))
 
-        monkeypatch.setattr(launches, "launch", count_launch)
+        monkeypatch.setattr(jit, "launch", count_launch)
         monkeypatch.setattr(Launches, "point", note_table)
         gradients = {}
 
@@ -335,21 +336,21 @@ warnings.simplefilter("ignore")
 import torch
 from benchmarks.harness.no_gpu import pretend_gpu
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.device import launches
+from prodigyplus.device import jit
 from prodigyplus.formulas import balance
 
 pretend_gpu()
-launch, sweeps = launches.launch, []
+launch, sweeps = jit.launch, []
 
 def note(kernel, *arguments, **constants):
     if "SINGLE" in constants:
         sweeps.append((kernel, arguments, constants))
     launch(kernel, *arguments, **constants)
 
-launches.launch = note
+jit.launch = note
 
 def compiled(options, dtype, shapes):
-    launches._COMPILED.clear()
+    jit._COMPILED.clear()
     parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
     optimizer = ProdigyPlusScheduleFree(parameters, fused=True, **options)
     counts = []
@@ -357,10 +358,10 @@ def compiled(options, dtype, shapes):
         for p in parameters:
             p.grad = torch.ones_like(p)
         optimizer.step()
-        counts.append(len(launches._COMPILED))
+        counts.append(len(jit._COMPILED))
     assert len(set(counts)) == 1  # nothing is compiled for what a later step brings
     made = {}
-    for kernel, _ in launches._COMPILED.values():
+    for kernel, _ in jit._COMPILED.values():
         made.setdefault(kernel.name, []).append(kernel.asm["ptx"])
     return made
 
@@ -401,9 +402,9 @@ def test_what_is_on_a_gpu_moves_by_them_unless_it_is_said(monkeypatch):
     for fused, expected in ((None, (True, False)), (True, (True, True)), (False, (False, False))):
         o = Options.of({**option_table.defaults(), "fused": fused})
         assert (o.wants_kernels(gpu), o.wants_kernels(cpu)) == expected
-    assert launches.runs_on(gpu)
+    assert jit.runs_on(gpu)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert isinstance(launches.on_device(gpu), torch.cuda.device)
+    assert isinstance(jit.on_device(gpu), torch.cuda.device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

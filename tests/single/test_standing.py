@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.device import launches
+from prodigyplus.device import jit
 from prodigyplus.standing import Standing
 from tests.single.problems import Fed
 
 pytest.importorskip("triton")
-if launches.interprets():
+if jit.interprets():
     import tests.interpreting  # noqa: F401
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,7 +124,7 @@ CHANGES = (
 @pytest.fixture
 def _without_launches(monkeypatch):
     """What is looked at is which batches there are, not what they do."""
-    monkeypatch.setattr(launches, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(jit, "launch", lambda *_, **__: None)
 
 
 @pytest.mark.usefixtures("_without_launches")
@@ -204,7 +204,7 @@ def test_a_step_that_fails_leaves_nothing_standing(monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(launches, "launch", fail)
+        patch.setattr(jit, "launch", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             optimizer.step()
     assert optimizer._cache.standing is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prodigyplus.device import launches
-from prodigyplus.device.launches import interprets
+from prodigyplus.device.jit import interprets
 from prodigyplus.formulas import muon
 from prodigyplus.terms.requests import Method
 from tests.compiling import compile_alone
