@@ -301,10 +301,13 @@ class ProdigyPlusScheduleFree(Optimizer):
             )
         standing = self._take_standing(step)
         moving = step.stacked(self._remaining(step)) if standing is None else standing.batches
+        self._placement.end_step(location.p for location in self._locations())
         if not self._view.is_evaluating:
             step.close(moving)
             if standing is None and self._may_stand(step):
-                standing = Standing.of(self._locations(), step.groups.steps, self.state, moving)
+                standing = Standing.of(
+                    self._placement, self._locations(), step.groups.steps, self.state, moving
+                )
             if not step.initializes_state:
                 self._hold_(step)
                 self._cache.monitor.end(self, step.groups, in_backward=bool(step.taken))
@@ -345,7 +348,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _may_stand(self, step: Step) -> bool:
         captured = is_captured(step.groups.columns.device)
-        return self._placement.is_whole and not step.taken and not captured
+        return not step.taken and not captured
 
     def _remaining(self, step: Step) -> list[ParamStep]:
         """What the parameters bring that no backward pass has moved."""
@@ -354,13 +357,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         every = self._locations()
         left = [location for location in every if location.p not in step.taken] if step.taken else every
         takes_part, groups = self._placement.takes_part, step.groups.steps
-        remaining = [
+        return [
             parameters.bring(location, location.p.grad, groups[location.group])
             for location in left
             if takes_part(location.p)
         ]
-        self._placement.end_step(location.p for location in every)
-        return remaining
 
     def _locations(self) -> list[Location]:
         """Where the parameters stand, made anew only where ``param_groups`` has others than before."""

@@ -6,6 +6,7 @@ the state is kept and saved, and which parameters take part in a step.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,18 +15,18 @@ from torch import Tensor
 from prodigyplus import torch_private
 from prodigyplus.terms.layout import Layout
 
+_GRAD = operator.attrgetter("grad")
+
 
 class Placement(Protocol):
-    """What an optimiser asks about its tensors; see :class:`WholeTensors`.
-
-    Attributes:
-        is_whole: Whether local tensors are the tensors themselves, and nobody else has a piece of one.
-    """
-
-    is_whole: bool
+    """What an optimiser asks about its tensors; see :class:`WholeTensors`."""
 
     def local(self, tensor: Tensor) -> Tensor:
         """The local piece of a parameter, a gradient or an entry of the state, sharing its memory."""
+        ...
+
+    def locals(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """:meth:`local` of many."""
         ...
 
     def layout(self, p: Tensor) -> Layout:
@@ -74,6 +75,10 @@ class Placement(Protocol):
         """
         ...
 
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+        """The local gradients of parameters; None if one has none here, or not where the parameter lies."""
+        ...
+
     def check(self, p: Tensor, name: str) -> None:
         """Refuse a parameter that cannot be trained where it lies, by what every rank knows.
 
@@ -90,8 +95,6 @@ class Placement(Protocol):
 class WholeTensors:
     """Parameters that are plain tensors, whole in this process."""
 
-    is_whole = True
-
     def __init__(self) -> None:
         # Kept, since a layout may keep where its samples are, and parameters of one layout move together.
         self._layouts: dict[Hashable, Layout] = {}
@@ -101,6 +104,9 @@ class WholeTensors:
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def locals(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        return list(tensors)
 
     def layout(self, p: Tensor) -> Layout:
         layout = self._layouts.get(p.shape)
@@ -130,6 +136,10 @@ class WholeTensors:
     ) -> tuple[Tensor, bool | None]:
         assert grad is not None
         return grad, None
+
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+        grads = list(map(_GRAD, parameters))
+        return None if any(grad is None for grad in grads) else grads
 
     def check(self, p: Tensor, name: str) -> None:
         if torch_private.is_fsdp1_parameter(p):

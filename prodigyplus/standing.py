@@ -1,11 +1,12 @@
 """What moved as batches of kernels in one step, and does so in the next while only gradients have changed.
 
 To find what moves, and whether it can, takes some ten microseconds a parameter; to see that nothing has
-changed, one.
+changed, one or two.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 
@@ -14,15 +15,18 @@ from torch import Tensor
 from prodigyplus.engine.batches import Batch
 from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.rule import Moving
-from prodigyplus.placement import Location
+from prodigyplus.placement import Location, Placement
 
 States = Mapping[Tensor, dict[str, Tensor]]
 
 
 class Standing:
-    """The batches of a step of whole tensors.
+    """The batches of a step.
+
+    Ranks need not agree whether theirs stand: those of a rank that finds its own anew are the same ones.
 
     Args:
+        placement: Where the optimiser's tensors lie.
         locations: Where all parameters of the optimiser stand: another list where they are others.
         groups: The groups in that step.
         states: The optimiser's.
@@ -33,27 +37,43 @@ class Standing:
     """
 
     def __init__(
-        self, locations: list[Location], groups: Sequence[GroupStep], states: States, batches: Sequence[Batch]
+        self,
+        placement: Placement,
+        locations: list[Location],
+        groups: Sequence[GroupStep],
+        states: States,
+        batches: Sequence[Batch],
     ) -> None:
+        self._placement = placement
         self._locations = locations
         self._terms = [(group.options, group.adapts) for group in groups]
         self._states = list(states.values())
         self.batches = batches
-        moved = {weight for batch in batches for weight in batch.weights}
+        # Of each batch, its parameters and their states.
+        self._parameters = [[locations[number - 1].p for number in batch.numbers] for batch in batches]
+        self._states_of = [[states[p] for p in parameters] for parameters in self._parameters]
+        moved = {p for parameters in self._parameters for p in parameters}
         self._idle = [location.p for location in locations if location.p not in moved]
 
     @classmethod
     def of(
-        cls, locations: list[Location], groups: Sequence[GroupStep], states: States, moving: Sequence[Moving]
+        cls,
+        placement: Placement,
+        locations: list[Location],
+        groups: Sequence[GroupStep],
+        states: States,
+        moving: Sequence[Moving],
     ) -> Standing | None:
         """What of a step may stand; None where something else than batches has moved.
 
         Args:
-            locations, groups, states: As of the class.
+            placement, locations, groups, states: As of the class.
             moving: What has moved.
         """
         batches = [one for one in moving if isinstance(one, Batch)]
-        return cls(locations, groups, states, batches) if batches and len(batches) == len(moving) else None
+        if not batches or len(batches) < len(moving):
+            return None
+        return cls(placement, locations, groups, states, batches)
 
     def renew(self, locations: list[Location], groups: Sequence[GroupStep], states: States) -> bool:
         """Take up the gradients of another step, if they are all that has changed.
@@ -72,9 +92,25 @@ class Standing:
             return False
         if len(states) != len(self._states) or not all(map(operator.is_, states.values(), self._states)):
             return False
-        if any(p.grad is not None for p in self._idle):
+        if any(map(self._placement.takes_part, self._idle)):
             return False
-        return all(batch.renew(groups[batch.group.index]) for batch in self.batches)
+        return all(
+            map(self._renew, self.batches, self._parameters, self._states_of, itertools.repeat(groups))
+        )
+
+    def _renew(
+        self,
+        batch: Batch,
+        parameters: list[Tensor],
+        states: list[dict[str, Tensor]],
+        groups: Sequence[GroupStep],
+    ) -> bool:
+        placement = self._placement
+        grads = placement.gradients(parameters)
+        if grads is None:
+            return False
+        entries = placement.locals(itertools.chain.from_iterable(map(dict.values, states)))
+        return batch.renew(groups[batch.group.index], placement.locals(parameters), entries, grads)
 
     def rest(self) -> None:
         """Let go of what is of one step alone."""

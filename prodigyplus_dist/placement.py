@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Set
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence, Set
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from prodigyplus.placement import Location, WholeTensors
 from prodigyplus.state import TABLE
 from prodigyplus_dist.layout import MeshLayout, layout_of, placements_of
-from prodigyplus_dist.torch_private import reshard_modules_of
+from prodigyplus_dist.torch_private import local_tensors, reshard_modules_of
 
 
 class MeshTensors:
@@ -22,8 +22,6 @@ class MeshTensors:
     Args:
         replicas: The ranks that hold copies of what is no DTensor, or None.
     """
-
-    is_whole = False
 
     def __init__(self, replicas: dist.ProcessGroup | None) -> None:
         self._replicas = replicas
@@ -39,6 +37,9 @@ class MeshTensors:
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def locals(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        return local_tensors(tensors)
 
     def layout(self, p: Tensor) -> MeshLayout:
         key = (p.shape, p.device_mesh, p.placements) if isinstance(p, DTensor) else p.shape
@@ -102,6 +103,10 @@ class MeshTensors:
                 )
         return grad, True
 
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+        grads = [p.grad for p in parameters]
+        return local_tensors(grads) if all(map(_lies_with, parameters, grads)) else None  # type: ignore[arg-type]
+
     def check(self, p: Tensor, name: str) -> None:
         if not isinstance(p, DTensor):
             self._whole.check(p, name)
@@ -113,3 +118,10 @@ class MeshTensors:
     def forget_copies(self, parameters: Collection[Tensor]) -> None:
         # FSDP2 keeps the weights of a root module gathered after a forward pass, until a backward pass.
         reshard_modules_of({p for p in parameters if isinstance(p, DTensor)})
+
+
+def _lies_with(p: Tensor, grad: Tensor | None) -> bool:
+    """Whether a parameter has a gradient here, cut as it is."""
+    if type(grad) is DTensor and isinstance(p, DTensor):
+        return grad.placements == p.placements and grad.device_mesh == p.device_mesh
+    return type(grad) is Tensor and not isinstance(p, DTensor)

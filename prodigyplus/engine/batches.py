@@ -84,7 +84,7 @@ def _batch_key(param: ParamStep) -> Hashable | None:
     return group.index, axes, weight.device, weight.dtype, grad.dtype, has_evidence, may_lack
 
 
-_GRAD, _LAYOUT, _DTYPE = map(operator.attrgetter, ("grad", "layout", "dtype"))
+_LAYOUT, _DTYPE = map(operator.attrgetter, ("layout", "dtype"))
 
 # The types of tensors that have their elements where ``data_ptr()`` says. Others have them elsewhere, as
 # quantised tensors, or none, as fake ones.
@@ -113,28 +113,31 @@ class Batch:
         self._launches: Launches | None = None
         self._entries: list[Tensor] = []  # of its states, as they were found
 
-    def renew(self, group: GroupStep) -> bool:
-        """Take up the gradients of another step, if they are all that has changed; only of whole tensors.
+    def renew(
+        self, group: GroupStep, weights: list[Tensor], entries: list[Tensor], grads: list[Tensor]
+    ) -> bool:
+        """Take up the gradients of another step, if they are all that has changed.
 
         Args:
             group: Its parameters' group in that step.
+            weights, entries, grads: Local tensors: its parameters, all entries of their states, and their
+                gradients, none of which is missing here.
 
         Returns:
             Whether it moves in that step. If not, it is of no more use.
         """
-        launches, weights = self._launches, self.weights
+        launches = self._launches
         assert launches is not None
         # For every parameter at every step: by map, which asks a thousand without a line of Python for each.
-        grads = list(map(_GRAD, weights))
         if {*map(type, grads)} != {Tensor} or {*map(_DTYPE, grads)} != {launches.dtypes.grad}:
             return False
         if {*map(_LAYOUT, grads)} != {torch.strided} or not all(map(Tensor.is_contiguous, grads + weights)):
             return False
         # Others would lie elsewhere, for those that were found are held.
-        entries = itertools.chain.from_iterable(map(dict.values, self.states))
         if launches.data_ptrs != [*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, entries)]:
             return False
         self.group, self.grads = group, grads
+        self.present = None if self.present is None else [True] * len(grads)
         launches.point(list(map(Tensor.data_ptr, grads)))
         return True
 

@@ -191,7 +191,7 @@ def test_not_where_something_else_moves():
             p.grad = torch.ones_like(p)
         optimizer.step()
         assert optimizer._cache.standing is None
-    assert Standing.of([], [], {}, []) is None
+    assert Standing.of(optimizer._placement, [], [], {}, []) is None
 
 
 @pytest.mark.usefixtures("_without_launches")
