@@ -10,28 +10,34 @@ run from a checkout, with its folder in PYTHONPATH.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness.no_gpu import pretend_gpu
-from harness.peers import OURS, load
+from harness.peers import OURS, OURS_SHARDED, load
 from harness.shapes import Shape, gpt, llama_1b
 from harness.tables import head, parser, row
 from harness.tensors import state_bytes, with_gradients
-from torch import nn
+from harness.workers import simulated
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from prodigyplus.device import jit
 
 STEPS, WARM_UP = 15, 4
 HOST_STEPS = 200
+RANKS = 8  # that shards are of
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -160,9 +166,25 @@ def on_gpu(only: Sequence[str]) -> list[Result]:
     return results
 
 
-def host_ms(count: int, place: str, **options: Any) -> float:
-    """The least time of a step of ``count`` small tensors on the CPU: what else runs there adds to it."""
-    optimizer = load(place)(with_gradients([(32, 1), (1, 32), (1,), (2,)] * (count // 4)), **options)
+def small_tensors(count: int, mesh: DeviceMesh | None) -> list[nn.Parameter]:
+    """So many with gradients on the CPU; of a mesh, this rank's rows of DTensors."""
+    tensors = with_gradients([(32, 1), (1, 32), (1,), (2,)] * (count // 4))
+    if mesh is None:
+        return tensors
+
+    def rows(local: Tensor) -> DTensor:
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+
+    shards = [nn.Parameter(rows(p.detach())) for p in tensors]
+    for shard, p in zip(shards, tensors, strict=True):
+        assert p.grad is not None
+        shard.grad = rows(p.grad)
+    return shards
+
+
+def host_ms(parameters: list[nn.Parameter], place: str, **options: Any) -> float:
+    """The least time of a step: what else runs there adds to it."""
+    optimizer = load(place)(parameters, **options)
     times = []
     for _ in range(WARM_UP + HOST_STEPS):
         began = time.perf_counter()
@@ -172,7 +194,7 @@ def host_ms(count: int, place: str, **options: Any) -> float:
 
 
 def on_host() -> None:
-    """The host's time by the number of tensors, of kernels that do not run; and that of AdamW fused."""
+    """The host's time by the number of tensors, of kernels that do not run; and that of AdamW."""
     torch.set_num_threads(1)
     pretend_gpu()
     real, launched = jit.launch, 0
@@ -183,14 +205,20 @@ def on_host() -> None:
         real(*arguments, **constants)
 
     jit.launch = launch
-    print(head("tensors: | AdamW fused, ms: | ours, ms: | operator by operator, ms: | launches of kernels:"))
-    for count in (148, 1000):
-        launched = 0
-        fused = host_ms(count, OURS, fused=True)
-        count_of_launches = launched // (WARM_UP + HOST_STEPS)
-        adamw = host_ms(count, "torch.optim:AdamW", fused=True)
-        plain = host_ms(count, OURS, fused=False)
-        print(row(count, f"{adamw:.2f}", f"{fused:.2f}", f"{plain:.2f}", count_of_launches), flush=True)
+    columns = "AdamW fused, ms: | AdamW foreach, ms: | ours, ms: | operator by operator, ms:"
+    print(head(f"tensors: | which are | {columns} | launches of kernels:"))
+    with simulated(RANKS):
+        cut = init_device_mesh("cpu", (RANKS,))
+        kinds = (("whole", None, OURS), (f"shards of {RANKS} ranks", cut, OURS_SHARDED))
+        for (what, mesh, ours), count in itertools.product(kinds, (148, 1000)):
+            make = partial(small_tensors, count, mesh)
+            launched = 0
+            fused = host_ms(make(), ours, fused=True)
+            count_of_launches = launched // (WARM_UP + HOST_STEPS)
+            adamw = [host_ms(make(), "torch.optim:AdamW", **{way: True}) for way in ("fused", "foreach")]
+            plain = host_ms(make(), ours, fused=False)
+            times = (f"{ms:.2f}" for ms in (*adamw, fused, plain))
+            print(row(count, what, *times, count_of_launches), flush=True)
 
 
 def main() -> None:

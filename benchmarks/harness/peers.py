@@ -14,6 +14,7 @@ LIMIT = 180  # seconds for an installation
 LONGEST = 160  # characters of an error
 
 OURS = "prodigyplus:ProdigyPlusScheduleFree"
+OURS_SHARDED = "prodigyplus_dist:ShardedProdigyPlusScheduleFree"
 
 
 @dataclass(frozen=True, slots=True)
