@@ -41,14 +41,25 @@ def build(setup: Setup) -> Problem:
 
 
 def entry(
-    width: int, layers: int, batch: int, steps: int, large: Scale, *, context: int = 64, windows: int = 128
+    width: int,
+    layers: int,
+    batch: int,
+    steps: int,
+    large: Scale,
+    *,
+    context: int = 64,
+    windows: int = 128,
+    long: int | None = None,
 ) -> Task:
-    """A GPT; of its large setting only the widths and batch sizes are in the same order."""
-    small = Scale(steps, batch, {"width": width, "layers": layers, "context": context, "windows": windows})
+    """A GPT; of its large setting only the widths and batch sizes are in the same order; ``long`` in steps."""
+    shape = {"width": width, "layers": layers, "context": context, "windows": windows}
+    scales = {"small": Scale(steps, batch, shape), "large": large}
+    if long is not None:
+        scales["long"] = Scale(long, batch, shape)
     return Task(
         f"gpt-w{width}-b{batch}" + (f"-c{context}" if context != 64 else ""),
         build,
-        {"small": small, "large": large},
+        scales,
         loss="bits per byte, held out",
         autocast=True,
     )
@@ -60,7 +71,7 @@ def on_gpu(width: int, layers: int, batch: int, steps: int) -> Scale:
 
 
 TASKS = (
-    entry(64, 2, 8, 800, on_gpu(256, 4, 32, 1500)),
+    entry(64, 2, 8, 800, on_gpu(256, 4, 32, 1500), long=8000),
     entry(128, 3, 4, 600, on_gpu(384, 6, 8, 1500)),
     entry(128, 3, 16, 300, on_gpu(384, 6, 32, 700)),
     entry(128, 3, 64, 100, on_gpu(384, 6, 128, 400)),
