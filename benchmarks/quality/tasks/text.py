@@ -51,7 +51,10 @@ def entry(
     windows: int = 128,
     long: int | None = None,
 ) -> Task:
-    """A GPT; of its large setting only the widths and batch sizes are in the same order; ``long`` in steps."""
+    """A GPT. Of its large setting only the widths and batch sizes are in the same order.
+
+    ``long`` is the number of steps of its long setting, where it has one.
+    """
     shape = {"width": width, "layers": layers, "context": context, "windows": windows}
     scales = {"small": Scale(steps, batch, shape), "large": large}
     if long is not None:
