@@ -1,8 +1,10 @@
 """The harness of benchmarks/quality: tasks train, what is done is skipped, and what the report says."""
 
 import json
+import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ def quality():
     import quality.report
     import quality.run
     import quality.tasks
+    import quality.variants
 
     yield quality
     sys.path[:] = before
@@ -226,3 +229,39 @@ def test_a_line_that_is_no_run_is_refused(quality, tmp_path):
     path.write_text('{"task": "mnist"}\n')
     with pytest.raises(ValueError, match="line 1 is not a run"):
         quality.results.read([path])
+
+
+@pytest.mark.usefixtures("small_data")
+def test_variants_are_trained_once_and_compared(quality, monkeypatch, tmp_path):
+    from quality import peers, results, runs, variants
+
+    name, out = "tanh-regression", tmp_path / "runs.jsonl"
+    monkeypatch.setitem(variants.TASKS, name, tiny(quality.tasks.TASKS[name]))
+    compared = {
+        "ours": variants.Variant(peers.ours),
+        "nudged": variants.Variant(partial(peers.ours, d0=1.1e-6), "ours", "nudged"),
+    }
+    for _ in range(2):
+        planned = variants.planned(compared, names=list(compared), tasks=[name], seeds=[1])
+        assert runs.finish(out, planned, results.read([out]), folder=tmp_path)
+        assert len(out.read_text().splitlines()) == 2
+    planned = variants.planned(compared, names=list(compared), tasks=[name], seeds=[2])
+    assert not runs.finish(out, planned, results.read([out]), folder=tmp_path, until=0.0)
+    change = variants.changes(results.read([out]).values(), compared)["nudged"][name]
+    assert change.verdict == "nothing"
+    assert change.noise == pytest.approx(abs(math.log(change.ratio)))
+
+
+@pytest.mark.usefixtures("quality")
+def test_what_sensitivity_tells():
+    import sensitivity
+
+    losses = {("mnist-mlp", name): 1.0 for name in sensitivity.OURS} | {("mnist-mlp", "lr=3"): 1.1}
+    of_adamw = zip(sensitivity.RATES, (9, 5, 2, 4, 8, 9), strict=True)
+    losses |= {("mnist-mlp", sensitivity.at(rate)): loss for rate, loss in of_adamw}
+    losses |= {("gpt: width 32", "untuned"): 1.5}  # AdamW is still to be run
+    lines = list(sensitivity.report(losses))
+    assert "| mnist-mlp | 1 | 1 | 1.1 | 1 | 1 | 1 | 1 | 10.0% | 0.0% | 150.0% |" in lines
+    assert not any(line.startswith("| 32") for line in lines)
+    losses |= {("gpt: width 32", sensitivity.at(rate)): 2.0 for rate in sensitivity.RATES}
+    assert "| 32 | 1.500 |" + " 2.000 |" * len(sensitivity.RATES) + " 0.750 |" in sensitivity.report(losses)
