@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from quality import peers, results
-from quality.variants import FEW, MUON_IN_FLOAT32, Change, Variant, changes, command
+from quality.variants import FEW, Change, Variant, changes, command
 
 NUDGED = "d0=1.1e-06"
 
@@ -57,7 +57,7 @@ OF_PRODIGY: dict[str, dict[str, Any]] = {
 def of(step_size: str, options: dict[str, dict[str, Any]]) -> dict[str, Variant]:
     """The variants of a step size, each named after it and the option."""
     builds = {name: partial(peers.ours, step_size=step_size, **its) for name, its in options.items()}
-    builds["use_muon_pp=True"] = partial(peers.ours_muon, step_size=step_size, **MUON_IN_FLOAT32)
+    builds["use_muon_pp=True"] = partial(peers.ours_muon, step_size=step_size, split_groups_mean=False)
     compared = {
         f"{step_size}: {name}": Variant(build, step_size, f"{step_size}: {NUDGED}")
         for name, build in builds.items()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from quality import peers, results
 from quality.peers import Built, Setting
-from quality.variants import MUON_IN_FLOAT32, Variant, changes, command
+from quality.variants import Variant, changes, command
 
 from prodigyplus.formulas import balance, moments, muon
 from prodigyplus.formulas.directions import stable_scale
@@ -246,7 +246,7 @@ VARIANTS = {
     "muon-one-d-0.2": Variant(_of(muon=True, one_d=True, scale=0.2), "muon", "muon-nudged"),
     "package": Variant(partial(peers.ours, step_size="balance"), "base", "nudged"),
     "package-muon": Variant(
-        partial(peers.ours_muon, step_size="balance", **MUON_IN_FLOAT32), "muon", "muon-nudged"
+        partial(peers.ours_muon, step_size="balance", split_groups_mean=False), "muon", "muon-nudged"
     ),
 }
 

@@ -94,23 +94,21 @@ class Standing:
             return False
         if any(map(self._placement.takes_part, self._idle)):
             return False
+        found = zip(self.batches, self._parameters, self._states_of, strict=True)
         return all(
-            map(self._renew, self.batches, self._parameters, self._states_of, itertools.repeat(groups))
+            self._renew(batch, groups[batch.group.index], parameters, states_of)
+            for batch, parameters, states_of in found
         )
 
     def _renew(
-        self,
-        batch: Batch,
-        parameters: list[Tensor],
-        states: list[dict[str, Tensor]],
-        groups: Sequence[GroupStep],
+        self, batch: Batch, group: GroupStep, parameters: list[Tensor], states: list[dict[str, Tensor]]
     ) -> bool:
         placement = self._placement
         grads = placement.gradients(parameters)
         if grads is None:
             return False
         entries = placement.locals(itertools.chain.from_iterable(map(dict.values, states)))
-        return batch.renew(groups[batch.group.index], placement.locals(parameters), entries, grads)
+        return batch.renew(group, placement.locals(parameters), entries, grads)
 
     def rest(self) -> None:
         """Let go of what is of one step alone."""

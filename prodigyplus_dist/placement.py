@@ -93,14 +93,13 @@ class MeshTensors:
         p = location.p
         if grad is None:
             return torch.zeros_like(p), False
-        if isinstance(p, DTensor):
+        if isinstance(p, DTensor) and not _lies_with(p, grad):
             found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
-            if found != (p.device_mesh, p.placements):
-                raise RuntimeError(
-                    f"{name(location)} has placements {p.placements} on {p.device_mesh}, but its gradient "
-                    f"is {found}. Give it the parameter's, as FSDP2 does: "
-                    "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
-                )
+            raise RuntimeError(
+                f"{name(location)} has placements {p.placements} on {p.device_mesh}, but its gradient "
+                f"is {found}. Give it the parameter's, as FSDP2 does: "
+                "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
+            )
         return grad, True
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
@@ -122,6 +121,6 @@ class MeshTensors:
 
 def _lies_with(p: Tensor, grad: Tensor | None) -> bool:
     """Whether a parameter has a gradient here, cut as it is."""
-    if type(grad) is DTensor and isinstance(p, DTensor):
+    if isinstance(grad, DTensor) and isinstance(p, DTensor):
         return grad.placements == p.placements and grad.device_mesh == p.device_mesh
     return type(grad) is Tensor and not isinstance(p, DTensor)

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +20,6 @@ from .tasks import TASKS
 
 FEW = ("tanh-regression", "logistic-digits", "mnist-mlp", "gpt-w64-b8", "noisy-mnist")
 """Tasks of half a minute, of different kinds; none is held out."""
-
-MUON_IN_FLOAT32: dict[str, Any] = {"split_groups_mean": False, "muon_fp32": True}
-"""Options of Muon here: in bfloat16 it is slow on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
