@@ -108,12 +108,14 @@ def ours(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Buil
 
 
 def ours_muon(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Built:
-    """Ours, with Muon for the hidden matrices: on a CPU, which is slow in bfloat16, in float32."""
-    hidden, rest = hidden_and_rest(model)
-    in_float32 = all(p.device.type == "cpu" for p in hidden)
-    muon: dict[str, Any] = {"params": hidden, "use_muon_pp": True, "muon_fp32": in_float32}
-    groups: list[dict[str, Any]] = [{"params": rest}, muon]
-    return [ProdigyPlusScheduleFree([group for group in groups if group["params"]], **options)]
+    """Ours, with Muon for what ``muon_groups`` finds: on a CPU, which is slow in bfloat16, in float32."""
+    groups: list[dict[str, Any]] = []
+    for group in muon_groups(model):
+        if params := [p for _, p in group["params"] if p.requires_grad]:
+            in_float32 = all(p.device.type == "cpu" for p in params)
+            muon = {"muon_fp32": in_float32} if group["use_muon_pp"] else {}
+            groups.append({**group, **muon, "params": params})
+    return [ProdigyPlusScheduleFree(groups, **options)]
 
 
 def adamw(model: nn.Module, setting: Setting, steps: int) -> Built:
@@ -141,7 +143,7 @@ def dion(model: nn.Module, setting: Setting, steps: int, *, name: str) -> Built:
 
 
 def hidden_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices that Muon is for, and the other parameters that are trained."""
+    """The matrices that Muon is for, without convolutions, and the other parameters that are trained."""
     groups = [group["params"] for group in muon_groups(model) if group["use_muon_pp"]]
     matrices = {p for group in groups for _, p in group if p.ndim == 2}
     hidden = [p for p in trained(model) if p in matrices]
