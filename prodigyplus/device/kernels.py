@@ -383,7 +383,7 @@ def sweep(
     norm_parts, evidence_parts, parts_stride, norms, numels, numbers_of, steps, directions, scales,
     GRAD_DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr,
     FIRST_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr, FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr,
-    STATISTIC_DTYPE: tl.constexpr, DIRECTION_DTYPE: tl.constexpr,
+    START_DTYPE: tl.constexpr, STATISTIC_DTYPE: tl.constexpr, DIRECTION_DTYPE: tl.constexpr,
     MOVES: tl.constexpr, EVIDENCE: tl.constexpr, READS: tl.constexpr,
     FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr,
     IS_OFFSET: tl.constexpr, ATAN2: tl.constexpr, STABLE: tl.constexpr, DECAYS: tl.constexpr,
@@ -414,7 +414,7 @@ def sweep(
     )
     first = tl.multiple_of(tl.load(address + FIRST).to(tl.pointer_type(FIRST_DTYPE)), MULTIPLE)
     second = tl.multiple_of(tl.load(address + SECOND).to(tl.pointer_type(SECOND_DTYPE)), MULTIPLE)
-    start = tl.load(address + START).to(tl.pointer_type(WEIGHT_DTYPE))
+    start = tl.load(address + START).to(tl.pointer_type(START_DTYPE))
     statistic = tl.load(address + STATISTIC).to(tl.pointer_type(STATISTIC_DTYPE))
     opens = tl.load(gate + tensor * gate_stride) != 0
     # All before the loop, for the compiler must take what is written there to change them.

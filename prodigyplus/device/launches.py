@@ -135,6 +135,7 @@ class Launches:
     Attributes:
         dtypes: Those of the batch's tensors.
         data_ptrs: The addresses of weights and states, by which it is seen whether one has moved.
+        found_dtypes: The dtypes of the same tensors, and of the gradients.
         addresses: The same as the kernels read them: of each tensor that of the weight and those of
             ``plan.keys``, one after another; 0 for none.
     """
@@ -143,6 +144,7 @@ class Launches:
         self.plan = plan
         self.dtypes: Dtypes
         self.data_ptrs: list[int] = []
+        self.found_dtypes: list[torch.dtype] = []
         self.addresses: list[int] = []
         self._sent = SentTable(plan.device)
         self._pointers: Tensor
@@ -298,6 +300,7 @@ class Launches:
             "SECOND_DTYPE": setup.dtypes.second,
             "FACTOR": setup.dtypes.outer,
             "MEAN_DTYPE": setup.dtypes.mean,
+            "START_DTYPE": setup.dtypes.start,
             "STATISTIC_DTYPE": setup.dtypes.statistic,
             "DIRECTION_DTYPE": setup.direction,
             "READS": setup.direction is not None,

@@ -12,6 +12,7 @@ from collections.abc import Generator, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from prodigyplus.device import jit
 from prodigyplus.device.launches import Directions, Dtypes, Launches, Setup, tile_size
@@ -22,6 +23,7 @@ from prodigyplus.engine.passes import Kind
 from prodigyplus.engine.rule import Answers, ParamStep, matrices, orthogonalized_in
 from prodigyplus.formulas import moments, muon, prodigy, schedule_free
 from prodigyplus.options import Options
+from prodigyplus.state import TABLE, StateOptions, Subject
 from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Matrices, Requests, Sum
 from prodigyplus.terms.scalars import Constants, Scalars
@@ -38,6 +40,7 @@ _ADMITTED: dict[str, tuple[object, ...]] = {
     "is_balanced": _SWITCH,
 }
 _DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES_OF_STATE = {*_DTYPES, torch.float64}
 
 
 def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -66,7 +69,8 @@ def batch_key(param: ParamStep) -> Hashable | None:
         return None
     # For every parameter at every step: what is the same for many is found once. Groups and layouts live as
     # long as the step.
-    kind = id(layout), weight.dtype, weight.get_device(), grad.dtype, "p0" in state, param.present is None
+    kept = *state, *map(_DTYPE, state.values())
+    kind = id(layout), weight.dtype, weight.get_device(), grad.dtype, kept, param.present is None
     keys = group.batch_keys
     if kind not in keys:
         keys[kind] = _batch_key(param)
@@ -77,14 +81,29 @@ def _batch_key(param: ParamStep) -> Hashable | None:
     weight, grad, group, layout = param.weight, param.grad, param.group, param.layout
     if grad.dtype not in _DTYPES or layout.max_local_numel > MAX_NUMEL:
         return None
+    if not _DTYPES_OF_STATE.issuperset(map(_DTYPE, param.state.values())):
+        return None
     if obstacle(group.options, weight.dtype, weight.device):
         return None
     axes = tuple([axis for axis, _ in layout.shard_axes]), layout.replica_axes
     has_evidence, may_lack = "p0" in param.state, param.present is not None
-    return group.index, axes, weight.device, weight.dtype, grad.dtype, has_evidence, may_lack
+    dtypes = weight.dtype, grad.dtype, _unusual_dtypes(param)
+    return group.index, axes, weight.device, *dtypes, has_evidence, may_lack
 
 
-_LAYOUT, _DTYPE = map(operator.attrgetter, ("layout", "dtype"))
+def _unusual_dtypes(param: ParamStep) -> Hashable | None:
+    """The dtypes of a state that differ from a new one's, as after ``model.bfloat16()``; None if none does.
+
+    The kernels of a batch read each entry in one dtype, but not all of its parameters have the same entries.
+    """
+    options = StateOptions.of(param.group.options)
+    subject = Subject(param.weight.dtype, param.grad.dtype, param.weight.device, param.layout.shape, options)
+    found = {key: value.dtype for key, value in param.state.items()}
+    new = {key: TABLE[key].dtype(subject) for key in found}
+    return None if found == new else tuple(sorted(found.items(), key=operator.itemgetter(0)))
+
+
+_LAYOUT, _DTYPE, _SHAPE = map(operator.attrgetter, ("layout", "dtype", "shape"))
 
 # The types of tensors that have their elements where ``data_ptr()`` says. Others have them elsewhere, as
 # quantised tensors, or none, as fake ones.
@@ -102,7 +121,8 @@ class Batch:
         self.cost = first.cost if first.is_matrix else (0, 0, 0)
         self.matrix_names = [f"matrices {param.number}" for param in params]
         self.weights = [param.weight for param in params]
-        self.grads = [param.grad.contiguous() for param in params]
+        # A negative view's memory has the opposite of its values.
+        self.grads = [param.grad.resolve_neg().contiguous() for param in params]
         self.states = [param.state for param in params]
         self.layouts = [param.layout for param in params]
         self.group = first.group
@@ -110,6 +130,8 @@ class Batch:
         self.present = None if first.present is None else [bool(param.present) for param in params]
         # Which operators its passes consist of; none that the kernels admit depends on the size of a tensor.
         self.kind = Kind.of(first.group.options, first.state, 2, adapts=first.group.adapts)
+        # Of the weights as they are now: ``p.data = …`` changes p's own.
+        self._shapes = list(map(_SHAPE, self.weights))
         self._launches: Launches | None = None
         self._entries: list[Tensor] = []  # of its states, as they were found
 
@@ -133,7 +155,12 @@ class Batch:
             return False
         if {*map(_LAYOUT, grads)} != {torch.strided} or not all(map(Tensor.is_contiguous, grads + weights)):
             return False
-        # Others would lie elsewhere, for those that were found are held.
+        if any(map(Tensor.is_neg, grads)):
+            return False
+        # Other weights may lie at the same address: a part of them, or a buffer of the user's.
+        if self._shapes != [*map(_SHAPE, weights)] or {*map(_DTYPE, weights)} != {launches.dtypes.weight}:
+            return False
+        # Other entries would lie elsewhere, for those that were found are held.
         if launches.data_ptrs != [*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, entries)]:
             return False
         self.group, self.grads = group, grads
@@ -190,8 +217,9 @@ class Batch:
     def _point(self, launches: Launches) -> None:
         # For every parameter at every step: by map, which asks a thousand without a line of Python for each.
         self._entries = list(itertools.chain.from_iterable(map(dict.values, self.states)))
-        data_ptrs = [*map(Tensor.data_ptr, self.weights), *map(Tensor.data_ptr, self._entries)]
-        if data_ptrs != launches.data_ptrs or self.grads[0].dtype != launches.dtypes.grad:
+        tensors = [*self.weights, *self._entries]
+        data_ptrs, dtypes = list(map(Tensor.data_ptr, tensors)), list(map(_DTYPE, [*tensors, self.grads[0]]))
+        if data_ptrs != launches.data_ptrs or dtypes != launches.found_dtypes:
             for value in self._entries:
                 if not value.is_contiguous():  # of a state that was loaded
                     value.set_(value.contiguous())  # type: ignore[call-overload]
@@ -204,9 +232,9 @@ class Batch:
                 {tensor.dtype for tensor in column if tensor is not None}
                 for column in zip(*rows, strict=True)
             ]
-            assert all(len(dtypes) <= 1 for dtypes in of_column), "a state of several dtypes"
-            launches.dtypes = Dtypes(self.grads[0].dtype, *(next(iter(dtypes), None) for dtypes in of_column))
-            launches.data_ptrs = data_ptrs
+            assert all(len(its) <= 1 for its in of_column), "a state of several dtypes"
+            launches.dtypes = Dtypes(self.grads[0].dtype, *(next(iter(its), None) for its in of_column))
+            launches.data_ptrs, launches.found_dtypes = data_ptrs, dtypes
             launches.addresses = [
                 0 if tensor is None else tensor.data_ptr() for row in rows for tensor in row
             ]
@@ -288,7 +316,7 @@ class _KernelWork:
         takes = batch.adapts
         norms, sums = self._launches.measure_(setup, n, takes_evidence=takes and not self._moves_at_once)
         if self._moves_at_once:
-            sums = self._launches.move_(setup, n, norms, self._numbers, takes_evidence=takes)
+            sums = self._move_(norms, takes_evidence=takes)
         if self.kind.is_late:
             del sums["gu"], sums["uu"]
         if norms is not None and not self._moves_at_once:
@@ -320,16 +348,25 @@ class _KernelWork:
         if self.batch.is_matrix:
             pieces = [answers.pop(name).contiguous() for name in self.batch.matrix_names]
             directions = Directions(pieces, self.batch.scales(self._constants))
-        late = self._launches.move_(
-            self._setup,
-            self.n.packed,
-            answers["uu"] if self._setup.is_stable else None,
-            self._numbers,
-            takes_evidence=self.kind.is_late,
-            directions=directions,
-        )
+        norms = answers["uu"] if self._setup.is_stable else None
+        late = self._move_(norms, takes_evidence=self.kind.is_late, directions=directions)
         if self.kind.is_late:
             self._late = {name: late[name] for name in ("gu", "uu")}
+
+    def _move_(
+        self, norms: Tensor | None, *, takes_evidence: bool, directions: Directions | None = None
+    ) -> dict[str, Tensor]:
+        sums = self._launches.move_(
+            self._setup,
+            self.n.packed,
+            norms,
+            self._numbers,
+            takes_evidence=takes_evidence,
+            directions=directions,
+        )
+        # Autograd does not see what kernels write: a backward pass through the old weights is to fail.
+        increment_version(self.batch.weights)
+        return sums
 
     def finish_(self) -> None:
         for key, values in self._averages.items():
