@@ -216,9 +216,9 @@ def ddp(model: nn.Module, setting: Setting, memory: Memory) -> DistributedDataPa
 # ---------------------------------------------------------------------------------------- report
 
 USE = """\
-Set `fused_back_pass=True` where gradients do not fit into memory beside all else. The numbers are those of
-an ordinary step, to the bit. In one process `ProdigyPlusScheduleFree` takes it too; `bucket_bytes` is an
-argument of `ShardedProdigyPlusScheduleFree` alone, 64 MiB by default.
+Set `fused_back_pass=True` where gradients do not fit into memory beside everything else. The numbers are
+those of an ordinary step, to the bit. In one process `ProdigyPlusScheduleFree` takes it too; only
+`ShardedProdigyPlusScheduleFree` has the argument `bucket_bytes`, 64 MiB by default.
 
 ```python
 optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True, bucket_bytes=1 << 20)
@@ -231,14 +231,15 @@ for batch in batches:
 """
 
 EXPLAINED = f"""\
-What a training step holds, in bytes per float32 parameter that the process has: under FSDP2, here on
-two processes, half of the model's. A transformer of {LAYERS} layers, and batches of {TOKENS} tokens, so that
-activations take next to nothing. `bucket_bytes` is {SMALL >> 20} MiB, and in the last two lines the default.
+What a training step holds, in bytes per float32 parameter of the process: under FSDP2, here on two processes,
+each has half of the model's. The model is a transformer of {LAYERS} layers; batches have {TOKENS} tokens, so
+that activations take next to nothing. `bucket_bytes` is {SMALL >> 20} MiB, and in the last two lines the
+default.
 
-- Gradients: the memory of every `.grad`, for as long as anybody holds it, and DDP's buckets. A gradient that
-  FSDP2 has whole, before cutting it, is not counted.
+- Gradients: the memory of every `.grad`, for as long as anything refers to it, and DDP's buckets. A gradient
+  that FSDP2 holds whole, before cutting it, is not counted.
 - Everything: all that a step holds beyond the weights and the optimiser's state: gradients, activations,
-  updates, and the layers that FSDP2 has whole at the time, each a {LAYERS}th of this model.
+  updates, and the layers that FSDP2 holds whole at the time, each a {LAYERS}th of this model.
 """
 
 COLUMNS = " | parameters, 10⁶: | gradients, after backward: | gradients, at most: | everything, at most:"
@@ -250,14 +251,14 @@ Under FSDP2 gradients wait until their updates fill `bucket_bytes`, and those of
 memory, which is freed with the last of them. Set `bucket_bytes` well below the gradients of a rank; each
 bucket costs two all-reduces.
 
-- A gradient is that of one backward pass. To accumulate several, let FSDP2 or DDP hold them back until the
-  last (`set_requires_gradient_sync(False)`, `no_sync()`). A second gradient before `step()` is an error.
-- What reads or changes gradients after the backward pass comes too late: `clip_grad_norm_` finds none and
-  returns 0, a GradScaler raises "No inf checks were recorded".
+- A step uses the gradients of one backward pass. To accumulate several, let FSDP2 or DDP hold them back until
+  the last (`set_requires_gradient_sync(False)`, `no_sync()`). A second gradient before `step()` is an error.
+- Code that reads or changes gradients after the backward pass comes too late: `clip_grad_norm_` finds none
+  and returns 0, a GradScaler raises "No inf checks were recorded".
 - Under DDP with `find_unused_parameters` or `static_graph`, only the end of the backward pass shows what was
-  not used. There `step()` moves everything.
+  not used, so `step()` moves everything.
 - Tensor parallelism needs FSDP2 around it. Otherwise ranks may get gradients in different orders, and wait
-  for each other for ever. `fuse_backward` refuses it, and says so."""
+  for each other forever. `fuse_backward` raises an error there."""
 
 
 def row(setting: Setting) -> list[str]:

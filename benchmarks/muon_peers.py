@@ -508,36 +508,36 @@ class Comparison:
 # ---------------------------------------------------------------------------------------- report
 
 SAID = f"""\
-All packages with their own defaults, the matrices of the blocks under Muon, and embedding, head and norms
-under the AdamW that each brings (torch's, for torch.optim.Muon). Gradients are given, the same in every
-layout, so that what differs is the optimiser's.
+All packages run with their own defaults: the matrices of the blocks under Muon, and embedding, head and
+norms under the AdamW that each brings (torch's, for torch.optim.Muon). Gradients are given, the same in every
+layout, so any difference is due to the optimiser.
 
-- muonium: a product of matrices stands in the place of its kernel for `X Xᵀ`, which takes Triton and CUDA.
-  What runs is its driver for tensors one by one, since the batched one takes CUDA.
-- dion, muon-fsdp2 and muonium call `torch.compile`. Here it {{compiles}}.
+- muonium: its kernel for `X Xᵀ`, which needs Triton and CUDA, is replaced by a matrix product. Its driver for
+  single tensors runs, since the batched one needs CUDA.
+- dion, muon-fsdp2 and muonium call `torch.compile`, which {{compiles}}.
 - DDP: plain tensors with equal gradients in every process.
 - TP: matrices cut by `ColwiseParallel` and `RowwiseParallel`, and plain tensors beside them.
 - Ours starts from `d0={D0}`, which changes the size of updates, not their cost.
 """
 
 LAYOUTS_SAID = f"""\
-"Runs" with the distance from the same package in one process (muon-fsdp2: FSDP2 on one), of all weights and,
-in brackets, of the worst tensor, relative to the update. It is taken after {STEPS} steps of a small model:
-two blocks of width 64, in one layout with stacks of {EXPERTS} experts; in the uneven one of width 61, with a
-matrix of three rows. *Off*: above {AGREES:g}, or {WORST_AGREES:g} of a tensor. A package *refuses* what its
-own code raises an error for, and *crashes* by any other.
+"Runs" is followed by the distance from the same package in one process (muon-fsdp2: FSDP2 on one), relative
+to the update: of all weights and, in brackets, of the worst tensor. It is measured after {STEPS} steps of a
+small model: two blocks of width 64, in one layout with stacks of {EXPERTS} experts; in the uneven one of
+width 61, with a matrix of three rows. *Off* means above {AGREES:g}, or above {WORST_AGREES:g} for a tensor. A
+package *refuses* a layout if its own code raises an error for it, and *crashes* with any other error.
 """
 
 TIMES_SAID = f"""\
-A model of width {WIDTH}, float32. A round is a step of every package, in an order that turns; a step's time
-is that of the slowest rank, from a barrier on. Ratios are of the same round: the median of {{rounds}} rounds,
-and between which two the middle half of them lies.
+A model of width {WIDTH}, float32. A round is a step of every package, in rotating order; a step's time is
+that of the slowest rank, from a barrier on. Ratios are taken within a round: the median of {{rounds}} rounds
+and, in brackets, the range of the middle half of them.
 
 "Sent" is what a rank sends in a step, on average and at most: 2n(S−1)/S in an all-reduce of n bytes over S
-ranks, n(S−1)/S in an all-gather, a reduce-scatter or a broadcast of n bytes in all, and what leaves the rank
-in all others. "Matrices" are those that ranks orthogonalise in a step, once for each rank that takes part,
-padding among them. "Work" is in products of matrices, where one process does 1: of all ranks, and of the
-busiest."""
+ranks, n(S−1)/S in an all-gather, a reduce-scatter or a broadcast of n bytes in all, and in all other
+collectives what leaves the rank. "Matrices" are those that ranks orthogonalise in a step, counted once for
+each rank that takes part, padding included. "Work" is that of matrix products, where one process does 1: of
+all ranks together, and of the busiest."""
 
 
 def kind(problem: WorkerError, package: Package) -> str:
@@ -634,7 +634,7 @@ def main() -> None:
     page.tell(
         f"torch {torch.__version__}, Python {platform.python_version()}; one to four processes of one thread "
         f"each over gloo, on {os.cpu_count()} cores of a CPU.\n",
-        SAID.format(compiles="does" if args.compiled else "does not, which `--compiled` changes"),
+        SAID.format(compiles="is on here" if args.compiled else "is off here; `--compiled` turns it on"),
     )
     there, path = [], [ROOT]
 
