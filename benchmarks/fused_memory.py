@@ -1,4 +1,4 @@
-"""How much memory gradients take with `fused_back_pass` and without: one process, DDP and FSDP2.
+"""How much memory gradients take with and without `fused_back_pass`: one process, DDP and FSDP2.
 
     python benchmarks/fused_memory.py [--out docs]
 
@@ -29,10 +29,10 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 12, 192, 4, 512
 TOKENS = 4  # few, so that activations take next to nothing
-WARM_UP = 3  # steps; DDP arranges its buckets anew after the first
-STEPS = 3  # of which the least counts, since gloo's threads may let go late of what they have sent
+WARM_UP = 3  # steps; DDP rebuilds its buckets after the first
+STEPS = 3  # the least of which counts, since gloo's threads may be late to release what they have sent
 SMALL, DEFAULT = 1 << 20, 64 << 20  # bucket_bytes
-LEAST = 512  # elements; what is smaller is counted as nothing, unless a gradient
+LEAST = 512  # elements; smaller tensors do not count, except gradients
 LIMIT = 120  # seconds for the processes of a setting
 
 
@@ -77,7 +77,7 @@ class Held:
 
 
 class Transformer(nn.Module):
-    """A decoder of tokens, without dropout."""
+    """A decoder, without dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ class Transformer(nn.Module):
 class Memory:
     """Follows the memory of what operations make, until it is freed; adds it up after each.
 
-    What has once been the memory of a ``.grad``, or of a bucket of DDP, is a gradient's as long as anybody
-    holds it. What an operation frees before it ends is not seen.
+    Memory that has once been that of a ``.grad``, or of a bucket of DDP, counts as a gradient's for as long
+    as anything refers to it. What an operation frees before it ends is not seen.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -116,7 +116,7 @@ class Memory:
         self.restart()
 
     def restart(self) -> None:
-        """Look for the most from here on."""
+        """Start a new maximum."""
         self.most_gradients, self.most = self.held()
 
     def note(self, call: Call) -> None:
@@ -140,7 +140,7 @@ class Memory:
         """The bytes held now: by gradients, and by all that is followed."""
         gradients = everything = 0
         for address, reference in list(self._followed.items()):
-            # The size is asked for anew: FSDP2 empties what it gathers weights into, and fills it again.
+            # The size is read each time: FSDP2 empties the storage that it gathers weights into.
             storage: UntypedStorage | None = UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is None:
                 del self._followed[address]
@@ -161,7 +161,7 @@ class Memory:
 
 
 def measure(setting: Setting) -> Held:
-    """What this process holds in a step, after a few others."""
+    """What this process holds in a step, after a few warm-up steps."""
     torch.manual_seed(0)
     model: nn.Module = Transformer()
     if setting.wrap == "fsdp2":
@@ -184,9 +184,9 @@ def measure(setting: Setting) -> Held:
 
     def step() -> tuple[int, int, int]:
         memory.restart()
-        buckets, before = memory.held()  # of gradients, only DDP's buckets are left
+        buckets, before = memory.held()  # the only gradients left are DDP's buckets
         model(tokens).backward()
-        memory.follow_gradients()  # DDP puts others in their place after the hooks
+        memory.follow_gradients()  # DDP replaces them after the hooks
         after_backward, _ = memory.held()
         optimizer.step()
         optimizer.zero_grad()
@@ -203,7 +203,7 @@ def measure(setting: Setting) -> Held:
 def ddp(model: nn.Module, setting: Setting, memory: Memory) -> DistributedDataParallel:
     """The model under DDP, whose buckets count as gradients."""
     wrapped = DistributedDataParallel(model, **setting.ddp)
-    if not setting.fused:  # which has a hook of its own, and needs the buckets to be the gradients
+    if not setting.fused:  # fused has a hook of its own, and needs the buckets to be the gradients
 
         def look(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
             memory.follow(bucket.buffer(), gradient=True)

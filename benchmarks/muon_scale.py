@@ -4,7 +4,7 @@
 
 One process is rank 0 of a process group that sends nothing (torch's fake one). It runs a step of the
 optimiser on shards without memory (device "meta") and counts its all-to-alls and broadcasts; what every other
-rank owns and sends is read off the same plan, by which all of them act.
+rank owns and sends is read off the plan, which is the same for all of them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Cost(NamedTuple):
     most_sent: float
     least: float  # see ASSUMED
     fsdp_sent: float
-    load: float  # multiplications of the rank that has most, over the mean
+    load: float  # multiplications of the busiest rank, over the mean
     way: float  # the longest way through the waves, over the mean
     bound: float  # see ASSUMED, over the mean
     once: bool  # whether every matrix has one owner
@@ -76,7 +76,7 @@ def cost(layout: str, ranks: int) -> Cost:
             plans.append(plan(*args))
             return plans[-1]
 
-        # It asks other ranks how many groups they are in, which nobody answers, and "meta" could not hold.
+        # It asks other ranks how many groups they have: nobody would answer, and "meta" could not hold it.
         new_group = mock.patch.object(transport, "_new_group", lambda _, its, __: dist.new_group(list(its)))
         watch = Watch(note=lambda call: call.name)
         with mock.patch.object(Orthogonalizer, "plan", noted), new_group, watch:
@@ -121,7 +121,7 @@ def loads_of(shardings: Sequence[MatrixSharding], blocks: Sequence[Block], ranks
 
 
 def sent_in(shardings: Sequence[MatrixSharding], blocks: Sequence[Block], ranks: int) -> list[float]:
-    """The bytes that every rank sends: pieces to owners, those of results back, and these to other copies."""
+    """The bytes that every rank sends: pieces to owners, results back, and these to other copies."""
     sent = [0.0] * ranks
     for block in blocks:
         its = shardings[block.request]

@@ -3,7 +3,7 @@
     python benchmarks/option_costs.py [--out docs]
 
 The costs are counted in steps of the optimiser itself, on one process and on two ranks of a process group
-that sends nothing (torch's fake one). An option of the signature that has no line here is an error.
+that sends nothing (torch's fake one). An option that has no line here is an error.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ LAYERS = 4  # of the model that all-reduces are counted on, with a matrix each
 # ---------------------------------------------------------------------------------------- texts
 
 
-# A row for each option, its further lines indented: its name, what is told of it, and where it is from; then
-# what it is measured with, if that is not its name, and what is set as well, also where it is compared with.
-# Where passes cannot be counted, and nothing else changes, it is said what to say of them.
+# A row for each option, with further lines indented: its name, its description and its source; then what it
+# is measured with, if that is not its name, and what is set as well, in the baseline too. Where passes cannot
+# be counted, and nothing else changes, `passes` has the text for that column.
 CHOICES = """
 step_size="balance" | A step size from Schedule-Free's equilibrium. The first to try:
   [research.md](research.md).
@@ -132,7 +132,7 @@ warmup_steps | Lets the step size grow linearly over so many steps. Prodigy's ow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """What is told of a setting of an option, and what it is measured with; the option comes first."""
+    """The description of a setting of an option, and what it is measured with; the option comes first."""
 
     given: Mapping[str, Any]
     what: str
@@ -143,7 +143,7 @@ class Told:
 
 
 def told(texts: str) -> dict[str, Told]:
-    """What rows say, by their names."""
+    """The rows of a text, by their names."""
     found = {}
     for line in texts.strip().replace("\n  ", " ").splitlines():
         name, what, *others = line.split(" | ")
@@ -160,22 +160,22 @@ def told(texts: str) -> dict[str, Told]:
 
 
 def settings(arguments: str) -> dict[str, Any]:
-    """Options, as they stand in a call."""
+    """Options, from the text of a call's arguments."""
     call = ast.parse(f"options({arguments})", mode="eval").body
     assert isinstance(call, ast.Call)
     return {its.arg: ast.literal_eval(its.value) for its in call.keywords if its.arg is not None}
 
 
 def linked(text: str) -> str:
-    """A text whose numbers of papers in braces, with the place in them, are links."""
+    """A text with links for the arXiv numbers in its braces; a place in the paper may follow the number."""
     return re.sub(r"{([\d.]+)(.*?)}", r"[\1](https://arxiv.org/abs/\1)\2", text)
 
 
 def check_texts() -> None:
-    """See to it that every option of the signature is told of.
+    """Check that every option of the signature is described.
 
     Raises:
-        SystemExit: One is not, or is no option any more.
+        SystemExit: One is not, or is no longer an option.
     """
     signature = set(inspect.signature(ProdigyPlusScheduleFree).parameters) - {"params"}
     names = {next(iter(its.given)) for its in (told(CHOICES) | told(NUMBERS)).values()}
@@ -188,12 +188,12 @@ def check_texts() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an optimiser keeps, moves and sends, with some options or more of it than with others."""
+    """What an optimiser keeps, moves and sends with some options, or the difference from others."""
 
     state: float  # bytes per parameter
     passes: float  # reads and writes of the whole parameter, in its dtype
     reduces: int  # all-reduces of a step
-    further: float  # and how many more for each further bucket
+    further: float  # and how many more for each additional bucket
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(
@@ -384,7 +384,7 @@ def more(value: float, form: str) -> str:
 
 
 def more_reduces(c: Cost) -> str:
-    """What a cell says of all-reduces."""
+    """The cell for all-reduces."""
     further = f", {more(c.further, '+.3g')} a bucket" if c.further else ""
     return f"{more(c.reduces, '+d')}{further}"
 

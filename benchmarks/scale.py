@@ -36,10 +36,10 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 RANKS = (8, 64, 512, 4096)
 TP = 8  # ranks of tensor parallelism
-MOST_SHARDS = 64  # of HSDP
+MOST_SHARDS = 64  # in HSDP
 MOST_EP = 64  # ranks of expert parallelism; DeepSeek-V3 was trained with 64
 BUCKET_MIB = 64  # the optimiser's default
-HALF = 2  # bytes of a bfloat16, in which FSDP2 is taken to send everything
+HALF = 2  # bytes of a bfloat16; FSDP2 is assumed to send everything in it
 
 ASSUMED = f"""\
 State is of float32 parameters under the default options, on rank 0, which holds most; AdamW's is 8 bytes a
@@ -80,7 +80,7 @@ def hsdp(ranks: int) -> Placed:
 
 
 def fsdp_tp(ranks: int) -> Placed:
-    """FSDP2 of what tensor parallelism has cut, as torch's ``parallelize_module`` and FSDP2 place it."""
+    """FSDP2 after tensor parallelism, as torch's ``parallelize_module`` and FSDP2 place parameters."""
     mesh = init_device_mesh("cpu", (ranks // TP, TP), mesh_dim_names=("fsdp", "tp"))
     return {
         "column": (mesh, (_StridedShard(0, split_factor=TP), Shard(0))),
@@ -252,13 +252,13 @@ class Host:
 
 
 def host(model: str, layout: str, steps: int, ranks: int = 512, size: int = 64) -> Host:
-    """Time steps on a model of as many tensors, but of ``size`` in every dimension.
+    """Time steps on a model with as many tensors, but with ``size`` in every dimension.
 
     The shards are too small to take time, and AdamW has the same ones, as plain tensors. On "meta" the time
     would be that of torch's inference of shapes.
     """
     weights = [weight._replace(shape=(size,) * len(weight.shape)) for weight in MODELS[model].weights()]
-    # Those of the model are too large to be moved as one.
+    # The model's own tensors are too large to be moved as one.
     with simulated(ranks), mock.patch.object(driver, "SMALL", -1):
         parameters = parameters_of(weights, LAYOUTS[layout](ranks), "cpu")
         plain = [nn.Parameter(local(p).clone()) for p in parameters]
