@@ -37,7 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of words, of which most follow from the one before."""
+    """Rows of words, most of which follow from the one before."""
 
     def __init__(self, rows: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
