@@ -1,9 +1,9 @@
-"""ρ, d and the loss over a run: of balance, and of step sizes that are held.
+"""ρ, d and the loss over a run: with balance, and with step sizes that are held fixed.
 
     PYTHONPATH=. python benchmarks/balance_trace.py [--task NAME] [--held RATE ...] [--out docs]
 
-A table of ρ by quarters of the run, and a chart. Held step sizes warm up over a 20th of the run, and balance
-watches them all the same; docs/research.md says what ρ is.
+A table of ρ by quarters of the run, and a chart. Held step sizes warm up over a 20th of the run, and ρ is
+computed all the same; docs/research.md says what it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quality.tasks import TASKS
 from prodigyplus import ProdigyPlusScheduleFree
 
 Trace = dict[str, list[float]]
-SMOOTHED = 0.95  # what is kept of the training loss from step to step
+SMOOTHED = 0.95  # weight of the past in the running mean of the training loss
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def run(task: str, held: float | None) -> tuple[Trace, float]:
-    """What a run does at each step, and the loss of its evaluation."""
+    """What a run does at each step, and the loss at its end."""
     spec = TASKS[task]
     scale = spec.scales["small"]
     problem = spec.build(Setup(scale, 1, torch.device("cpu"), Path("runs/quality")))

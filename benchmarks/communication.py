@@ -1,12 +1,12 @@
-"""What communication costs a sharded step: the step beside the same work with nothing sent, over gloo.
+"""What communication costs a sharded step, over gloo: the step, and the same work with nothing sent.
 
     python benchmarks/communication.py [--ranks 2 4] [--rounds N] [--json FILE]
 
-Every process has one thread and, on Linux, cores of its own, or one in turn where cores are fewer. It has
-pieces of the parameters of a small GPT-2, cut along their first dimension, and steps two optimisers of
-them in turn: one as it is, and one whose all-reduces are replaced by nothing, so that all that is computed,
-packed and unpacked stays. All ranks wait for one another and begin a step at the same moment; it takes until
-the slowest is done. Each round goes through all that is timed in the order opposite to the last.
+Every process has one thread and, on Linux, cores of its own, or one in turn where there are fewer cores. It
+has pieces of the parameters of a small GPT-2, cut along their first dimension, and steps two optimisers of
+them in turn: one as it is, and one whose all-reduces do nothing, so that everything is still computed, packed
+and unpacked. All ranks wait for one another and begin a step at the same moment; its time ends when the
+slowest is done. Each round times everything in the opposite order to the last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from prodigyplus.engine.driver import BUCKET_BYTES
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
-WARM_UP = 4  # rounds, in which state is made and processes find one another
+WARM_UP = 4  # rounds, in which state is made and processes connect
 BUCKETS = (BUCKET_BYTES, 4 << 20)  # the default, and one that cuts the parameters into several
 # Seconds from when all are ready to when they begin: gloo's thread polls for a while after a message.
 PAUSE = 0.01
@@ -50,7 +50,7 @@ Sent = list[tuple[int, torch.dtype]]
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds by round, each on the rank where they are most."""
+    """Seconds by round, each on the slowest rank."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)  # of all threads of a process
@@ -58,7 +58,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """What was found for a size of buckets."""
+    """Results for one size of buckets."""
 
     bucket_bytes: int
     sent: list[int]  # bytes of each all-reduce of a step
@@ -70,7 +70,7 @@ class Buckets:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was found on as many processes."""
+    """Results on some number of processes."""
 
     ranks: int
     adamw: Times
@@ -86,17 +86,17 @@ class Finished:
     """A collective that has nothing left to do."""
 
     def wait(self) -> bool:
-        """That it is done."""
+        """Return at once: it is done."""
         return True
 
 
 def nothing(*_: Any, **__: Any) -> Finished:
-    """In the place of an all-reduce."""
+    """Replaces an all-reduce."""
     return Finished()
 
 
 def replaced(function: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """A function in the place of all-reduces, as the optimisers' exchange sees them."""
+    """Replace the all-reduces of the optimisers' exchange with a function."""
     return mock.patch("prodigyplus_dist.exchange.dist.all_reduce", function)
 
 
@@ -129,7 +129,7 @@ def bare(sent: Sent) -> Step:
 
 
 def cut(mesh: DeviceMesh) -> list[nn.Parameter]:
-    """Parameters, equal for all who ask, with gradients."""
+    """Parameters with gradients, the same at every call."""
     torch.manual_seed(0)
 
     def one(shape: Sequence[int], scale: float) -> Tensor:
@@ -142,7 +142,7 @@ def cut(mesh: DeviceMesh) -> list[nn.Parameter]:
 
 
 def plain(mesh: DeviceMesh) -> list[nn.Parameter]:
-    """What is here of them, as plain tensors."""
+    """The pieces of them on this rank, as plain tensors."""
     parameters = []
     for p in cut(mesh):
         assert p.grad is not None
@@ -152,13 +152,13 @@ def plain(mesh: DeviceMesh) -> list[nn.Parameter]:
 
 
 class Stopwatch:
-    """Times what processes do together."""
+    """Times calls that processes make together."""
 
     def __init__(self) -> None:
         self._calls: list[tuple[Step, Times, bool]] = []
 
     def add(self, call: Step, *, sends: bool = True) -> Times:
-        """Time a call too, of an optimiser's step without its all-reduces if it sends nothing.
+        """Add a call to time; if it sends nothing, it is an optimiser's step without its all-reduces.
 
         Returns:
             Where its times go.
@@ -168,7 +168,7 @@ class Stopwatch:
         return times
 
     def round(self) -> None:
-        """Each call once, in the order opposite to the last round's."""
+        """Make each call once, in the opposite order to the last round."""
         self._calls.reverse()
         for call, times, sends in self._calls:
             start = when_all_are_ready()
@@ -180,7 +180,7 @@ class Stopwatch:
                 times.cpu.append(time.process_time() - cpu)
 
     def settle(self) -> None:
-        """Put the most of all ranks in the place of each time, and leave out the rounds that warm up."""
+        """Replace each time by the largest over the ranks, and leave out the warm-up rounds."""
         for _, times, _ in self._calls:
             for seconds in (times.wall, times.cpu):
                 most = torch.tensor(seconds[WARM_UP:], dtype=torch.float64)
@@ -196,7 +196,7 @@ def when_all_are_ready() -> float:
 
 
 def work(ranks: int, rounds: int) -> Outcome:
-    """What one of the processes finds."""
+    """What one of the processes measures."""
     mesh, watch = init_device_mesh("cpu", (ranks,)), Stopwatch()
     adamw = watch.add(torch.optim.AdamW(plain(mesh), fused=True).step)
     buckets = []
@@ -250,7 +250,7 @@ processes: | bucket, MiB: | all-reduces: | sent, kB: | AdamW, ms: | without, ms:
 
 
 def circumstances(ranks: Sequence[int], rounds: int) -> str:
-    """What there is to say before the table."""
+    """The text before the table."""
     cores = os.cpu_count() or 1
     said = (
         f"{numel(gpt()) / 1e6:.1f} · 10⁶ parameters in {len(gpt())} tensors, float32; {cores} cores; "

@@ -1,11 +1,11 @@
-"""Weights that a training loop changes between steps, and the same by ``optimizer.constrain``.
+"""Weights that a training loop changes between steps, and the same with ``optimizer.constrain``.
 
     pip install prodigyopt schedulefree
     python benchmarks/constraints.py
 
-Three inputs as they are found in public code: a logit scale that is clamped, an embedding with ``max_norm``,
-and rows that are renormalised after each step. Of each optimiser it prints the loss at the weights of
-training and at those that are evaluated, how far the latter are outside the set, and d.
+Three cases from public code: a logit scale that is clamped, an embedding with ``max_norm``, and rows that are
+renormalised after each step. For each optimiser it prints the loss at the training weights and at the
+evaluated ones, how far the latter are outside the set, and d.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Task(NamedTuple):
 
     Args:
         model: What is trained.
-        loss: Of the whole data, or of a step's batch.
+        loss: The loss on all data, or on a step's batch.
         held: The parameter that the constraint holds.
         project: Projects weights onto the set, in place.
         steps: How many to train for.
-        d0: Where Prodigy begins.
+        d0: Where Prodigy starts.
     """
 
     model: nn.Module
@@ -89,7 +89,7 @@ def embedding() -> Task:
 
 
 def rows() -> Task:
-    """A classifier by cosines, whose rows are kept at norm 1."""
+    """A cosine classifier, whose rows are kept at norm 1."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 10, bias=False))
     data = torch.randn(512, 20)
@@ -107,7 +107,7 @@ def rows() -> Task:
 
 
 class Result(NamedTuple):
-    """What became of a run."""
+    """The results of a run."""
 
     trained: float
     evaluated: float

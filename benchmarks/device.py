@@ -1,10 +1,10 @@
-"""What a step costs on a GPU: time, the host's share of it, launches and memory, beside other optimisers.
+"""What a step costs on a GPU, compared with other optimisers: time, the host's share of it, launches, memory.
 
     python benchmarks/device.py --json device.json
     python benchmarks/device.py --host
 
 The first needs a GPU, and takes a minute; optimisers of packages that are not installed are left out. The
-second needs none: kernels are compiled but do not run, and what is left of a step is the host's work. Both
+second needs none: kernels are compiled but do not run, and the rest of a step is the host's work. Both
 run from a checkout, with its folder in PYTHONPATH.
 """
 
@@ -37,7 +37,7 @@ from prodigyplus.device import jit
 
 STEPS, WARM_UP = 15, 4
 HOST_STEPS = 200
-RANKS = 8  # that shards are of
+RANKS = 8  # that shards are for
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -49,7 +49,7 @@ LORA: list[Shape] = [(16, 1280), (1280, 16)] * 400
 
 @dataclass
 class Result:
-    """What was measured of an optimiser."""
+    """What was measured for an optimiser."""
 
     case: str
     optimizer: str
@@ -58,12 +58,12 @@ class Result:
     device_ms: float
     host_ms: float
     launches: int
-    state_bytes: float  # for each parameter, as the next
+    state_bytes: float  # per parameter, as is the next
     extra_bytes: float  # the peak of a step, above what stays
 
 
 def made(place: str, **options: Any) -> Make | None:
-    """What makes the optimiser at a place; None if its package is not installed."""
+    """A function that makes the optimiser at a place; None if its package is not installed."""
     try:
         kind = load(place)
     except ImportError:
@@ -79,7 +79,7 @@ def made(place: str, **options: Any) -> Make | None:
 
 
 def cases() -> Iterator[tuple[str, list[Shape], torch.dtype, Mapping[str, Make | None]]]:
-    """Every case: its name, shapes, dtype and optimisers, the first of which ratios are to."""
+    """Every case: its name, shapes, dtype and optimisers; ratios are to the first of these."""
     published = "prodigyplus.prodigy_plus_schedulefree_2:ProdigyPlusScheduleFree"
     adamw = {"AdamW fused": made("torch.optim:AdamW", lr=1e-3, fused=True)}
     peers = {
@@ -107,7 +107,7 @@ def cases() -> Iterator[tuple[str, list[Shape], torch.dtype, Mapping[str, Make |
 
 
 def measure(case: str, name: str, make: Make, shapes: Sequence[Shape], dtype: torch.dtype) -> Result:
-    """Steps of one optimiser, on the GPU: medians of their times."""
+    """Median times of the steps of one optimiser, on the GPU."""
     parameters = with_gradients(shapes, dtype, "cuda")
     optimizer = make(parameters)
     for _ in range(WARM_UP):
@@ -147,7 +147,7 @@ def measure(case: str, name: str, make: Make, shapes: Sequence[Shape], dtype: to
 
 
 def on_gpu(only: Sequence[str]) -> list[Result]:
-    """All cases, a line printed for each optimiser."""
+    """Measure all cases, and print a line for each optimiser."""
     results: list[Result] = []
     for case, shapes, dtype, optimizers in cases():
         if not any(text in case for text in only):
@@ -167,7 +167,7 @@ def on_gpu(only: Sequence[str]) -> list[Result]:
 
 
 def small_tensors(count: int, mesh: DeviceMesh | None) -> list[nn.Parameter]:
-    """So many with gradients on the CPU; of a mesh, this rank's rows of DTensors."""
+    """That many tensors on the CPU, with gradients; on a mesh, this rank's rows of DTensors."""
     tensors = with_gradients([(32, 1), (1, 32), (1,), (2,)] * (count // 4))
     if mesh is None:
         return tensors
@@ -183,7 +183,7 @@ def small_tensors(count: int, mesh: DeviceMesh | None) -> list[nn.Parameter]:
 
 
 def host_ms(parameters: list[nn.Parameter], place: str, **options: Any) -> float:
-    """The least time of a step: what else runs there adds to it."""
+    """The least time of a step: whatever else runs only adds to it."""
     optimizer = load(place)(parameters, **options)
     times = []
     for _ in range(WARM_UP + HOST_STEPS):
@@ -194,7 +194,7 @@ def host_ms(parameters: list[nn.Parameter], place: str, **options: Any) -> float
 
 
 def on_host() -> None:
-    """The host's time by the number of tensors, of kernels that do not run; and that of AdamW."""
+    """The host's time by the number of tensors, with kernels that do not run; and that of AdamW."""
     torch.set_num_threads(1)
     pretend_gpu()
     real, launched = jit.launch, 0

@@ -1,4 +1,4 @@
-"""How much memory gradients take with `fused_back_pass` and without: one process, DDP and FSDP2.
+"""How much memory gradients take with and without `fused_back_pass`: one process, DDP and FSDP2.
 
     python benchmarks/fused_memory.py [--out docs]
 
@@ -29,10 +29,10 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 12, 192, 4, 512
 TOKENS = 4  # few, so that activations take next to nothing
-WARM_UP = 3  # steps; DDP arranges its buckets anew after the first
-STEPS = 3  # of which the least counts, since gloo's threads may let go late of what they have sent
+WARM_UP = 3  # steps; DDP rebuilds its buckets after the first
+STEPS = 3  # the least of which counts, since gloo's threads may be late to release what they have sent
 SMALL, DEFAULT = 1 << 20, 64 << 20  # bucket_bytes
-LEAST = 512  # elements; what is smaller is counted as nothing, unless a gradient
+LEAST = 512  # elements; smaller tensors do not count, except gradients
 LIMIT = 120  # seconds for the processes of a setting
 
 
@@ -77,7 +77,7 @@ class Held:
 
 
 class Transformer(nn.Module):
-    """A decoder of tokens, without dropout."""
+    """A decoder, without dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ class Transformer(nn.Module):
 class Memory:
     """Follows the memory of what operations make, until it is freed; adds it up after each.
 
-    What has once been the memory of a ``.grad``, or of a bucket of DDP, is a gradient's as long as anybody
-    holds it. What an operation frees before it ends is not seen.
+    Memory that has once been that of a ``.grad``, or of a bucket of DDP, counts as a gradient's for as long
+    as anything refers to it. What an operation frees before it ends is not seen.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -116,7 +116,7 @@ class Memory:
         self.restart()
 
     def restart(self) -> None:
-        """Look for the most from here on."""
+        """Start a new maximum."""
         self.most_gradients, self.most = self.held()
 
     def note(self, call: Call) -> None:
@@ -140,7 +140,7 @@ class Memory:
         """The bytes held now: by gradients, and by all that is followed."""
         gradients = everything = 0
         for address, reference in list(self._followed.items()):
-            # The size is asked for anew: FSDP2 empties what it gathers weights into, and fills it again.
+            # The size is read each time: FSDP2 empties the storage that it gathers weights into.
             storage: UntypedStorage | None = UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is None:
                 del self._followed[address]
@@ -161,7 +161,7 @@ class Memory:
 
 
 def measure(setting: Setting) -> Held:
-    """What this process holds in a step, after a few others."""
+    """What this process holds in a step, after a few warm-up steps."""
     torch.manual_seed(0)
     model: nn.Module = Transformer()
     if setting.wrap == "fsdp2":
@@ -184,9 +184,9 @@ def measure(setting: Setting) -> Held:
 
     def step() -> tuple[int, int, int]:
         memory.restart()
-        buckets, before = memory.held()  # of gradients, only DDP's buckets are left
+        buckets, before = memory.held()  # the only gradients left are DDP's buckets
         model(tokens).backward()
-        memory.follow_gradients()  # DDP puts others in their place after the hooks
+        memory.follow_gradients()  # DDP replaces them after the hooks
         after_backward, _ = memory.held()
         optimizer.step()
         optimizer.zero_grad()
@@ -203,7 +203,7 @@ def measure(setting: Setting) -> Held:
 def ddp(model: nn.Module, setting: Setting, memory: Memory) -> DistributedDataParallel:
     """The model under DDP, whose buckets count as gradients."""
     wrapped = DistributedDataParallel(model, **setting.ddp)
-    if not setting.fused:  # which has a hook of its own, and needs the buckets to be the gradients
+    if not setting.fused:  # fused has a hook of its own, and needs the buckets to be the gradients
 
         def look(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
             memory.follow(bucket.buffer(), gradient=True)
@@ -216,9 +216,9 @@ def ddp(model: nn.Module, setting: Setting, memory: Memory) -> DistributedDataPa
 # ---------------------------------------------------------------------------------------- report
 
 USE = """\
-Set `fused_back_pass=True` where gradients do not fit into memory beside all else. The numbers are those of
-an ordinary step, to the bit. In one process `ProdigyPlusScheduleFree` takes it too; `bucket_bytes` is an
-argument of `ShardedProdigyPlusScheduleFree` alone, 64 MiB by default.
+Set `fused_back_pass=True` where gradients do not fit into memory beside everything else. The numbers are
+those of an ordinary step, to the bit. In one process `ProdigyPlusScheduleFree` takes it too; only
+`ShardedProdigyPlusScheduleFree` has the argument `bucket_bytes`, 64 MiB by default.
 
 ```python
 optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True, bucket_bytes=1 << 20)
@@ -231,14 +231,15 @@ for batch in batches:
 """
 
 EXPLAINED = f"""\
-What a training step holds, in bytes per float32 parameter that the process has: under FSDP2, here on
-two processes, half of the model's. A transformer of {LAYERS} layers, and batches of {TOKENS} tokens, so that
-activations take next to nothing. `bucket_bytes` is {SMALL >> 20} MiB, and in the last two lines the default.
+What a training step holds, in bytes per float32 parameter of the process: under FSDP2, here on two processes,
+each has half of the model's. The model is a transformer of {LAYERS} layers; batches have {TOKENS} tokens, so
+that activations take next to nothing. `bucket_bytes` is {SMALL >> 20} MiB, and in the last two lines the
+default.
 
-- Gradients: the memory of every `.grad`, for as long as anybody holds it, and DDP's buckets. A gradient that
-  FSDP2 has whole, before cutting it, is not counted.
+- Gradients: the memory of every `.grad`, for as long as anything refers to it, and DDP's buckets. A gradient
+  that FSDP2 holds whole, before cutting it, is not counted.
 - Everything: all that a step holds beyond the weights and the optimiser's state: gradients, activations,
-  updates, and the layers that FSDP2 has whole at the time, each a {LAYERS}th of this model.
+  updates, and the layers that FSDP2 holds whole at the time, each a {LAYERS}th of this model.
 """
 
 COLUMNS = " | parameters, 10⁶: | gradients, after backward: | gradients, at most: | everything, at most:"
@@ -250,14 +251,14 @@ Under FSDP2 gradients wait until their updates fill `bucket_bytes`, and those of
 memory, which is freed with the last of them. Set `bucket_bytes` well below the gradients of a rank; each
 bucket costs two all-reduces.
 
-- A gradient is that of one backward pass. To accumulate several, let FSDP2 or DDP hold them back until the
-  last (`set_requires_gradient_sync(False)`, `no_sync()`). A second gradient before `step()` is an error.
-- What reads or changes gradients after the backward pass comes too late: `clip_grad_norm_` finds none and
-  returns 0, a GradScaler raises "No inf checks were recorded".
+- A step uses the gradients of one backward pass. To accumulate several, let FSDP2 or DDP hold them back until
+  the last (`set_requires_gradient_sync(False)`, `no_sync()`). A second gradient before `step()` is an error.
+- Code that reads or changes gradients after the backward pass comes too late: `clip_grad_norm_` finds none
+  and returns 0, a GradScaler raises "No inf checks were recorded".
 - Under DDP with `find_unused_parameters` or `static_graph`, only the end of the backward pass shows what was
-  not used. There `step()` moves everything.
+  not used, so `step()` moves everything.
 - Tensor parallelism needs FSDP2 around it. Otherwise ranks may get gradients in different orders, and wait
-  for each other for ever. `fuse_backward` refuses it, and says so."""
+  for each other forever. `fuse_backward` raises an error there."""
 
 
 def row(setting: Setting) -> list[str]:

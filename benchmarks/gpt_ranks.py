@@ -1,4 +1,4 @@
-"""The loss of one run of gpt_fsdp2.py on several numbers of ranks: curves that should lie on one another.
+"""The loss of one run of gpt_fsdp2.py on several numbers of ranks: the curves should coincide.
 
 python benchmarks/gpt_ranks.py --out docs
 """
@@ -13,7 +13,7 @@ from harness.workers import log_of
 
 
 def losses(ranks: int, *options: str) -> list[float]:
-    """The training loss in bits per byte of every step, on so many ranks."""
+    """The training loss of every step, in bits per byte, on some number of ranks."""
     log = log_of("gpt_fsdp2.py", ranks, "--log-every", "1", *options)
     return [line["bits_per_byte"] for line in log if line["kind"] == "train"]
 

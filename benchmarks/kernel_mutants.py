@@ -1,11 +1,11 @@
-"""Which mistakes in the kernels the tests would not see: each a small edit, tried in a copy of the tree.
+"""Which mistakes in the kernels the tests do not catch: each is a small edit, tried in a copy of the tree.
 
     python benchmarks/kernel_mutants.py --sample 60
     python benchmarks/kernel_mutants.py --only _atan2
     python benchmarks/kernel_mutants.py --source group_kernels
 
-An edit that no test sees survives. It is one that a test is missing for, or that changes nothing: these are
-listed in ``UNSEEN``, with the reason, and are not tried. The tests run on the CPU through Triton's
+An edit that no test catches survives. Either a test is missing for it, or it changes nothing: edits of the
+second kind are listed in ``UNSEEN``, with the reason, and are not tried. The tests run on the CPU in Triton's
 interpreter, a quarter of a minute for most edits, minutes for one that survives.
 """
 
@@ -27,14 +27,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 DEVICE = Path("prodigyplus/device")
 COPIED = ("benchmarks", "prodigyplus", "prodigyplus_dist", "tests")
-# The tests of each source: what sees most of it first.
+# The tests of each source, the one that catches most first.
 TESTS = {
     "kernels": ("tests/single/test_kernels.py", "tests/dist/test_kernels.py"),
     "group_kernels": ("tests/single/test_group_kernels.py",),
     "symmetric": ("tests/single/test_symmetric.py",),
 }
 
-# The tests that see most mistakes of a function soonest; the others run where these see none.
+# The tests that catch most mistakes of a function soonest; the others run where these catch none.
 FIRST = {
     "_atan2": "eps",
     "_evidence": "plain_passes",
@@ -75,7 +75,7 @@ _SWAPPED = (
 _PARTNERS = {one: other for pair in _SWAPPED for one, other in (pair, pair[::-1])}
 _CALLS = {"tl.maximum": "tl.minimum", "tl.minimum": "tl.maximum", "tl.sqrt": "", "tl.abs": ""}
 
-# What changes nothing that there is to see: the function, and the line with its mistake.
+# Mistakes that change nothing observable: the function, and the line with the mistake.
 _NO_GROUP = "of lanes that no group has"
 _NEAREST = "a root that is rounded to the nearest, as the interpreter's, needs no correction"
 UNSEEN: dict[tuple[str, str], str] = {
@@ -190,7 +190,7 @@ class Finder:
 
 
 def outcome(tree: Path, arguments: list[str], limit: float) -> str:
-    """How the tests end there: "seen", "unseen", or "hangs"."""
+    """How the tests end in this tree: "seen", "unseen", or "hangs"."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     try:
@@ -205,7 +205,7 @@ def outcome(tree: Path, arguments: list[str], limit: float) -> str:
 
 
 def try_(mutant: Mutant, tree: Path, source: str, limit: float) -> str:
-    """What the tests make of an edit of a source."""
+    """The outcome of the tests for an edit of a source."""
     (tree / DEVICE / f"{source}.py").write_bytes(mutant.source)
     found = "unseen"
     if source == "kernels":

@@ -1,9 +1,9 @@
-"""What ρ tends to where z steps by a first moment: by which ⟨g, u⟩ it has to be divided.
+"""What ρ tends to where z steps by a first moment, and which ⟨g, u⟩ it has to be divided by.
 
     python benchmarks/momentum_balance.py [--steps 4000]
 
 Schedule-Free at a fixed step size on a quadratic with noisy gradients, of curvature 0 (noise alone) and 1 (at
-rest), with P = 1. Printed is ρ over the second half of the run: with ⟨g, u⟩ of the step made, with ⟨g, P⁻¹g⟩
+rest), with P = 1. It prints ρ over the second half of the run: with ⟨g, u⟩ of the step made, with ⟨g, P⁻¹g⟩
 of a step without momentum, and with ⟨g, u⟩ over the weight that g has in the first moment.
 """
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def rho(momentum: float, curvature: float, power: int, steps: int) -> tuple[float, float, float]:
-    """ρ by the three sums, of a run whose averaging weights are k^power."""
+    """ρ with each of the three sums, for a run whose averaging weights are k^power."""
     generator = torch.Generator().manual_seed(1)
     z, x, first = torch.zeros(SIZE), torch.zeros(SIZE), torch.zeros(SIZE)
     product, made, plain, weighted, weight_sum = (0.0,) * 5

@@ -1,4 +1,4 @@
-"""How Prodigy's step size behaves in a group of Muon's: MNIST and the GPT with and without --muon.
+"""How Prodigy's step size behaves in a Muon group: MNIST and the GPT with and without --muon.
 
 python benchmarks/muon_d.py --out docs
 """
@@ -12,7 +12,7 @@ from harness import charts
 from harness.tables import head, parser, row
 from harness.workers import log_of
 
-# Runs a script of launch/ whose groups for Muon are trained without it.
+# Runs a script of launch/ with the groups made for Muon, but trains them without it.
 SPLIT = """
 import runpy, sys
 sys.path.insert(0, "launch")
@@ -33,18 +33,18 @@ ARMS: tuple[tuple[str, str, list[str], str], ...] = (
 
 
 class Task(NamedTuple):
-    """A script to run, and where in its log what it comes to stands."""
+    """A script to run, and where in its log the result is."""
 
     name: str
     script: str
     options: list[str]
     loss: str  # key of the training loss
-    result: tuple[str, str]  # kind and key of what it is judged by
+    result: tuple[str, str]  # kind and key of its final measure
     unit: str
 
 
 def main() -> None:
-    """Run, print what came out, and draw it."""
+    """Run, print the results, and draw them."""
     cli = parser(__doc__)
     cli.add_argument("--steps", type=int, default=600, help="of the GPT")
     cli.add_argument("--epochs", type=int, default=3, help="of MNIST")

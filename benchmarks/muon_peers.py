@@ -1,10 +1,10 @@
-"""Muon on shards, side by side with other packages: which layouts run, the time of a step, what is sent.
+"""Muon on shards, compared with other packages: which layouts run, the time of a step, what is sent.
 
     python benchmarks/muon_peers.py --peers FOLDER [--rounds N] [--out docs]
 
 The other packages are installed into folders of their own below FOLDER, if they are not there yet.
-What cannot be is said, and left out. dion needs numpy; all three call torch.compile, and with it a C++
-compiler. Everything runs on the CPU, in processes over gloo.
+Those that cannot be installed are reported and left out. dion needs numpy; all three call torch.compile,
+which needs a C++ compiler. Everything runs on the CPU, in processes over gloo.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from torch.optim import AdamW, Optimizer
 
 BLOCKS, WIDTH, VOCABULARY = 4, 256, 512  # of the model that is timed
 EXPERTS = 8
-WARM_UP = 3  # rounds, in which what is compiled is compiled
-STEPS = 2  # of which the weights are compared: the second has a momentum that is not the gradient
+WARM_UP = 3  # rounds, in which packages compile
+STEPS = 2  # after which weights are compared: in the second, momentum is not the gradient
 AGREES, WORST_AGREES = 5e-2, 0.15  # of the update, and of a parameter's: Newton–Schulz in bfloat16 is noisy
 D0 = 1e-3  # of our own step size: with the default, updates are so small that float32 rounds them
 LIMIT, COMPILED_LIMIT = 120, 400  # seconds for one package in one layout
@@ -57,11 +57,11 @@ class Wrapped:
 
     model: nn.Module
     layout: Layout
-    mesh: DeviceMesh | None  # of whatever cuts parameters; none under DDP and in one process
+    mesh: DeviceMesh | None  # over which parameters are cut; none under DDP and in one process
 
     @property
     def matrices(self) -> list[nn.Parameter]:
-        """What Muon is for: the matrices and experts of the blocks."""
+        """What Muon trains: the matrices and experts of the blocks."""
         return [p for name, p in self.model.named_parameters() if is_matrix(name, p)]
 
     @property
@@ -71,7 +71,7 @@ class Wrapped:
 
 
 def is_matrix(name: str, p: Tensor) -> bool:
-    """Whether a parameter is one that Muon is for."""
+    """Whether a parameter is one that Muon trains."""
     return name.startswith("blocks.") and p.ndim >= 2
 
 
@@ -82,7 +82,7 @@ class Package:
     name: str
     build: Callable[[Wrapped], list[Optimizer]]
     newton_schulz: str
-    home: str  # the end of a path that all its files have in theirs: what is raised there is said by it
+    home: str  # part of the path of all its files, which shows whether an error is its own
     peer: Peer | None = None
 
 
@@ -108,7 +108,7 @@ def dion(wrapped: Wrapped) -> list[Optimizer]:
 
 
 def muon_fsdp2(wrapped: Wrapped) -> list[Optimizer]:
-    """muon-fsdp2, whose groups all say whether they are Muon's."""
+    """muon-fsdp2, each of whose groups says whether it is Muon's."""
     groups = [
         {"params": wrapped.matrices, "use_muon": True},
         {"params": wrapped.others, "use_muon": False},
@@ -117,7 +117,7 @@ def muon_fsdp2(wrapped: Wrapped) -> list[Optimizer]:
 
 
 def muonium(wrapped: Wrapped) -> list[Optimizer]:
-    """muonium, with a matrix product in the place of its one kernel, which takes Triton and CUDA."""
+    """muonium, with a matrix product for its one kernel, which needs Triton and CUDA."""
     if (kernel := "muonium.kernels.gram") not in sys.modules:
         stub = ModuleType(kernel)
         stub.gram = lambda x: x @ x.mT  # type: ignore[attr-defined]
@@ -128,16 +128,16 @@ def muonium(wrapped: Wrapped) -> list[Optimizer]:
 
 
 def torch_muon(wrapped: Wrapped) -> list[Optimizer]:
-    """torch.optim.Muon, which takes matrices alone; the rest goes to AdamW."""
+    """torch.optim.Muon, which takes only matrices; the rest goes to AdamW."""
     return [torch.optim.Muon(wrapped.matrices), AdamW(wrapped.others, fused=True)]
 
 
 def adamw(wrapped: Wrapped) -> list[Optimizer]:
-    """AdamW for everything: what the others' times are divided by."""
+    """AdamW for everything: the others' times are divided by its time."""
     parameters = list(wrapped.model.parameters())
     cut = [p for p in parameters if isinstance(p, DTensor)]
     plain = [p for p in parameters if not isinstance(p, DTensor)]
-    # In groups of their own: one call takes no mixture.
+    # In separate groups: one call cannot mix them.
     return [AdamW([{"params": its} for its in (cut, plain) if its], fused=True)]
 
 
@@ -194,7 +194,7 @@ TIMED = {
     "DDP 2": ("DDP 2", BLOCKS),
     "FSDP2 2": ("FSDP2 2", BLOCKS),
     "FSDP2 4": ("FSDP2 4", BLOCKS),
-    # As many matrices of a shape as no number of ranks divides.
+    # A number of matrices of one shape that no number of ranks divides.
     "FSDP2 4, one block more": ("FSDP2 4", BLOCKS + 1),
     "HSDP 2 × 2": ("HSDP 2 × 2", BLOCKS),
 }
@@ -216,7 +216,7 @@ class Block(nn.Module):
             self.up = nn.Linear(width, 4 * width, bias=False)
             self.down = nn.Linear(4 * width, width, bias=False)
         if shapes == "uneven":
-            self.gate = nn.Linear(width, 3, bias=True)  # the last of four ranks has nothing of it
+            self.gate = nn.Linear(width, 3, bias=True)  # the last of four ranks has no part of it
 
 
 class Experts(nn.Module):
@@ -239,7 +239,7 @@ class Model(nn.Module):
 
 
 def small(shapes: str) -> Model:
-    """A model to compare weights of."""
+    """A model whose weights are compared."""
     torch.manual_seed(0)
     width, vocabulary = (61, 97) if shapes == "uneven" else (64, 96)
     return Model(shapes, 2, width, vocabulary)
@@ -254,7 +254,7 @@ def large(blocks: int) -> Model:
 def wrap(model: Model, layout: Layout) -> Wrapped:
     """The model as a user would wrap it.
 
-    Under DDP it is left plain: its processes have equal gradients then, and that is all.
+    Under DDP it stays plain, since its processes have equal gradients anyway.
     """
     axes = {axis: size for axis, size in layout.axes.items() if axis != "ddp"}
     if not axes:
@@ -276,20 +276,20 @@ def wrap(model: Model, layout: Layout) -> Wrapped:
 
 @cache
 def mesh_of(axes: tuple[tuple[str, int], ...]) -> DeviceMesh:
-    """A mesh, the same for all models of a process: torch takes equal ones for one another."""
+    """A mesh, the same for all models of a process: torch treats equal meshes as one."""
     names, sizes = zip(*axes, strict=True)
     return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
 def like(p: Tensor, full: Tensor) -> Tensor:
-    """What this process has of a tensor that lies as a parameter does."""
+    """The part of a tensor that this process holds, if it is placed as a parameter is."""
     if not isinstance(p, DTensor):
         return full.clone()
     return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def gradients(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Whole gradients, of a few directions and noise, for a model that is not wrapped."""
+    """Whole gradients, made of a few directions and noise, for a model that is not wrapped."""
     generator = torch.Generator().manual_seed(seed)
 
     def one(p: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ class Count:
 
 
 def products(call: Call) -> tuple[int, int]:
-    """The products of matrices that a call is, and their operations."""
+    """The matrix products in a call, and their operations."""
     if call.name not in ("mm", "bmm", "addmm", "baddbmm"):
         return 0, 0
     count = call.result.shape[0] if call.result.ndim == 3 else 1
@@ -324,7 +324,7 @@ def products(call: Call) -> tuple[int, int]:
 
 
 def counted(step: Callable[[], None]) -> Count:
-    """What a step does. It is not compiled, so that all operations are seen."""
+    """What a step does; it is not compiled, so that all operations are counted."""
     watch = Watch(note=lambda call: (collective(call), *products(call)), through=(DTensor,))
     with torch.compiler.set_stance("force_eager"), watch:
         step()
@@ -350,7 +350,7 @@ class Stepped:
         self._at = 0
 
     def feed(self) -> None:
-        """Give every parameter a gradient of its own."""
+        """Set the gradient of every parameter."""
         fed = self._fed[self._at % len(self._fed)]
         for name, p in self.wrapped.model.named_parameters():
             p.grad = fed[name].clone()  # some packages write into it
@@ -377,7 +377,7 @@ def stepped_weights(name: str, layout: Layout) -> dict[str, Tensor]:
 
 
 def squares_off(name: str, layout: Layout, expected: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """For each parameter that this rank has a part of: squares of what is off, and of the whole update."""
+    """For each parameter that this rank has a part of: squares of the error, and of the whole update."""
     stepped = Stepped(name, small(layout.shapes), layout)
     before = dict(small(layout.shapes).named_parameters())
     for key, p in stepped.wrapped.model.named_parameters():
@@ -423,7 +423,7 @@ def interleaved(
 
 
 def performed(compiled: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function gives, where packages compile what they compile, or nothing."""
+    """The result of a function, with torch.compile on or off."""
     torch.compiler.set_stance("default" if compiled else "force_eager")
     return function(*args)
 
@@ -433,19 +433,19 @@ def performed(compiled: bool, function: Callable[..., Any], *args: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far weights are from those of one process, of the update."""
+    """How far weights are from those of one process, relative to the update."""
 
     whole: float
     worst: float  # of a parameter
 
     @property
     def good(self) -> bool:
-        """Whether it is as near as the noise allows."""
+        """Whether they are as near as the noise allows."""
         return self.whole <= AGREES and self.worst <= WORST_AGREES
 
 
 class Comparison:
-    """The packages, and what is known of them."""
+    """The packages, and what is known about them."""
 
     def __init__(self, path: Sequence[Path], *, compiled: bool, verbose: bool) -> None:
         self._path, self._compiled, self._verbose = path, compiled, verbose
@@ -497,7 +497,7 @@ class Comparison:
         return on_ranks(layout.ranks, performed, self._compiled, *task, limit=limit, **given)
 
     def _alone(self, name: str, function: Callable[..., Any], shapes: str, *args: Any) -> Any:
-        """In one process, or, for a package that takes no plain tensors, under FSDP2 on one."""
+        """The result in one process or, for a package that takes no plain tensors, under FSDP2 on one."""
         plain, sharded = Layout(ALONE, shapes=shapes), Layout("FSDP2 1", {"fsdp": 1}, shapes)
         try:
             return self._run(plain, function, name, plain, *args)[0]
@@ -508,46 +508,46 @@ class Comparison:
 # ---------------------------------------------------------------------------------------- report
 
 SAID = f"""\
-All packages with their own defaults, the matrices of the blocks under Muon, and embedding, head and norms
-under the AdamW that each brings (torch's, for torch.optim.Muon). Gradients are given, the same in every
-layout, so that what differs is the optimiser's.
+All packages run with their own defaults: the matrices of the blocks under Muon, and embedding, head and
+norms under the AdamW that each brings (torch's, for torch.optim.Muon). Gradients are given, the same in every
+layout, so any difference is due to the optimiser.
 
-- muonium: a product of matrices stands in the place of its kernel for `X Xᵀ`, which takes Triton and CUDA.
-  What runs is its driver for tensors one by one, since the batched one takes CUDA.
-- dion, muon-fsdp2 and muonium call `torch.compile`. Here it {{compiles}}.
+- muonium: its kernel for `X Xᵀ`, which needs Triton and CUDA, is replaced by a matrix product. Its driver for
+  single tensors runs, since the batched one needs CUDA.
+- dion, muon-fsdp2 and muonium call `torch.compile`, which {{compiles}}.
 - DDP: plain tensors with equal gradients in every process.
 - TP: matrices cut by `ColwiseParallel` and `RowwiseParallel`, and plain tensors beside them.
 - Ours starts from `d0={D0}`, which changes the size of updates, not their cost.
 """
 
 LAYOUTS_SAID = f"""\
-"Runs" with the distance from the same package in one process (muon-fsdp2: FSDP2 on one), of all weights and,
-in brackets, of the worst tensor, relative to the update. It is taken after {STEPS} steps of a small model:
-two blocks of width 64, in one layout with stacks of {EXPERTS} experts; in the uneven one of width 61, with a
-matrix of three rows. *Off*: above {AGREES:g}, or {WORST_AGREES:g} of a tensor. A package *refuses* what its
-own code raises an error for, and *crashes* by any other.
+"Runs" is followed by the distance from the same package in one process (muon-fsdp2: FSDP2 on one), relative
+to the update: of all weights and, in brackets, of the worst tensor. It is measured after {STEPS} steps of a
+small model: two blocks of width 64, in one layout with stacks of {EXPERTS} experts; in the uneven one of
+width 61, with a matrix of three rows. *Off* means above {AGREES:g}, or above {WORST_AGREES:g} for a tensor. A
+package *refuses* a layout if its own code raises an error for it, and *crashes* with any other error.
 """
 
 TIMES_SAID = f"""\
-A model of width {WIDTH}, float32. A round is a step of every package, in an order that turns; a step's time
-is that of the slowest rank, from a barrier on. Ratios are of the same round: the median of {{rounds}} rounds,
-and between which two the middle half of them lies.
+A model of width {WIDTH}, float32. A round is a step of every package, in rotating order; a step's time is
+that of the slowest rank, from a barrier on. Ratios are taken within a round: the median of {{rounds}} rounds
+and, in brackets, the range of the middle half of them.
 
 "Sent" is what a rank sends in a step, on average and at most: 2n(S−1)/S in an all-reduce of n bytes over S
-ranks, n(S−1)/S in an all-gather, a reduce-scatter or a broadcast of n bytes in all, and what leaves the rank
-in all others. "Matrices" are those that ranks orthogonalise in a step, once for each rank that takes part,
-padding among them. "Work" is in products of matrices, where one process does 1: of all ranks, and of the
-busiest."""
+ranks, n(S−1)/S in an all-gather, a reduce-scatter or a broadcast of n bytes in all, and in all other
+collectives what leaves the rank. "Matrices" are those that ranks orthogonalise in a step, counted once for
+each rank that takes part, padding included. "Work" is that of matrix products, where one process does 1: of
+all ranks together, and of the busiest."""
 
 
 def kind(problem: WorkerError, package: Package) -> str:
-    """What a package does in the place of running."""
+    """What a package does instead of running."""
     refuses = "refuses" if package.home in problem.stated_in else "crashes"
     return {"missing": "is missing", "late": "hangs", "died": "crashes"}.get(problem.kind, refuses)
 
 
 def layout_table(page: Page, comparison: Comparison, names: Sequence[str], layouts: Sequence[str]) -> None:
-    """Tell which layouts run, and the errors below."""
+    """Print which layouts run, and the errors below."""
     notes: dict[str, int] = {}
 
     def cells(layout: str) -> Iterator[str]:
@@ -573,7 +573,7 @@ TIMES_COLUMNS = """\
 
 
 def tell_times(page: Page, comparison: Comparison, there: Sequence[str], timing: str, rounds: int) -> None:
-    """Tell times and counts in a layout, of the packages that run in it."""
+    """Print times and counts in a layout, of the packages that run in it."""
     layout, blocks = LAYOUTS[TIMED[timing][0]], TIMED[timing][1]
     names = [name for name in there if not isinstance(comparison.agreement(name, layout), WorkerError)]
     parameters = list(large(blocks).named_parameters())
@@ -607,7 +607,7 @@ def tell_times(page: Page, comparison: Comparison, there: Sequence[str], timing:
 
 
 def collectives(counts: Sequence[Count]) -> str:
-    """What the rank with most of a kind takes part in."""
+    """The collectives of a step: of each kind, those of the rank that takes part in most."""
     most: Counter[str] = Counter()
     for count in counts:
         most |= count.collectives
@@ -634,7 +634,7 @@ def main() -> None:
     page.tell(
         f"torch {torch.__version__}, Python {platform.python_version()}; one to four processes of one thread "
         f"each over gloo, on {os.cpu_count()} cores of a CPU.\n",
-        SAID.format(compiles="does" if args.compiled else "does not, which `--compiled` changes"),
+        SAID.format(compiles="is on here" if args.compiled else "is off here; `--compiled` turns it on"),
     )
     there, path = [], [ROOT]
 

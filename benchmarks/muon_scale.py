@@ -4,7 +4,7 @@
 
 One process is rank 0 of a process group that sends nothing (torch's fake one). It runs a step of the
 optimiser on shards without memory (device "meta") and counts its all-to-alls and broadcasts; what every other
-rank owns and sends is read off the same plan, by which all of them act.
+rank owns and sends is read off the plan, which is the same for all of them.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ CHOSEN = ("FSDP2", "HSDP", "FSDP x TP")
 HALF = 2  # bytes of a bfloat16
 
 ASSUMED = f"""\
-{MODEL}: its matrices but for the embedding and the head, in bfloat16; layouts as in [scale.md](scale.md). A
-wave is what is exchanged at once: two all-to-alls. "Least" is 2 · (2P/S) · (S−1)/S, P parameters on S ranks;
-in HSDP, where each copy orthogonalises its share, that of P/copies, and then what shares the results with the
-other copies. The load is that of multiplications. Who has most of a wave holds the others up, so that the
-longest way is the sum of these. "Bound" is what no assignment of whole matrices can beat: the most expensive
-matrix, or the mean. Bytes are those that a rank sends, n(R-1)/R of a broadcast of n bytes over R ranks."""
+The matrices of {MODEL} except the embedding and the head, in bfloat16; layouts as in [scale.md](scale.md).
+A wave is what is exchanged at once, by two all-to-alls. "Least" is 2 · (2P/S) · (S−1)/S for P parameters on S
+ranks; in HSDP, where each copy orthogonalises its share, it is that for P/copies, plus what it takes to share
+the results with the other copies. The load counts multiplications. The busiest owner of a wave holds the
+others up, so the longest way is the sum of these over the waves. "Bound" is what no assignment of whole
+matrices can beat: the most expensive matrix or the mean, whichever is larger. Bytes are those that a rank
+sends: n(R-1)/R in a broadcast of n bytes over R ranks."""
 
 
 class Cost(NamedTuple):
@@ -56,7 +57,7 @@ class Cost(NamedTuple):
     most_sent: float
     least: float  # see ASSUMED
     fsdp_sent: float
-    load: float  # multiplications of the rank that has most, over the mean
+    load: float  # multiplications of the busiest rank, over the mean
     way: float  # the longest way through the waves, over the mean
     bound: float  # see ASSUMED, over the mean
     once: bool  # whether every matrix has one owner
@@ -75,7 +76,7 @@ def cost(layout: str, ranks: int) -> Cost:
             plans.append(plan(*args))
             return plans[-1]
 
-        # It asks other ranks how many groups they are in, which nobody answers, and "meta" could not hold.
+        # It asks other ranks how many groups they have: nobody would answer, and "meta" could not hold it.
         new_group = mock.patch.object(transport, "_new_group", lambda _, its, __: dist.new_group(list(its)))
         watch = Watch(note=lambda call: call.name)
         with mock.patch.object(Orthogonalizer, "plan", noted), new_group, watch:
@@ -120,7 +121,7 @@ def loads_of(shardings: Sequence[MatrixSharding], blocks: Sequence[Block], ranks
 
 
 def sent_in(shardings: Sequence[MatrixSharding], blocks: Sequence[Block], ranks: int) -> list[float]:
-    """The bytes that every rank sends: pieces to owners, those of results back, and these to other copies."""
+    """The bytes that every rank sends: pieces to owners, results back, and these to other copies."""
     sent = [0.0] * ranks
     for block in blocks:
         its = shardings[block.request]

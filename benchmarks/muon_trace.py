@@ -37,7 +37,7 @@ ROWS = (MATRICES, "Newton–Schulz", "all-reduces", "elementwise parameters move
 
 
 class Event(NamedTuple):
-    """Something that a rank did, in milliseconds from the start of the step."""
+    """Something that a rank did; times are in milliseconds from the start of the step."""
 
     row: str
     start: float
@@ -51,7 +51,7 @@ class Trace:
         self.events: list[tuple[str, float, float]] = []
 
     def timed(self, row: Callable[..., str | None], function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, noted under what ``row`` makes of its arguments, if anything."""
+        """The function; a call is noted in the row that ``row`` gives for its arguments, if any."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +86,7 @@ def model() -> nn.Module:
 
 
 def step() -> tuple[list[Event], float]:
-    """Take some steps, and note the last; gives what happened in it, and its milliseconds."""
+    """Take some steps; returns the events of the last one, and its milliseconds."""
     torch.manual_seed(0)
     whole = model()
     fully_shard(whole, mesh=init_device_mesh("cpu", (RANKS,)))
@@ -147,10 +147,10 @@ def main() -> None:
 
 
 def draw(axes: Any, by_row: dict[str, list[Event]], until: float) -> None:
-    """What happened until a time, a row for each kind of event."""
+    """Draw what happened until a time, with a row for each kind of event."""
     for place, (kind, its) in enumerate(by_row.items()):
         for number, event in enumerate(its):
-            # What is sent overlaps: each in a lane of its own.
+            # Transfers overlap, so each has a lane of its own.
             height = 0.8 / 3 if kind == MATRICES else 0.8
             lane = (number % 3 - 1) * height if kind == MATRICES else 0.0
             took = event.end - event.start

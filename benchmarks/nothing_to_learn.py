@@ -1,10 +1,10 @@
-"""Labels without meaning: does a step size that only evidence moves run away?
+"""Random labels: does a step size that follows evidence run away where there is nothing to learn?
 
     PYTHONPATH=. python benchmarks/nothing_to_learn.py [--steps 20000] [--step-size balance prodigy]
 
-A small network is trained on random inputs whose labels are drawn anew at every step, so that all there is to
-learn is to say nothing: the best loss is the entropy of the labels. Then on a fixed set with random labels,
-which it can learn by heart. Printed along the way: the loss of the averaged weights, d and its evidence.
+A small network is trained on random inputs with new random labels at every step, so that the best it can do
+is to predict nothing: the best loss is the entropy of the labels. Then it is trained on a fixed set with
+random labels, which it can memorise. It prints the loss of the averaged weights, d and its evidence.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def anew() -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Inputs and labels of a step, which nobody has seen before."""
+    """New inputs and labels for a step."""
     generator = torch.Generator().manual_seed(1)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def anew() -> Callable[[int], tuple[Tensor, Tensor]]:
 
 
 def by_heart() -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Of a fixed set, a batch."""
+    """A batch of a fixed set."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.rand(FIXED, INPUTS, generator=generator) - 0.5
     labels = torch.randint(CLASSES, (FIXED,), generator=generator)
@@ -60,7 +60,7 @@ def by_heart() -> Callable[[int], tuple[Tensor, Tensor]]:
 
 
 def run(task: str, batch: Callable[[int], tuple[Tensor, Tensor]], step_size: str, steps: int) -> None:
-    """One run: a line at every so many steps."""
+    """One run, which prints a line every so many steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(INPUTS, 64), nn.ReLU(), nn.Linear(64, CLASSES))
     optimizer = ProdigyPlusScheduleFree(model.parameters(), step_size=step_size)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
     python benchmarks/option_costs.py [--out docs]
 
 The costs are counted in steps of the optimiser itself, on one process and on two ranks of a process group
-that sends nothing (torch's fake one). An option of the signature that has no line here is an error.
+that sends nothing (torch's fake one). An option that has no line here is an error.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ LAYERS = 4  # of the model that all-reduces are counted on, with a matrix each
 # ---------------------------------------------------------------------------------------- texts
 
 
-# A row for each option, its further lines indented: its name, what is told of it, and where it is from; then
-# what it is measured with, if that is not its name, and what is set as well, also where it is compared with.
-# Where passes cannot be counted, and nothing else changes, it is said what to say of them.
+# A row for each option, with further lines indented: its name, its description and its source; then what it
+# is measured with, if that is not its name, and what is set as well, in the baseline too. Where passes cannot
+# be counted, and nothing else changes, `passes` has the text for that column.
 CHOICES = """
 step_size="balance" | A step size from Schedule-Free's equilibrium. The first to try:
   [research.md](research.md).
@@ -132,7 +132,7 @@ warmup_steps | Lets the step size grow linearly over so many steps. Prodigy's ow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """What is told of a setting of an option, and what it is measured with; the option comes first."""
+    """The description of a setting of an option, and what it is measured with; the option comes first."""
 
     given: Mapping[str, Any]
     what: str
@@ -143,7 +143,7 @@ class Told:
 
 
 def told(texts: str) -> dict[str, Told]:
-    """What rows say, by their names."""
+    """The rows of a text, by their names."""
     found = {}
     for line in texts.strip().replace("\n  ", " ").splitlines():
         name, what, *others = line.split(" | ")
@@ -160,22 +160,22 @@ def told(texts: str) -> dict[str, Told]:
 
 
 def settings(arguments: str) -> dict[str, Any]:
-    """Options, as they stand in a call."""
+    """Options, from the text of a call's arguments."""
     call = ast.parse(f"options({arguments})", mode="eval").body
     assert isinstance(call, ast.Call)
     return {its.arg: ast.literal_eval(its.value) for its in call.keywords if its.arg is not None}
 
 
 def linked(text: str) -> str:
-    """A text whose numbers of papers in braces, with the place in them, are links."""
+    """A text with links for the arXiv numbers in its braces; a place in the paper may follow the number."""
     return re.sub(r"{([\d.]+)(.*?)}", r"[\1](https://arxiv.org/abs/\1)\2", text)
 
 
 def check_texts() -> None:
-    """See to it that every option of the signature is told of.
+    """Check that every option of the signature is described.
 
     Raises:
-        SystemExit: One is not, or is no option any more.
+        SystemExit: One is not, or is no longer an option.
     """
     signature = set(inspect.signature(ProdigyPlusScheduleFree).parameters) - {"params"}
     names = {next(iter(its.given)) for its in (told(CHOICES) | told(NUMBERS)).values()}
@@ -188,12 +188,12 @@ def check_texts() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an optimiser keeps, moves and sends, with some options or more of it than with others."""
+    """What an optimiser keeps, moves and sends with some options, or the difference from others."""
 
     state: float  # bytes per parameter
     passes: float  # reads and writes of the whole parameter, in its dtype
     reduces: int  # all-reduces of a step
-    further: float  # and how many more for each further bucket
+    further: float  # and how many more for each additional bucket
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(
@@ -283,77 +283,78 @@ INTRODUCTION = f"""\
 Every option of `ProdigyPlusScheduleFree`, what it is for, and what it costs beyond the defaults; what it
 does to the loss of small tasks is in [evidence.md](evidence.md). "2.0.1" and "1.9.0" are versions of
 [prodigy-plus-schedule-free](https://pypi.org/project/prodigy-plus-schedule-free/).
-Where a cost has two values, the second is that without Schedule-Free, against the defaults without it.
+Where a cost has two values, the second is without Schedule-Free, compared with the defaults without it.
 
-- State: bytes that the optimiser keeps per parameter, of a {SIDE:,} × {SIDE:,} matrix; in float32, unless the
-  option is one for bfloat16.
-- Passes: the bytes that a step, the third, reads and writes, in units of the matrix's own, which are 4 per
-  parameter, or 2 in bfloat16. Each operation counts for itself: it reads its tensors and writes its results
+- State: bytes per parameter that the optimiser keeps, for a {SIDE:,} × {SIDE:,} matrix; in float32, unless
+  the option is for bfloat16.
+- Passes: the bytes that a step (the third) reads and writes, divided by the matrix's own, which are 4 per
+  parameter, or 2 in bfloat16. Each operation counts separately: it reads its tensors and writes its results
   once, and what it changes in place it reads and writes. Tensors under a {SMALL}th of the matrix, such as
   factors, do not count; Prodigy's samples do.
-- All-reduces: those of a step on two ranks under FSDP2, of two groups, and how many more for each bucket of
+- All-reduces: those of a step with two groups on two ranks under FSDP2, and how many more for each bucket of
   updates after the first ([scale.md](scale.md) has other layouts)."""
 
 NOTES = """\
 ## Notes
 
-- `ShardedProdigyPlusScheduleFree` has four arguments more, for the whole optimiser: `bucket_bytes`,
+- `ShardedProdigyPlusScheduleFree` has four more arguments, for the whole optimiser: `bucket_bytes`,
   `replicas`, `process_group` and `all_to_all` ([API](reference.md)).
 - Every option may be set per parameter group. Groups with `split_groups=False` share d under the options of
   the first of them.
-- On a GPU, kernels move what has float32 or bfloat16 weights, but for groups with Cautious, Grams, ADOPT,
-  OrthoGrad or FOCUS: these move operator by operator, a launch for each of some 45 operators and each shape.
+- On a GPU, kernels move float32 and bfloat16 weights, except in groups with Cautious, Grams, ADOPT, OrthoGrad
+  or FOCUS: these move operator by operator, with a launch for each of some 45 operators and each shape.
   With `fused_back_pass`, parameters move by kernels one by one, as their gradients come.
 - `use_schedulefree`, `use_focus`, `use_muon_pp`, `use_speed="relative"`, `factored`, `factored_fp32`,
-  `bfloat16_z`, `slice_p`, `step_size` say what state there is, and hold from a parameter's first step on. The
-  others may change between two steps, and are checked when they do. Once `prodigy_steps` has passed, d stays
-  frozen.
+  `bfloat16_z`, `slice_p`, `step_size` decide what state there is, and are fixed from a parameter's first step
+  on. The others may change between two steps, and are checked when they do. Once `prodigy_steps` has passed,
+  d stays frozen.
 - `step_size="balance"`: Prodigy's own options have no effect on it (`beta3`, `d_limiter`, `slice_p`; `d0` has
   hardly any), or are switched off with a warning. Groups that would share a mean of step sizes
-  (`split_groups_mean=True`) have one step size then, from the evidence of all, as with `split_groups=False`.
-  Balance finds the product lr·d: another `lr` is only another start, and balance undoes what it can of a
-  schedule. Keep lr constant. On a mesh, the evidence of Muon's groups takes a small all-reduce for each wave
-  of matrices.
+  (`split_groups_mean=True`) then have one step size, from the evidence of all, as with `split_groups=False`.
+  Balance finds the product lr·d: another `lr` is only another start, and balance undoes a schedule as far as
+  it can. Keep lr constant. On a mesh, the evidence of Muon's groups takes a small all-reduce for each wave of
+  matrices.
 - `split_groups_mean=True` (2.0.1's default is False) moves every group by the harmonic mean of d over the
-  groups with evidence: those whose d has grown tenfold from its d0, within the first 30 steps or else to a
-  tenth of the others' mean (and within those steps, those that have left d0). So a group does not hold the
-  others back if its gradients are zero or pure noise, if it is frozen at its start, or if it has just been
-  added; it moves by the mean. The optimiser warns once if the step sizes that count are more than a
+  groups with evidence: those whose d has grown tenfold from its d0, either within the first 30 steps or else
+  to a tenth of the others' mean (and within those steps, those whose d has left d0). So a group does not hold
+  the others back if its gradients are zero or pure noise, if it is frozen at its start, or if it has just
+  been added; it moves by the mean. The optimiser warns once if the step sizes that count are more than a
   hundredfold apart. If a single network's parameters are in several groups only for their weight decay, use
   `split_groups=False`.
 - A group of a few elements has few samples, so its step size may be down to chance: leave it in the mean, or
-  put it with others. `d_coef` far above 1 amplifies chance too. If a run goes on long after it has converged,
-  use `prodigy_steps`: as gradients vanish, the steps of any Adam become noise of the size of its step size.
-- `beta4=None` starts slowly: the limiter lets the estimate be 2^¼ of d at most, and the average takes in 1 %
+  merge it into another group. `d_coef` far above 1 amplifies chance too. If a run goes on long after it has
+  converged, use `prodigy_steps`: as gradients vanish, the steps of any Adam become noise of the size of its
+  step size.
+- `beta4=None` starts slowly: the limiter lets the estimate be at most 2^¼ d, and the average takes in 1 %
   of it.
 - Do not combine SPEED with strong weight decay: it ignores the size of the evidence, so the steady pull of
   the decay may weigh as much as the gradients. 2.0.1's documentation has the same warning for its SPEED.
 - FOCUS, as in 2.0.1: the average of the weights is weighted with d², so while d grows it covers only the last
   few steps. It is not divided by the sum of d². Where d is far below 1, as it mostly is, the average is
   therefore close to zero, and the pull is towards zero.
-- Muon's passes are those of Newton–Schulz, most in bfloat16. Its time goes into matrix products, which
+- Muon's passes are those of Newton–Schulz, mostly in bfloat16. Its time goes into matrix products, which
   passes do not show ([muon.md](muon.md)). On a mesh it also sends matrices, which are not among the
   all-reduces.
 
 ## What excludes what
 
-The optimiser warns once, and goes on with what stands after the colon.
+The optimiser warns once, and continues as it says after the colon.
 """
 
 DIFFERENT = """\
 ## Where 2.0.1 does otherwise
 
 - ADOPT without Schedule-Free: 2.0.1 divides the gradient by the deviation of d times the gradient, so that
-  its step size never leaves d0. Here both are of d times the gradient.
+  its step size never leaves d0. Here both use d times the gradient.
 - Cautious without Schedule-Free: 2.0.1 computes its mask and does not apply it. Here it is applied.
 - OrthoGrad: here tensors of one element are left alone, and a step fades out where its direction is parallel
-  to the weights. 2.0.1 makes a full step there, along what is only rounding error.
+  to the weights. 2.0.1 makes a full step there, along nothing but rounding error.
 - `d_coef` below 2^-¼ with `d_limiter`: 2.0.1 limits d's estimate before it multiplies, so that d never leaves
-  d0. Here, of a `d_coef` below 1, the product is limited.
+  d0. Here, for a `d_coef` below 1, the product is limited.
 - Factored second moments of tensors that are taller than wide: here the row factor is divided by its mean.
   2.0.1 takes that mean over a dimension of size one.
 - `p0`, from where progress is measured: here in the weight's dtype. 2.0.1 rounds it to bfloat16, and takes
-  the rounding for progress: on pure noise d grows a hundredfold, and from a small d0 it may never start.
+  the rounding as progress: on pure noise d grows a hundredfold, and from a small d0 it may never start.
 - `split_groups_mean`: here True by default, and over groups with evidence only; 2.0.1 takes all groups.
 - Muon: 2.0.1 no longer has it. 1.9.0 runs the first Muon's polynomial for six iterations and divides by a
   running average of the rms; here a direction has an rms of 1, as Adam's has, and no memory.
@@ -383,7 +384,7 @@ def more(value: float, form: str) -> str:
 
 
 def more_reduces(c: Cost) -> str:
-    """What a cell says of all-reduces."""
+    """The cell for all-reduces."""
     further = f", {more(c.further, '+.3g')} a bucket" if c.further else ""
     return f"{more(c.reduces, '+d')}{further}"
 

@@ -1,4 +1,4 @@
-"""What each option does to the loss, on five small tasks, beside the same run without it.
+"""What each option does to the loss on five small tasks, compared with the same run without it.
 
     PYTHONPATH=. python benchmarks/option_evidence.py --out FILE [--tasks …] [--variants …] [--seeds …]
     PYTHONPATH=. python benchmarks/option_evidence.py --out FILE --report
@@ -22,7 +22,7 @@ from quality.variants import FEW, Change, Variant, changes, command
 
 NUDGED = "d0=1.1e-06"
 
-# What may be set beside either step size. Each is a row of the table.
+# Options to try with either step size. Each is a row of the table.
 EITHER: dict[str, dict[str, Any]] = {
     NUDGED: {"d0": 1.1e-6},
     "betas=(0.95, 0.99)": {"betas": (0.95, 0.99)},
@@ -110,7 +110,7 @@ def report(rows: Iterable[results.Row]) -> Iterator[str]:
 
 
 def shown(change: Change) -> str:
-    """A change of the loss in percent; bold where it helps, in brackets where it is nothing."""
+    """A change of the loss in percent: bold where it helps, in brackets where it counts as nothing."""
     percent = f"{100 * (change.ratio - 1):+.1f}".replace("-", "−")
     return {"helps": f"**{percent}**", "hurts": percent, "nothing": f"({percent})"}[change.verdict]
 

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from prodigyplus import ProdigyPlusScheduleFree
 
-SMOOTHED = 0.95  # what is kept of the training loss from step to step
+SMOOTHED = 0.95  # weight of the past in the running mean of the training loss
 INPUTS, CLASSES = 32, 10
 BALANCE: dict[str, Any] = {"step_size": "balance"}
 
@@ -39,8 +39,8 @@ class Task(NamedTuple):
 
     Args:
         model: What is trained.
-        loss: Of a batch that the generator draws, for the model.
-        parameters: What the optimiser gets.
+        loss: The model's loss on a batch that the generator draws.
+        parameters: What is passed to the optimiser.
         after_step: Called after each step.
         evaluation: The batch size of the evaluation.
     """
@@ -80,7 +80,7 @@ def layers(*widths: int) -> nn.Sequential:
 
 
 def classes(dtype: torch.dtype = torch.float32) -> Task:
-    """The largest output of a random network, to be told from its input: batches are drawn anew."""
+    """Predict which output of a random network is largest, from its input; each batch is new."""
     torch.manual_seed(0)
     teacher, model = layers(INPUTS, 16, CLASSES), layers(INPUTS, 128, 128, CLASSES).to(dtype)
 
@@ -94,7 +94,7 @@ def classes(dtype: torch.dtype = torch.float32) -> Task:
 
 
 def rows(*, by_hand: bool) -> tuple[Task, Any]:
-    """Rows that are kept at norm 1, of benchmarks/constraints.py; and the constraint that keeps them."""
+    """The task of benchmarks/constraints.py with rows of norm 1, and the constraint that keeps them there."""
     its = constraints.rows()
 
     def project() -> None:
@@ -119,7 +119,7 @@ def healthy() -> dict[str, Run]:
 
 
 def stays() -> dict[str, Run]:
-    """Runs whose d stays at d0, beside one whose d does not."""
+    """Runs whose d stays at d0, and one whose d does not."""
     bfloat16 = torch.bfloat16
     return {
         "Prodigy, lr=1": train(classes(), 600),

@@ -1,17 +1,17 @@
-"""Whether two checkouts compute the same to the bit: every option, on one process and on several.
+"""Whether two checkouts compute the same, to the bit: every option, on one process and on several.
 
     python benchmarks/same_bits.py --old CHECKOUT [--new CHECKOUT] [--only PATTERN] [--without-compile]
 
 For each checkout it starts itself in processes that import the packages from there, plays every case for a
-few steps, and hashes all that a user can see: weights after every step, averaged weights, the state dict,
-metrics. Then it prints a line for each case that differs, with what differs first and by how much, and how
-many cases are the same. It ends with 1 if any is not, or raises. ``--new`` is the checkout that this file is
-in, if it is not given; PATTERN is a regular expression that is searched for in the names of cases;
+few steps, and hashes everything that a user can see: weights after every step, averaged weights, the state
+dict, metrics. Then it prints a line for each case that differs, with what differs first and by how much, and
+how many cases are the same. Its exit status is 1 if any case differs or raises. ``--new`` is by default the
+checkout that this file is in; PATTERN is a regular expression that is searched for in the names of cases;
 ``--list`` prints them.
 
-Only public names are used, so that the insides may change. Weights and gradients are made of integers. In
-the steps of a case a gradient has a NaN, a parameter has no gradient, the average is evaluated, and the
-optimiser is saved and loaded into a new one.
+Only public names are used, so that internals may change. Weights and gradients are made from integers. Within
+a case, a gradient has a NaN, a parameter has no gradient, the average is evaluated, and the optimiser is
+saved and loaded into a new one.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import option_table as table  # isort: skip  # of this checkout: harness knows where
 
-if TYPE_CHECKING:  # what starts the processes runs also where a checkout does not
+if TYPE_CHECKING:  # the process that starts the others runs even if a checkout does not
     from prodigyplus import ProdigyPlusScheduleFree
 
-LONGEST = 1200  # seconds that the processes of one checkout may take
-BROKEN = 3  # what a process ends with that has failed within a case
+LONGEST = 1200  # seconds, for the processes of one checkout
+BROKEN = 3  # the exit status of a process that has failed within a case
 
 SHAPES = ((48, 33), (48, 33), (60,), (60,), (), (12, 4, 3, 5), (0, 7), (40, 1, 37), (300, 260))
 SMALL_SHAPES = ((16, 11), (16, 11), (20,), (20,), (), (6, 4, 3, 5), (0, 7), (10, 1, 9), (35, 24))
-LARGE_SHAPES = ((400, 400), (400, 400), (131, 1030), (30,))  # too large to be moved together
+LARGE_SHAPES = ((400, 400), (400, 400), (131, 1030), (30,))  # too large to be moved as one
 COMPILED_SHAPES = ((48, 33), (48, 33), (60,), (60,), (), (12, 4, 3, 5))
 
 FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
@@ -75,13 +75,13 @@ Shapes = Sequence[tuple[int, ...]]
 
 @dataclass
 class Record:
-    """What a case shows: hashes by what they are of, in order, and the tensors of some."""
+    """What a case shows: the hash of each value by its name, in order, and the tensors of some."""
 
     hashes: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, what: str, value: Any, *, keep: bool = False) -> None:
-        """Record a value: tensors by their bytes, dicts and lists entry by entry, all else by its text."""
+        """Record a value: tensors by their bytes, dicts and lists entry by entry, others by their text."""
         if isinstance(value, Mapping):
             for key in value:
                 self.note(f"{what}.{key}", value[key], keep=keep)
@@ -108,12 +108,12 @@ def bytes_of(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-# ------------------------------------------------------------------------------------------ what is fed
+# ------------------------------------------------------------------------------------------ inputs
 
 
 @functools.lru_cache(maxsize=512)
 def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Numbers in [-1, 1) that float32 holds exactly, from a hash of integers. Not to be changed."""
+    """Numbers in [-1, 1) that float32 holds exactly, from a hash of integers. Never change them."""
     bits = torch.arange(torch.Size(shape).numel(), dtype=torch.int64).add_(seed * 0x9E3779B1)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x2C1B3C6D)):
         bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
@@ -127,7 +127,7 @@ def weight(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def gradient(number: int, shape: tuple[int, ...], step: int, dtype: torch.dtype) -> Tensor:
-    """The gradient of a parameter at a step; it leans one way, so that Prodigy finds progress to make."""
+    """The gradient of a parameter at a step; its mean is not 0, so that Prodigy sees progress."""
     grad = ((drawn(shape, 1000 * (step + 1) + number) + 0.625) * 0.125).to(dtype)
     if step == NAN_AT and number == 0 and grad.numel():
         grad.view(-1)[-1] = torch.nan
@@ -140,7 +140,7 @@ def is_missing(number: int, step: int) -> bool:
 
 
 class Held(nn.Module):
-    """A model of nothing but parameters, whose gradients are what is fed."""
+    """A model of nothing but parameters, whose gradients are given."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
@@ -165,15 +165,15 @@ def as_it_is(number: int, tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Play:
-    """Some steps on parameters that are fed.
+    """Some steps on parameters whose gradients are given.
 
     Args:
         make: Makes the optimiser of a model, its parameters, and the number of its first step.
         place: Puts a tensor where its parameter, by its number, is to be.
-        between: What is done before a step, given its number.
+        between: Called before each step, with its number.
         lacks: Whether a parameter, by its number, has no gradient at a step.
-        in_eval: Whether it is saved and loaded in eval mode.
-        in_backward: Whether gradients come by a backward pass, for what is fused with it.
+        in_eval: Whether the optimiser is saved and loaded in eval mode.
+        in_backward: Whether gradients come from a backward pass, for steps that are fused with it.
     """
 
     make: Make
@@ -229,7 +229,7 @@ class Play:
     def reloaded(
         self, record: Record, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter], step: int
     ) -> tuple[Held, list[nn.Parameter], ProdigyPlusScheduleFree]:
-        """The same in a new model and optimiser, by way of a state dict."""
+        """A new model and optimiser in the same state, by way of a state dict."""
         if self.in_eval:
             optimizer.eval()
         saved = copy.deepcopy(optimizer.state_dict())
@@ -265,7 +265,7 @@ def note_end(record: Record, model: nn.Module, optimizer: ProdigyPlusScheduleFre
 
 # ------------------------------------------------------------------------------------------ options
 
-# A first step size that moves the weights by as much as they are.
+# A first step size that moves the weights by about their own size.
 LARGE = {"d0": 1e-2}
 
 ADAM, MUON, DECAY = {"use_schedulefree": False}, {"use_muon_pp": True}, {"weight_decay": 0.1}
@@ -282,7 +282,7 @@ FULL, NARROW = {"factored": False}, {"factored_fp32": False}
 BETA4: Options = {"beta4": 0.5}
 C = {"schedulefree_c": 50.0}
 
-# Of which all pairs are played; the others are factors, or have products of their own below.
+# All pairs of these are played; the others are factors, or have products of their own below.
 FACTORS = ("lr", "betas", "beta3", "d0", "d_coef", "warmup_steps")
 SETTINGS: tuple[Options, ...] = tuple(
     table.alone(table.named("passes", "numbers", but=(*FACTORS, "muon_fp32", "muon_quintic", "muon_batched")))
@@ -297,19 +297,19 @@ ALONE: tuple[Options, ...] = (
 
 
 def merged(*options: Options) -> dict[str, Any]:
-    """Options, one upon the other."""
+    """Merge options; later ones win."""
     return {name: value for its in options for name, value in its.items()}
 
 
 def subsets(*options: Options) -> Iterator[dict[str, Any]]:
-    """What comes of every choice of them."""
+    """All subsets, merged."""
     for count in range(len(options) + 1):
         for chosen in itertools.combinations(options, count):
             yield merged(*chosen)
 
 
 def products(*factors: Sequence[Options]) -> list[dict[str, Any]]:
-    """What comes of one of each."""
+    """All products, merged."""
     return [merged(*chosen) for chosen in itertools.product(*factors)]
 
 
@@ -356,7 +356,7 @@ SHARDED: tuple[Options, ...] = (
 
 
 def groups_of(parameters: Sequence[nn.Parameter], options: Options) -> list[dict[str, Any]]:
-    """Groups for options: Muon's have matrices only, and those that are about several have two."""
+    """Groups for options: for Muon matrices only, and two groups for options that concern several."""
     if options.get("use_muon_pp"):
         matrices = [p for p in parameters if p.ndim > 1]
         others = [p for p in parameters if p.ndim < 2]
@@ -378,7 +378,7 @@ def optimizer_of(
 
 
 def copied(options: Options) -> dict[str, Any]:
-    """Options whose tensors are not another optimiser's."""
+    """Options with tensors of their own, which no other optimiser shares."""
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
 
 
@@ -396,7 +396,7 @@ class Case:
 
 
 def made(options: Options, *, sharded: bool = False, others: Options | None = None) -> Make:
-    """What makes the optimiser with these options; what it shares among all processes is told by ``True``."""
+    """What makes the optimiser with these options; ``True`` in ``others`` is the group of all."""
 
     def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
         given = {name: dist.group.WORLD if value is True else value for name, value in (others or {}).items()}
@@ -417,7 +417,7 @@ def each(
     make: Callable[[Options], Make] = made,
     **how: Any,
 ) -> Iterator[Case]:
-    """A case for each of some options, in each of some dtypes; in float32, without saying so, for None."""
+    """A case for each of some options, in each of some dtypes; None is float32, and not in the name."""
     for options in chosen:
         for dtype in dtypes or (FLOAT32,):
             width = f"{WIDTHS[dtype]} " if dtypes else ""
@@ -427,14 +427,14 @@ def each(
 
 
 def dtype_in_turn(number: int, options: Options) -> Sequence[torch.dtype]:
-    """One of two dtypes, where an option is not of one of them alone."""
+    """Alternate between two dtypes, unless an option needs one of them."""
     if "stochastic_rounding" in options:
         return (BFLOAT16,)
     return (FLOAT32,) if number % 2 or "bfloat16_z" in options else (BFLOAT16,)
 
 
 def tables() -> Iterator[Case]:
-    """Every option and what comes together, on one process."""
+    """Every option, and options together, on one process."""
     shapes: Shapes
     for number, options in enumerate(ALONE):
         # Large matrices are orthogonalised slowly in bfloat16.
@@ -446,7 +446,7 @@ def tables() -> Iterator[Case]:
         both = merged(one, other)
         if not one.keys() & other.keys() and both not in TOGETHER:
             yield from each("pair", [both], dtype_in_turn(number, both))
-    # In which the step size moves late.
+    # Where the step size moves late.
     slow: tuple[Options, ...] = (SPEED, {**SPEED, **ADAM}, {"use_bias_correction": True}, RADAM, FOCUS, MUON)
     yield from each("longer", slow, steps=24)
     large: list[Options] = [{}, ADAM, HALF_Z, ADOPT, RELATIVE, {**MUON, "muon_fp32": True}]
@@ -455,7 +455,7 @@ def tables() -> Iterator[Case]:
     half: tuple[Options, ...] = ({}, ADAM, ADOPT, NARROW, {**MUON, **CAUTIOUS})
     yield from each("gradients in bfloat16", half, None, grad_dtype=BFLOAT16)
     yield from each("saved in eval", ({}, ADAM, HALF_Z, FREEZES, RADAM), in_eval=True)
-    for options in COMPILED:  # each kind and each number of dimensions is compiled for itself
+    for options in COMPILED:  # each kind and each number of dimensions is compiled separately
         shapes = COMPILED_SHAPES if options == {} else COMPILED_SHAPES[1:3]
         yield from each("compiled", [options], None, compiled, shapes=shapes)
     yield from each("compiled", [DECAY], (BFLOAT16,), compiled, shapes=COMPILED_SHAPES[1:3])
@@ -482,7 +482,7 @@ def several(parameters: Sequence[nn.Parameter], kinds: Sequence[Options]) -> lis
 
 
 def groups() -> Iterator[Case]:
-    """Several groups, and what happens to groups while a run goes on."""
+    """Several groups, and changes of groups during a run."""
     shared: dict[str, Options] = {
         "mean": {},
         "apart": {"split_groups_mean": False},
@@ -526,7 +526,7 @@ def late_group(options: Options) -> tuple[Make, Between]:
 
 
 def lacks_at_first(number: int, step: int) -> bool:
-    """Gradients come late, later for some parameters than for others."""
+    """Gradients start late, later for some parameters than for others."""
     return step < 2 * (number % 4)
 
 
@@ -537,7 +537,7 @@ def freeze(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Pa
 
 
 def schedule(step: int, optimizer: ProdigyPlusScheduleFree, parameters: list[nn.Parameter]) -> None:
-    """Move options: a warm-up from zero, a pause, β1, and a step size that freezes."""
+    """Change options: a warm-up from zero, a pause, β1, and a step size that freezes."""
     for group in optimizer.param_groups:
         group["lr"] = (0.0, 0.25, 0.5, 1.0, 1.0, 0.0, 1.0, 0.5, 0.5)[min(step, 8)]
         group["betas"] = (0.9 if step < 7 else 0.95, 0.95)
@@ -583,7 +583,7 @@ def train_model(
     rank: int = 0,
     steps: int = STEPS,
 ) -> None:
-    """Train a model by its own gradients, and record what that shows."""
+    """Train a model by its own gradients, and record the results."""
     for step in range(steps):
         loss = wrapped(tokens_of(step, rank))
         (loss * torch.nan if step == NAN_AT else loss).backward()
@@ -644,7 +644,7 @@ def fused() -> Iterator[Case]:
 
 
 def made_fused(options: Options, every: bool = True) -> Make:
-    """What moves parameters, or those of its first group alone, in the backward pass."""
+    """Makes an optimiser that moves all parameters, or only its first group, in the backward pass."""
 
     def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
         parts = groups_of(parameters if every else parameters[::2], options)
@@ -669,7 +669,7 @@ def unit_rows(w: Tensor) -> Tensor:
 
 
 def made_held(options: Options, *, sharded: bool = False) -> Make:
-    """What holds some parameters in sets."""
+    """Makes an optimiser that constrains some parameters to sets."""
 
     def make(model: nn.Module, parameters: list[nn.Parameter], step: int) -> ProdigyPlusScheduleFree:
         optimizer = made(options, sharded=sharded)(model, parameters, step)
@@ -682,14 +682,14 @@ def made_held(options: Options, *, sharded: bool = False) -> Make:
 
 
 def held() -> Iterator[Case]:
-    """Weights that are held in sets."""
+    """Weights that are constrained to sets."""
     chosen: list[Options] = [{}, ADAM, HALF_Z, MUON, FOCUS, RELATIVE, ATAN2, RADAM]
     chosen += [{**CAUTIOUS, **DECAY}, {**ADAM, **GRAMS}]
     yield from each("held", chosen, make=made_held, in_eval=True)
 
 
 def odd() -> Iterator[Case]:
-    """What a parameter or a loop may be beside what is usual."""
+    """Unusual parameters and loops."""
 
     def transposed(number: int, tensor: Tensor) -> Tensor:
         return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
@@ -709,33 +709,33 @@ Axes = Callable[[tuple[int, ...]], Sequence[Placement]]
 
 
 def along_first(shape: tuple[int, ...]) -> list[Placement]:
-    """As ``fully_shard``."""
+    """Shard as ``fully_shard`` does."""
     return [Shard(0) if shape else Replicate()]
 
 
 def along_last(shape: tuple[int, ...]) -> list[Placement]:
-    """Columns."""
+    """Shard by columns."""
     return [Shard(len(shape) - 1) if shape else Replicate()]
 
 
 def hybrid(shape: tuple[int, ...]) -> list[Placement]:
-    """As HSDP."""
+    """Place as HSDP does."""
     return [Replicate(), *along_first(shape)]
 
 
 def tensor_parallel(shape: tuple[int, ...]) -> list[Placement]:
-    """As FSDP × TP: tall matrices by their rows, wide ones by their columns, the rest on all."""
+    """Place as FSDP × TP: tall matrices by their rows, wide ones by their columns, the rest replicated."""
     if len(shape) < 2:
         return [Shard(0) if shape else Replicate(), Replicate()]
     return [_StridedShard(0, split_factor=2), Shard(0)] if shape[0] >= shape[1] else [Shard(0), Shard(1)]
 
 
 def both_dims(shape: tuple[int, ...]) -> list[Placement]:
-    """By rows and by columns."""
+    """Shard by rows and by columns."""
     return [Shard(0), Shard(len(shape) - 1)] if len(shape) > 1 else [Replicate(), Replicate()]
 
 
-# Name: sizes of its axes, where parameters lie, and which options are played: all take long.
+# Name: sizes of its axes, where parameters lie, and which options are played, since all would take long.
 MESHES: dict[str, tuple[tuple[int, ...], Axes, Sequence[Options]]] = {
     "FSDP": ((2,), along_first, SHARDED),
     "columns": ((2,), along_last, SHARDED[1::8]),
@@ -753,7 +753,7 @@ def mesh_of(sizes: tuple[int, ...], names: tuple[str, ...] | None = None) -> Dev
 
 
 def placed(sizes: tuple[int, ...], axes: Axes, plain: bool) -> Place:
-    """What cuts tensors up on a mesh; with ``plain``, each third stays as it is."""
+    """A function that places tensors on a mesh; with ``plain``, every third one stays plain."""
 
     def place(number: int, tensor: Tensor) -> Tensor:
         if plain and number % 3 == 2:
@@ -775,7 +775,7 @@ def lacks_on_first(number: int, step: int) -> bool:
 
 
 def meshes() -> Iterator[Case]:
-    """The option table, cut up."""
+    """The option table, on meshes."""
     for name, (sizes, axes, chosen) in MESHES.items():
         for number, options in enumerate(chosen):
             place = placed(sizes, axes, plain=number % 4 == 3)
@@ -806,7 +806,7 @@ def case_on(sizes: Sequence[int], name: str, play: Callable[[Record], None]) -> 
 
 
 def on_mesh(sizes: Sequence[int], name: str, make: Make, **how: Any) -> Case:
-    """Steps on parameters that are fed, on a mesh of these sizes."""
+    """Steps on parameters whose gradients are given, on a mesh of these sizes."""
     return case_on(sizes, name, Play(make=make, shapes=SMALL_SHAPES, **how))
 
 
@@ -874,26 +874,26 @@ def all_cases() -> list[Case]:
     """Every case, in the order in which they are played.
 
     Raises:
-        ValueError: Two have one name.
+        ValueError: Two have the same name.
     """
     kinds = (tables, groups, models, fused, held, odd, meshes, shared, wrapped)
     cases: dict[str, Case] = {}
     for case in itertools.chain.from_iterable(kind() for kind in kinds):
-        if case.name not in cases:  # what is alone may also be among pairs
+        if case.name not in cases:  # a single one may also be among the pairs
             cases[case.name] = case
     return list(cases.values())
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Cases whose names match, compiled ones too or not, and which set no option that a checkout lacks."""
+    """Cases whose names match, with or without compiled ones, that set no option that a checkout lacks."""
 
     only: str
     without_compile: bool
     lacks: Sequence[str] = ()
 
     def cases(self, ranks: int | None = None) -> list[Case]:
-        """All of them, or those on so many ranks."""
+        """All of them, or those on some number of ranks."""
         return [
             case
             for case in all_cases()
@@ -928,7 +928,7 @@ def options_of(checkout: Path) -> set[str]:
 
 
 def play_here(checkout: Path, folder: Path, choice: Choice) -> None:
-    """Play the cases of as many ranks as there are, of which this process is one, and write what they show.
+    """Play the cases for the present number of ranks, and write what they show; every rank calls it.
 
     Raises:
         RuntimeError: The packages are not those of the checkout.
@@ -948,14 +948,14 @@ def play_here(checkout: Path, folder: Path, choice: Choice) -> None:
             record.hashes["raised"] = f"{type(raised).__name__}: {raised}".splitlines()[0]
         torch.save((record.hashes, record.tensors), folder / f"{ranks}.{rank}.{number}.pt")
         if "raised" in record.hashes and ranks > 1:
-            os._exit(BROKEN)  # others may be waiting for what will not come: they are to see this end
+            os._exit(BROKEN)  # others may be waiting for this process: they must see that it has ended
 
 
 def play_all(checkout: Path, folder: Path, choice: Choice) -> None:
     """Play the cases of a checkout, one number of ranks at a time.
 
     Raises:
-        SystemExit: A process failed otherwise than within a case.
+        SystemExit: A process failed outside a case.
     """
     folder.mkdir()
     for ranks in sorted({case.ranks for case in choice.cases()}):
@@ -973,7 +973,7 @@ def play_all(checkout: Path, folder: Path, choice: Choice) -> None:
 
 
 def record_in(file: Path) -> Record:
-    """What a case has shown; nothing, if it was not played."""
+    """The record of a case; empty if it was not played."""
     return Record(*torch.load(file, weights_only=True)) if file.exists() else Record()
 
 
@@ -994,7 +994,7 @@ def compare(folders: Sequence[Path], choice: Choice) -> int:
 
 
 def difference(old: Record, new: Record) -> str:
-    """What to say of a case on one rank, nothing if it is the same."""
+    """The difference in a case on one rank, in words; empty if there is none."""
     both = {"old": old.hashes, "new": new.hashes}
     for name, hashes in both.items():
         if "raised" in hashes:
@@ -1050,7 +1050,7 @@ def main() -> None:
     choice = Choice(given.only, given.without_compile, sorted(lacks))
     if not (cases := choice.cases()):
         cli.error(f"no case has {given.only!r} in its name")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without its processes and its folder
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # its processes end too, and its folder goes
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / name for name in ("old", "new")]

@@ -36,25 +36,25 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 RANKS = (8, 64, 512, 4096)
 TP = 8  # ranks of tensor parallelism
-MOST_SHARDS = 64  # of HSDP
+MOST_SHARDS = 64  # in HSDP
 MOST_EP = 64  # ranks of expert parallelism; DeepSeek-V3 was trained with 64
 BUCKET_MIB = 64  # the optimiser's default
-HALF = 2  # bytes of a bfloat16, in which FSDP2 is taken to send everything
+HALF = 2  # bytes of a bfloat16; FSDP2 is assumed to send everything in it
 
 ASSUMED = f"""\
 State is of float32 parameters under the default options, on rank 0, which holds most; AdamW's is 8 bytes a
 parameter. All-reduces are those of one step of the optimiser. Of mesh axes of more than one rank, `cut`
-counts those that cut a parameter and `copy` those that only copy. `buckets` are those of {BUCKET_MIB} MiB
-of local parameters if one holds them all, else of half as much, since two are under way at a time.
-Bytes are what a rank sends in a ring: 2n(S-1)/S in an all-reduce of n bytes over S ranks,
+counts those that cut a parameter and `copy` those that only copy. `buckets` hold {BUCKET_MIB} MiB of
+local parameters if one holds them all, and otherwise half as much, since two are under way at a time. Bytes
+are what a rank sends in a ring: 2n(S-1)/S in an all-reduce of n bytes over S ranks,
 n(S-1)/S in an all-gather or a reduce-scatter.
 
-"FSDP2 sends" is the least that it can, for one microbatch a step: an all-gather in the forward pass, another
-in the backward pass and a reduce-scatter of the gradients, all in bfloat16; with HSDP also an all-reduce of
-the gradient's shards over the replicas. Gradients in float32, more microbatches and FSDP2's padding make the
-share smaller. What tensor and expert parallelism send of activations is left out.
+"FSDP2 sends" is the least that it can send, for one microbatch a step: an all-gather in the forward pass,
+another in the backward pass and a reduce-scatter of the gradients, all in bfloat16; with HSDP also an
+all-reduce of the gradient's shards over the replicas. Gradients in float32, more microbatches and FSDP2's
+padding make the share smaller. Activations that tensor and expert parallelism send are left out.
 
-HSDP: groups of {MOST_SHARDS} shards, or of half the ranks. FSDP x TP: {TP} ranks of tensor parallelism; of
+HSDP: groups of {MOST_SHARDS} shards, or of half the ranks. FSDP x TP: {TP} ranks of tensor parallelism; with
 {TP} ranks in all, nothing is left for FSDP2 to send. FSDP + EP: the experts on a mesh of their own, FSDP2
 along their second dimension x {MOST_EP} ranks of expert parallelism (or all); the rest under FSDP2 on all
 ranks."""
@@ -80,7 +80,7 @@ def hsdp(ranks: int) -> Placed:
 
 
 def fsdp_tp(ranks: int) -> Placed:
-    """FSDP2 of what tensor parallelism has cut, as torch's ``parallelize_module`` and FSDP2 place it."""
+    """FSDP2 after tensor parallelism, as torch's ``parallelize_module`` and FSDP2 place parameters."""
     mesh = init_device_mesh("cpu", (ranks // TP, TP), mesh_dim_names=("fsdp", "tp"))
     return {
         "column": (mesh, (_StridedShard(0, split_factor=TP), Shard(0))),
@@ -252,13 +252,13 @@ class Host:
 
 
 def host(model: str, layout: str, steps: int, ranks: int = 512, size: int = 64) -> Host:
-    """Time steps on a model of as many tensors, but of ``size`` in every dimension.
+    """Time steps on a model with as many tensors, but with ``size`` in every dimension.
 
     The shards are too small to take time, and AdamW has the same ones, as plain tensors. On "meta" the time
     would be that of torch's inference of shapes.
     """
     weights = [weight._replace(shape=(size,) * len(weight.shape)) for weight in MODELS[model].weights()]
-    # Those of the model are too large to be moved as one.
+    # The model's own tensors are too large to be moved as one.
     with simulated(ranks), mock.patch.object(driver, "SMALL", -1):
         parameters = parameters_of(weights, LAYOUTS[layout](ranks), "cpu")
         plain = [nn.Parameter(local(p).clone()) for p in parameters]
@@ -321,7 +321,7 @@ def verdicts(costs: Sequence[Cost]) -> Iterator[str]:
     for c in costs:
         if (c.model, c.layout, c.ranks) == ("Llama-3-70B", "FSDP2", 4096):
             yield (
-                "- Of Llama-3-70B on 4,096 ranks under FSDP2 at most 0.5 % of FSDP2's own bytes: "
+                "- For Llama-3-70B on 4,096 ranks under FSDP2 at most 0.5 % of FSDP2's own bytes: "
                 f"{'holds' if c.share <= 0.005 else 'does not hold'}, {c.share:.4%}."
             )
 
@@ -396,7 +396,7 @@ def main() -> None:
     page.tell("", *verdicts(costs))
     if args.steps:
         page.tell(
-            f"\nProcessor time of the host, the median of {args.steps} steps, in turn with "
+            f"\nProcessor time of the host, the median of {args.steps} steps, alternating with "
             "AdamW(foreach=True)\non the same shards as plain tensors:\n"
         )
         page.table(HOST_COLUMNS, (host_row(host(model, layout, args.steps)) for model, layout in chosen))

@@ -1,12 +1,12 @@
-"""Parts of newer Schedule-Free methods beside balance's step size, each switched on by itself.
+"""Parts of newer Schedule-Free methods with balance's step size, each switched on separately.
 
     PYTHONPATH=. python benchmarks/schedulefree_parts.py --out FILE [--tasks …] [--variants …] [--seeds …]
     PYTHONPATH=. python benchmarks/schedulefree_parts.py --out FILE --report
 
 The first trains tasks of benchmarks/quality, and adds a line to the file for each run that it does not have.
 The second prints a table, in which a change is nothing within 1 % or within twice that of `nudged`, the same
-run begun at 1.1 times the step size. The optimiser is a plain one of this file, which keeps x, y and z. With
-no part on, it makes the step of the package (`package` and `package-muon` are runs of that one).
+run begun at 1.1 times the step size. The optimiser is a plain one in this file, which keeps x, y and z. With
+no part on, it makes the package's step (`package` and `package-muon` are runs of the package).
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Parts:
     """What is switched on. g is the gradient at y, γ the step size, P Adam's deviations, c = w/Σw.
 
     Attributes:
-        momentum: μ of m ← μ m + (1−μ) g, corrected for its start; z steps by P⁻¹m in the place of P⁻¹g
+        momentum: μ of m ← μ m + (1−μ) g, corrected for its start; z steps by P⁻¹m instead of P⁻¹g
             (ScheduleFree+, arXiv 2605.19095). Muon orthogonalises m (SF-NorMuon, arXiv 2605.23061).
-        evidence: Whose ⟨g, u⟩ is in ρ: of the step made, or of a plain one, that is of g without momentum.
+        evidence: Which ⟨g, u⟩ is in ρ: that of the step made, or of a plain one, without momentum.
         beta1, anneal: β of y = (1−β) z + β x; "run": log(1−β) goes linearly to that of 0.965 over the run
             (ScheduleFree+); "log": 1−β falls as k^−⅓ from step 100 on, for a run of unknown length.
         restarts: c = 1 once γ grows less than it may; until then (ScheduleFree+) there is no ⟨g, x − z⟩.
         power: r of w = k^r γ² (ScheduleFree+).
-        decay, decay_by: λ of z ← z − λ γ y (Schedule-Free, arXiv 2405.15682); by 2, γ² is in the place of γ
+        decay, decay_by: λ of z ← z − λ γ y (Schedule-Free, arXiv 2405.15682); by 2, γ² replaces γ
             (AdamC, arXiv 2506.02285, and ScheduleFree+).
         muon: Whether hidden matrices have Muon's direction.
         rows: Divide it by the root of a second moment of each row, and scale it to an rms of 1 (SF-NorMuon).
@@ -55,7 +55,7 @@ class Parts:
         one_d: Whether its group and Adam's have one step size, not one each.
         over: What ρ is a ratio of: weighted sums of the tensors' own, plain sums of ⟨g, x − z⟩ and ⟨g, u⟩
             over all elements, or of ⟨u, x − z⟩ and ⟨u, u⟩.
-        target, growth, share, d0: In the place of the package's.
+        target, growth, share, d0: Replace the package's.
     """
 
     beta1: float = BETA1
@@ -78,14 +78,14 @@ class Parts:
     d0: float = D0
 
     def beta(self, k: int, steps: int) -> float:
-        """β after step k of a run of so many steps."""
+        """β after step k of a run of ``steps`` steps."""
         if self.anneal == "run":
             return 1 - (1 - self.beta1) * math.pow((1 - BETA1_AT_END) / (1 - BETA1), min(1.0, k / steps))
         return 1 - (1 - self.beta1) * min(1.0, math.pow(100 / (k + 1), 1 / 3) if self.anneal else 1.0)
 
 
 class Numbers:
-    """The numbers of the groups that have one step size."""
+    """The numbers of the groups that share one step size."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.k, self.is_growing = parts, 0, True
@@ -103,7 +103,7 @@ class Numbers:
     def end(self) -> None:
         """Move d by the weighted sums of ρ, and of the weights."""
         now = balance.Averages(torch.full_like(self.d, self.product), self.d * self.norm)
-        balance.TARGET, balance.GROWTH = self.parts.target, self.parts.growth  # no other optimiser is at work
+        balance.TARGET, balance.GROWTH = self.parts.target, self.parts.growth  # no other optimiser is running
         self.d, _, self.averages = balance.next_d(self.d, torch.tensor([self.k]), self.averages, now)
         grown, limit = math.log(float(self.d) / self.step), min(balance.LOG_LIMIT, balance.GROWTH / self.k)
         if self.parts.restarts and self.is_growing and grown < limit - 1e-6:
@@ -111,7 +111,7 @@ class Numbers:
 
 
 class ScheduleFree(torch.optim.Optimizer):
-    """Schedule-Free with balance's step size and parts, for a run of so many steps."""
+    """Schedule-Free with balance's step size and parts, for a run of a given number of steps."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], parts: Parts, steps: int) -> None:
         super().__init__(groups, {"lr": 1.0, "d": parts.d0, "muon": False})
@@ -195,7 +195,7 @@ class ScheduleFree(torch.optim.Optimizer):
         return direction
 
     def _muon(self, m: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Muon's direction, in float32; a ``state`` that is empty is left to be forgotten."""
+        """Muon's direction, in float32; an empty ``state`` is discarded afterwards."""
         u: Tensor = muon.newton_schulz(m.unsqueeze(0))[0]
         if self.parts.rows:
             of_rows = u.square().mean(1, keepdim=True)
@@ -252,7 +252,7 @@ VARIANTS = {
 
 
 def report(rows: Iterable[results.Row]) -> Iterator[str]:
-    """The table: each variant beside what it is compared with, on the seeds that both have."""
+    """The table: each variant and what it is compared with, on the seeds that both have."""
     yield "| part | task | without | with | change | nudged | seeds | |\n|---|---|--:|--:|--:|--:|--:|---|"
     for name, of_task in changes(rows, VARIANTS).items():
         for task, its in of_task.items():

@@ -1,4 +1,4 @@
-"""How far the loss hangs on what one might set, or on the model: untuned, beside AdamW over its rate.
+"""How much the loss depends on settings and on the model: untuned, compared with AdamW over its rate.
 
     PYTHONPATH=. python benchmarks/sensitivity.py --out FILE.jsonl [--minutes M]
     PYTHONPATH=. python benchmarks/sensitivity.py --out FILE.jsonl --report
@@ -59,7 +59,7 @@ OF_BATCH = {str(batch): gpt(f"batch {batch}", 64, batch) for batch in BATCHES}
 
 
 def planned() -> Iterator[Run]:
-    """All runs, those that a table needs together."""
+    """All runs; those that a table needs come together."""
     for name in FEW:
         yield from (Run(TASKS[name], entry, Setting(), SEED) for entry in OURS.values())
         yield from of_adamw(TASKS[name])
@@ -89,19 +89,19 @@ def at(rate: float) -> str:
 
 
 def around(losses: Losses, task: str) -> list[float]:
-    """AdamW's losses at its best rate, and at a third and three times of it, where these were run."""
+    """AdamW's losses at its best rate, at a third of it and at three times it, where these were run."""
     of_rates = [losses.get((task, at(rate)), math.nan) for rate in RATES]
     best = min(range(len(RATES)), key=lambda i: of_rates[i])
     return [of_rates[best], *of_rates[max(0, best - 1) : best], *of_rates[best + 1 : best + 2]]
 
 
 def spread(losses: Sequence[float]) -> str:
-    """By how much the largest is above the least."""
+    """By how much the largest exceeds the smallest."""
     return f"{max(losses) / min(losses) - 1:.1%}"
 
 
 def report(losses: Losses) -> Iterator[str]:
-    """The tables, of the tasks of which all has been run."""
+    """The tables, for the tasks whose runs are complete."""
     rates = {at(rate) for rate in RATES}
 
     def ran(task: str, *names: str) -> bool:
@@ -121,7 +121,7 @@ def report(losses: Losses) -> Iterator[str]:
 
 
 def of_gpts(losses: Losses, what: str, tasks: Mapping[str, str]) -> Iterator[str]:
-    """The table of a width or a batch size."""
+    """The table over widths or batch sizes."""
     yield ""
     yield f"| {what} | untuned | {' | '.join(f'AdamW {at(rate)}' for rate in RATES)} | untuned ÷ best AdamW |"
     yield f"|--:|--:|{'--:|' * len(RATES)}--:|"

@@ -3,7 +3,7 @@
     python benchmarks/state_bytes.py [--peers FOLDER]
 
 With a FOLDER, prodigy-plus-schedule-free is measured too: it is installed there, if it is not there yet, and
-measured in a process of its own, since it has our import name.
+measured in a process of its own, since it shares our import name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Measure:
     """Bytes of state per parameter after two steps."""
 
     def of(self, place: str, options: dict[str, Any]) -> list[float]:
-        """Those of an optimiser of float32 and of bfloat16."""
+        """Those of an optimiser, in float32 and in bfloat16."""
         return [self._of(place, options, dtype) for dtype in (torch.float32, torch.bfloat16)]
 
     def _of(self, place: str, options: dict[str, Any], dtype: torch.dtype) -> float:

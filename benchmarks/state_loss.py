@@ -15,7 +15,7 @@ from harness.workers import log_of
 
 
 def held_out(seed: int, steps: int, options: list[str]) -> float:
-    """Bits per byte on text that a run of one process has not seen, at its end."""
+    """Bits per byte on held-out text at the end of a run in one process."""
     given = ["--seed", str(seed), "--steps", str(steps), "--option", "step_size=prodigy"]
     log = log_of("gpt_fsdp2.py", 1, *given, *(f"--option={option}" for option in options))
     found: float = [line["bits_per_byte"] for line in log if line["kind"] == "held out"][-1]
@@ -29,7 +29,7 @@ def main() -> None:
     cli.add_argument("--seeds", type=int, default=3)
     cli.add_argument("--steps", type=int, default=600)
     args = cli.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of each of the two that run at once
+    os.environ["OMP_NUM_THREADS"] = "1"  # for each of the two that run at once
     seeds = range(1, args.seeds + 1)
     with ThreadPoolExecutor(2) as two:
         plain, other = (

@@ -1,11 +1,11 @@
-"""What a compiled step's time is made of, beside what memory alone would take: on the CPU.
+"""What a compiled step's time consists of, and what memory traffic alone would take: on the CPU.
 
     python benchmarks/step_bounds.py [--rounds N]
 
 In one process, in turn: a step of AdamW fused, which does nothing but read and write its 28 bytes per
-parameter; a step of ours, compiled, with a clock around its stages; and one of as many tensors that are
-tiny, which is the host's share. What a stage reads from memory and writes there is known: a tensor of these
-fits the cache, and is read again from there.
+parameter; a step of ours, compiled, with a clock around its stages; and one with as many tiny tensors, which
+is the host's share. What a stage reads from memory and writes there is known: each of these tensors fits into
+the cache, and is read again from there.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ADAMW_BYTES = 28  # g, and p, exp_avg and exp_avg_sq read and written
 SQUARES, PASSES, REST = "sums of g²", "samples of g and z, and the two passes", "the rest"
 # Bytes per parameter, from memory and to it. Samples are an eleventh, but of every line of the cache.
 BYTES = {SQUARES: 4, PASSES: 20, REST: 0}
-TINY = 32  # rows and columns of the tensors that tell the host's share
+TINY = 32  # rows and columns of the tensors that show the host's share
 
 
 class Clock:
-    """The seconds in functions, by the names of their stages."""
+    """Seconds spent in functions, by the names of their stages."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -51,7 +51,7 @@ class Clock:
         setattr(module, function.__name__, timed)
 
     def step(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """The milliseconds of a step by stages; what is in none is in :data:`REST`."""
+        """The milliseconds of a step by stage; the remainder is in :data:`REST`."""
         time.sleep(machine.PAUSE)
         self.seconds.clear()
         start = time.perf_counter()
@@ -61,7 +61,7 @@ class Clock:
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Of each stage."""
+    """The median of each stage."""
     return {stage: statistics.median(each[stage] for each in rounds) for stage in rounds[0]}
 
 

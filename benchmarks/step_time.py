@@ -1,13 +1,13 @@
-"""How long a step takes beside other optimisers, and what it holds, calls and waits for: on the CPU.
+"""How long a step takes compared with other optimisers, and what it holds, calls and waits for: on the CPU.
 
     python benchmarks/step_time.py --peers FOLDER [--rounds N] [--cases NAME ...] [--json FILE] [--out docs]
     python benchmarks/step_time.py --from FILE ... [--out docs]
 
 The other packages are installed into folders of their own below FOLDER, if they are not there yet. Each
-optimiser lives in a process of its own, since one of them has our import name, with the same weights. One at
-a time takes a step; a round is a step of each, in an order that is drawn, and times are compared within
-rounds: what else the machine does then meets all alike. `--json` keeps all figures; `--from` reads them, and
-tells and draws again.
+optimiser runs in a process of its own, since one of them shares our import name; all have the same weights.
+They take steps one at a time; a round is a step of each, in random order, and times are compared within
+rounds, so that other load on the machine affects all alike. `--json` keeps all figures; `--from` reads them,
+and prints and draws again.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from harness.workers import Worker, WorkerError
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-WARM_UP = 5  # steps, after which state is there and what is compiled is compiled
+WARM_UP = 5  # steps, in which state is made and compilation is done
 START_LIMIT, STEP_LIMIT, COSTS_LIMIT = 1200, 180, 900  # seconds
-NOISE = 1 << 20  # elements that gradients are made of
+NOISE = 1 << 20  # elements from which gradients are made
 PROCESS = 600 << 20  # bytes of a worker without parameters
-UNKNOWN = 48  # bytes per parameter of a worker, where nothing is measured yet
-SHARE = 0.9  # of the memory that is there may be taken
+UNKNOWN = 48  # bytes per parameter of a worker, if nothing has been measured yet
+SHARE = 0.9  # of the available memory may be used
 
 # ------------------------------------------------------------------------------------- contenders
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """An optimiser with options, other than its defaults."""
+    """An optimiser, with options that are not its defaults."""
 
     place: str  # module:class
     options: Mapping[str, Any] = field(default_factory=dict)
     peer: Peer | None = None
     colour: str = charts.GREY
-    few: bool = False  # whether it is among the few that curves are drawn of
+    few: bool = False  # whether it is among the few for which curves are drawn
 
 
 FOREACH, FUSED = "AdamW, foreach", "AdamW, fused"
@@ -124,8 +124,8 @@ CASES: dict[str, Case] = {
     "groups-10": squares(100, 548, 10),
     "groups-100": squares(100, 548, 100),
 }
-TABLE = ("gpt", "small", "many")  # in these all contenders take part, in the others few
-SERIES = {  # what is drawn over what; a series may be named in the place of its cases
+TABLE = ("gpt", "small", "many")  # all contenders take part in these, a few in the others
+SERIES = {  # the axis of each chart; a series may be named instead of its cases
     "sizes": ("size-1M", "size-10M", "gpt", "size-100M", "size-500M"),
     "tensors": ("tensors-10", "tensors-30", "tensors-100", "tensors-300", "many"),
     "groups": ("tensors-100", "groups-10", "groups-100"),
@@ -141,11 +141,11 @@ OVER: dict[str, tuple[str, Callable[[Case], int]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a step takes besides time; bytes are per parameter."""
+    """What a step costs besides time; bytes are per parameter."""
 
     held: float  # of weights and gradients
     state: float  # in ``optimizer.state``
-    beside: float  # of tensors that are kept between steps elsewhere
+    beside: float  # of tensors that are kept elsewhere between steps
     peak: float  # at most within a step, above what there was before it
     calls: int  # of operators, and of compiled graphs, from Python
     graphs: int  # of compiled graphs among them
@@ -165,7 +165,7 @@ class Subject:
     """An optimiser, with parameters and gradients."""
 
     def __init__(self, contender: Contender, case: Case, home: Path | None, folder: Path) -> None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # nobody has compiled before
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # so that nothing has been compiled before
         torch.set_num_threads(machine.THREADS)
         torch.manual_seed(0)
         self._parameters = [nn.Parameter(torch.randn(shape).mul_(0.02)) for shape in case.shapes]
@@ -192,9 +192,9 @@ class Subject:
         return [self.step() for _ in range(WARM_UP)]
 
     def costs(self) -> Costs:
-        """What a step takes besides time."""
+        """What a step costs besides time."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            self.step()  # what was there before is freed by unknown sizes; after this step, by known ones
+            self.step()  # what was allocated before is freed with unknown sizes; from now on, sizes are known
             self._give()
             with record_function(MEASURED):
                 self._optimizer.step()
@@ -222,20 +222,20 @@ class Subject:
         )
 
     def _give(self) -> None:
-        """Write every gradient, as a backward pass does: optimisers may change them, or let go of them."""
+        """Write every gradient, as a backward pass does: optimisers may change or release them."""
         for number, (p, gradient) in enumerate(zip(self._parameters, self._gradients, strict=True)):
             start = 4099 * number % NOISE
             for piece in torch.split(gradient.view(-1), NOISE):
                 piece.copy_(self._noise[start : start + len(piece)])
             p.grad = gradient
-        self._awake.zero_()  # by all threads, which a backward pass leaves awake
+        self._awake.zero_()  # with all threads, which a backward pass leaves awake
 
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """What a profile tells of a step."""
+    """What a profile shows of a step."""
 
-    calls: int  # of operators and compiled graphs, without those that they call themselves
+    calls: int  # of operators and compiled graphs, without nested calls
     graphs: int
     reads: int
     peak: int  # bytes
@@ -267,7 +267,7 @@ def within(profiled: profile) -> Profiled:
 
 
 def living() -> Iterator[Tensor]:
-    """Every plain tensor that Python has: a compiler's own, which stand for others, are of other classes."""
+    """Every plain tensor in Python; a compiler's fake tensors have other classes."""
     gc.collect()
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter) and thing.device.type != "meta":
@@ -287,7 +287,7 @@ class Measured:
 
     @property
     def start(self) -> float:
-        """The seconds that the first steps take above those of as many later ones."""
+        """By how many seconds the first steps take longer than as many later ones."""
         return max(0.0, sum(self.warm_up) - len(self.warm_up) * statistics.median(self.seconds))
 
 
@@ -314,7 +314,7 @@ class Outcome:
 def together(
     case: str, names: Sequence[str], homes: Mapping[str, Path | None], rounds: int
 ) -> tuple[dict[str, Measured], dict[str, str]]:
-    """Measure optimisers in turn; and which failed, and why."""
+    """Measure optimisers in turn; also says which failed, and why."""
     failed: dict[str, str] = {}
     workers: dict[str, Worker] = {}
     warm_ups: dict[str, list[float]] = {}
@@ -352,13 +352,13 @@ def together(
 
 
 class Needs:
-    """How much memory workers take, by what those of smaller cases have taken."""
+    """How much memory workers need, judging by those of smaller cases."""
 
     def __init__(self) -> None:
         self._known: dict[str, float] = {}  # bytes per parameter
 
     def learn(self, outcome: Outcome) -> None:
-        """Take note of a case; of larger ones, where fixed costs count for less, last."""
+        """Record a case; larger ones come last, since fixed costs count for less in them."""
         for batch in outcome.batches:
             self._known.update({name: measured.costs.worker for name, measured in batch.items()})
 
@@ -372,7 +372,7 @@ class Needs:
 def measure(
     case: str, names: Sequence[str], needs: Needs, homes: Mapping[str, Path | None], rounds: int
 ) -> Outcome:
-    """Measure a case: all optimisers together, or each beside the fused AdamW, as memory allows."""
+    """Measure a case: all optimisers together, or each with the fused AdamW, as memory allows."""
     batches, missing = [list(names)], {}
     if needs.missing(case, names):
         pairs = {name: [FUSED, name] for name in names if name != FUSED}
@@ -422,7 +422,7 @@ def rows(outcome: Outcome) -> Iterator[list[str]]:
 
 
 def scaling(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Iterator[list[str]]:
-    """The lines of a table of what is drawn over sizes, tensors and groups."""
+    """The lines of the table of what is drawn over sizes, tensors and groups."""
     for case in dict.fromkeys(case for cases in SERIES.values() for case in cases):
         if case in outcomes:
             it = CASES[case]
@@ -431,7 +431,7 @@ def scaling(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Iterator[l
 
 
 def tell(page: Page, outcomes: Mapping[str, Outcome], machines: Iterable[str], rounds: str) -> None:
-    """Tell all that was measured."""
+    """Print all that was measured."""
     page.tell(*(f"{described}; {rounds} rounds.\n" for described in machines), SAID)
     shown = [case for case in TABLE if case in outcomes]
     page.tell(*(f"- {case}: {CASES[case].said}; {CASES[case].told}" for case in shown))
@@ -514,7 +514,7 @@ def draw_scaling(outcomes: Mapping[str, Outcome], path: Path) -> None:
 
 
 def short(number: int) -> str:
-    """A number as a tick has room for."""
+    """A number short enough for a tick."""
     return f"{number / 1e6:.0f} M" if number > 5e5 else f"{number:,}"
 
 
@@ -528,7 +528,7 @@ def as_json(outcomes: Mapping[str, Outcome], machines: Sequence[str], rounds: in
 
 
 def from_json(text: str) -> tuple[dict[str, Outcome], list[str], int]:
-    """What was written."""
+    """The figures that :func:`as_json` wrote."""
     found = json.loads(text)
     outcomes = {}
     for kept in found["outcomes"]:
@@ -544,7 +544,7 @@ def from_json(text: str) -> tuple[dict[str, Outcome], list[str], int]:
 
 
 def chosen(named: Iterable[str]) -> list[str]:
-    """Cases, of names that may be series': small ones first, which tell what memory large ones take."""
+    """Cases by name or series; small ones first, which show how much memory large ones need."""
     cases = {case for name in named for case in SERIES.get(name, (name,))}
     return sorted(cases, key=lambda case: (CASES[case].parameters, list(CASES).index(case)))
 
@@ -572,7 +572,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Outcome], list[str], int]:
         outcome.missing.update({name: absent[name] for name in wanted if name in absent})
         outcomes[case] = outcome
         needs.learn(outcome)
-        if args.json is not None:  # now, so that what ends a later case does not take this one along
+        if args.json is not None:  # now, so that a failure in a later case does not lose this one
             args.json.write_text(as_json(outcomes, machines, args.rounds))
     return outcomes, machines, args.rounds
 

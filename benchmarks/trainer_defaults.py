@@ -1,9 +1,9 @@
-"""What the defaults of transformers' Trainer cost, beside ``ProdigyPlusTrainer``: a table for the guide.
+"""What the defaults of transformers' Trainer cost against ``ProdigyPlusTrainer``: a table for the guide.
 
 python benchmarks/trainer_defaults.py
 
-A small Llama learns rows of words, each of which follows from the one before it but for one in five. The loss
-is that of rows it has not seen, of the file that was saved last.
+A small Llama learns rows of words, each of which follows from the one before it, except for one in five. The
+loss is that of the last saved file, on rows that it has not seen.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of words, of which most follow from the one before."""
+    """Rows of words, most of which follow from the one before."""
 
     def __init__(self, rows: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -57,7 +57,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 def saved_loss(
     options: dict[str, Any], seed: int, steps: int, *, plain: bool = False, **changed: Any
 ) -> float:
-    """Train a model, and evaluate what was saved of it."""
+    """Train a model, and evaluate the file that was saved."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     from prodigyplus_dist.integrations.huggingface import ProdigyPlusTrainer

@@ -1,9 +1,9 @@
-"""Run the tests on releases of torch, each in an environment of its own, and write a table of what they gave.
+"""Run the tests on releases of torch, each in an environment of its own, and write a table of the results.
 
     python benchmarks/versions.py 2.8.0 2.14.1 --index-url https://download.pytorch.org/whl/cpu
 
-An environment that is there already is used as it is. A row of the table is replaced when the same tests run
-again on the same release; the other rows, and the text around them, stay.
+An existing environment is used as it is. A row of the table is replaced when the same tests run again on the
+same release; the other rows, and the text around them, stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VERSIONS = "import platform, torch; print(torch.__version__, platform.python_ver
 
 
 class Outcome(NamedTuple):
-    """What the tests gave: how many passed and were skipped, and which failed."""
+    """The results: how many tests passed and were skipped, and which failed."""
 
     passed: int
     failed: list[str]
@@ -33,11 +33,11 @@ class Outcome(NamedTuple):
 
 
 def environment(version: str, folder: Path, index_url: str | None) -> Path:
-    """The interpreter of an environment with a release of torch and what the tests need, made if need be."""
+    """The interpreter of an environment with a release of torch and what tests need; made if missing."""
     python = folder / version / "bin" / "python"
     if not python.exists():
         venv.create(folder / version, with_pip=True)
-        # torch comes first: an index that has nothing else need not have the rest.
+        # torch comes first, since its index may have none of the rest.
         install = [str(python), "-m", "pip", "install", "--quiet"]
         index = ["--index-url", index_url] if index_url else []
         subprocess.run([*install, *index, f"torch=={version}"], check=True)
@@ -46,7 +46,7 @@ def environment(version: str, folder: Path, index_url: str | None) -> Path:
 
 
 def outcome_of(report: Path) -> Outcome:
-    """What pytest's report in JUnit's format says."""
+    """The results in pytest's JUnit report."""
     passed, failed, skipped = 0, [], 0
     for case in ET.parse(report).getroot().iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
@@ -63,7 +63,7 @@ def run(python: Path, tests: list[str], report: Path) -> Outcome:
     """Run tests with an interpreter.
 
     Raises:
-        SystemExit: pytest did not come to an end, or ran nothing.
+        SystemExit: pytest did not finish, or ran nothing.
     """
     report.unlink(missing_ok=True)
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -75,12 +75,12 @@ def run(python: Path, tests: list[str], report: Path) -> Outcome:
 
 
 def row_of(installed: str, tests: list[str], outcome: Outcome) -> tuple[tuple[str, str], str]:
-    """A row of the table, and what it is found by.
+    """A row of the table, and its key.
 
     Args:
         installed: The releases of torch and of Python.
         tests: pytest's arguments.
-        outcome: What they gave.
+        outcome: The results.
     """
     torch, python = installed.split()
     failed = f"{len(outcome.failed)}" + "".join(f"<br>`{name}`" for name in outcome.failed)
@@ -91,12 +91,12 @@ def row_of(installed: str, tests: list[str], outcome: Outcome) -> tuple[tuple[st
 
 
 def write(table: Path, key: tuple[str, str], row: str) -> None:
-    """Put a row in the table, in the place of the one with the same key.
+    """Put a row in the table; it replaces the one with the same key.
 
     Args:
         table: The document that has the table, with its header; the rows follow at once.
         key: Of the row: torch's release and the tests.
-        row: The row, with its end of line.
+        row: The row, with its line break.
     """
     before, header, after = table.read_text(encoding="utf-8").partition(HEADER)
     assert header, f"{table} has no table with the header of this script"

@@ -1,4 +1,4 @@
-"""FSDP2, with checkpoints by torch's DCP: a run that is stopped goes on, on any number of processes.
+"""FSDP2, with checkpoints by torch's DCP: a run can be stopped and resumed, on any number of processes.
 
 torchrun --standalone --nproc-per-node 2 examples/fsdp2.py --steps 300
 torchrun --standalone --nproc-per-node 4 examples/fsdp2.py --steps 600 --resume run/step-300
@@ -63,10 +63,10 @@ def main() -> None:
         if step % 100 == 0 and dist.get_rank() == 0:
             print(f"step {step}: loss {loss.item():.3f}, step size {optimizer.scalars()['step_size']:.1e}")
 
-    weights, state = get_state_dict(model, optimizer)  # y and z: what to go on from
+    weights, state = get_state_dict(model, optimizer)  # y and z: what to resume from
     checkpoint = {"model": weights, "optimizer": state, "step": args.steps}
     dcp.save(checkpoint, checkpoint_id=args.out / f"step-{args.steps}")
-    trained = optimizer.averaged_state_dict(model, full=True)  # x: the trained model, whole, on process 0
+    trained = optimizer.averaged_state_dict(model, full=True)  # x: the trained model, unsharded, on process 0
     if dist.get_rank() == 0:
         torch.save(trained, args.out / "model.pt")
     dist.destroy_process_group()

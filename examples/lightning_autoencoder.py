@@ -24,7 +24,7 @@ def pictures(count: int, seed: int) -> TensorDataset:
 
 
 class Autoencoder(pl.LightningModule):
-    """64 pixels by 6 numbers."""
+    """Compresses 64 pixels to 6 numbers."""
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Autoencoder(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor], index: int) -> None:
-        self.log("val_loss", self.loss(batch), sync_dist=True)  # of the average x, by the callback
+        self.log("val_loss", self.loss(batch), sync_dist=True)  # at the average x, thanks to the callback
 
     test_step = validation_step
 

@@ -18,7 +18,7 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 
 class Model(nn.Module):
-    """Tells the next of a row of symbols from the three before it."""
+    """Predicts the next symbol of a sequence from the three before it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
     python examples/trainer.py
     torchrun --nproc-per-node 2 examples/trainer.py          # DDP; with GPUs, add --fsdp to shard
 
-The files under --out hold the averaged weights; with --resume it goes on from the last checkpoint.
+The files under --out hold the averaged weights; --resume continues from the last checkpoint.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from prodigyplus_dist.integrations.huggingface import ProdigyPlusTrainer
 
 
 class Bytes(Dataset):
-    """Pieces of some files' bytes."""
+    """Pieces of the bytes of some files."""
 
     def __init__(self, paths: list[Path], length: int) -> None:
         text = b"".join(path.read_bytes() for path in paths)

@@ -1,4 +1,4 @@
-"""Two networks trained together, each by a step size of its own; and how to plot what these do.
+"""Two networks trained together, each with a step size of its own; and how to plot these.
 
 python examples/two_networks.py
 python -m prodigyplus.plot two_networks.jsonl --out two_networks.png
@@ -35,7 +35,7 @@ def main() -> None:
     encoder = nn.Embedding(36, 16)  # of a text, say
     denoiser = nn.Sequential(nn.Linear(64 + 16 + 1, 256), nn.GELU(), nn.Linear(256, 64))
 
-    # split_groups_mean=False: no step size holds the other's. With Prodigy's, it would by default.
+    # split_groups_mean=False: neither step size holds back the other. With Prodigy, by default they would.
     groups = [{"params": encoder.parameters()}, {"params": denoiser.parameters()}]
     optimizer = ProdigyPlusScheduleFree(groups, step_size="balance", split_groups_mean=False)
 

@@ -231,7 +231,7 @@ class Training:
         batches = list(self._batches)[first : (first // every + 1) * every]
         # Loading a batch is one indexing operation, so workers would not help.
         loader: DataLoader[Batch] = DataLoader(self._data, sampler=batches, batch_size=None)
-        # Wrapped anew for every segment: DDP rebuilds its buckets after the first step, and with more than
+        # Wrapped again for every segment: DDP rebuilds its buckets after the first step, and with more than
         # two processes the bucketing changes the rounding of the sums. This way a resumed run rounds as one
         # that never stopped.
         model = self._net if self._ranks.size == 1 else DistributedDataParallel(self._net)

@@ -1,6 +1,6 @@
-"""What the scripts beside this folder share: peers and shapes, processes, what is watched, tables and charts.
+"""What the scripts beside this folder share: peers and shapes, processes, counting, tables and charts.
 
-Nothing here but torch is imported before it is used: a GPU machine may have no more than that.
+Everything here except torch is imported only when it is used: a GPU machine may have nothing else.
 """
 
 import sys
@@ -8,5 +8,5 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# For the table of options and the watch. At the end: packages are to be those that a script has chosen.
+# For the option table and tests/watching.py. At the end, so that a script's choice of packages comes first.
 sys.path.append(str(ROOT / "tests"))

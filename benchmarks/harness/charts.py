@@ -1,4 +1,4 @@
-"""What charts have in common. matplotlib is imported when one is drawn: most processes draw nothing."""
+"""What charts have in common. matplotlib is imported when one is drawn, since most processes draw nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLACK, BLUE, RED, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
 PINK, ORANGE, SKY, GREY = "#CC79A7", "#E69F00", "#56B4E9", "#999999"
 
@@ -31,7 +31,7 @@ def over_ranks(axes: Axes, ranks: Iterable[int]) -> None:
 
 
 def plain(axis: Any, limits: tuple[float, float]) -> None:
-    """Ticks of a logarithmic axis as numbers that one reads: 0.5, 1, 2, 5, 10."""
+    """Ticks of a logarithmic axis as plain numbers: 0.5, 1, 2, 5, 10."""
     low, high = limits
     ticks = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
     axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -39,7 +39,7 @@ def plain(axis: Any, limits: tuple[float, float]) -> None:
 
 
 def save(figure: Any, path: Path, *, legends: bool = True, below: Sequence[Any] = ()) -> None:
-    """Give every panel a grid, and a legend, or all of them one below; and write the figure."""
+    """Give every panel a grid and a legend, or all panels one legend below, and write the figure."""
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)

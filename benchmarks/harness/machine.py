@@ -1,4 +1,4 @@
-"""The machine that times are of, and how they are to be taken on it."""
+"""The machine that is measured on, and how to take times on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ THREADS = 2
 # would take time from the next process. OMP_WAIT_POLICY=passive sends them to sleep at once, but then waking
 # them is part of every step: a fused AdamW over small tensors takes 1.8 times as long.
 PAUSE = 0.03
-BUSY = 0.7  # load from which on there is a warning: threads that wait for one another then lose whole slices
+BUSY = 0.7  # load above which it warns: threads that wait for one another then lose whole time slices
 
 
 def described() -> str:
@@ -37,7 +37,7 @@ def available() -> int:
 
 
 def value_of(file: str, key: str) -> str:
-    """What stands behind a key in a file of the kernel's; nothing, if there is none."""
+    """The value of a key in a file of the kernel's; empty if there is none."""
     with suppress(OSError):
         for line in Path(file).read_text().splitlines():
             if line.startswith(key):
@@ -46,11 +46,11 @@ def value_of(file: str, key: str) -> str:
 
 
 def warn_if_busy() -> None:
-    """Say so if others are at work."""
+    """Warn if other processes are running."""
     if (load := os.getloadavg()[0]) > BUSY:
         print(f"the load is {load:.1f}: times beside other work say nothing", file=sys.stderr)
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what is freed, as it does after activations, not give it back to the kernel."""
+    """Have malloc keep freed memory, as it does after activations, instead of returning it to the kernel."""
     torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)

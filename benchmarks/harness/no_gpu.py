@@ -1,4 +1,4 @@
-"""Triton without a GPU: kernels are compiled and bound as they would be launched, and do not run."""
+"""Triton without a GPU: kernels are compiled and bound as for a launch, but do not run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CAPABILITY = 80
 
 
 def pretend_gpu() -> None:
-    """Have kernels take tensors of the CPU from now on, in this process."""
+    """Let kernels take CPU tensors from now on, in this process."""
     os.environ.pop("TRITON_INTERPRET", None)
     jit.interprets.cache_clear()
     from triton.backends.compiler import GPUTarget

@@ -1,4 +1,4 @@
-"""Packages of others that ours is measured beside, and where they are imported from."""
+"""Other packages that ours is compared with, and where they are imported from."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ OURS_SHARDED = "prodigyplus_dist:ShardedProdigyPlusScheduleFree"
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A package, and what it needs that is not here."""
+    """A package, and what it needs besides what is installed here."""
 
     distribution: str
     version: str
-    repository: str = ""  # on GitHub, for what is not released
+    repository: str = ""  # on GitHub, for a package that is not released
     commit: str = ""
     beside: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
-        """Where it lies, in the folder of all peers."""
+        """Its folder, within that of all peers."""
         return "-".join((self.distribution, self.version, *([self.commit[:12]] if self.commit else [])))
 
     @property
@@ -48,11 +48,11 @@ MUONIUM = Peer("muonium", "0.2.0")
 
 
 class PeerError(Exception):
-    """Why a package is not there."""
+    """Why a package is missing."""
 
 
 def install(peer: Peer, peers: Path) -> Path:
-    """Put a package into a folder of its own, unless it is there; returns the folder.
+    """Install a package into a folder of its own, unless it is there already; returns the folder.
 
     Raises:
         PeerError: pip could not.
@@ -60,7 +60,7 @@ def install(peer: Peer, peers: Path) -> Path:
     folder = peers / peer.folder
     if folder.is_dir():
         return folder
-    part = peers / f"{peer.folder}.part"  # what is cut short is not taken for the whole
+    part = peers / f"{peer.folder}.part"  # an interrupted installation must not look complete
     shutil.rmtree(part, ignore_errors=True)
     wanted = f"{peer.distribution}=={peer.version}"
     if peer.repository:
@@ -76,7 +76,7 @@ def install(peer: Peer, peers: Path) -> Path:
 
 
 def load(place: str, home: Path | None = None) -> Any:
-    """What is at a place, ``module:name``.
+    """The object at a place, ``module:name``.
 
     Args:
         place: Where it is.

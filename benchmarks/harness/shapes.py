@@ -115,5 +115,5 @@ def llama_1b() -> list[Shape]:
 
 
 def numel(shapes: Iterable[Shape]) -> int:
-    """How many numbers tensors hold."""
+    """How many elements tensors have."""
     return sum(map(math.prod, shapes))

@@ -1,4 +1,4 @@
-"""Command lines, numbers as one reads them, and tables in Markdown."""
+"""Command lines, readable numbers, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LOW, HIGH = 0.1, 0.9  # quantiles that are told as the spread
+LOW, HIGH = 0.1, 0.9  # quantiles that are given as the spread
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser of a script's command line, which is explained by the script's docstring."""
+    """A parser for a script's command line, with the script's docstring as its description."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 class Page:
-    """Lines that are printed as they come, and kept for a file.
+    """Lines that are printed at once, and kept for a file.
 
     Args:
-        title: Its first line; nothing, if it is empty.
+        title: Its first line; none if it is empty.
         out: The folder for files; None: nothing is written.
-        named: What stands in the command that is told in the place of the reader's own paths.
+        named: Names that replace the user's own paths in the command that the page shows.
     """
 
     def __init__(self, title: str, out: Path | None = None, named: Mapping[Any, str] | None = None) -> None:
@@ -37,13 +37,13 @@ class Page:
         self.tell(*lead, f"    {shlex.join(command)}\n")
 
     def tell(self, *lines: str) -> None:
-        """Print lines, and keep them."""
+        """Print lines, and keep them for the file."""
         self.lines += lines
         for line in lines:
             print(line, flush=True)
 
     def table(self, columns: str, rows: Iterable[Iterable[object]]) -> None:
-        """Tell a table, each row as soon as it is there."""
+        """Print a table, each row as soon as it is ready."""
         self.tell(head(columns))
         for cells in rows:
             self.tell(row(*cells))
@@ -55,13 +55,13 @@ class Page:
         return self.out / name
 
     def save(self, name: str) -> None:
-        """Write what was told, if there is a folder for it."""
+        """Write the page, if there is a folder for it."""
         if self.out is not None:
             self.path(name).write_text("\n".join(self.lines) + "\n")
 
 
 def head(columns: str) -> str:
-    """The first two lines of a table, of its columns with bars between; a colon ends those of numbers."""
+    """The first two lines of a table, from columns separated by bars; those of numbers end in a colon."""
     names = columns.split(" | ")
     rules = ("--:" if name.endswith(":") else "---" for name in names)
     return f"{row(*(name.removesuffix(':') for name in names))}\n|{'|'.join(rules)}|"
@@ -73,7 +73,7 @@ def row(*cells: object) -> str:
 
 
 def digits(value: float) -> str:
-    """Three digits, if they say anything."""
+    """A number in three digits, or more if it is 100 or larger."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -99,10 +99,10 @@ def spread(values: Sequence[float], low: float = LOW, high: float = HIGH) -> str
 
 
 def ratios(values: Iterable[float], to: Iterable[float]) -> list[float]:
-    """Values over others, pair by pair."""
+    """Ratios of values to others, pair by pair."""
     return [a / b for a, b in zip(values, to, strict=True)]
 
 
 def milliseconds(seconds: Sequence[float]) -> str:
-    """The median."""
+    """The median, in milliseconds."""
     return digits(1e3 * statistics.median(seconds))

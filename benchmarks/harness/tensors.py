@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """The part of a tensor that this process holds."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
@@ -28,13 +28,13 @@ def leaves(value: Any) -> Iterator[Tensor]:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """The bytes of each piece of memory that tensors lie in, whole: some share one."""
+    """The bytes of each storage of tensors, each counted once and whole: tensors may share one."""
     kept = (local(tensor).untyped_storage() for tensor in tensors)
     return {storage._cdata: storage.nbytes() for storage in kept}
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """The bytes of state that an optimiser keeps of its parameters, in this process."""
+    """The bytes of state that an optimiser keeps for its parameters, in this process."""
     return sum(storages(leaves([*optimizer.state.values()])).values())
 
 

@@ -1,4 +1,4 @@
-"""What calls of operators move: bytes between ranks, and bytes of memory."""
+"""What operator calls move: bytes between ranks, and bytes of memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def collective(call: Call) -> tuple[str, float] | None:
     """The kind of a collective, and the bytes that this rank sends in it; None if a call is none.
 
     Raises:
-        KeyError: It is one whose bytes nobody has said.
+        KeyError: It is one whose bytes are not defined here.
     """
     if call.func.namespace not in ("c10d", "_c10d_functional", "_dtensor") or call.name in _NOTHING_SENT:
         return None
@@ -29,7 +29,7 @@ def collective(call: Call) -> tuple[str, float] | None:
 
 
 def _group_of(group: Any) -> dist.ProcessGroup:
-    """A process group of a collective's arguments: one in a box, or its name."""
+    """The process group in a collective's arguments: a boxed one, or its name."""
     if isinstance(group, str):
         return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
     return group if isinstance(group, dist.ProcessGroup) else dist.ProcessGroup.unbox(group)
@@ -42,23 +42,23 @@ def _ring(kind: str, whole: int, group: Any, *, times: int = 1) -> tuple[str, fl
 
 
 def _rooted(kind: str, sent: int, group: Any, *, sends: bool) -> tuple[str, float]:
-    """What a rank sends to or from one."""
+    """What a rank sends to or from a root."""
     return kind, sent if sends and _group_of(group).size() > 1 else 0
 
 
 def _scattered(inputs: Sequence[Any], group: Any) -> tuple[str, float]:
-    """What the root sends of pieces, of which it keeps its own."""
+    """What the root sends of pieces: all but its own."""
     pieces = [nbytes(piece) for piece in (inputs[0] if inputs else ())]
     return "scatter", sum(pieces) - (pieces[_group_of(group).rank()] if pieces else 0)
 
 
 def _all_to_all(pieces: Sequence[int], group: Any) -> tuple[str, float]:
-    """What a rank sends of pieces of so many bytes, of which it keeps its own."""
+    """What a rank sends of pieces of these sizes in bytes: all but its own."""
     return "all-to-all", sum(pieces) - pieces[_group_of(group).rank()]
 
 
 def _split(tensor: Tensor, splits: Sequence[int], group: Any) -> list[int]:
-    """The bytes of the pieces that a tensor is cut into; equal ones, if nothing is said."""
+    """The bytes of the pieces that a tensor is cut into; equal ones by default."""
     size = _group_of(group).size()
     if not splits:
         return [nbytes(tensor) // size] * size
@@ -99,7 +99,7 @@ _OVERWRITING = ("copy_", "_foreach_copy_", "zero_", "fill_")
 
 
 def moved(call: Call, least: int) -> int:
-    """The bytes of large tensors, of so many elements at least, that a call reads and writes.
+    """The bytes that a call reads and writes of tensors with at least ``least`` elements.
 
     It reads each of its tensor arguments once and writes its results once; what it changes in place it reads
     and writes. Views move nothing, and of an expanded tensor only its memory counts.

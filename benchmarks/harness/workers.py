@@ -1,7 +1,7 @@
-"""Processes: one that does what it is told, ranks of a process group, and scripts of ``launch/``.
+"""Processes: a worker that calls methods on request, ranks of a process group, and scripts of ``launch/``.
 
-What starts some has to be importable: they are forked from a server that has imported torch, and import the
-script then.
+A script that starts some has to be importable: they are forked from a server that has imported torch, and
+then import the script.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ import torch.distributed as dist
 
 from harness import ROOT
 
-GRACE = 5.0  # seconds from the first failure of a rank until the others are given up
+GRACE = 5.0  # seconds from the first failure of a rank until the others are ended
 LONGEST = 200  # characters of an error
-PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor"]  # no package that a folder may differ in
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor"]  # none that may differ between folders
 
 
 class WorkerError(Exception):
-    """Why a process gave no answer.
+    """Why a process did not answer.
 
     Args:
         said: The error in a line.
         kind: What happened.
-        stated_in: The file whose own ``raise`` or ``assert`` it was, if it was one.
-        when: The monotonic time.
+        stated_in: The file with the ``raise`` or ``assert``, if the error came from one.
+        when: The monotonic time of the failure.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class WorkerError(Exception):
 
     @classmethod
     def of(cls, error: Exception) -> WorkerError:
-        """What an exception tells."""
+        """The description of an exception."""
         kind: Literal["missing", "raised"] = "missing" if isinstance(error, ImportError) else "raised"
         last = traceback.extract_tb(error.__traceback__)[-1]
         stated_in = last.filename if re.match(r"(raise|assert)\b", last.line or "") else ""
@@ -76,9 +76,9 @@ class Worker:
 
     Args:
         make: Makes the object there.
-        args: What it is made of.
+        args: The arguments of ``make``.
         path: Folders to import from before all others.
-        said: The file of what the process prints; None: it prints.
+        said: The file for what the process prints; None: it prints as usual.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Worker:
         there.close()
 
     def tell(self, method: str, *args: Any) -> None:
-        """Have a method called."""
-        with suppress(OSError):  # a process that failed before it was asked has said why
+        """Call a method, without waiting for the answer."""
+        with suppress(OSError):  # a process that failed before this call has reported why
             self.connection.send((method, args))
 
     def answer(self, limit: float) -> Any:
-        """What it gives, within so many seconds.
+        """The answer, within ``limit`` seconds.
 
         Raises:
             WorkerError: It failed, or has not answered in time.
@@ -118,7 +118,7 @@ class Worker:
         return value
 
     def ask(self, limit: float, method: str, *args: Any) -> Any:
-        """Have a method called, and wait for its answer."""
+        """Call a method, and wait for the answer."""
         self.tell(method, *args)
         return self.answer(limit)
 
@@ -129,7 +129,7 @@ class Worker:
         self.connection.close()
 
     def _last_words(self) -> str:
-        """What it wrote of the exception that C++ ended it for, or how it ended."""
+        """The C++ exception that ended the process, as it wrote it, or how it ended."""
         written = self._said.read_text(errors="replace") if self._said and self._said.exists() else ""
         _, found, what = written.rpartition("what():")
         self._process.join(1)
@@ -150,18 +150,17 @@ def _serve(
             method, given = connection.recv()
             connection.send((True, getattr(made, method)(*given)))
     except EOFError:
-        return  # the parent is gone
+        return  # the parent has ended
     except Exception as error:
         traceback.print_exc()
         connection.send((False, WorkerError.of(error)))
-        connection.poll(None)  # a process that ends early breaks what others are still sending
+        connection.poll(None)  # a process that ends early breaks transfers of others
 
 
 class Rank:
-    """A rank of a process group over gloo, with one thread; on request with cores of its own, for gloo's too.
+    """A rank of a process group over gloo, with one thread; on request with cores of its own, for gloo too.
 
-    Without these a message that wakes a process may pull it to the core of the one that sent it, and leave it
-    there.
+    Without these, a message that wakes a process may move it to the core of the sender, and leave it there.
     """
 
     def __init__(self, rank: int, size: int, folder: Path, silence: float, pinned: bool) -> None:
@@ -173,7 +172,7 @@ class Rank:
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timeout)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What a function gives."""
+        """The result of a function."""
         return function(*args)
 
 
@@ -186,9 +185,9 @@ def on_ranks(
     pinned: bool = False,
     verbose: bool = True,
 ) -> list[Any]:
-    """What a function gives on every rank of a process group, within so many seconds.
+    """The results of a function on every rank of a process group, within ``limit`` seconds.
 
-    Where it is not to be verbose, what the processes print goes into files, for their last words.
+    Unless ``verbose``, what the processes print goes into files, from which errors are quoted.
 
     Raises:
         WorkerError: The first failure of a rank.
@@ -212,7 +211,7 @@ def on_ranks(
                 except WorkerError as failure:
                     failures.append(failure)
                     until = min(until, time.monotonic() + GRACE)
-    if failures:  # the first; but that a connection is gone is the fault of the rank at its other end
+    if failures:  # the first; but a lost connection is the fault of the rank at its other end
         raise min(failures, key=lambda failure: ("Connection" in failure.said, failure.when))
     if waiting:
         raise WorkerError(f"{len(waiting)} of {size} ranks had not ended in {limit:.0f} s", "late")
@@ -221,7 +220,7 @@ def on_ranks(
 
 @contextmanager
 def simulated(ranks: int, rank: int = 0) -> Iterator[None]:
-    """A process group in which this process is one rank, and the others are not there: torch's fake one."""
+    """A process group in which this process is one rank, and the others do not exist: torch's fake one."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -230,17 +229,17 @@ def simulated(ranks: int, rank: int = 0) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        # It would put this group's meshes in the place of equal ones of the next.
+        # Otherwise this group's meshes would replace equal ones of the next.
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
 
 
 def log_of(script: str, ranks: int, *options: str, within: str = "") -> list[dict[str, Any]]:
-    """The log of a script of ``launch/`` under torchrun; a program may run in its place, and run it."""
+    """The log of a script of ``launch/`` under torchrun; a program may run instead, and start the script."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         launcher += ["--no-python", sys.executable, "-c", within] if within else []
         command = [sys.executable, *launcher, f"launch/{script}", "--out", folder, *options]
-        # torchrun does so for several processes, but not for one, whose sums would be of several threads.
+        # torchrun does so for several processes, but not for one, whose sums would use several threads.
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)
         return list(map(json.loads, Path(folder, "log.jsonl").read_text().splitlines()))

@@ -1,4 +1,4 @@
-"""What an untuned run loses or gains against tuned ones: tasks, optimisers, a training loop and a report."""
+"""What an untuned run loses or gains against tuned ones: tasks, optimisers, a training loop, a report."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The chart of a task: what is untuned as lines over the tuning curves of all peers."""
+"""The chart of a task: the untuned optimisers as lines, the peers as tuning curves."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple, Protocol
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-DECADES_APART = 20.0  # largest over smallest loss from which on the axis is logarithmic
-HEADROOM = 4.0  # of a linear axis, in terms of the distance from the best loss to the median
+DECADES_APART = 20.0  # ratio of the largest to the smallest loss above which the axis is logarithmic
+HEADROOM = 4.0  # of a linear axis, as a multiple of the distance from the best loss to the median
 
 
 class Untuned(Protocol):
-    """What is drawn as a line."""
+    """An optimiser that is drawn as a line."""
 
     optimizer: str
 
@@ -67,7 +67,7 @@ def draw(curves: Sequence[Curve], untuned: Sequence[Untuned], path: Path, title:
 
 
 def across(axes: Axes, untuned: Iterable[Untuned]) -> None:
-    """Lines for what is untuned, in bands of a standard deviation to either side."""
+    """Lines for the untuned optimisers, in bands of a standard deviation to either side."""
     for its, style in zip(untuned, ("-", "--", "-.", ":"), strict=False):
         if not math.isfinite(its.loss):
             continue
@@ -77,7 +77,7 @@ def across(axes: Axes, untuned: Iterable[Untuned]) -> None:
 
 
 def limit(axes: Axes, losses: Iterable[float]) -> None:
-    """An axis on which the good losses can be told apart."""
+    """Limit an axis so that the good losses can be told apart."""
     finite = sorted(loss for loss in losses if math.isfinite(loss))
     if not finite:
         return

@@ -1,4 +1,4 @@
-"""What came of runs: the same setting over seeds, and all settings of a task."""
+"""The results of runs: the same setting over seeds, and all settings of a task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .train import UNTRAINED
 
 @dataclass
 class Outcome:
-    """What came of one optimiser with one setting, over seeds."""
+    """The results of one optimiser with one setting, over seeds."""
 
     optimizer: str
     setting: Setting
@@ -53,7 +53,7 @@ class Outcome:
         seeds = {row["seed"] for row in self.rows} & {row["seed"] for row in other.rows}
         if not seeds:
             return None
-        mine, others = (  # one that diverged is as bad as another
+        mine, others = (  # all that diverged are equally bad
             statistics.fmean(
                 loss for loss, row in zip(its.losses, its.rows, strict=True) if row["seed"] in seeds
             )
@@ -63,7 +63,7 @@ class Outcome:
 
     @property
     def accuracy(self) -> float | None:
-        """The mean accuracy, of a task that has one."""
+        """The mean accuracy, if the task has one."""
         found = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
         return statistics.fmean(found) if found else None
 
@@ -85,17 +85,17 @@ class Comparison:
         return " ".join([self.task, *also])
 
     def of(self, optimizer: str) -> list[Outcome]:
-        """The outcomes of an optimiser."""
+        """The outcomes of one optimiser."""
         return [outcome for outcome in self.outcomes.values() if outcome.optimizer == optimizer]
 
     @property
     def untuned(self) -> list[Outcome]:
-        """What nothing was tuned of."""
+        """The outcomes of optimisers that were not tuned."""
         return [outcome for outcome in self.outcomes.values() if outcome.setting.rate is None]
 
     @property
     def range(self) -> float | None:
-        """From the loss of the untrained model to the least of all; None if no run has the former."""
+        """The distance from the untrained model's loss to the lowest; None if no run has the former."""
         untrained = [
             point["loss"]
             for outcome in self.outcomes.values()
@@ -115,13 +115,13 @@ class Comparison:
 
 
 def best(outcomes: Sequence[Outcome]) -> Outcome:
-    """The least mean loss of those that have the most seeds: a single lucky one is none."""
+    """The outcome with the least mean loss among those with the most seeds: one lucky seed does not count."""
     seeds = max(len(outcome.rows) for outcome in outcomes)
     return min((its for its in outcomes if len(its.rows) == seeds), key=lambda its: its.loss)
 
 
 def comparisons(rows: Iterable[Row]) -> list[Comparison]:
-    """The rows, by what is to be compared with what."""
+    """The rows, grouped into what is to be compared."""
     found: dict[str, Comparison] = {}
     for row in rows:
         key = json.dumps([row[name] for name in ("task", "size", "device", "scale")])

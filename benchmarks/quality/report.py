@@ -1,8 +1,8 @@
-"""Tables and charts of what run.py has measured.
+"""Tables and charts of the results of run.py.
 
     python benchmarks/quality/report.py FILE.jsonl ... --out docs/quality.md
 
-The charts lie in a folder beside the file that has its name.
+The charts are in a folder beside the file, with the same name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ A loss is the mean over seeds ± their standard deviation. A tuned optimiser is 
 least mean loss, of those that were run with the most seeds; × is a factor of the step size that it finds
 itself. Schedule-Free methods are evaluated at their averages. The range of a task is from the loss of the
 untrained model to the least of all.""".splitlines()
-CLOSE = 0.01  # of the range: what is no worse than another's, but for that
+CLOSE = 0.01  # of the range: how far above another a loss may be and still count as close
 
 # ------------------------------------------------------------------------------------------ words
 
@@ -45,7 +45,7 @@ def with_spread(outcome: Outcome) -> str:
 
 
 def described(outcome: Outcome, among: Sequence[Outcome]) -> str:
-    """A setting in words; says where it is the least or the largest that was tried."""
+    """A setting in words; says so if it is the smallest or the largest that was tried."""
     setting = outcome.setting
     if setting.rate is None:
         return "none"
@@ -61,12 +61,12 @@ def percent(value: float | None) -> str:
 
 
 def ratio(value: float, to: float) -> str:
-    """How large a loss is in terms of another."""
+    """A loss as a multiple of another."""
     return f"{value / to:.3f}" if to > 0 and math.isfinite(value) and math.isfinite(to) else ""
 
 
 def share(above: float | None, of: float | None) -> str:
-    """How far a loss is above another, in terms of a range."""
+    """How far a loss is above another, as a share of a range."""
     if above is None or of is None or not math.isfinite(above):
         return ""
     return f"{above / of:+.1%}"
@@ -102,9 +102,9 @@ def overview(found: Sequence[Comparison]) -> list[str]:
 
 
 def tally(found: Sequence[Comparison]) -> list[str]:
-    """On how many tasks each optimiser that is not tuned ends at or below each other, over their seeds.
+    """On how many tasks each untuned optimiser ends at or below each other one, over their seeds.
 
-    The second number also counts what ends above by no more than CLOSE, of the tasks whose range is known.
+    The second number also counts those that end above by at most CLOSE, on the tasks whose range is known.
     """
     counts: dict[tuple[str, str], list[tuple[bool, bool | None]]] = {}
     for comparison in found:
@@ -125,7 +125,7 @@ def tally(found: Sequence[Comparison]) -> list[str]:
 
 
 def section(comparison: Comparison, picture: str) -> list[str]:
-    """What there is to say of a task."""
+    """The section on a task."""
     task = TASKS.get(comparison.task)
     scale = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in comparison.scale.items())
     shown = [*comparison.untuned, *comparison.best_tuned]
@@ -173,7 +173,7 @@ def circumstances(rows: Iterable[Row]) -> str:
 
 
 def packages(rows: Iterable[Row]) -> str:
-    """Which versions the optimisers are of."""
+    """The versions of the optimisers."""
     found = {f"{row['optimizer']} {row['environment']['package']}" for row in rows}
     return ", ".join(sorted(found)) + "."
 
@@ -205,7 +205,7 @@ def write(rows: Sequence[Row], out: Path) -> None:
 
 
 def title(comparison: Comparison) -> str:
-    """Of a chart."""
+    """The title of a chart."""
     task = TASKS.get(comparison.task)
     return comparison.name + ("" if task is None else f": {task.loss}")
 

@@ -1,4 +1,4 @@
-"""The file of results: a JSON line for each finished run, which says what it was and what came of it."""
+"""The file of results: a JSON line for each finished run, with its setting and its outcome."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def key(row: Row) -> str:
 
 
 def read(paths: Iterable[Path]) -> dict[str, Row]:
-    """All runs of some files by their keys; a file that is not there has none.
+    """All runs in some files by their keys; a missing file has none.
 
     Raises:
-        ValueError: A line is not a run. The last line may be cut short, by an end in the midst of a write.
+        ValueError: A line is not a run. The last line may be cut short, if a write was interrupted.
     """
     rows: dict[str, Row] = {}
     for path in paths:
@@ -35,7 +35,7 @@ def parsed(line: str, place: str) -> Row:
     """A line as a run.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not one.
     """
     try:
         row: Row = json.loads(line)

@@ -4,10 +4,10 @@
         [--seeds N ...] [--best N] [--size small|large|long] [--device cpu|cuda] [--peers FOLDER]
         [--minutes M]
 
-What the file has already is skipped, so that the same command goes on after any end. With `--best 3`, the
-further seeds run the three settings of each tuned optimiser that were best with the first seed, not all. What
-others publish comes with `pip install -c constraints.txt ".[quality]"`, or lies in a folder of its own, given
-by --peers, which may also have the package that shares our import name:
+Runs that the file already has are skipped, so that the same command continues after any interruption. With
+`--best 3`, further seeds run only those three settings of each tuned optimiser that were best with the first
+seed. Other packages come with `pip install -c constraints.txt ".[quality]"`, or are in a folder of their own,
+given by --peers, which may also have the package that shares our import name:
 
     pip install --target FOLDER --no-deps schedulefree==1.4.1 prodigyopt==1.1.2 dadaptation==3.2 \
         prodigy-plus-schedule-free==2.0.1
@@ -19,7 +19,7 @@ ScheduleFree+ is in schedulefree's repository, and not in a release yet; dion ha
         "schedulefree @ $GITHUB/facebookresearch/schedule_free@70785b53e778d0e872c0bbb75ff4ee54ee10c291" \
         "dion @ $GITHUB/microsoft/dion@0a059a4542e5aa74b40dcd1dce363836c7afcd48"
 
-What is not there is said, and left out.
+Optimisers that are not installed are reported and left out.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WARM_UPS = {"both": (True, False), "with": (True,), "without": (False,)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what is left to do."""
+    """Train what is left to train."""
     args = parse(arguments)
     if args.peers is not None:
         sys.path.append(str(args.peers))  # after ours
@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def available_tasks(tasks: Sequence[Task], size: str) -> list[Task]:
-    """The tasks that have this size and what they need; says which have not."""
+    """The tasks that have this size and whose packages are installed; prints which are left out."""
     found = []
     for task in tasks:
         if size not in task.scales:
@@ -105,7 +105,7 @@ def available_tasks(tasks: Sequence[Task], size: str) -> list[Task]:
 
 
 def available(entries: Sequence[Entry]) -> list[Entry]:
-    """The optimisers that are installed; says which are not."""
+    """The optimisers that are installed; prints which are not."""
     found = []
     for entry in entries:
         if (why := peers.missing(entry)) is None:

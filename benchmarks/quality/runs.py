@@ -1,4 +1,4 @@
-"""Runs: what each is, and a file that has those that are finished."""
+"""Runs: what each one is, and a file with those that are finished."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def identity(self) -> Row:
-        """What the results say it is: two runs of which this is equal are the same."""
+        """What identifies it in the results: runs with equal identities are the same."""
         scale = self.task.scales[self.size]
         return {
             "task": self.task.name,
@@ -55,7 +55,7 @@ class Run:
         return results.key(self.identity)
 
     def row(self, folder: Path) -> Row:
-        """Train; returns what it is, what was measured, and where. ``folder`` is for pretrained models."""
+        """Train; returns identity, measurements and environment. ``folder`` is for pretrained models."""
         setup = Setup(self.task.scales[self.size], self.seed, torch.device(self.device), folder)
         measured = train(self.task, setup, self.entry, self.setting)
         package = {"package": peers.version(self.entry)}
@@ -65,14 +65,14 @@ class Run:
 def finish(
     out: Path, runs: Iterable[Run], done: dict[str, Row], *, folder: Path = CACHE, until: float = math.inf
 ) -> bool:
-    """Train what is not done, in order; each that is finished becomes a line of a file at once.
+    """Train the runs that are not done, in order; each becomes a line of a file as soon as it is finished.
 
     Args:
         out: The file.
-        runs: What there is to do.
-        done: What the file has, by its keys. What is finished is added.
+        runs: All runs.
+        done: The runs that the file has, by their keys. Finished ones are added.
         folder: For pretrained models.
-        until: No run begins later; seconds of ``time.monotonic``.
+        until: No run starts after this time, in seconds of ``time.monotonic``.
 
     Returns:
         Whether all are done.

@@ -15,7 +15,7 @@ LARGEST_SEED = 2**63
 
 
 class Evaluation(NamedTuple):
-    """What is reported of a model; None for an accuracy that the task does not have."""
+    """What is reported about a model; the accuracy is None if the task has none."""
 
     loss: float
     accuracy: float | None = None
@@ -27,8 +27,8 @@ class Problem:
 
     Attributes:
         model: Its parameters that require gradients are trained.
-        loss: The training loss of the batch of a step. Batches depend on the seed and the step alone, so that
-            all optimisers see the same.
+        loss: The training loss on the batch of a step. Batches depend only on the seed and the step, so that
+            all optimisers see the same ones.
         evaluate: Called with the weights to evaluate in the model.
     """
 
@@ -39,7 +39,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How large a task is; ``shape`` has whatever else its family needs."""
+    """How large a task is; ``shape`` has anything else that its family needs."""
 
     steps: int
     batch: int
@@ -52,8 +52,8 @@ class Setup:
 
     Attributes:
         scale: One of the task's scales.
-        seed: Of initialisation, of batches and of what is drawn once for a task.
-        device: Where the model and the data lie.
+        seed: For initialisation, for batches and for what is drawn once for a task.
+        device: Where the model and the data are.
         cache: A folder for what takes long to make and is the same for all runs.
     """
 
@@ -63,7 +63,7 @@ class Setup:
     cache: Path
 
     def generator(self, *keys: int) -> torch.Generator:
-        """Random numbers on the CPU, which depend on the seed and the keys alone."""
+        """Random numbers on the CPU, which depend only on the seed and the keys."""
         number = self.seed
         for key in keys:
             number = (number * 1_000_003 + key + 1) % LARGEST_SEED
@@ -80,15 +80,15 @@ class Task:
     """A task that optimisers are compared on.
 
     Attributes:
-        name: As the command line and the report have it.
+        name: The name on the command line and in the report.
         build: Makes model, batches, loss and evaluation.
         scales: By the name of the size: "small" for a CPU core, "large" for a GPU, and for some tasks
-            "long", what a training script does.
+            "long", as long as a training script.
         loss: What the reported loss is, in words.
         accuracy: What the reported accuracy is; empty where there is none.
         held_out: Not to be looked at when a rule or a default is chosen.
         autocast: Whether GPUs compute the loss in bfloat16.
-        needs: The module of a package that has to be installed.
+        needs: A module whose package has to be installed.
     """
 
     name: str

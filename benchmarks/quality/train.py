@@ -18,7 +18,7 @@ UNTRAINED = 0.0  # the fraction at which it is evaluated too
 
 
 def evaluated_after(steps: int) -> dict[int, float]:
-    """The steps after which the model is evaluated, and the fraction of training that each of them is."""
+    """The steps after which the model is evaluated, and the fraction of training after each of them."""
     return {max(1, round(fraction * steps)): fraction for fraction in FRACTIONS}
 
 
@@ -35,14 +35,14 @@ def train(task: Task, setup: Setup, entry: Entry, setting: Setting) -> dict[str,
         "loss": last["loss"] if done else None,
         "accuracy": last["accuracy"] if done else None,
         "seconds": round(time.perf_counter() - began, 2),
-        "cpu_seconds": round(time.process_time() - of_cpu, 2),  # the same on a machine that is shared
+        "cpu_seconds": round(time.process_time() - of_cpu, 2),  # the same on a shared machine
     }
 
 
 def points(
     task: Task, setup: Setup, problem: Problem, entry: Entry, setting: Setting, built: Built
 ) -> Iterator[dict[str, Any]]:
-    """Take all steps; the points of the anytime curve as they come, the first of the untrained model."""
+    """Take all steps; yields the points of the anytime curve, the first for the untrained model."""
     steps = setup.scale.steps
     yield {"fraction": UNTRAINED, "step": 0, **evaluate(problem, ())}
     at = evaluated_after(steps)
@@ -53,7 +53,7 @@ def points(
     factor = 1.0
     for k in range(steps):
         before, factor = factor, entry.factor(setting, k, steps)
-        if factor != before:  # who has no schedule is left alone
+        if factor != before:  # optimisers without a schedule are left alone
             for optimizer, groups in zip(built, first, strict=True):
                 for group, rate in zip(optimizer.param_groups, groups, strict=True):
                     group["lr"] = rate * factor
@@ -67,7 +67,7 @@ def points(
 
 def take_step(task: Task, setup: Setup, problem: Problem, built: Built, k: int) -> None:
     """Take step ``k``."""
-    torch.manual_seed(setup.seed * 1_000_003 + k)  # of dropout, the same whatever an optimiser draws
+    torch.manual_seed(setup.seed * 1_000_003 + k)  # for dropout, the same whatever an optimiser draws
     problem.model.train()
     with torch.autocast(
         setup.device.type, torch.bfloat16, enabled=task.autocast and setup.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Runs of optimisers that differ in one thing, each beside the one that it is compared with."""
+"""Runs of optimisers that differ in one thing, each with the one that it is compared with."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Variant:
         build: Makes it; see :class:`Entry`.
         beside: The name of the variant that it is compared with; empty for those that others are compared
             with.
-        nudged: The name of the variant that is ``beside`` but for a difference that should not matter, by
-            which the change that chance makes is known.
+        nudged: The name of the variant that equals ``beside`` except for a difference that should not matter;
+            it shows how large changes by chance are.
     """
 
     build: Callable[[nn.Module, Setting, int], Built]
@@ -44,10 +44,10 @@ class Change:
     """What a variant changes of a task's loss.
 
     Attributes:
-        before, after: Mean losses without and with it, of the seeds that both were run with.
+        before, after: Mean losses without and with it, over the seeds that both were run with.
         ratio: The geometric mean of after ÷ before.
-        noise: The largest relative change by the nudge; 0 where that was not run.
-        seeds: How many there are.
+        noise: The largest relative change by the nudge; 0 if that was not run.
+        seeds: How many seeds both were run with.
     """
 
     before: float
@@ -58,7 +58,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """What it does; a change within 1 %, or within twice the noise, is nothing."""
+        """What it does; a change within 1 %, or within twice the noise, counts as nothing."""
         if abs(math.log(self.ratio)) <= max(2 * self.noise, 0.01):
             return "nothing"
         return "helps" if self.ratio < 1 else "hurts"
@@ -72,9 +72,9 @@ def command(
     """The command line of a script: train what is left to train, or print the lines of the report.
 
     Args:
-        text: Of the help.
+        text: The text of the help.
         variants: What can be trained.
-        report: Makes the lines of the runs in the file.
+        report: Makes the report's lines from the runs in the file.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawTextHelpFormatter)
     add, names = parser.add_argument, list(variants)
@@ -95,14 +95,14 @@ def command(
 def planned(
     variants: Mapping[str, Variant], *, names: Sequence[str], tasks: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[Run]:
-    """The runs of some variants: of each seed all tasks, of each task all variants."""
+    """The runs of some variants: for each seed all tasks, for each task all variants."""
     for seed, task, name in itertools.product(seeds, tasks, names):
         entry = Entry(name, variants[name].build, tuned="nothing", distribution="")
         yield Run(TASKS[task], entry, Setting(), seed)
 
 
 def changes(rows: Iterable[results.Row], variants: Mapping[str, Variant]) -> dict[str, dict[str, Change]]:
-    """What each variant that is compared changes, by task; tasks in the order of TASKS."""
+    """What each compared variant changes, by task; tasks are in the order of TASKS."""
     losses: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
         loss = math.inf if row["loss"] is None else row["loss"]

@@ -23,7 +23,7 @@ class Adder(nn.Module):
         layer = nn.TransformerEncoderLayer(
             width, width // HEAD_WIDTH, 4 * width, dropout=0.0, batch_first=True, norm_first=True
         )
-        # Its fast path, for evaluation only, rounds in another way than training does.
+        # Its fast path, for evaluation only, rounds differently from training.
         self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, MODULUS)

@@ -12,7 +12,7 @@ from ..task import Evaluation, Problem, Scale, Setup, Task
 
 TRAINED_ON = 0.8
 DECAY = 1e-3  # λ of λ/2 ‖w‖², which makes the optimum unique
-ITERATIONS = 2000  # of L-BFGS, in float64, more than it needs
+ITERATIONS = 2000  # of L-BFGS, in float64; more than enough
 
 
 def objective(model: nn.Linear, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def objective(model: nn.Linear, inputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def least(inputs: Tensor, labels: Tensor, classes: int) -> float:
-    """The least value of the objective."""
+    """The minimum of the objective."""
     model = nn.Linear(inputs.shape[1], classes, dtype=torch.float64)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
@@ -70,7 +70,7 @@ def build(setup: Setup, *, loader: str) -> Problem:
 
     def evaluate() -> Evaluation:
         right = model(test_x).argmax(dim=1) == test_y
-        # In float64, since the difference to the optimum may be small.
+        # In float64, since the difference from the optimum may be small.
         double = nn.Linear(x.shape[1], classes, dtype=torch.float64, device=setup.device)
         double.load_state_dict(model.state_dict())
         return Evaluation(objective(double, x.double(), y).item() - optimum, right.float().mean().item())

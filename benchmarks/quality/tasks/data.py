@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..task import Setup
 
-LONGEST_CONTEXT = 1024  # so that what is held out is the same for all contexts
+LONGEST_CONTEXT = 1024  # so that the held-out text is the same for all contexts
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
 EVALUATED_AT_ONCE = 1000  # images
 
@@ -34,7 +34,7 @@ class Images(NamedTuple):
         return Images(self.images.to(device), self.labels.to(device))
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All of them, as many at a time as are evaluated at once."""
+        """All of them, in the batches that are evaluated."""
         yield from zip(*(torch.split(tensor, EVALUATED_AT_ONCE) for tensor in self), strict=True)
 
 
@@ -54,14 +54,14 @@ def mnist() -> tuple[Images, Images]:
 
 @cache
 def library() -> corpus.Corpus:
-    """The source of Python's standard library without its prose, as a training and a held-out text."""
+    """The source of Python's standard library without its prose, as training and held-out text."""
     paths = (path for path in corpus.standard_library() if path.parent.name != "pydoc_data")
     return corpus.read(paths, LONGEST_CONTEXT)
 
 
 @cache
 def prose() -> corpus.Corpus:
-    """The Python documentation that comes with the standard library, cut into parts of some pages."""
+    """The Python documentation that comes with the standard library, cut into parts of a few pages."""
     (path,) = (path for path in corpus.standard_library() if path.name == "topics.py")
     text = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
     parts = torch.split(text, 8 * LONGEST_CONTEXT)
@@ -85,6 +85,6 @@ def text_to_evaluate(text: Tensor, setup: Setup) -> list[corpus.Batch]:
 
 
 def folder(path: Path) -> Path:
-    """A folder that is there."""
+    """A folder, which is made if it is missing."""
     path.mkdir(parents=True, exist_ok=True)
     return path

@@ -17,7 +17,7 @@ CODE = 8
 FREQUENCIES = 16  # of the time's embedding
 EVALUATED = 2000
 LEVELS = 4  # times at which each image is evaluated
-LATTICE = 97  # times that there are, a prime, so that an image has different ones
+LATTICE = 97  # number of times, a prime, so that an image has different ones
 
 
 class Autoencoder(nn.Module):
@@ -60,7 +60,7 @@ def build(setup: Setup) -> Problem:
     torch.manual_seed(setup.seed)
     model = Autoencoder(setup.scale.shape["width"]).to(setup.device)
     images = test[:EVALUATED].repeat(LEVELS, 1, 1)
-    # Times are spread evenly, so that little of the evaluation is up to chance.
+    # Times are spread evenly, so that chance has little effect on the evaluation.
     times = (torch.arange(len(images)) % LATTICE + 0.5).unsqueeze(1).div(LATTICE).to(setup.device)
     noise = torch.randn(len(images), PIXELS, generator=setup.generator(1)).to(setup.device)
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from ..task import Problem, Scale, Setup, Task
 from . import data, text
 
-CHOSEN = 2  # experts of a position
+CHOSEN = 2  # experts per position
 BALANCE = 0.01  # weight of the loss that spreads positions over experts
 
 
 class Experts(nn.Module):
     """Some of several MLPs, chosen for every position by a router."""
 
-    imbalance: Tensor  # of the last forward pass: 1 where all experts are chosen alike, more otherwise
+    imbalance: Tensor  # of the last forward pass: 1 if all experts are chosen equally often, more otherwise
 
     def __init__(self, width: int, experts: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(SwiGLU(width) for _ in range(experts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to every position."""
+        """Apply the experts to every position."""
         positions = x.flatten(0, 1)
         shares = self.router(positions).float().softmax(dim=-1)
         weights, chosen = shares.topk(CHOSEN, dim=-1)
@@ -40,7 +40,7 @@ class Experts(nn.Module):
 
 
 def model_of(setup: Setup) -> GPT:
-    """A GPT with experts, initialised by the seed as it would be without them."""
+    """A GPT with experts; the rest is initialised by the seed as it would be without them."""
     model = text.model_of(setup)
     shape = setup.scale.shape
     width = shape["width"]

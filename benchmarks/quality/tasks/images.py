@@ -1,4 +1,4 @@
-"""Images that are made of MNIST: rotated, noisy, and few."""
+"""Tasks made from MNIST: rotated images, noisy images, and few images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOISE = 1.0  # standard deviations of the pixels
 
 
 def classify(setup: Setup, model: nn.Module, training: Images, test: Images) -> Problem:
-    """The problem of a network and two sets of images."""
+    """The problem of training a network on one set of images and testing it on another."""
     model, training, test = model.to(setup.device), training.to(setup.device), test.to(setup.device)
 
     def loss(step: int) -> Tensor:
@@ -31,7 +31,7 @@ def classify(setup: Setup, model: nn.Module, training: Images, test: Images) -> 
 
 
 def some(setup: Setup) -> tuple[Images, Images]:
-    """So many images of MNIST as the scale says, drawn by the seed, and the first ones of its test set."""
+    """As many images of MNIST as the scale says, drawn by the seed, and the first ones of its test set."""
     training, test = data.mnist()
     order = torch.randperm(len(training.labels), generator=setup.generator(1))
     return training.at(order[: setup.scale.shape["images"]]), test.at(

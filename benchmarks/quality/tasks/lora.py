@@ -37,7 +37,7 @@ class LowRank(nn.Module):
 
 
 def build(setup: Setup) -> Problem:
-    """Next bytes of the Python documentation, by corrections to all layers of the blocks."""
+    """Next bytes of the Python documentation, learnt by corrections to all layers of the blocks."""
     model = pretrained(setup)
     model.requires_grad_(False)
     torch.manual_seed(setup.seed)
@@ -57,7 +57,7 @@ def build(setup: Setup) -> Problem:
 
 
 def pretrained(setup: Setup) -> GPT:
-    """A GPT trained on source code, from the cache if it is there."""
+    """A GPT trained on source code, from the cache if it has one."""
     shape = setup.scale.shape
     scale = Scale(
         shape["pretraining"],
@@ -75,7 +75,7 @@ def pretrained(setup: Setup) -> GPT:
 
 
 def pretrain(setup: Setup, path: Path) -> None:
-    """Train a GPT and save its weights; a file that is there is whole."""
+    """Train a GPT and save its weights; the file appears only when it is complete."""
     model = text.model_of(setup).to(setup.device)
     batch = data.text_batches(data.library().training, setup)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_RATE, betas=(0.9, 0.99))

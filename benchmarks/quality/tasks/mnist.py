@@ -30,7 +30,7 @@ def evaluation(model: nn.Module, test: Images) -> Evaluation:
 
 def convolutional_network() -> nn.Module:
     """The network of Schedule-Free's example."""
-    from mnist_ddp import network  # here, since it brings what the scripts of launch/ need
+    from mnist_ddp import network  # here, since it imports what the scripts of launch/ need
 
     return network()
 
@@ -55,7 +55,7 @@ def build_mnist(setup: Setup, *, network: Callable[[], nn.Module]) -> Problem:
         epoch, number = divmod(step, per_epoch)
         order = torch.randperm(count, generator=setup.generator(0, epoch))
         images, labels = training.at(order[number * batch :][:batch].to(setup.device))
-        return cross_entropy(model(images), labels)  # of log-probabilities: their softmax is themselves
+        return cross_entropy(model(images), labels)  # of log-probabilities: log-softmax keeps them
 
     return Problem(model, loss, lambda: evaluation(model, test))
 

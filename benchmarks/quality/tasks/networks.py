@@ -1,4 +1,4 @@
-"""The small networks that look at images of 28 × 28 pixels."""
+"""Small networks for images of 28 × 28 pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CLASSES = 10
 PATCH = 7  # pixels
 PATCHES = (28 // PATCH) ** 2
 HEAD_WIDTH = 32
-GROUPS = 4  # of GroupNorm, which, unlike BatchNorm, holds no averages of the weights that were trained at
+GROUPS = 4  # of GroupNorm, which, unlike BatchNorm, has no statistics from the weights that were trained at
 
 
 class Residual(nn.Module):

@@ -14,7 +14,7 @@ NOISE = 0.1
 
 
 def build(setup: Setup) -> Problem:
-    """A function of the same kind as the network, drawn by the seed."""
+    """Targets come from a function of the same kind as the network, drawn by the seed."""
     device = setup.device
     generator = setup.generator(1)
     first = torch.randn(INPUTS, HIDDEN, generator=generator).to(device)

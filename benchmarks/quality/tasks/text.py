@@ -22,7 +22,7 @@ def model_of(setup: Setup) -> GPT:
 
 
 def bits_per_byte(model: nn.Module, windows: list[tuple[Tensor, Tensor]]) -> Evaluation:
-    """The mean loss of a model whose loss is in nats."""
+    """The mean loss, in bits, of a model whose loss is in nats."""
     total = sum(model(inputs, targets).item() * len(inputs) for inputs, targets in windows)
     return Evaluation(total / sum(len(inputs) for inputs, _ in windows) / math.log(2))
 
@@ -51,7 +51,7 @@ def entry(
     windows: int = 128,
     long: int | None = None,
 ) -> Task:
-    """A GPT. Of its large setting only the widths and batch sizes are in the same order.
+    """A GPT. Large settings have other sizes; only the order of widths and batch sizes is the same.
 
     ``long`` is the number of steps of its long setting, where it has one.
     """
