@@ -87,6 +87,12 @@ class Constraints:
         # Ordered, since RemovableHandle keeps a weak reference, which a plain dict cannot have.
         self._by_handle: OrderedDict[int, Constraint] = OrderedDict()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Handles are numbered in each process from 0: by its old number one could replace another.
+        self._by_handle = OrderedDict()
+        for constraint in state["_by_handle"].values():
+            self.add(constraint)
+
     def add(self, constraint: Constraint) -> RemovableHandle:
         """Lay one on; returns a handle that lifts it."""
         handle = RemovableHandle(self._by_handle)

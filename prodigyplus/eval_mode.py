@@ -62,24 +62,33 @@ class AverageSwap:
     @isolated
     def swap_(self, view: View, *, train: bool) -> None:
         """Put y (``train``) or x into the model, in the groups that are in the other mode."""
-        for group in view.in_other_mode(train=train):
+        groups = view.in_other_mode(train=train)
+        # A projection is the user's code and may raise: all are made before any weight moves.
+        projected = {} if train else self._projected(view, groups)
+        for group in groups:
             # With the β1 that x was computed with, since a schedule may have changed it.
             beta1 = group["average_beta1"] if train else None
             beta1 = group["betas"][0] if beta1 is None else beta1
             for p, state in view.averaged(group):
                 if train:
                     self._put_y_(view, p, state, beta1)
+                elif p in projected:
+                    self._saved_y[p] = p.detach().clone()
+                    p.copy_(projected.pop(p))
                 else:
-                    self._put_x_(view, p, state, beta1)
+                    local = view.placement.local(p)
+                    schedule_free.x_from_y(local, state, beta1, out=local)
             group["train_mode"], group["average_beta1"] = train, None if train else beta1
 
-    def _put_x_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
-        constraints, local = view.constraints.of(p), view.placement.local(p)
-        if constraints:
-            self._saved_y[p] = p.detach().clone()
-        schedule_free.x_from_y(local, state, beta1, out=local)
-        for constraint in constraints:
-            p.copy_(constraint.projected(p))
+    @staticmethod
+    def _projected(view: View, groups: Sequence[dict[str, Any]]) -> dict[Tensor, Tensor]:
+        """The averages of the constrained parameters of groups."""
+        return {
+            p: _average(view, group, p, state)
+            for group in groups
+            for p, state in view.averaged(group)
+            if view.constraints.of(p)
+        }
 
     def _put_y_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
         y, local = self._saved_y.pop(p, None), view.placement.local(p)
@@ -93,11 +102,7 @@ class AverageSwap:
         for group in view.groups:
             if group["use_schedulefree"] and group["train_mode"] and not self.is_lent:
                 for p, state in view.averaged(group):
-                    x, local = torch.empty_like(p, requires_grad=False), view.placement.local
-                    schedule_free.x_from_y(local(p), state, group["betas"][0], out=local(x))
-                    for constraint in view.constraints.of(p):
-                        x = constraint.projected(x)
-                    yield p, x
+                    yield p, _average(view, group, p, state)
 
     @contextmanager
     def lent(self, view: View, has_changed: Callable[[], object]) -> Iterator[None]:
@@ -160,9 +165,19 @@ class AverageSwap:
         return entries
 
 
+def _average(view: View, group: Mapping[str, Any], p: Tensor, state: State) -> Tensor:
+    """The average x of a parameter that holds y, projected where it is constrained; a new tensor."""
+    x, local = torch.empty_like(p, requires_grad=False), view.placement.local
+    schedule_free.x_from_y(local(p), state, group["betas"][0], out=local(x))
+    for constraint in view.constraints.of(p):
+        x = constraint.projected(x)
+    return x
+
+
 @isolated
 def _restore_(before: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for p, y in before:
+    # The last first: of two parameters that share memory, the second was copied when that held the first's x.
+    for p, y in reversed(before):
         p.copy_(y)
 
 

@@ -264,8 +264,8 @@ def plain(group: Mapping[str, Any]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1024, typed=True)
 def _resolved(*values: Any) -> Options:
     checked = plain(dict(zip(NAMES, values, strict=True)))
-    if isinstance(checked["lr"], Tensor):
-        checked["lr"] = checked["lr"].reshape(())
+    if isinstance(checked["lr"], Tensor) and checked["lr"].ndim:
+        checked["lr"] = checked["lr"].reshape(())  # an alias, which does not follow ``lr.data = …``
     resolve_exclusions(checked)
     return Options(**checked)
 

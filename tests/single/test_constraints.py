@@ -2,10 +2,12 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.formulas import schedule_free
@@ -162,6 +164,45 @@ def test_a_handle_lifts_it_and_a_copy_keeps_it():
     problem.parameters = copied.param_groups[0]["params"]
     run(copied, problem, 100)
     assert outside(problem.parameters[0]) == 0
+
+
+def test_in_another_process_a_constraint_does_not_replace_one_that_was_pickled(monkeypatch):
+    problem, optimizer = pulled()
+    optimizer.constrain(problem.parameters, clamp)
+    saved = pickle.dumps(optimizer)
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    loaded = pickle.loads(saved)
+    loaded.constrain(loaded.param_groups[0]["params"], torch.nn.functional.relu)
+    problem.parameters = loaded.param_groups[0]["params"]
+    run(loaded, problem, 100)
+    assert outside(problem.parameters[0]) == 0
+    assert problem.parameters[0].min() >= 0
+
+
+def test_a_projection_that_fails_leaves_all_weights():
+    fails = False
+
+    def project(values):
+        if fails:
+            raise MemoryError
+        return clamp(values)
+
+    problem, optimizer = pulled()
+    free = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [free]})
+    optimizer.constrain(problem.parameters, project)
+    for _ in range(50):
+        free.grad = torch.ones(3)
+        run(optimizer, problem, 1)
+    before = [p.detach().clone() for p in (free, *problem.parameters)]
+    optimizer.param_groups.reverse()  # the free one first
+    fails = True
+    with pytest.raises(MemoryError):
+        optimizer.eval()
+    fails = False
+    assert not optimizer.holds_average
+    for p, y in zip((free, *problem.parameters), before, strict=True):
+        assert torch.equal(p, y)
 
 
 def test_the_weights_are_projected_at_once():

@@ -103,6 +103,30 @@ def test_averaged_parameters_come_back_after_an_error():
     assert_same(snapshot(optimizer), before)
 
 
+def test_averaged_parameters_come_back_where_they_share_memory():
+    shared = torch.ones(3)
+    parameters = [nn.Parameter(shared), nn.Parameter(shared)]
+    optimizer = ProdigyPlusScheduleFree(parameters, d0=0.1)
+    for _ in range(5):
+        for p in parameters:
+            p.grad = torch.ones(3)
+        optimizer.step()
+    before = shared.clone()
+    with optimizer.averaged_parameters():
+        assert not torch.equal(shared, before)
+    assert torch.equal(shared, before)
+
+
+def test_a_learning_rate_whose_data_is_replaced():
+    p, lr = nn.Parameter(torch.ones(3)), torch.tensor(1.0)
+    optimizer = ProdigyPlusScheduleFree([p], lr=lr)
+    for rate in (1.0, 0.0):
+        lr.data = torch.tensor(rate)
+        before, p.grad = p.detach().clone(), torch.ones(3)
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_averaged_state_dict(mode, tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
