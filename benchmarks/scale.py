@@ -397,7 +397,8 @@ def main() -> None:
     if args.steps:
         page.tell(
             f"\nProcessor time of the host, the median of {args.steps} steps, alternating with "
-            "AdamW(foreach=True)\non the same shards as plain tensors:\n"
+            "AdamW(foreach=True)\non the same shards as plain tensors; operator by operator, as on a CPU "
+            "(performance.md has\nthe kernels' host time):\n"
         )
         page.table(HOST_COLUMNS, (host_row(host(model, layout, args.steps)) for model, layout in chosen))
     if args.out is not None:
