@@ -2,9 +2,9 @@
 
     y = (1−β1) z + β1 x
 
-Only y (in the model) and z (in the state) are stored. The offset z − y may be stored instead of z: in bfloat16,
-its rounding error is relative to the offset, where that of z would be relative to the weights. Pure functions
-on tensors.
+Only y (in the model) and z (in the state) are stored. The offset z − y may be stored instead of z: in
+bfloat16, its rounding error is relative to the offset, where that of z would be relative to the weights. Pure
+functions on tensors.
 """
 
 from __future__ import annotations
