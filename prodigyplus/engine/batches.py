@@ -1,7 +1,7 @@
 """Parameters of any shapes that move as one batch, by the kernels of :mod:`prodigyplus.device`.
 
-On a GPU, a launch costs more than the arithmetic of most tensors, so one launch serves all of them. A batch is
-like a stack (see :mod:`prodigyplus.engine.rule`) but of many layouts, and has the same passes.
+On a GPU, a launch costs more than the arithmetic of most tensors, so one launch serves all of them. A batch
+is like a stack (see :mod:`prodigyplus.engine.rule`) but of many layouts, and has the same passes.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def _unusual_dtypes(param: ParamStep) -> Hashable | None:
 
 _LAYOUT, _DTYPE, _SHAPE = map(operator.attrgetter, ("layout", "dtype", "shape"))
 
-# The types of tensors whose elements are at ``data_ptr()``. Those of others are elsewhere (quantised tensors),
-# or nowhere (fake tensors).
+# The types of tensors whose elements are at ``data_ptr()``. Those of other types are elsewhere (quantised
+# tensors), or nowhere (fake tensors).
 _MEMORY = (nn.Parameter, Tensor)
 
 
@@ -129,7 +129,7 @@ class Batch:
         self.group = first.group
         self.numbers = [param.number for param in params]
         self.present = None if first.present is None else [bool(param.present) for param in params]
-        # Which operators its passes consist of; no kind that the kernels admit depends on the number of elements.
+        # Which operators its passes consist of. Of what kernels admit, nothing depends on the number of elements.
         self.kind = Kind.of(first.group.options, first.state, 2, adapts=first.group.adapts)
         # Kept apart, since ``p.data = …`` changes the shape of p itself.
         self._shapes = list(map(_SHAPE, self.weights))
@@ -249,7 +249,7 @@ class Batch:
             has_momentum=kind.has_momentum,
             is_offset=kind.is_offset,
             is_atan2=kind.direction == "atan2",
-            is_stable=kind.is_stable and not self.is_matrix,  # matrices are scaled when they are orthogonalised
+            is_stable=kind.is_stable and not self.is_matrix,  # matrices have been scaled already
             decays=kind.decays,
             evidence="balance" if kind.is_balanced else kind.use_speed,
             every=o.slice_p,

@@ -1,7 +1,7 @@
 """The numbers of parameter groups as columns: one tensor of shape (groups,) for each number.
 
-The numbers in ``param_groups`` are views of the columns: 0-dim tensors on the device of the parameters. What is
-written to one shows in the other. No step reads a number back to the host.
+The numbers in ``param_groups`` are views of the columns: 0-dim tensors on the device of the parameters. What
+is written to one shows in the other. No step reads a number back to the host.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Columns:
         return len(self._views)
 
     def are_of(self, groups: Sequence[dict[str, Any]], device: torch.device) -> bool:
-        """Whether these are the columns of ``groups`` on ``device``; False if a user has replaced a number."""
+        """Whether these are the columns of ``groups`` on ``device``; False if a user replaced a number."""
         return (
             device == self.device
             and len(groups) == len(self._views)

@@ -1,11 +1,11 @@
 """The passes through ``torch.compile``: what ``compile=True`` runs, for the kinds that can be compiled.
 
 Run operator by operator, each operator is a pass over memory, and the direction is kept from ``measure_`` to
-``move_``. Compiled, each of the two is one pass, and both compute the direction, which is cheaper than writing
-and reading it. The functions are those of :mod:`prodigyplus.engine.passes`.
+``move_``. Compiled, each of the two is one pass, and both compute the direction, which is cheaper than
+writing and reading it. The functions are those of :mod:`prodigyplus.engine.passes`.
 
-Whatever changes from step to step is passed as a tensor, and sizes are symbolic, except a size of 1, for which
-torch.compile makes another graph: after one stack of one and one of several, nothing is compiled again.
+Whatever changes from step to step is passed as a tensor, and sizes are symbolic, except a size of 1, for
+which torch.compile makes another graph: after one stack of one and one of several, nothing is compiled again.
 """
 
 from __future__ import annotations

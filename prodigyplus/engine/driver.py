@@ -154,9 +154,7 @@ def stacked(params: Sequence[ParamStep], bucket_bytes: int) -> list[Moving]:
 
 
 def _batch_runs(params: Sequence[ParamStep], indices: list[int], limit: int) -> Iterator[list[int]]:
-    """Split the parameters of one key into batches: a single one; for matrices, one for each wave of ``limit``
-    bytes.
-    """
+    """Split the parameters of one key into batches: one; for matrices, one per wave of ``limit`` bytes."""
     if not params[indices[0]].is_matrix:
         yield indices
         return
@@ -218,7 +216,7 @@ def _completed(
 
 
 def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
-    """Split stacks into buckets whose directions take at most half of ``limit`` bytes, or that have one stack.
+    """Split stacks into buckets whose directions take at most half of ``limit`` bytes, or of one stack.
 
     Half, since two buckets are alive at a time: one whose sums are in flight, and one that is computed. Sizes
     are those of the largest piece on any rank, so that all ranks make the same buckets.

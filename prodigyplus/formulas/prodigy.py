@@ -203,7 +203,7 @@ def shared_d(
     groups that start together count as soon as they have left ``d0``, and for good once they have grown
     tenfold. A group that grows tenfold later (it was just added, or its gradients are noise) joins the mean
     once it is near it. So a group that has nothing to learn, is frozen at its start or was just added does
-    not hold the others back: it moves by their mean. If no group counts, the mean is over all that have moved.
+    not hold the others back: it moves by their mean. If no group counts, the mean is over all that moved.
 
     Args:
         d, d0, weight_sum, k, in_mean: Numbers of the groups (see ``engine/columns.py``); shapes (groups,).
