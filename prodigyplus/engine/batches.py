@@ -129,7 +129,7 @@ class Batch:
         self.group = first.group
         self.numbers = [param.number for param in params]
         self.present = None if first.present is None else [bool(param.present) for param in params]
-        # Which operators its passes consist of. Of what kernels admit, nothing depends on the number of elements.
+        # Which operators its passes consist of. No kind that kernels admit depends on the number of elements.
         self.kind = Kind.of(first.group.options, first.state, 2, adapts=first.group.adapts)
         # Kept apart, since ``p.data = …`` changes the shape of p itself.
         self._shapes = list(map(_SHAPE, self.weights))

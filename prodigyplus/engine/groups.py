@@ -195,7 +195,7 @@ class GroupBatch:
         """Set this step's numbers.
 
         Args:
-            moves: Whether each group of the optimiser moves; where False, the step is a no-op. bool, (groups,).
+            moves: Whether each group of the optimiser moves: where False, a no-op. bool, (groups,).
 
         Returns:
             What :meth:`commit` needs.
@@ -458,7 +458,7 @@ class Groups:
         return [batch.open(moves) for batch in self._batches]
 
     def commit(self, opened: Sequence[_Opened], moves: Tensor, skips: Tensor, learns: Tensor) -> Tensor:
-        """Count the step in all groups; see :meth:`GroupBatch.commit`. ``opened`` is the result of :meth:`open`."""
+        """Count the step in all groups; see :meth:`GroupBatch.commit`. ``opened`` is from :meth:`open`."""
         result = torch.empty_like(learns)
         for batch, of_batch in zip(self._batches, opened, strict=True):
             batch.scatter_(result, batch.commit(of_batch, moves, skips, learns))

@@ -1,8 +1,8 @@
 """The passes of a step over a stack of tensors: pure functions whose branches depend on a small ``Kind``.
 
-``moments.squares`` reads the gradient. ``measure_`` reads it again, updates the second moment and Prodigy's s,
-and returns the sums that the step needs. ``move_`` reads gradient, y and z, and writes y and z; if Cautious or
-Grams mask the move, it only proposes one, and ``finish_`` makes it. Without Schedule-Free there is one more
+``moments.squares`` reads the gradient. ``measure_`` reads it again, updates the second moment and Prodigy's
+s, and returns the sums that the step needs. ``move_`` reads gradient, y and z, and writes y and z; if Cautious
+or Grams mask the move, it only proposes one, and ``finish_`` makes it. Without Schedule-Free there is one more
 pass, before ``measure_``: ``momentum_`` updates the first moment.
 
 :mod:`prodigyplus.engine.rule` calls the passes, and has sums completed over shards between them. They run
@@ -47,7 +47,7 @@ _OPTION_OF = {
 
 
 class Kind(NamedTuple):
-    """Which operators the passes of a stack consist of; stacks that need the same ones have equal kinds."""
+    """Which operators the passes of a stack consist of; equal kinds need the same operators."""
 
     direction: Literal["adam", "atan2", "focus", "muon"] = "adam"
     z: str | None = schedule_free.BASE  # the key in the state of z or of z − y; None without Schedule-Free
@@ -289,7 +289,7 @@ def move_(
     kind: Kind,
     noise: Noise,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
-    """Move y and z, in place; or, if the move is masked, propose one, and write nothing yet.
+    """Move y and z, in place; or, if the move is masked, only z, and propose the decrease of y.
 
     Args:
         y, z: Stacks of the weights, and of the base iterates or their offsets; (count, *local shape).
@@ -328,7 +328,7 @@ def move_(
 def finish_(
     y: Tensor, z: Tensor | None, decrease: Tensor, wide_z: Tensor, n: Scalars, kind: Kind, noise: Noise
 ) -> None:
-    """Subtract the decrease that :func:`move_` proposed from y, in place, and write z; arguments as there."""
+    """Subtract the decrease proposed by :func:`move_` from y, in place, and write z; arguments as there."""
     wide_y = y.to(decrease.dtype)
     schedule_free.accept_(
         wide_y,
