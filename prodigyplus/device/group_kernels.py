@@ -17,8 +17,8 @@ D, SHARED_D, D_HAT, IN_MEAN, NUMERATOR, LARGEST, DENOMINATOR, WEIGHT_SUM, EFFECT
 )
 K, SKIPPED = map(tl.constexpr, range(2))
 
-# The rows of the table of options, in the order of ``prodigyplus.device.groups.GroupOptions``. The argument is
-# called ``settings``, since Triton's launcher has an argument ``options`` of its own.
+# The rows of the table of options, in the order of ``prodigyplus.device.groups.GroupOptions``. The argument
+# is called ``settings``, since Triton's launcher has an argument ``options`` of its own.
 LR, BETA1, BETA2, BETA3, BETA4, D0, D_COEF, LIMIT, SPEED_COEF, WARMUP, STRENGTH, DECAY, EPS = map(
     tl.constexpr, range(13)
 )

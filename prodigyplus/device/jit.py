@@ -1,8 +1,8 @@
 """How kernels are compiled and launched.
 
 A kernel is compiled once for each set of constants and dtypes, whatever numbers and addresses it gets later.
-Triton is imported with the first kernel. For tests without a GPU, set ``TRITON_INTERPRET=1`` in the environment:
-kernels then run on the CPU, slowly.
+Triton is imported with the first kernel. For tests without a GPU, set ``TRITON_INTERPRET=1`` in the
+environment: kernels then run on the CPU, slowly.
 """
 
 # No ``from __future__ import annotations``: kernel() reads the annotations of a kernel's arguments.
@@ -22,8 +22,8 @@ from torch import Tensor
 def kernel(function: Callable[..., Any]) -> Any:
     """A Triton kernel for :func:`launch`, which caches compiled kernels by constants and dtypes only.
 
-    So Triton must not specialise on anything else, such as a number that is 1 or an address that is a multiple
-    of 16.
+    So Triton must not specialise on anything else, such as a number that is 1 or an address that is a
+    multiple of 16.
     """
     import triton
     import triton.language as tl
@@ -64,12 +64,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **const
         kernel: A kernel made by :func:`kernel`.
         grid: The number of programs along each axis.
         arguments: Its arguments, in order.
-        constants: Its ``tl.constexpr`` arguments, which follow these, with torch's dtypes; and ``num_warps``.
+        constants: Its ``tl.constexpr`` arguments, which come last, with torch's dtypes; and ``num_warps``.
     """
     if interprets():
         kernel[grid](*arguments, **_options(constants))
         return
-    # Triton itself inspects every argument and constant to find a compiled kernel, which takes ten times longer.
+    # To find a compiled kernel, Triton would inspect every argument, which takes ten times longer.
     dtypes = [argument.dtype if isinstance(argument, Tensor) else None for argument in arguments]
     key = id(kernel), _driver().active.get_current_device(), *constants.values(), *dtypes
     if key not in _COMPILED:

@@ -1,9 +1,9 @@
 """The passes of a step over a stack of tensors: pure functions whose branches depend on a small ``Kind``.
 
 ``moments.squares`` reads the gradient. ``measure_`` reads it again, updates the second moment and Prodigy's
-s, and returns the sums that the step needs. ``move_`` reads gradient, y and z, and writes y and z; if Cautious
-or Grams mask the move, it only proposes one, and ``finish_`` makes it. Without Schedule-Free there is one more
-pass, before ``measure_``: ``momentum_`` updates the first moment.
+s, and returns the sums that the step needs. ``move_`` reads gradient, y and z, and writes y and z; if
+Cautious or Grams mask the move, it only proposes one, and ``finish_`` makes it. Without Schedule-Free there is
+one more pass, before ``measure_``: ``momentum_`` updates the first moment.
 
 :mod:`prodigyplus.engine.rule` calls the passes, and has sums completed over shards between them. They run
 operator by operator, and keep the direction from ``measure_`` to ``move_``; or through ``torch.compile``,
@@ -34,7 +34,7 @@ from prodigyplus.terms.scalars import Numbers, Scalars
 State = Mapping[str, Tensor]
 
 Noise = tuple[Sequence[Tensor], Tensor] | None
-"""The arguments of :func:`prodigyplus.formulas.stochastic_rounding.noise`; None to round to nearest."""
+"""Arguments of :func:`prodigyplus.formulas.stochastic_rounding.noise`; None to round to nearest."""
 
 
 # The options behind values of a kind whose field has another name.
