@@ -204,7 +204,7 @@ def _atan2(y, x):
     larger, smaller = tl.maximum(size, x), tl.minimum(size, x)
     t = tl.where(larger > 0, smaller / tl.where(larger > 0, larger, 1.0), 0.0)
     t = tl.where(smaller == larger, tl.where(larger > 0, 1.0, 0.0), t)  # also for two infinities
-    # A series for atan(t) on [0, tan(π/8)]; above, atan(t) = π/4 + atan((t − 1)/(t + 1)) (Cephes, atanf).
+    # A series of atan(t) on [0, tan(π/8)]; above, atan(t) = π/4 + atan((t − 1)/(t + 1)) (Cephes).
     far = t > 0.4142135623730950
     reduced = tl.where(far, (t - 1.0) / (t + 1.0), t)
     square = reduced * reduced
@@ -218,7 +218,7 @@ def _atan2(y, x):
 
 @triton.jit
 def _factor_roots(factor, index, exists, mean, scale, IS_ROW):
-    """The roots of a strip's row factors or column factors, see :func:`prodigyplus.formulas.moments.roots`."""
+    """The roots of a strip's row or column factors, see :func:`prodigyplus.formulas.moments.roots`."""
     value = tl.load(factor + index, mask=exists, other=0.0).to(tl.float32)
     return tl.where(IS_ROW, tl.sqrt(value / mean), tl.sqrt(value) / scale)
 
@@ -373,7 +373,7 @@ def _seed(step, number):
 
 @triton.jit
 def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """``value`` in ``DTYPE``, rounded to nearest; or stochastically to bfloat16, with ``half``, 16 bits of noise."""
+    """``value`` rounded to ``DTYPE``: to nearest, or for bfloat16 with ``half``, 16 bits of noise."""
     if STOCHASTIC and tl.bfloat16 == DTYPE:
         bits = (half + value.to(tl.uint32, bitcast=True)) & tl.full((), 0xFFFF0000, tl.uint32)
         value = bits.to(tl.float32, bitcast=True)
@@ -399,8 +399,8 @@ def sweep(
     moments of elements are computed in both passes, and written by the one that moves.
 
     With ``READS``, the move reads directions at the addresses in ``directions``, and scales them: they are
-    orthogonalised between the two passes. So measuring updates the first moment, and takes all evidence except
-    what balance needs of the directions, which the move takes.
+    orthogonalised between the two passes. So measuring updates the first moment, and takes all evidence
+    except what balance needs of the directions, which the move takes.
     """
     MULTIPLE: tl.constexpr = 16 if FAST else 1
     BALANCES: tl.constexpr = EVIDENCE and KIND == BALANCE

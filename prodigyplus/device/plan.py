@@ -1,8 +1,8 @@
 """Tables of what the kernels need to know about a batch's tensors: the same at every step, so made once.
 
-A factored tensor is one or more matrices. Of its row and column dimensions, the one that comes first in memory
-is called outer, the other inner; all other dimensions are batch dimensions. A tensor that is not factored is
-one matrix, whose rows are consecutive in memory. Matrices are cut into tiles, one for each program.
+A factored tensor is one or more matrices. Of its row and column dimensions, the first in memory is called
+outer, the other inner; all other dimensions are batch dimensions. A tensor that is not factored is one
+matrix, whose rows are consecutive in memory. Matrices are cut into tiles, one for each program.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Plan:
         self._make_tiles(matrices)
 
     def _lay_out_runs(self, is_row_outer: Sequence[bool], every: int) -> None:
-        """Where the local elements of each tensor lie in the whole tensor; a table of runs if there are several."""
+        """Where the local elements of each tensor lie in the whole one; if in several runs, their table."""
         sizes, tables = [], []
         self._is_single: list[bool] = []
         start = 0
@@ -151,7 +151,7 @@ class Plan:
         self.runs = self._joined(tables, 3).to(torch.int32)
 
     def _lay_out_sums(self, matrices: Sequence[_Matrices]) -> None:
-        """Where the sums of g² are in the buffer: sums to be completed over the same axes lie side by side."""
+        """Where the sums of g² are in the buffer: those to be completed over the same axes are adjacent."""
         by_axes: dict[tuple[Hashable, ...], list[tuple[int, int, int, int]]] = {}
         for tensor, (layout, dims) in enumerate(zip(self.layouts, self._dims, strict=True)):
             if dims is None:
@@ -182,12 +182,12 @@ class Plan:
         rows, segments, totals = [], [], []
         full: list[tuple[int, int, int, int]] = []
         outer_parts = inner_parts = 0
-        self._grids: list[tuple[int, int]] = []  # for each tensor, how many tiles a matrix has down and across
+        self._grids: list[tuple[int, int]] = []  # for each tensor, a matrix's tiles down and across
         for tensor, (m, dims) in enumerate(zip(matrices, self._dims, strict=True)):
             down = -(-m.height // self.tile.rows)
             across = 1 if dims is None else -(-m.width // self.tile.columns)
             self._grids.append((down, across))
-            # A matrix has a partial sum of each row for each tile across, and of each column for each tile down.
+            # A matrix has, for each tile across, a sum of each row; and for each tile down, of each column.
             outer_size, inner_size = (0, down) if dims is None else (m.height * across, m.width * down)
             index = torch.arange(len(m), dtype=torch.int64, device="cpu")
             firsts = outer_parts + index * outer_size, inner_parts + index * inner_size
@@ -322,5 +322,5 @@ def _columns(*columns: int | Tensor) -> Tensor:
 
 
 def _is_fast(m: _Matrices) -> bool:
-    """Whether the rows of a matrix are contiguous and aligned, so that they can be read 16 bytes at a time."""
+    """Whether rows are contiguous and aligned, so that they can be read 16 bytes at a time."""
     return m.column_stride == 1 and m.width % ALIGNMENT == 0 and m.row_stride % ALIGNMENT == 0

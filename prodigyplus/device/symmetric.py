@@ -17,7 +17,7 @@ from prodigyplus.device.jit import interprets, on_device
 
 
 class Block(NamedTuple):
-    """The block that a program computes, ``side`` × ``side``, and ``depth``, the terms that it sums at a time."""
+    """What a program computes: a block of ``side`` × ``side``, summing ``depth`` terms at a time."""
 
     side: int
     depth: int

@@ -55,7 +55,7 @@ def to_python_numbers_(groups: Sequence[dict[str, Any]], names: Iterable[str] = 
     """Turn 0-dim tensors in ``groups`` into Python numbers, in place, with one synchronisation in all.
 
     Args:
-        groups: Dicts with such tensors; what is a Python number already stays.
+        groups: Dicts with such tensors, or with Python numbers, which stay.
         names: The keys to convert.
     """
     found = [(group, name) for group in groups for name in names if isinstance(group[name], Tensor)]

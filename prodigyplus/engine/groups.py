@@ -85,7 +85,7 @@ class GroupStep:
         return dlr if self.options.is_balanced else torch.ones_like(dlr)
 
     def totals(self, constants: Constants) -> Tensor:
-        """This step's sums over the group: products and norms, not weighted yet; shape (2,)."""
+        """The sums of this step over the group: products and norms, not weighted yet; shape (2,)."""
         d: Tensor = self.entry["d"]
         if not self._observed:
             return d.new_zeros(2)
@@ -465,7 +465,7 @@ class Groups:
         return result
 
     def totals(self) -> Tensor:
-        """This step's sums of each group, see :meth:`GroupStep.totals`; shape (groups, 2)."""
+        """The sums of this step in each group, see :meth:`GroupStep.totals`; shape (groups, 2)."""
         totals = [step.totals(self.constants) for step in self.steps]
         return torch.stack(totals) if len(totals) > 1 else totals[0].unsqueeze(0)
 

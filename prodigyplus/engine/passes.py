@@ -2,8 +2,8 @@
 
 ``moments.squares`` reads the gradient. ``measure_`` reads it again, updates the second moment and Prodigy's
 s, and returns the sums that the step needs. ``move_`` reads gradient, y and z, and writes y and z; if
-Cautious or Grams mask the move, it only proposes one, and ``finish_`` makes it. Without Schedule-Free there is
-one more pass, before ``measure_``: ``momentum_`` updates the first moment.
+Cautious or Grams mask the move, it only proposes one, and ``finish_`` makes it. Without Schedule-Free there
+is one more pass, before ``measure_``: ``momentum_`` updates the first moment.
 
 :mod:`prodigyplus.engine.rule` calls the passes, and has sums completed over shards between them. They run
 operator by operator, and keep the direction from ``measure_`` to ``move_``; or through ``torch.compile``,
@@ -53,7 +53,7 @@ class Kind(NamedTuple):
     z: str | None = schedule_free.BASE  # the key in the state of z or of z − y; None without Schedule-Free
     use_adopt: bool = False
     use_orthograd: bool = False
-    is_single: bool = False  # with OrthoGrad, whether a tensor has one element, of which nothing would be left
+    is_single: bool = False  # whether a tensor has one element, which OrthoGrad must leave alone
     mask: Literal["cautious", "grams"] | None = None
     is_stable: bool = True  # StableAdamW
     decays: bool = False
@@ -266,7 +266,7 @@ def balance_evidence(sums: State, by: Scales, numel: int | Tensor, n: Scalars) -
     """The evidence of balance, see :func:`prodigyplus.formulas.balance.evidence`; shapes (count,).
 
     Args:
-        sums: The sums from :func:`measure_`, over whole tensors; with Muon, ``gu`` and ``uu`` are added later.
+        sums: The sums from :func:`measure_`, over whole tensors; with Muon, ``gu`` and ``uu`` come later.
         by: How the directions are projected and scaled.
         numel: The number of elements of every whole tensor, or of each.
         n: The numbers of the step.

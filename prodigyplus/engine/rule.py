@@ -114,7 +114,7 @@ class Moving(Protocol):
 
     @property
     def cost(self) -> tuple[int, int, int]:
-        """The cost of orthogonalising the largest matrix, and its rows and columns; matrices are sorted by it."""
+        """The cost of orthogonalising the largest matrix, and its rows and columns: a sort key."""
         ...
 
     @property
