@@ -181,7 +181,7 @@ def _next_d(
     numerator = tl.where((d > d0) | (product > 0), numerator + product, numerator)
     grows = (numerator >= largest) & (numerator > 0) & (before > 0)
     growth = tl.sqrt(tl.where(grows, numerator, 1.0) / tl.where(grows, before, 1.0))
-    # Of float64, whatever a version of Triton makes of a constant beside it.
+    # As float64: versions of Triton differ in the dtype that they give to a constant.
     largest_factor = tl.full(growth.shape, LARGEST_FACTOR, tl.float64)
     relative = tl.where(grows, d * tl.minimum(growth, largest_factor), d)
     observed = norm > 0
@@ -203,7 +203,7 @@ def _next_balanced(
 ):  # fmt: skip
     """:func:`prodigyplus.formulas.balance.next_d`: the next ``d``, ρ, and the next averages."""
     count = k.to(tl.float64)
-    # Of float64, whatever a version of Triton makes of a constant beside it.
+    # As float64: versions of Triton differ in the dtype that they give to a constant.
     target, limit = tl.full(d.shape, TARGET, tl.float64), tl.full(d.shape, LOG_LIMIT, tl.float64)
     keep = tl.maximum(1.0 - WINDOW / tl.maximum(count, 1.0), 0.0)
     numerator = numerator * keep + product * (1.0 - keep)

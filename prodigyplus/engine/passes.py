@@ -53,7 +53,7 @@ class Kind(NamedTuple):
     z: str | None = schedule_free.BASE  # the key in the state of z or of z − y; None without Schedule-Free
     use_adopt: bool = False
     use_orthograd: bool = False
-    is_single: bool = False  # whether a tensor has one element, which OrthoGrad must leave alone
+    is_single: bool = False  # with OrthoGrad, whether a tensor has one element: it is left alone
     mask: Literal["cautious", "grams"] | None = None
     is_stable: bool = True  # StableAdamW
     decays: bool = False

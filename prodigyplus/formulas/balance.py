@@ -1,4 +1,4 @@
-"""Balance: the step size at which Schedule-Free's base iterate z neither travels nor shakes.
+"""Balance: the step size at which Schedule-Free's base iterate z neither drifts nor undoes its own steps.
 
 z steps by γ·u, and x is its average. Let ``e = z − x``. A step turns e into ``e' = (1 − c)(e − γu)``. In the
 norm ``‖v‖² = ⟨Pv, v⟩`` with ``Pu = g``, that of Adam's deviations,
@@ -9,7 +9,7 @@ and so, with ``ρ = ⟨g, x − z⟩ / (γ⟨g, u⟩)``, to first order in c,
 
     ρ = −½ + (‖e'‖² − ‖e‖² + 2c‖e‖²) / (2γ²⟨g, u⟩).
 
-As long as γ is too small, z travels away from x and keeps descending: e grows, and ρ is above 0. If gradients
+As long as γ is too small, z drifts away from x and keeps descending: e grows, and ρ is above 0. If gradients
 are pure noise, independent of e, then e is a random walk, and ρ is 0. Once z only moves about a minimum
 within its reach, e is stationary, and ρ tends to −½ whatever γ is. The target lies between: ρ near
 ``−TARGET``, where z is as fast as it can be without undoing its own steps.

@@ -73,7 +73,7 @@ def adopt_clip_(normalised: Tensor, clip: Tensor) -> Tensor:
 
 
 def focus(numerator: Tensor, average: Tensor, weight: Tensor) -> Tensor:
-    """FOCUS: ``sign(m) + γ·sign(w − average of w)``, a new tensor; γ is 0.1."""
+    """FOCUS: ``sign(numerator) − 0.1·sign(average − weight)``, a new tensor."""
     return numerator.sign().sub_((average - weight).sign_(), alpha=_ATTRACTION)
 
 

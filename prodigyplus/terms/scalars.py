@@ -37,9 +37,9 @@ class Scalars(NamedTuple):
     # Weights that add something: 0 in a no-op.
     grad_weight: Tensor  # (1 − β1) d, the weight of this g in the first moment
     sq_weight: Tensor  # (1 − β2) d², the weight of this g² in the second moment
-    prodigy_weight: Tensor  # the weight of this gradient in Prodigy's statistics
+    prodigy_weight: Tensor  # the weight of this gradient in Prodigy's statistics, or of balance's products
     unit: Tensor  # 1
-    dlr: Tensor  # d·lr
+    dlr: Tensor  # the step size d·lr, with RAdam and warm-up
     decay: Tensor  # the fraction of a weight that weight decay subtracts: λ·dlr, or λ
     c: Tensor  # Schedule-Free's averaging weight
     # Unchanged in a no-op.
@@ -48,7 +48,7 @@ class Scalars(NamedTuple):
     eps: Tensor  # 0 for Adam-atan2, which needs none
     ema_weight: Tensor  # k^-¾, the weight of this step in SPEED's average
     adopt_clip: Tensor  # k^¼, the largest normalised gradient (ADOPT without Schedule-Free)
-    # Of other dtypes.
+    # Of other dtypes than those above.
     gate: Tensor  # an integer of the same width: all bits set, or none in a no-op
     observes: Tensor  # bool: whether this gradient counts as evidence
     step: Tensor  # int64: the number of this step, from 1
@@ -86,7 +86,7 @@ VALUES: tuple[str, ...] = Scalars._fields[: Scalars._fields.index("gate")]
 
 
 class Packed(NamedTuple):
-    """:class:`Scalars` in few tensors, in which a compiled pass takes them."""
+    """:class:`Scalars` in few tensors: the form that compiled passes and kernels take."""
 
     values: Tensor  # shape (numbers,), or (numbers, count) where parameters of a stack have their own
     gate: Tensor
