@@ -1,1 +1,1 @@
-"""The passes of a step as kernels for GPUs: in Triton, with tables of what they move."""
+"""The passes of a step as Triton kernels for GPUs, with tables of the tensors that they move."""

@@ -1,24 +1,24 @@
-"""What a step does to the numbers of parameter groups, in Triton: one launch before the move, one at its end.
+"""Triton kernels that update the numbers of parameter groups: one launch before the move, one at the end.
 
 The arithmetic is that of :mod:`prodigyplus.engine.groups` and of the formulas that it calls, in float64, with
-a lane for each group. Operator by operator it is a hundred launches, each of a few numbers.
+one lane for each group. Operator by operator it takes a hundred launches, each on a few numbers.
 """
 
-# No ``from __future__ import annotations``: Triton reads the annotation of an argument itself.
+# No ``from __future__ import annotations``: Triton reads the annotations of arguments at run time.
 
 import triton
 import triton.language as tl
 
 from prodigyplus.device.jit import kernel
 
-# The rows of the numbers of groups, see ``prodigyplus.engine.columns``: floating ones, and counts.
+# The rows of ``floats`` and of ``counts``, the numbers of groups; see ``prodigyplus.engine.columns``.
 D, SHARED_D, D_HAT, IN_MEAN, NUMERATOR, LARGEST, DENOMINATOR, WEIGHT_SUM, EFFECTIVE_LR = map(
     tl.constexpr, range(9)
 )
 K, SKIPPED = map(tl.constexpr, range(2))
 
-# The rows of a table of options, in the order of ``prodigyplus.device.groups.GroupOptions``. As an argument
-# the table is ``settings``: Triton's launcher has an argument ``options`` of its own.
+# The rows of the table of options, in the order of ``prodigyplus.device.groups.GroupOptions``. The argument
+# is called ``settings``, since Triton's launcher has an argument ``options`` of its own.
 LR, BETA1, BETA2, BETA3, BETA4, D0, D_COEF, LIMIT, SPEED_COEF, WARMUP, STRENGTH, DECAY, EPS = map(
     tl.constexpr, range(13)
 )
@@ -33,13 +33,13 @@ POOLS = tl.constexpr(2)
 
 @triton.jit
 def _row(table, row: tl.constexpr, count, group, other):
-    """Of a table, the row of all groups; ``other`` where a lane has none."""
+    """A row of a table, for all groups; ``other`` in lanes that have no group."""
     return tl.load(table + row * count + group, mask=group < count, other=other)
 
 
 @triton.jit
 def _store_number(values, values32, number: tl.constexpr, group, NUMBERS: tl.constexpr, exists, value):
-    """Write one of the numbers of a step, of all groups, in both dtypes."""
+    """Write one number of a step, for all groups, in float64 and float32."""
     index = group * NUMBERS + number
     tl.store(values + index, value, mask=exists)
     tl.store(values32 + index, value.to(tl.float32), mask=exists)
@@ -60,7 +60,7 @@ def _rectified(step, beta2):
 
 @triton.jit
 def _rates(settings, count, group, lr, step, shared_d, beta2):
-    """``dlr`` and the rate without d, by RAdam and warm-up; and β2, which RAdam corrects."""
+    """``dlr``, and the same without d, with RAdam and warm-up; and β2, which RAdam corrects."""
     rectifies = _row(settings, RECTIFIES, count, group, 0.0) > 0
     rectification, corrected = _rectified(step, beta2)
     beta2 = tl.where(rectifies, corrected, beta2)
@@ -96,7 +96,7 @@ def begin(
     total = tl.load(square + group * 0)
     lr = _row(settings, LR, count, group, 0.0)
     infinity = float("inf")
-    is_finite = tl.abs(total) < infinity  # not of nan either
+    is_finite = tl.abs(total) < infinity  # False for NaN too
     has_gradients = exists & (tl.load(present + group, mask=exists, other=0.0) > 0)
     valid = (lr >= 0) & (lr < infinity)
     lr = tl.where(valid, lr, 0.0)
@@ -121,7 +121,7 @@ def begin(
     prodigy_weight = tl.where(evidence == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
     prodigy_weight = tl.where(evidence == BALANCE, 1.0 / beta1, prodigy_weight)
     dlr, rate, beta2 = _rates(settings, count, group, lr, step, shared_d, beta2)
-    # ADOPT's first gradient starts the second moment, and does nothing else.
+    # ADOPT's first gradient only starts the second moment.
     counts_evidence = (_row(settings, ADOPTS, count, group, 0.0) == 0) | (step > 1)
     unit = tl.where(counts_evidence, 1.0, 0.0)
     dlr, rate, beta2 = dlr * unit, rate * unit, tl.where(counts_evidence, beta2, 0.0)
@@ -134,7 +134,7 @@ def begin(
     eps = _row(settings, EPS, count, group, 0.0)
     fourth_root = tl.sqrt(tl.sqrt(step))
 
-    # What keeps something is 1 where the step is to change nothing, what adds something 0.
+    # In a no-op, weights that keep something are 1, and weights that add something are 0.
     added = tl.where(moves, 1.0, 0.0)
     _store_number(values, values32, 0, group, NUMBERS, exists, tl.where(moves, beta1, 1.0))
     _store_number(values, values32, 1, group, NUMBERS, exists, tl.where(moves, beta2, 1.0))
@@ -181,7 +181,7 @@ def _next_d(
     numerator = tl.where((d > d0) | (product > 0), numerator + product, numerator)
     grows = (numerator >= largest) & (numerator > 0) & (before > 0)
     growth = tl.sqrt(tl.where(grows, numerator, 1.0) / tl.where(grows, before, 1.0))
-    # Of float64, whatever a version of Triton makes of a constant beside it.
+    # As float64: versions of Triton differ in the dtype that they give to a constant.
     largest_factor = tl.full(growth.shape, LARGEST_FACTOR, tl.float64)
     relative = tl.where(grows, d * tl.minimum(growth, largest_factor), d)
     observed = norm > 0
@@ -203,7 +203,7 @@ def _next_balanced(
 ):  # fmt: skip
     """:func:`prodigyplus.formulas.balance.next_d`: the next ``d``, ρ, and the next averages."""
     count = k.to(tl.float64)
-    # Of float64, whatever a version of Triton makes of a constant beside it.
+    # As float64: versions of Triton differ in the dtype that they give to a constant.
     target, limit = tl.full(d.shape, TARGET, tl.float64), tl.full(d.shape, LOG_LIMIT, tl.float64)
     keep = tl.maximum(1.0 - WINDOW / tl.maximum(count, 1.0), 0.0)
     numerator = numerator * keep + product * (1.0 - keep)
@@ -219,7 +219,7 @@ def _next_balanced(
 
 @triton.jit
 def _led(values, leads, pooled):
-    """``values``, of a pool those of the group that leads it."""
+    """``values``, in a pool those of the group that leads it."""
     return tl.where(pooled, tl.sum(tl.where(leads, values, 0.0), 0), values)
 
 
@@ -235,7 +235,7 @@ def _share(
     floats, counts, settings, group, count, exists, d, happens,
     LEAST_GROWTH: tl.constexpr, NEAR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Set the step sizes in use: of groups that share one, :func:`prodigyplus.formulas.prodigy.shared_d`."""
+    """Set the step sizes in use; groups may share one, see :func:`prodigyplus.formulas.prodigy.shared_d`."""
     shares = exists & (_row(settings, SHARES, count, group, 0.0) > 0)
     weight_sum = _row(floats, WEIGHT_SUM, count, group, 0.0)
     k = _row(counts, K, count, group, 0)
@@ -262,10 +262,10 @@ def end(
     TARGET: tl.constexpr, GROWTH: tl.constexpr, LOG_LIMIT: tl.constexpr, WINDOW: tl.constexpr,
     WEIGHT: tl.constexpr, RATE: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Move every ``d``, and share them; see :meth:`prodigyplus.engine.groups.Groups.close`.
+    """Update ``d`` and the step sizes in use; see :meth:`prodigyplus.engine.groups.Groups.close`.
 
-    ``totals`` are not weighted yet: the weight of products is the number ``WEIGHT`` of ``values``, and for
-    balance that of norms the number ``RATE``.
+    ``totals`` are not weighted yet: the weight of products is at index ``WEIGHT`` of ``values``, and that of
+    norms, with balance, at index ``RATE``.
     """
     group = tl.arange(0, BLOCK)
     exists = group < count
@@ -278,7 +278,7 @@ def end(
     learning = exists & tl.load(learns + group, mask=exists, other=0).to(tl.int1)
     happens = tl.max(learning.to(tl.int32), 0) + group * 0 > 0
     adapts = _row(settings, ADAPTS, count, group, 0.0) > 0
-    # Groups of one pool have one d: the first of them adapts, by the sums of all.
+    # Groups of one pool have one d: the first of them updates it from the sums of all.
     pool = _row(settings, POOL, count, group, 0.0)
     follows = exists & (pool > 0)
     for number in tl.static_range(1, POOLS + 1):

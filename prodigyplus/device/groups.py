@@ -1,4 +1,4 @@
-"""The launches of what a step does to the numbers of parameter groups; see ``group_kernels.py`` beside it."""
+"""Launches of the kernels that update the numbers of parameter groups; see ``group_kernels.py``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WEIGHT, _RATE = VALUES.index("prodigy_weight"), VALUES.index("dlr")
 
 
 class GroupOptions(NamedTuple):
-    """A group's options as the kernels take them; switches are 0 or 1, ``lr`` is 0 where it is a tensor."""
+    """A group's options as the kernels take them; switches are 0 or 1, ``lr`` is 0 if it is a tensor."""
 
     lr: float
     beta1: float
@@ -47,27 +47,27 @@ class GroupOptions(NamedTuple):
 def table_of(
     key: object, rows: Callable[[], list[GroupOptions]], rates: Sequence[float | Tensor], sent: SentTable
 ) -> Tensor:
-    """The options of all groups on a device; float64, (options, groups).
+    """The options of all groups as a table on a device; float64, (options, groups).
 
     Args:
-        key: What the rows are made of.
-        rows: Gives the options of each group.
-        rates: Their ``lr``, 0-dim tensors or numbers.
-        sent: Where they are kept.
+        key: What the options are made from: the table is sent again only if it changes.
+        rows: Returns the options of each group.
+        rates: The groups' ``lr``, 0-dim tensors or numbers.
+        sent: The table, except for an ``lr`` that is a tensor.
     """
     table = sent.of(
         key, lambda: torch.tensor(list(zip(*rows(), strict=True)), dtype=torch.float64, device="cpu")
     )
     if not any(isinstance(rate, Tensor) for rate in rates):
         return table
-    # Such a rate may change without a word to the host.
+    # The value of such an lr may change without the host knowing.
     like = table[0, 0]
     row = torch.stack([torch.ones_like(like) * rate for rate in rates])
     return torch.cat((row.unsqueeze(0), table[1:]))
 
 
 class GroupNumbers:
-    """The numbers of all groups, and the launches that move them.
+    """The numbers of all groups, and the launches that update them.
 
     Args:
         floats, counts: The numbers themselves, (numbers, groups); see ``engine/columns.py``.
@@ -85,7 +85,7 @@ class GroupNumbers:
 
         Returns:
             The numbers of all groups, of shapes (groups, …), with values in float64 and in float32; and
-            where the evidence of the step is to move ``d``, (groups,).
+            whether the evidence of the step updates each group's ``d``, bool, (groups,).
         """
         count, device = self._count, self._floats.device
         observes, learns = (torch.empty(count, dtype=torch.bool, device=device) for _ in range(2))
@@ -110,11 +110,11 @@ class GroupNumbers:
         return [wide, narrow], learns
 
     def end_(self, totals: Tensor, learns: Tensor) -> None:
-        """Move every ``d``, and share them; see :meth:`prodigyplus.engine.groups.Groups.close`.
+        """Update ``d`` and the step sizes in use; see :meth:`prodigyplus.engine.groups.Groups.close`.
 
         Args:
-            totals: The sums of all groups, (groups, 2), of products that are not weighted yet and of norms.
-            learns: What :meth:`begin_` gave.
+            totals: The sums of all groups, products and norms, not weighted yet; (groups, 2).
+            learns: The second result of :meth:`begin_`.
         """
         with jit.on_device(totals.device):
             jit.launch(

@@ -1,11 +1,11 @@
 """How kernels are compiled and launched.
 
-A kernel is compiled once for each set of constants, whatever numbers and addresses it gets later. Triton is
-imported with the first kernel. Without a GPU, ``TRITON_INTERPRET=1`` in the environment of the process has
-kernels run on the CPU, slowly: for tests.
+A kernel is compiled once for each set of constants and dtypes, whatever numbers and addresses it gets later.
+Triton is imported with the first kernel. For tests without a GPU, set ``TRITON_INTERPRET=1`` in the
+environment: kernels then run on the CPU, slowly.
 """
 
-# No ``from __future__ import annotations``: the annotation of a kernel's argument is read below.
+# No ``from __future__ import annotations``: kernel() reads the annotations of a kernel's arguments.
 
 import contextlib
 import functools
@@ -20,9 +20,10 @@ from torch import Tensor
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """A kernel for :func:`launch`, which keeps what is compiled by its constants.
+    """A Triton kernel for :func:`launch`, which caches compiled kernels by constants and dtypes only.
 
-    So Triton may not make constants of what else it sees: that a number is 1, or an address a multiple of 16.
+    So Triton must not specialise on anything else, such as a number that is 1 or an address that is a
+    multiple of 16.
     """
     import triton
     import triton.language as tl
@@ -34,7 +35,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 @functools.cache
 def interprets() -> bool:
-    """Whether Triton runs kernels on the CPU."""
+    """Whether Triton's interpreter runs kernels, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -50,7 +51,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Where kernels for ``device`` are launched from."""
+    """A context in which ``device`` is the current device, so that kernels are launched on it."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
@@ -60,15 +61,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **const
     """Launch a kernel.
 
     Args:
-        kernel: One of :func:`kernel`.
-        grid: How many programs it runs as.
-        arguments: What it is given, in order.
-        constants: What it is compiled for, after these; dtypes are torch's. And ``num_warps``.
+        kernel: A kernel made by :func:`kernel`.
+        grid: The number of programs along each axis.
+        arguments: Its arguments, in order.
+        constants: Its ``tl.constexpr`` arguments, which come last, with torch's dtypes; and ``num_warps``.
     """
     if interprets():
         kernel[grid](*arguments, **_options(constants))
         return
-    # Triton looks at each argument and constant to find what it has compiled, and takes ten times longer.
+    # To find a compiled kernel, Triton would inspect every argument, which takes ten times longer.
     dtypes = [argument.dtype if isinstance(argument, Tensor) else None for argument in arguments]
     key = id(kernel), _driver().active.get_current_device(), *constants.values(), *dtypes
     if key not in _COMPILED:
@@ -79,7 +80,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **const
     compiled[(*grid, 1, 1)[:3]](*arguments, *last)
 
 
-# What has been compiled, and the constants at the end of its arguments.
+# Compiled kernels, with the constants to be passed after the arguments.
 _COMPILED: dict[Hashable, tuple[Any, list[object]]] = {}
 
 
@@ -91,13 +92,13 @@ def _driver() -> Any:
 
 
 def _options(constants: Mapping[str, object]) -> dict[str, object]:
-    """Constants as Triton takes them."""
+    """Constants in the form that Triton takes."""
     of_torch = (torch.dtype, type(None))
     options = {
         name: _triton_dtype(value) if isinstance(value, of_torch) else value
         for name, value in constants.items()
     }
-    # Not fused into multiply-adds, so that the CPU and the GPU round alike.
+    # No fused multiply-adds, so that the CPU and the GPU round alike.
     return {**options, "enable_fp_fusion": False}
 
 
@@ -105,5 +106,5 @@ def _options(constants: Mapping[str, object]) -> dict[str, object]:
 def _triton_dtype(dtype: torch.dtype | None) -> Any:
     import triton.language as tl
 
-    # What is not there is never read; the kernel needs a type for its address all the same.
+    # None: an absent tensor is never read, but the kernel still needs a type for its address.
     return {torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}.get(dtype, tl.float32)  # type: ignore[arg-type]

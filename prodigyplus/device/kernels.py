@@ -1,22 +1,23 @@
 """The passes of a step in Triton: each one launch for all parameters of a batch, whatever their shapes.
 
-A program reads from ``tiles`` which part of which matrix is its own, from ``matrices`` where that lies in its
-tensor, and from ``pointers`` where the tensor lies in memory (see :mod:`prodigyplus.device.plan`). A program
-writes its own partial sums, which another kernel adds up in a fixed order: no atomics, so the same step gives
-the same bits. The arithmetic is that of :mod:`prodigyplus.engine.passes`, in float32.
+Each program works on one tile. It reads from ``tiles`` which matrix the tile is in and where, from
+``matrices`` how the matrix lies in its tensor, and from ``pointers`` the tensor's address (see
+:mod:`prodigyplus.device.plan`). Programs write partial sums, which another kernel adds up in a fixed order:
+there are no atomics, so the same step gives the same bits. The arithmetic is that of
+:mod:`prodigyplus.engine.passes`, in float32.
 
-A tile is ``ROWS`` × ``COLUMNS`` elements, of which ``STRIP`` rows are in registers at a time. A tensor that
-is not factored is a matrix too, of rows that follow on one another.
+A tile is ``ROWS`` × ``COLUMNS`` elements, of which ``STRIP`` rows, a strip, are in registers at a time. A
+tensor that is not factored is also a matrix, whose rows are consecutive in memory.
 """
 
-# No ``from __future__ import annotations``: Triton reads the annotation of an argument itself.
+# No ``from __future__ import annotations``: Triton reads the annotations of arguments at run time.
 
 import triton
 import triton.language as tl
 
 from prodigyplus.device.jit import kernel
 
-# The fields of a table's row, in their order.
+# The columns of the tables ``pointers``, ``sizes``, ``runs`` and ``matrices``, and how many each has.
 WEIGHT, BASE, OFFSET_FROM_Y, FIRST, SECOND, OUTER, INNER, MEAN, START, STATISTIC, GRAD = map(
     tl.constexpr, range(11)
 )
@@ -31,7 +32,7 @@ TENSOR, OFFSET, HEIGHT, WIDTH, ROW_STRIDE, COLUMN_STRIDE, OUTER_OFFSET, OUTER_ST
 INNER_STRIDE, OUTER_PARTS, INNER_PARTS, MEAN_OFFSET = map(tl.constexpr, range(9, 13))
 MATRICES = tl.constexpr(13)
 
-# The places of the numbers of a step, see ``prodigyplus.terms.scalars.VALUES``.
+# The indices of the numbers of a step, see ``prodigyplus.terms.scalars.VALUES``.
 BETA1, BETA2, BETA3, GRAD_WEIGHT, SQ_WEIGHT, PRODIGY_WEIGHT, UNIT, DLR, DECAY, C, Y_FRACTION, D, EPS = map(
     tl.constexpr, range(13)
 )
@@ -40,13 +41,13 @@ _TINY = tl.constexpr(1e-30)
 _QUARTER_TURN = tl.constexpr(1.5707963267948966)
 _ATAN2_SCALE = tl.constexpr(1.2732395447351628)  # 4/π
 
-# The kinds of evidence.
+# The kinds of evidence, as numbered in ``prodigyplus.device.launches.EVIDENCE``.
 PLAIN, SIGNS, RELATIVE, BALANCE = map(tl.constexpr, range(4))
 
 
 @triton.jit
 def _tile(pointers, sizes, matrices, tiles, MULTIPLE: tl.constexpr):
-    """The program's tile: the tensor's number and rows, the matrix's row, its place there, how that lies."""
+    """The program's tile: its tensor and matrix with their table rows, its place there, and the strides."""
     tile = tiles + tl.program_id(0) * 3
     matrix = matrices + tl.load(tile).to(tl.int64) * MATRICES
     tensor = tl.load(matrix + TENSOR)
@@ -79,14 +80,14 @@ def _elements(
     offset, row, column, height, width, row_stride, column_stride, local,
     FACTORED: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The indices of a strip's elements in their tensor, and which of them there are."""
+    """The indices of a strip's elements in their tensor, and a mask of those that exist."""
     columns = column[None, :] if FAST else column[None, :] * column_stride
     index = offset + row[:, None] * row_stride + columns
     exists = (row[:, None] < height) & (column[None, :] < width)
     if not FACTORED:
         exists = exists & (index < local)
     if FAST:
-        # Triton cannot see it, since offsets and lengths come from tables: 16 bytes may be read at a time.
+        # Tell Triton that 16 bytes can be read at a time: it cannot see it, as offsets come from tables.
         index = tl.max_contiguous(tl.multiple_of(index, (1, VECTOR)), (1, VECTOR))
         exists = tl.max_constancy(exists, (1, 16))
     return index, exists
@@ -98,7 +99,7 @@ def squares(
     DTYPE: tl.constexpr, FACTORED: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g² of each tile: along its rows and along its columns; not factored, one for each tile."""
+    """Sums of g² in each tile: of each row and of each column; if not factored, of the whole tile."""
     MULTIPLE: tl.constexpr = 16 if FAST else 1
     _tensor, _size, address, matrix, down, across, local, offset, height, width, row_stride, column_stride = (
         _tile(pointers, sizes, matrices, tiles, MULTIPLE)
@@ -126,10 +127,10 @@ def squares(
 
 @kernel
 def add_parts(outer_parts, inner_parts, sums, segments, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Add up the partial sums of rows and columns, in the order of the tiles.
+    """Add up the partial sums of rows and of columns, in the order of the tiles.
 
-    A row of ``segments``: whether of columns, the first part, where the sum goes and its stride, the length
-    of a part, how many parts there are, and the number of the block.
+    A row of ``segments``: 1 for sums of columns, 0 for rows; the index of the first part; the index of the
+    first sum, and the stride of sums; the length of a part; the number of parts; and the index of the block.
     """
     segment = segments + tl.program_id(0) * 7
     is_inner, first, out, stride = (
@@ -148,9 +149,10 @@ def add_parts(outer_parts, inner_parts, sums, segments, BLOCK: tl.constexpr, AT_
 
 @kernel
 def add_up(values, values_stride, out, out_stride, segments, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of runs of ``values``, several rows of them (the second axis of the grid).
+    """Sum segments of each row of ``values``; the second axis of the grid runs over rows.
 
-    A row of ``segments``: the first value, the distance of two, how many, and the index of the sum.
+    A row of ``segments``: the index of the first value, the stride, the number of values, and the index of
+    the sum in ``out``.
     """
     segment = segments + tl.program_id(0) * 4
     first, stride = tl.load(segment), tl.load(segment + 1)
@@ -169,10 +171,10 @@ def factors(
     pointers, pieces, sums, numbers, number_stride, tensor_stride, gate, gate_stride,
     FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Move the factors of the second moment by the sums of g².
+    """Update the factors of the second moment from the sums of g².
 
-    A row of ``pieces``: the tensor, the field of its pointer, where its sums begin, how many they are, how
-    many elements are in each, and the number of the block.
+    A row of ``pieces``: the tensor, the column of the factor in ``pointers``, the index of the first sum, the
+    number of sums, the number of elements in each, and the index of the block.
     """
     piece = pieces + tl.program_id(0) * 6
     tensor, field, first = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
@@ -197,12 +199,12 @@ def factors(
 
 @triton.jit
 def _atan2(y, x):
-    """The angle of (x, y), x ≥ 0; 0 of (0, 0). To 2 units in the last place of float32."""
+    """The angle of (x, y) for x ≥ 0; 0 for (0, 0). The error is at most 2 ulp of float32."""
     size = tl.abs(y)
     larger, smaller = tl.maximum(size, x), tl.minimum(size, x)
     t = tl.where(larger > 0, smaller / tl.where(larger > 0, larger, 1.0), 0.0)
-    t = tl.where(smaller == larger, tl.where(larger > 0, 1.0, 0.0), t)  # also of two infinities
-    # atan(t) on [0, tan(π/8)], and by atan(t) = π/4 + atan((t − 1)/(t + 1)) above (Cephes, atanf).
+    t = tl.where(smaller == larger, tl.where(larger > 0, 1.0, 0.0), t)  # also for two infinities
+    # A series of atan(t) on [0, tan(π/8)]; above, atan(t) = π/4 + atan((t − 1)/(t + 1)) (Cephes).
     far = t > 0.4142135623730950
     reduced = tl.where(far, (t - 1.0) / (t + 1.0), t)
     square = reduced * reduced
@@ -216,7 +218,7 @@ def _atan2(y, x):
 
 @triton.jit
 def _factor_roots(factor, index, exists, mean, scale, IS_ROW):
-    """Of a strip's rows, or of its columns, what :func:`prodigyplus.formulas.moments.roots` makes of them."""
+    """The roots of a strip's row or column factors, see :func:`prodigyplus.formulas.moments.roots`."""
     value = tl.load(factor + index, mask=exists, other=0.0).to(tl.float32)
     return tl.where(IS_ROW, tl.sqrt(value / mean), tl.sqrt(value) / scale)
 
@@ -226,7 +228,7 @@ def _momentum(
     g, first, index, exists, weight, keep,
     FIRST_DTYPE: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
-    """The first moment of a strip; ``STORES``: in memory too."""
+    """The next first moment of a strip; with ``STORES``, it is also written to memory."""
     old = tl.load(first + index, mask=exists, other=0.0).to(tl.float32)
     momentum = g * weight + old * keep
     if STORES:
@@ -239,12 +241,12 @@ def _moments(
     g, numerator, second, index, exists, row_root, column_root, weight, keep, d, eps,
     ATAN2: tl.constexpr, FACTORED: tl.constexpr, SECOND_DTYPE: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
-    """The direction of a strip, of unit scale; ``STORES``: move the second moment in memory too."""
+    """The direction of a strip, of unit scale; with ``STORES``, the second moment is also written."""
     if FACTORED:
         deviation = row_root[:, None] * column_root[None, :] + eps
     else:
         old = tl.load(second + index, mask=exists, other=0.0).to(tl.float32)
-        # As it is kept, so that the direction is the same in both passes.
+        # Rounded as it is stored, so that the direction is the same in both passes.
         average = (g * g * weight + old * keep).to(SECOND_DTYPE)
         if STORES:
             tl.store(second + index, average, mask=exists)
@@ -271,7 +273,7 @@ def _moved(
             y = y + z * c - u * (step * fraction)
             z = z - z * c - u * (step * (1.0 - fraction))
         else:
-            # torch.lerp() begins at the nearer end.
+            # As torch.lerp(), which starts from the nearer end.
             y = tl.where(c < 0.5, y + c * (z - y), z - (z - y) * (1.0 - c)) - u * (step * fraction)
             z = z - u * step
     return y, z
@@ -279,7 +281,7 @@ def _moved(
 
 @triton.jit
 def _run_of(index, size, runs):
-    """Of elements of a tensor that is several runs of the whole one: their runs' rows, and places there."""
+    """For a shard of several runs: the row in ``runs`` of each element's run, and its position in the run."""
     length = tl.load(size + RUN_LENGTH).to(tl.int32)
     run = index // length
     return runs + (tl.load(size + FIRST_RUN) + run) * RUNS, index - run * length
@@ -287,7 +289,7 @@ def _run_of(index, size, runs):
 
 @triton.jit
 def _whole_indices(index, exists, size, runs, SINGLE: tl.constexpr):
-    """Where the elements of a strip lie in the whole tensor: their indices there, modulo 2³²."""
+    """The indices of a strip's elements in the whole tensor, modulo 2³²."""
     if SINGLE:
         return index.to(tl.uint32) + tl.load(size + FIRST_INDEX).to(tl.uint32)
     else:
@@ -302,12 +304,13 @@ def _samples(
     FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, EVERY: tl.constexpr,
     COLUMNS: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """The samples of a strip: of up to ``SAMPLES`` a row where elements of a row follow on one another.
+    """The samples of a strip: at most ``SAMPLES`` candidates in each row, if its elements are consecutive.
 
-    Elsewhere all elements of the strip are looked at.
+    Otherwise all elements of the strip are candidates.
 
     Returns:
-        The indices of elements in their tensor, which of them are samples, and their places among these.
+        The indices of the candidates in their tensor, a mask of those that are samples, and the position of
+        each among the tensor's samples.
     """
     if SINGLE and FAST:
         phase = tl.load(size + FIRST_PHASE).to(tl.int32)
@@ -332,12 +335,12 @@ def _samples(
 
 @triton.jit
 def _evidence(g, base, start, statistic, slot, sampled, beta3, weight, KIND: tl.constexpr):
-    """Prodigy's evidence of a strip: move s at its samples, and return the terms of up to three sums.
+    """Prodigy's evidence of a strip: update s at its samples, and return the terms of up to three sums.
 
     Args:
-        g, base: The gradients and the base iterates before the move, 0 where there is no sample.
-        start, statistic: Where p₀ and s of the tensor are.
-        slot, sampled: The places of the samples among the tensor's, and where there are any.
+        g, base: The gradients and the base iterates before the move; 0 where there is no sample.
+        start, statistic: The addresses of the tensor's p0 and s.
+        slot, sampled: The positions of the samples among the tensor's, and a mask of those that exist.
     """
     distance = tl.load(start + slot, mask=sampled, other=0.0).to(tl.float32) - base
     product = distance * g
@@ -370,7 +373,7 @@ def _seed(step, number):
 
 @triton.jit
 def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """``value`` in ``DTYPE``: to the nearest, or to bfloat16 with ``half``, 16 bits of noise."""
+    """``value`` rounded to ``DTYPE``: to nearest, or for bfloat16 with ``half``, 16 bits of noise."""
     if STOCHASTIC and tl.bfloat16 == DTYPE:
         bits = (half + value.to(tl.uint32, bitcast=True)) & tl.full((), 0xFFFF0000, tl.uint32)
         value = bits.to(tl.float32, bitcast=True)
@@ -390,14 +393,14 @@ def sweep(
     STOCHASTIC: tl.constexpr, KIND: tl.constexpr, EVERY: tl.constexpr, SAMPLES: tl.constexpr,
     VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Measure: of each tile, the sum of the direction's squares. Or with ``MOVES`` move y, z and moments.
+    """Measure: sum the squares of the direction over each tile. Or, with ``MOVES``, move y, z and moments.
 
-    With ``EVIDENCE``, also move s, and sum up the evidence of each tile. To measure writes nothing else: the
-    moments that are kept for each element are computed in both, and written where they are moved.
+    With ``EVIDENCE``, also update s, and sum the evidence over each tile. Measuring writes nothing else: the
+    moments of elements are computed in both passes, and written by the one that moves.
 
-    With ``READS``, directions are not computed but read where ``directions`` says, and scaled: they are made
-    between the two, of what measuring leaves. So it moves the first moment, and takes all of the evidence;
-    but for balance, whose second sum is of the directions, and is taken where they are read.
+    With ``READS``, the move reads directions at the addresses in ``directions``, and scales them: they are
+    orthogonalised between the two passes. So measuring updates the first moment, and takes all evidence
+    except what balance needs of the directions, which the move takes.
     """
     MULTIPLE: tl.constexpr = 16 if FAST else 1
     BALANCES: tl.constexpr = EVIDENCE and KIND == BALANCE
@@ -417,7 +420,7 @@ def sweep(
     start = tl.load(address + START).to(tl.pointer_type(START_DTYPE))
     statistic = tl.load(address + STATISTIC).to(tl.pointer_type(STATISTIC_DTYPE))
     opens = tl.load(gate + tensor * gate_stride) != 0
-    # All before the loop, for the compiler must take what is written there to change them.
+    # All loaded before the loop: for all the compiler knows, stores in the loop may change them.
     numbers += tensor * tensor_stride
     beta1, beta2 = tl.load(numbers + BETA1 * number_stride), tl.load(numbers + BETA2 * number_stride)
     beta3, eps = tl.load(numbers + BETA3 * number_stride), tl.load(numbers + EPS * number_stride)
@@ -448,7 +451,7 @@ def sweep(
         inner = tl.load(address + INNER).to(tl.pointer_type(FACTOR)) + tl.load(matrix + INNER_OFFSET)
         outer_stride, inner_stride = tl.load(matrix + OUTER_STRIDE), tl.load(matrix + INNER_STRIDE)
         column_root = _factor_roots(inner, column * inner_stride, column < width, mean, d, is_row_outer == 0)
-    # Of each element that a strip has there, for a sum over threads in each strip would have all wait.
+    # Accumulated elementwise: a sum over threads in each strip would make all of them wait.
     norm = tl.zeros((STRIP, COLUMNS), tl.float32)
     TERMS: tl.constexpr = SAMPLES if SAMPLED and SINGLE and FAST else COLUMNS
     product_sum = tl.zeros((STRIP, TERMS), tl.float64)
@@ -459,7 +462,7 @@ def sweep(
         index, exists = _elements(
             offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST, VECTOR
         )
-        # Read, a direction is what a gradient is otherwise, and the move needs no other.
+        # With READS, the move reads the direction here instead of the gradient, which it does not need.
         g = tl.where(opens, tl.load(direction + index, mask=exists, other=0.0).to(tl.float32), 0.0)
         y, z = tl.zeros((STRIP, COLUMNS), tl.float32), tl.zeros((STRIP, COLUMNS), tl.float32)
         if MOVES or (BALANCES and (MOMENTUM or not IS_OFFSET)):
@@ -467,7 +470,7 @@ def sweep(
         if (MOVES or BALANCES) and not MOMENTUM:
             z = tl.load(base + index, mask=exists, other=0.0).to(tl.float32)
         if SAMPLED:
-            # Every eleventh element, or so: read once more, from the cache, they are few.
+            # Read again, from the cache: samples are few, about every eleventh element.
             at, sampled, slot = _samples(
                 index, exists, row, across, offset, height, width, row_stride, local, size, runs,
                 FACTORED, SINGLE, FAST, EVERY, COLUMNS, SAMPLES,
@@ -486,7 +489,7 @@ def sweep(
             if KIND == RELATIVE:
                 third_sum += third_term.to(tl.float64)
             if MOVES:
-                tl.debug_barrier()  # no thread writes what another is yet to read
+                tl.debug_barrier()  # so that no thread overwrites what another has yet to read
         u = g
         if READS:
             if MOMENTUM and not MOVES:

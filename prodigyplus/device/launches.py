@@ -1,4 +1,4 @@
-"""The launches of a batch's passes: what :mod:`prodigyplus.device.kernels` gets, and what comes back."""
+"""Launches of a batch's passes: the arguments and results of :mod:`prodigyplus.device.kernels`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from prodigyplus.terms.requests import SymmetricProduct
 from prodigyplus.terms.scalars import Packed
 from prodigyplus.terms.tables import SentTable
 
-# What a thread reads or writes at a time, at most.
+# The most bytes that a thread reads or writes at a time.
 _VECTOR_BYTES = 16
 
-# How many values are added up at a time.
+# How many values ``add_up`` adds at a time.
 _RUN = 1024
 
-# The kinds of evidence, those of ``use_speed`` and balance, as the kernels number them.
+# The kernels' numbers for the kinds of evidence: the values of ``use_speed``, and balance.
 EVIDENCE: dict[object, int] = {False: 0, True: 1, "relative": 2, "balance": 3}
 
-# The names of the sums that a sweep takes of each kind, in the order of its rows.
+# The names of the sums that ``sweep`` takes for each kind, in the order of its rows of partial sums.
 EVIDENCE_SUMS: dict[object, tuple[str, ...]] = {
     False: ("product", "norm"),
     True: ("product", "norm"),
@@ -35,19 +35,19 @@ EVIDENCE_SUMS: dict[object, tuple[str, ...]] = {
 
 
 def tile_size() -> TileSize:
-    """The size of tiles: for GPUs, or so small that the interpreter ends before long."""
+    """The size of tiles: for GPUs, or small enough for the interpreter to be quick."""
     return TileSize(32, 64) if jit.interprets() else TileSize()
 
 
 class Program(NamedTuple):
-    """How a program goes over its tile: how many rows are in registers at a time, and its warps."""
+    """How a program works through its tile: the rows in registers at a time, and the number of warps."""
 
     strip: int
     warps: int
 
 
 class Programs(NamedTuple):
-    """Those of the passes over whole tensors."""
+    """The programs of the passes over whole tensors."""
 
     squares: Program = Program(2, 2)
     measure: Program = Program(4, 2)
@@ -55,12 +55,12 @@ class Programs(NamedTuple):
 
 
 def programs() -> Programs:
-    """Those for GPUs, or those that the interpreter goes over in few steps."""
+    """The programs for GPUs, or those for which the interpreter takes few steps."""
     return Programs(*[Program(16, 1)] * 3) if jit.interprets() else Programs()
 
 
 class Dtypes(NamedTuple):
-    """The dtypes of a batch's gradients, and of the rest in the order of addresses; None of what is not."""
+    """The dtypes of gradients, weights and state entries, in the order of addresses; None for absent ones."""
 
     grad: torch.dtype
     weight: torch.dtype | None
@@ -76,17 +76,17 @@ class Dtypes(NamedTuple):
 
     @property
     def of_elements(self) -> tuple[torch.dtype | None, ...]:
-        """Those of the tensors that have a value for every element."""
+        """The dtypes of the tensors that have a value for every element."""
         return self.grad, self.weight, self.base, self.first, self.second
 
     @property
     def base(self) -> torch.dtype | None:
-        """That of z or its offset."""
+        """The dtype of z, or of z − y."""
         return self.z or self.offset
 
 
 class Setup(NamedTuple):
-    """Of a batch what its kernels are compiled for."""
+    """What the kernels of a batch are compiled for."""
 
     dtypes: Dtypes
     has_momentum: bool
@@ -94,14 +94,14 @@ class Setup(NamedTuple):
     is_atan2: bool
     is_stable: bool
     decays: bool
-    evidence: object  # its kind
+    evidence: object  # a key of ``EVIDENCE``
     every: int
     rounds: bool
-    direction: torch.dtype | None = None  # of directions that are read; None where they are computed
+    direction: torch.dtype | None = None  # the dtype of directions that are read; None if they are computed
 
 
 class Directions(NamedTuple):
-    """Directions that are read: of each tensor one, contiguous and of its local shape; and their factors."""
+    """Directions that are read: one for each tensor, contiguous, of its local shape; and their factors."""
 
     tensors: list[Tensor]
     scales: Tensor  # float32, (tensors,)
@@ -116,12 +116,12 @@ def _kernels() -> ModuleType:
 
 @functools.cache
 def symmetric_product(dtype: torch.dtype, device: torch.device) -> SymmetricProduct | None:
-    """The kernel for matrices' products with their own transposes, where there is one for them; else None."""
+    """The function that multiplies matrices by their own transposes by a kernel; None if it has none."""
     if device.type != "cuda" or not jit.has_triton():
         return None
     from prodigyplus.device import symmetric
 
-    # GPUs before Ampere multiply no bfloat16.
+    # GPUs before Ampere cannot multiply bfloat16.
     can = torch.cuda.get_device_capability(device) >= (8, 0) and dtype in symmetric.DTYPES
     return symmetric.symmetric_product if can else None
 
@@ -133,11 +133,11 @@ class Launches:
         plan: The batch's tables.
 
     Attributes:
-        dtypes: Those of the batch's tensors.
-        data_ptrs: The addresses of weights and states, by which it is seen whether one has moved.
+        dtypes: The dtypes of the batch's tensors.
+        data_ptrs: The addresses of weights and state entries, to detect whether any tensor was replaced.
         found_dtypes: The dtypes of the same tensors, and of the gradients.
-        addresses: The same as the kernels read them: of each tensor that of the weight and those of
-            ``plan.keys``, one after another; 0 for none.
+        addresses: The same addresses in the order of the kernels: for each parameter, of its weight, then of
+            the entries in ``plan.keys``; 0 for absent ones.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -155,7 +155,7 @@ class Launches:
         self._programs = programs()
 
     def point(self, gradients: list[int]) -> None:
-        """Say where the tensors are; nothing is sent while all are where they were.
+        """Update the table of addresses; it is sent to the device only if an address has changed.
 
         Args:
             gradients: The address of each tensor's gradient.
@@ -181,7 +181,8 @@ class Launches:
         """Sums of g².
 
         Returns:
-            Those that factors need, local, in the order of the plan; and those of whole tensors, (tensors,).
+            The local sums that factors need, in the order of ``plan.sum_pieces``; and the local totals,
+            (tensors,). Both float32.
         """
         plan, kernels = self.plan, _kernels()
         lengths = [plan.sum_count, len(plan.layouts), plan.outer_parts, plan.inner_parts]
@@ -204,7 +205,7 @@ class Launches:
         return sums, totals
 
     def factors_(self, sums: Tensor, setup: Setup, n: Packed) -> None:
-        """Move the factors of the second moment by the whole sums of g²."""
+        """Update the factors of the second moment from the completed sums of g²."""
         plan = self.plan
         if not len(plan.factor_blocks):
             return
@@ -219,7 +220,7 @@ class Launches:
     def measure_(
         self, setup: Setup, n: Packed, *, takes_evidence: bool
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The sums of the directions' squares, (tensors,), if they are needed; of the evidence, as below."""
+        """The directions' sums of squares, (tensors,), or None if not needed; and the evidence, as below."""
         evidence = self._evidence_parts(setup, takes_evidence)
         norms = self._empty(self.plan.tile_count) if setup.is_stable else None
         with jit.on_device(self.plan.device):
@@ -238,17 +239,17 @@ class Launches:
         takes_evidence: bool,
         directions: Directions | None = None,
     ) -> dict[str, Tensor]:
-        """Move everything.
+        """Move y, z and the moments of all tensors.
 
         Args:
-            setup, n: The batch's, and the numbers of the step.
-            norms: The whole sums of the directions' squares, (tensors,), where StableAdamW needs them.
+            setup, n: The batch's setup, and the numbers of the step.
+            norms: The directions' sums of squares over whole tensors, (tensors,), if StableAdamW needs them.
             parameters: The numbers of the parameters in the optimiser, (tensors,), int64.
-            takes_evidence: Whether evidence is taken here.
-            directions: Those that are read, where the setup has them read.
+            takes_evidence: Whether to take evidence in this pass.
+            directions: The directions, if they are read.
 
         Returns:
-            The sums of the evidence by their names, (tensors,) each; none where it is not taken.
+            The sums of the evidence by name, (tensors,) each, float64; empty if none is taken.
         """
         evidence = self._evidence_parts(setup, takes_evidence)
         with jit.on_device(self.plan.device):
@@ -272,7 +273,7 @@ class Launches:
         directions: Directions | None = None,
     ) -> None:
         plan = self.plan
-        # A kernel's arguments are always tensors, also those that it does not read.
+        # A kernel needs tensors even for arguments that it does not read: pass any.
         norm_parts, norms = (plan.numels if given is None else given for given in (norm_parts, norms))
         parameters = plan.sizes if parameters is None else parameters
         read = (plan.sizes, plan.numels) if directions is None else (self._directions, directions.scales)
@@ -319,7 +320,7 @@ class Launches:
         }
 
     def _tile(self, program: Program, dtypes: Sequence[torch.dtype | None]) -> dict[str, int]:
-        """How a kernel goes over its tiles, and how many elements of these dtypes it reads at a time."""
+        """Constants: how a kernel works through its tiles, and how many elements it reads at a time."""
         rows, columns = self.plan.tile
         widest = max(dtype.itemsize for dtype in dtypes if dtype is not None)
         strip, warps = program
@@ -330,16 +331,16 @@ class Launches:
         return fast and self._is_aligned
 
     def _evidence_parts(self, setup: Setup, takes_evidence: bool) -> Tensor:
-        """What the programs of a sweep write their sums of the evidence to; none where it is not taken."""
+        """The buffer for the partial sums of evidence, (sums, tiles); it has no rows if none is taken."""
         rows = len(EVIDENCE_SUMS[setup.evidence]) if takes_evidence else 0
         return torch.empty(rows, self.plan.tile_count, dtype=torch.float64, device=self.plan.device)
 
     def _evidence(self, setup: Setup, parts: Tensor) -> dict[str, Tensor]:
-        """The sums of the evidence by their names, (tensors,) each; none where ``parts`` has no rows."""
+        """The sums of the evidence by name, (tensors,) each; empty if ``parts`` has no rows."""
         return dict(zip(EVIDENCE_SUMS[setup.evidence], self._of_tensors(parts), strict=False))
 
     def _of_tensors(self, parts: Tensor) -> Tensor:
-        """The sums over the tiles of each tensor; (rows, tensors)."""
+        """The sums of ``parts``, (rows, tiles), over the tiles of each tensor; (rows, tensors)."""
         sums = torch.empty(len(parts), len(self.plan.layouts), dtype=parts.dtype, device=parts.device)
         if parts.shape[0]:
             self._add_up(parts, sums, self.plan.of_tensors)
@@ -360,7 +361,7 @@ class Launches:
 
 
 def _numbers(n: Packed) -> tuple[Tensor, int, int, Tensor, int]:
-    """The numbers of a step and its gate, with the strides from one number, and one tensor, to the next."""
+    """The numbers of a step with their strides over numbers and tensors, and the gate with its stride."""
     values, gate = n.values, n.gate
     per_tensor = values.ndim == 2
     tensor_stride, gate_stride = (values.stride(1), gate.stride(0)) if per_tensor else (0, 0)

@@ -1,8 +1,8 @@
-"""What the kernels need to know of the tensors of a batch that is the same at every step: tables, made once.
+"""Tables of what the kernels need to know about a batch's tensors: the same at every step, so made once.
 
-A factored tensor is one or more matrices, of its rows and columns in the order of memory, the outer and the
-inner dimension; any dimension before, between or behind them makes more matrices. A tensor that is not
-factored is one matrix, whose rows follow on one another. Matrices are cut into tiles, one for each program.
+A factored tensor is one or more matrices. Of its row and column dimensions, the first in memory is called
+outer, the other inner; all other dimensions are batch dimensions. A tensor that is not factored is one
+matrix, whose rows are consecutive in memory. Matrices are cut into tiles, one for each program.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import Tensor
 from prodigyplus.formulas import moments, schedule_free
 from prodigyplus.terms.layout import Layout, Runs
 
-# Of sums, how many a program makes, and of how many parts at a time.
+# The kernel ``add_parts``: how many sums a program makes, and how many parts it adds at a time.
 BLOCK, AT_ONCE = 64, 32
 FACTOR_BLOCK = 1024
 
-# Elements are counted in 32 bits.
+# The kernels index elements with 32 bits.
 MAX_NUMEL = 1 << 30
 
-# What memory is read in at a time: 16 bytes, or 16 elements of a table's multiple.
+# The alignment of fast reads: addresses in bytes; offsets, widths and strides in elements.
 ALIGNMENT = 16
 
 
 def _keys(outer: str, inner: str) -> tuple[str, ...]:
-    """The entries of a state that the kernels move, in the order of their addresses, after the weight's."""
+    """The state entries that the kernels use, in the order of their addresses, which follow the weight's."""
     factors = (f"exp_avg_sq_{name}" for name in (outer, inner, "mean"))
     return schedule_free.BASE, schedule_free.OFFSET, "exp_avg", "exp_avg_sq", *factors, "p0", "s"
 
 
-# The place of the outer dimension's average among the addresses; those of the inner and of both follow.
+# The index of the outer factor's address; those of the inner factor and of the mean follow.
 _OUTER = 5
 
 _ROW_OUTER, _ROW_INNER = _keys("row", "col"), _keys("col", "row")
@@ -50,15 +50,15 @@ class TileSize(NamedTuple):
 class Tiles(NamedTuple):
     """The tiles of one launch."""
 
-    table: Tensor  # int32, (tiles, 3): the matrix, and the tile's place down and across it
+    table: Tensor  # int32, (tiles, 3): the matrix, and the tile's row and column in its grid of tiles
     factored: bool
-    single: bool  # whether the elements of a tensor are one run of the whole one
-    fast: bool  # whether all sizes are multiples of 16, and elements of a row follow on one another
-    first: int  # the number of the first of them among all tiles
+    single: bool  # whether the local elements are one run of the whole tensor
+    fast: bool  # whether rows are contiguous, and sizes multiples of 16
+    first: int  # the index of the first of them among all tiles
 
 
 class Piece(NamedTuple):
-    """A run of the buffer of sums that is to be completed over the same axes of a mesh."""
+    """A range of the buffer of sums, all of which are completed over the same mesh axes."""
 
     start: int
     end: int
@@ -66,7 +66,7 @@ class Piece(NamedTuple):
 
 
 class _Matrices(NamedTuple):
-    """The matrices of one tensor: what they have in common, and of each where it begins."""
+    """The matrices of one tensor: what they have in common, and the offsets of each."""
 
     height: int
     width: int
@@ -74,9 +74,9 @@ class _Matrices(NamedTuple):
     column_stride: int
     outer_stride: int
     inner_stride: int
-    offsets: Tensor  # of each matrix, in the tensor
-    outer_offsets: Tensor  # in the averages of the outer dimension
-    inner_offsets: Tensor
+    offsets: Tensor  # of each matrix in the tensor
+    outer_offsets: Tensor  # in the outer factor
+    inner_offsets: Tensor  # in the inner factor
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -86,24 +86,24 @@ class Plan:
     """The tables of a batch.
 
     Args:
-        layouts: Of its parameters.
-        factored: Of each, whether its second moment is.
-        every: The distance of two samples.
-        device: Where the tables are to be.
+        layouts: The layouts of its parameters.
+        factored: For each parameter, whether its second moment is factored.
+        every: The distance between samples.
+        device: The device of the tables.
         tile: The size of a tile.
 
     Attributes:
-        keys: Of each tensor the entries of its state in the order of their addresses.
-        sizes, runs, matrices: Rows that the kernels read, of each tensor, of its runs and of each matrix.
-        tiles, tile_count: Those of each launch, and how many they are in all.
-        outer_parts, inner_parts: How many partial sums of g² there are.
-        segments, totals: What is added up to sums of g², first the parts, then the sums; these are in one
-            buffer, in which the sums that factors need come first, then those of whole tensors, then the
-            partial sums, outer and inner.
-        sum_pieces, sum_count: The buffer of the sums that factors need.
-        factor_blocks: What moves the factors.
-        of_tensors: The tiles of each tensor.
-        numels: How many elements whole tensors have; float32.
+        keys: For each tensor, the state entries in the order of their addresses.
+        sizes, runs, matrices: Tables with a row for each tensor, each run and each matrix.
+        tiles, tile_count: The tiles of each launch, and the number of tiles in all.
+        outer_parts, inner_parts: The numbers of partial sums of g².
+        segments, totals: Tables for the kernels ``add_parts``, which adds up partial sums, and ``add_up``,
+            which adds up the totals. All sums are in one buffer: first those that factors need, then the
+            totals of tensors, then the partial sums, outer and inner.
+        sum_pieces, sum_count: The pieces and the length of the part that factors need.
+        factor_blocks: A table for the kernel ``factors``.
+        of_tensors: A table for ``add_up``: the tiles of each tensor.
+        numels: The numbers of elements of whole tensors; float32.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Plan:
         self._make_tiles(matrices)
 
     def _lay_out_runs(self, is_row_outer: Sequence[bool], every: int) -> None:
-        """Where the local elements of each tensor lie in the whole one; no table for those of one run."""
+        """Where the local elements of each tensor lie in the whole one; if in several runs, their table."""
         sizes, tables = [], []
         self._is_single: list[bool] = []
         start = 0
@@ -151,7 +151,7 @@ class Plan:
         self.runs = self._joined(tables, 3).to(torch.int32)
 
     def _lay_out_sums(self, matrices: Sequence[_Matrices]) -> None:
-        """Where in one buffer the sums of g² of each tensor are: those to be completed alike side by side."""
+        """Where the sums of g² are in the buffer: those to be completed over the same axes are adjacent."""
         by_axes: dict[tuple[Hashable, ...], list[tuple[int, int, int, int]]] = {}
         for tensor, (layout, dims) in enumerate(zip(self.layouts, self._dims, strict=True)):
             if dims is None:
@@ -182,12 +182,12 @@ class Plan:
         rows, segments, totals = [], [], []
         full: list[tuple[int, int, int, int]] = []
         outer_parts = inner_parts = 0
-        self._grids: list[tuple[int, int]] = []  # of each tensor, the tiles of a matrix, down and across
+        self._grids: list[tuple[int, int]] = []  # for each tensor, a matrix's tiles down and across
         for tensor, (m, dims) in enumerate(zip(matrices, self._dims, strict=True)):
             down = -(-m.height // self.tile.rows)
             across = 1 if dims is None else -(-m.width // self.tile.columns)
             self._grids.append((down, across))
-            # Of a matrix: for each tile across, a sum of each row; for each tile down, of each column.
+            # A matrix has, for each tile across, a sum of each row; and for each tile down, of each column.
             outer_size, inner_size = (0, down) if dims is None else (m.height * across, m.width * down)
             index = torch.arange(len(m), dtype=torch.int64, device="cpu")
             firsts = outer_parts + index * outer_size, inner_parts + index * inner_size
@@ -215,11 +215,11 @@ class Plan:
         )
 
     def _make_tiles(self, matrices: Sequence[_Matrices]) -> None:
-        """The tiles of each launch, and those of each tensor among them all."""
+        """The tiles of each launch, and where each tensor's are among all tiles."""
         grids: dict[tuple[bool, bool, bool], list[tuple[int, Tensor]]] = {}
         first_matrix = 0
         for tensor, (m, grid_size, dims) in enumerate(zip(matrices, self._grids, self._dims, strict=True)):
-            # Tiles of one place in the matrices of a tensor side by side: they share lines of memory.
+            # Tiles at the same place in a tensor's matrices are side by side: they share cache lines.
             axes = (torch.arange(size, device="cpu") for size in (*grid_size, len(m)))
             down, across, matrix = (index.reshape(-1) for index in torch.meshgrid(*axes, indexing="ij"))
             numel = math.prod(self.layouts[tensor].local_shape)
@@ -251,13 +251,13 @@ class Plan:
 
 
 def _as_int32(index: int) -> int:
-    """An index modulo 2³², as a number of 32 bits with a sign."""
+    """An index modulo 2³², as a signed 32-bit number."""
     return (index + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _runs_table(runs: Runs, every: int) -> Tensor:
-    """The rows of a tensor's runs: where each begins in the whole, modulo 2³², and modulo the distance of two
-    samples; and how many samples are in the runs before it.
+    """The table of a tensor's runs: each one's first global index modulo 2³² and modulo ``every``, and the
+    number of samples in the runs before it.
     """
     phases = runs.firsts % every
     samples = (phases + runs.length - 1) // every + (phases == 0)
@@ -266,7 +266,7 @@ def _runs_table(runs: Runs, every: int) -> Tensor:
 
 
 def _matrices(shape: tuple[int, ...], dims: tuple[int, int] | None, columns: int) -> _Matrices:
-    """The matrices of a local tensor, whose second moment is factored over two dimensions, or not."""
+    """The matrices of a local tensor whose second moment is factored over ``dims``; None: not factored."""
     zero = torch.zeros(1, dtype=torch.int64, device="cpu")
     if dims is None:
         numel = math.prod(shape)
@@ -299,14 +299,14 @@ def _matrices(shape: tuple[int, ...], dims: tuple[int, int] | None, columns: int
 def _matrix_rows(
     tensor: int, m: _Matrices, index: Tensor, outer_parts: Tensor, inner_parts: Tensor
 ) -> Tensor:
-    """The rows of a tensor's matrices, in the order of the fields that ``kernels.py`` names."""
+    """The table of a tensor's matrices, with the columns that ``kernels.py`` names."""
     lies = m.offsets, m.height, m.width, m.row_stride, m.column_stride
     sums = m.outer_offsets, m.outer_stride, m.inner_offsets, m.inner_stride
     return _columns(tensor, *lies, *sums, outer_parts, inner_parts, index)
 
 
 def _segments(is_inner: int, parts: Tensor, sums: Tensor, stride: int, length: int, count: int) -> Tensor:
-    """Rows for the kernel ``add_parts``: of each matrix, as many as its sums need programs."""
+    """Rows for the kernel ``add_parts``: for each matrix, one for each block of its sums."""
     each = -(-length // BLOCK)
     blocks = torch.arange(each, dtype=torch.int64, device="cpu").repeat(len(parts))
     parts, sums = parts.repeat_interleave(each), sums.repeat_interleave(each)
@@ -314,7 +314,7 @@ def _segments(is_inner: int, parts: Tensor, sums: Tensor, stride: int, length: i
 
 
 def _columns(*columns: int | Tensor) -> Tensor:
-    """A table of these columns, of which numbers are the same in all rows; int64."""
+    """A table of these columns; a column that is a number has it in all rows. int64."""
     like = next(column for column in columns if isinstance(column, Tensor))
     return torch.stack(
         [column if isinstance(column, Tensor) else torch.full_like(like, column) for column in columns], 1
@@ -322,5 +322,5 @@ def _columns(*columns: int | Tensor) -> Tensor:
 
 
 def _is_fast(m: _Matrices) -> bool:
-    """Whether the elements of a row follow on one another, from a multiple of what is read at a time."""
+    """Whether rows are contiguous and aligned, so that they can be read 16 bytes at a time."""
     return m.column_stride == 1 and m.width % ALIGNMENT == 0 and m.row_stride % ALIGNMENT == 0

@@ -1,10 +1,10 @@
-"""Products of matrices with their own transposes, in Triton: half of one is the other half, mirrored.
+"""Products of matrices with their own transposes, in Triton, which are symmetric: half the work is enough.
 
-Only blocks on and above the diagonal are computed; each is written on both sides. Sums are in float32, and
-products of float32 are too: TensorFloat-32 never takes their place, whatever torch is told.
+Only blocks on and above the diagonal are computed; each is also written to its mirror position. Sums are in
+float32. So are products of float32: TensorFloat-32 is never used, whatever torch's settings are.
 """
 
-# No ``from __future__ import annotations``: Triton reads the annotation of an argument itself.
+# No ``from __future__ import annotations``: Triton reads the annotations of arguments at run time.
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from prodigyplus.device.jit import interprets, on_device
 
 
 class Block(NamedTuple):
-    """What a program computes, and how: rows and columns of the product, and terms of the sums at a time."""
+    """What a program computes: a block of ``side`` × ``side``, summing ``depth`` terms at a time."""
 
     side: int
     depth: int
@@ -25,19 +25,19 @@ class Block(NamedTuple):
     stages: int
 
 
-# With room in the shared memory of the smallest GPUs that multiply bfloat16, 99 KiB.
+# They fit the 99 KiB of shared memory of the smallest GPUs that multiply bfloat16.
 _BLOCKS = {torch.bfloat16: Block(128, 64, 8, 3), torch.float32: Block(64, 32, 4, 3)}
 DTYPES = tuple(_BLOCKS)
 
-# So small that the interpreter has several of them in small matrices.
+# Small enough that small matrices have several of them in the interpreter.
 _INTERPRETED = Block(16, 16, 1, 1)
 
 
 @triton.jit
 def _block_of(pair):
-    """The block's place down and across, of the pairs on and above the diagonal, column after column."""
+    """The block's row and column; pairs on and above the diagonal are counted column by column."""
     across = ((tl.sqrt((8 * pair + 1).to(tl.float32)) - 1.0) / 2.0).to(tl.int32)
-    # A root in float32 may be one off.
+    # The float32 square root may be off by one.
     across = tl.where(across * (across + 1) // 2 > pair, across - 1, across)
     across = tl.where((across + 1) * (across + 2) // 2 <= pair, across + 1, across)
     return pair - across * (across + 1) // 2, across
@@ -48,9 +48,9 @@ def product(
     x, out, size, terms, pairs, matrix_stride, row_stride, column_stride, constant, linear, square,
     IS_PRODUCT: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A block of ``square`` · x xᵀ, and its mirror image.
+    """A block of x xᵀ, and its mirror image.
 
-    Unless ``IS_PRODUCT``, of ``constant`` + ``linear`` · x + that, where x is symmetric.
+    Unless ``IS_PRODUCT``, of ``constant`` · I + ``linear`` · x + ``square`` · x xᵀ, where x is symmetric.
     """
     matrix = (tl.program_id(0) // pairs).to(tl.int64)
     down, across = _block_of(tl.program_id(0) % pairs)
@@ -85,11 +85,11 @@ def product(
 
 
 def symmetric_product(x: Tensor, coefficients: tuple[float, float, float] | None = None) -> Tensor:
-    """``x xᵀ`` of each matrix; or with coefficients a, b, c, of symmetric ones, ``a + b x + c x xᵀ``.
+    """``x xᵀ`` of each matrix; or with coefficients a, b, c, and symmetric x, ``a I + b x + c x xᵀ``.
 
     Args:
         x: (count, rows, columns), bfloat16 or float32, of any strides.
-        coefficients: See above; a is of the identity matrix.
+        coefficients: a, b and c.
 
     Returns:
         (count, rows, rows), of the same dtype; contiguous.

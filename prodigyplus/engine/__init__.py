@@ -1,1 +1,1 @@
-"""One step: its order (``rule``), how many tensors take it at once (``driver``), and its groups' numbers."""
+"""One step: its order (``rule``), what runs at the same time (``driver``), and the numbers of groups."""

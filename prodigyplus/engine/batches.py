@@ -1,7 +1,7 @@
-"""Parameters of whatever shapes that move as one batch, by the kernels of :mod:`prodigyplus.device`.
+"""Parameters of any shapes that move as one batch, by the kernels of :mod:`prodigyplus.device`.
 
-Where a tensor's own launch costs more than its arithmetic, one launch serves all of them. A batch is what a
-stack is (see :mod:`prodigyplus.engine.rule`), of many layouts; its passes are the same ones.
+On a GPU, a launch costs more than the arithmetic of most tensors, so one launch serves all of them. A batch
+is like a stack (see :mod:`prodigyplus.engine.rule`) but of many layouts, and has the same passes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Matrices, Requests, Sum
 from prodigyplus.terms.scalars import Constants, Scalars
 
-# The values that the fields of a kind may have for the kernels to move it.
+# The values of the fields of a kind that the kernels can move.
 _SWITCH = (False, True)
 _ADMITTED: dict[str, tuple[object, ...]] = {
     "direction": ("adam", "atan2", "muon"),
@@ -44,12 +44,12 @@ _DTYPES_OF_STATE = {*_DTYPES, torch.float64}
 
 
 def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None:
-    """What stands in the way of moving a parameter by kernels, if anything does.
+    """Why kernels cannot move a parameter, in words; None if they can.
 
     Args:
         o: The options of its group.
-        dtype: That of its weights.
-        device: Where it is.
+        dtype: The dtype of its weights.
+        device: The device that it is on.
     """
     if refused := Kind.of(o, {}, 2).refused_by(_ADMITTED):
         return f"the kernels have no {refused}"
@@ -61,14 +61,14 @@ def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None
 
 
 def batch_key(param: ParamStep) -> Hashable | None:
-    """Parameters of equal keys move as one batch, the same on all ranks; None: not by kernels."""
+    """Parameters with equal keys move as one batch, the same on all ranks; None if kernels do not move it."""
     weight, grad, state, group, layout = param.weight, param.grad, param.state, param.group, param.layout
     if not group.options.wants_kernels(weight.device):
         return None
     if type(weight) not in _MEMORY or type(grad) is not Tensor or not weight.is_contiguous():
         return None
-    # For every parameter at every step: what is the same for many is found once. Groups and layouts live as
-    # long as the step.
+    # This runs for every parameter at every step, so the key is cached by what it depends on. Groups and
+    # layouts live as long as the step, so their ids stay valid.
     kept = *state, *map(_DTYPE, state.values())
     kind = id(layout), weight.dtype, weight.get_device(), grad.dtype, kept, param.present is None
     keys = group.batch_keys
@@ -92,9 +92,10 @@ def _batch_key(param: ParamStep) -> Hashable | None:
 
 
 def _unusual_dtypes(param: ParamStep) -> Hashable | None:
-    """The dtypes of a state that differ from a new one's, as after ``model.bfloat16()``; None if none does.
+    """All dtypes of a state, if any differs from a new state's, as after ``model.bfloat16()``; else None.
 
-    The kernels of a batch read each entry in one dtype, but not all of its parameters have the same entries.
+    The kernels of a batch read each entry in one dtype, but its parameters need not all have the same
+    entries.
     """
     options = StateOptions.of(param.group.options)
     subject = Subject(param.weight.dtype, param.grad.dtype, param.weight.device, param.layout.shape, options)
@@ -105,15 +106,15 @@ def _unusual_dtypes(param: ParamStep) -> Hashable | None:
 
 _LAYOUT, _DTYPE, _SHAPE = map(operator.attrgetter, ("layout", "dtype", "shape"))
 
-# The types of tensors that have their elements where ``data_ptr()`` says. Others have them elsewhere, as
-# quantised tensors, or none, as fake ones.
+# The types of tensors whose elements are at ``data_ptr()``. Those of other types are elsewhere (quantised
+# tensors), or nowhere (fake tensors).
 _MEMORY = (nn.Parameter, Tensor)
 
 
 class Batch:
     """Parameters of one batch key; see :class:`prodigyplus.engine.rule.Stack`."""
 
-    nbytes = 0  # no direction is kept
+    nbytes = 0  # no direction is kept between passes
 
     def __init__(self, params: Sequence[ParamStep]) -> None:
         first = params[0]
@@ -121,46 +122,46 @@ class Batch:
         self.cost = first.cost if first.is_matrix else (0, 0, 0)
         self.matrix_names = [f"matrices {param.number}" for param in params]
         self.weights = [param.weight for param in params]
-        # A negative view's memory has the opposite of its values.
+        # The memory of a negative view holds its values with the opposite sign.
         self.grads = [param.grad.resolve_neg().contiguous() for param in params]
         self.states = [param.state for param in params]
         self.layouts = [param.layout for param in params]
         self.group = first.group
         self.numbers = [param.number for param in params]
         self.present = None if first.present is None else [bool(param.present) for param in params]
-        # Which operators its passes consist of; none that the kernels admit depends on the size of a tensor.
+        # Which operators its passes consist of. No kind that kernels admit depends on the number of elements.
         self.kind = Kind.of(first.group.options, first.state, 2, adapts=first.group.adapts)
-        # Of the weights as they are now: ``p.data = …`` changes p's own.
+        # Kept apart, since ``p.data = …`` changes the shape of p itself.
         self._shapes = list(map(_SHAPE, self.weights))
         self._launches: Launches | None = None
-        self._entries: list[Tensor] = []  # of its states, as they were found
+        self._entries: list[Tensor] = []  # all entries of its states, as they were when addresses were taken
 
     def renew(
         self, group: GroupStep, weights: list[Tensor], entries: list[Tensor], grads: list[Tensor]
     ) -> bool:
-        """Take up the gradients of another step, if they are all that has changed.
+        """Reuse this batch with the gradients of another step, if nothing else has changed.
 
         Args:
             group: Its parameters' group in that step.
             weights, entries, grads: Local tensors: its parameters, all entries of their states, and their
-                gradients, none of which is missing here.
+                gradients, none of which is missing on this rank.
 
         Returns:
-            Whether it moves in that step. If not, it is of no more use.
+            Whether it can be reused. If not, a new batch must be made.
         """
         launches = self._launches
         assert launches is not None
-        # For every parameter at every step: by map, which asks a thousand without a line of Python for each.
+        # This runs for every parameter at every step, so by map(), without a line of Python for each.
         if {*map(type, grads)} != {Tensor} or {*map(_DTYPE, grads)} != {launches.dtypes.grad}:
             return False
         if {*map(_LAYOUT, grads)} != {torch.strided} or not all(map(Tensor.is_contiguous, grads + weights)):
             return False
         if any(map(Tensor.is_neg, grads)):
             return False
-        # Other weights may lie at the same address: a part of them, or a buffer of the user's.
+        # Other weights may lie at the same address: a part of the old ones, or a buffer of the user's.
         if self._shapes != [*map(_SHAPE, weights)] or {*map(_DTYPE, weights)} != {launches.dtypes.weight}:
             return False
-        # Other entries would lie elsewhere, for those that were found are held.
+        # Other entries would lie elsewhere, since the old ones are held and so not freed.
         if launches.data_ptrs != [*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, entries)]:
             return False
         self.group, self.grads = group, grads
@@ -169,11 +170,11 @@ class Batch:
         return True
 
     def rest(self) -> None:
-        """Let go of the gradients: their memory is free until there are others."""
+        """Drop the references to the gradients, so that their memory can be freed until the next step."""
         self.grads = []
 
     def squares(self, constants: Constants) -> Requests:
-        """See :class:`prodigyplus.engine.rule.Moving`; a request for each run of the sums."""
+        """See :class:`prodigyplus.engine.rule.Moving`; one request for each piece of the buffer of sums."""
         launches = self.launches(constants)
         sums, totals = launches.squares(launches.dtypes)
         pieces = {
@@ -193,17 +194,17 @@ class Batch:
 
     @property
     def axes(self) -> tuple[Hashable, ...]:
-        """See :attr:`prodigyplus.engine.rule.Stack.axes`; the same for all of its parameters."""
+        """See :attr:`prodigyplus.engine.rule.Stack.axes`; they are the same for all parameters of a batch."""
         layout = self.layouts[0]
         return layout.axes(layout.dims, count_replicas=True)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether its sums are completed by other ranks before it moves."""
+        """Whether its sums must be completed over other ranks before it moves."""
         return bool(self.layouts[0].shard_axes)
 
     def launches(self, constants: Constants) -> Launches:
-        """Its launches, which know where its tensors are."""
+        """Its launches, which hold the addresses of its tensors; made at the first call."""
         if self._launches is None:
             factored = tuple(map(moments.is_factored, self.states))
             every, device = self.group.options.slice_p, self.weights[0].device
@@ -215,19 +216,19 @@ class Batch:
         return self._launches
 
     def _point(self, launches: Launches) -> None:
-        # For every parameter at every step: by map, which asks a thousand without a line of Python for each.
+        # This runs for every parameter at every step, so by map(), without a line of Python for each.
         self._entries = list(itertools.chain.from_iterable(map(dict.values, self.states)))
         tensors = [*self.weights, *self._entries]
         data_ptrs, dtypes = list(map(Tensor.data_ptr, tensors)), list(map(_DTYPE, [*tensors, self.grads[0]]))
         if data_ptrs != launches.data_ptrs or dtypes != launches.found_dtypes:
             for value in self._entries:
-                if not value.is_contiguous():  # of a state that was loaded
+                if not value.is_contiguous():  # as a loaded state may be
                     value.set_(value.contiguous())  # type: ignore[call-overload]
             rows = [
                 (weight, *map(state.get, keys))
                 for weight, state, keys in zip(self.weights, self.states, launches.plan.keys, strict=True)
             ]
-            # Something else lies there: of other dtypes, perhaps.
+            # Tensors have been replaced, perhaps by those of other dtypes.
             of_column = [
                 {tensor.dtype for tensor in column if tensor is not None}
                 for column in zip(*rows, strict=True)
@@ -241,14 +242,14 @@ class Batch:
         launches.point(list(map(Tensor.data_ptr, self.grads)))
 
     def setup(self, launches: Launches) -> Setup:
-        """What its kernels are compiled for."""
+        """The constants that its kernels are compiled for."""
         kind, o, dtypes = self.kind, self.group.options, launches.dtypes
         return Setup(
             dtypes,
             has_momentum=kind.has_momentum,
             is_offset=kind.is_offset,
             is_atan2=kind.direction == "atan2",
-            is_stable=kind.is_stable and not self.is_matrix,  # of matrices their directions are
+            is_stable=kind.is_stable and not self.is_matrix,  # matrices have been scaled already
             decays=kind.decays,
             evidence="balance" if kind.is_balanced else kind.use_speed,
             every=o.slice_p,
@@ -257,7 +258,7 @@ class Batch:
         )
 
     def matrices(self) -> dict[str, Matrices]:
-        """The requests for its matrices, by ``matrix_names``."""
+        """The requests to orthogonalise its matrices, by ``matrix_names``."""
         moved_by = [state["exp_avg"] for state in self.states] if self.kind.has_momentum else self.grads
         return {
             name: matrices(local, self.group, number, self.dtype)
@@ -265,7 +266,7 @@ class Batch:
         }
 
     def scales(self, constants: Constants) -> Tensor:
-        """Of each tensor, what its orthogonalised matrices are multiplied with; (tensors,)."""
+        """The factor of each tensor's orthogonalised matrices, see ``muon.unit_rms``; float32, (tensors,)."""
         batched, device = self.group.options.muon_batched, self.weights[0].device
         shapes = tuple(muon.sizes(layout.shape, batched=batched)[1:] for layout in self.layouts)
         return constants.made(
@@ -278,15 +279,15 @@ class Batch:
 
 
 class _KernelWork:
-    """The passes of a batch by kernels: a direction is made anew for the move, rather than kept.
+    """The passes of a batch by kernels: the direction is computed again for the move instead of kept.
 
-    Where nothing has to be asked between the two, the move is made with the measuring, and takes the
-    evidence: it has all of g, y and z at hand. Of matrices a direction is not made but read, and what is
-    orthogonalised is asked for between the two.
+    If no other rank is needed between the two passes, ``measure_`` also moves, and the move takes the
+    evidence, since it has g, y and z at hand. The directions of matrices are not computed but read:
+    ``measure_`` asks for them to be orthogonalised.
 
     Args:
         batch: The batch.
-        squares: The whole sums of its gradients' squares.
+        squares: The sums of its gradients' squares, completed.
         n: The numbers of the step.
         constants: The optimiser's.
     """
@@ -302,10 +303,10 @@ class _KernelWork:
         self._late: dict[str, Tensor] = {}  # see late_sums()
 
     def momentum_(self) -> None:
-        """Moved with the rest: it needs nothing of other ranks."""
+        """Nothing to do: the first moment is updated in the other passes, since it needs no other rank."""
 
     def scale_up_(self, agreeing: Tensor | None) -> Generator[Requests, Answers, None]:
-        """Nothing is masked."""
+        """Nothing to do: kernels move no kind that is masked."""
         yield from ()
 
     def measure_(self) -> Requests:
@@ -320,7 +321,7 @@ class _KernelWork:
         if self.kind.is_late:
             del sums["gu"], sums["uu"]
         if norms is not None and not self._moves_at_once:
-            sums["uu"] = norms  # of float32, as the move reads it
+            sums["uu"] = norms  # in float32, as the move reads it
         asked = self._asked(sums)
         return {**asked, **batch.matrices()} if batch.is_matrix else asked
 
@@ -364,7 +365,7 @@ class _KernelWork:
             takes_evidence=takes_evidence,
             directions=directions,
         )
-        # Autograd does not see what kernels write: a backward pass through the old weights is to fail.
+        # Autograd does not see what kernels write; a backward pass through the old weights must still fail.
         increment_version(self.batch.weights)
         return sums
 

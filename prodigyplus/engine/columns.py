@@ -1,7 +1,7 @@
 """The numbers of parameter groups as columns: one tensor of shape (groups,) for each number.
 
-What stands in ``param_groups`` are views of them, 0-dim tensors on the device of the parameters: either shows
-what was written to the other. No step reads one back to the host.
+The numbers in ``param_groups`` are views of the columns: 0-dim tensors on the device of the parameters. What
+is written to one shows in the other. No step reads a number back to the host.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from prodigyplus.terms.tables import SentTable
 
 
 def first_numbers(d0: float) -> dict[str, float | int]:
-    """A new group's numbers, each as a plain number; the keys are those of ``param_groups``.
+    """The numbers of a new group, as Python numbers; the keys are those in ``param_groups``.
 
     ===================  =============================================================================
     ``d``                step size of the group
-    ``shared_d``         step size that multiplies ``lr``: ``d``, or a mean of several groups'
-    ``d_hat``            last estimate ``d_numerator / d_denom``, before limiter and ``d_coef``; balance's ρ
-    ``in_mean``          1 once ``d`` counts in a mean of several groups', else 0
-    ``d_numerator``      N, the decayed sum of ⟨g, p0 − z⟩, weighted; balance's average of ⟨g, x − z⟩
+    ``shared_d``         step size that multiplies ``lr``: ``d``, or the mean of several groups
+    ``d_hat``            last estimate ``d_numerator / d_denom``, before limiter and ``d_coef``; balance: ρ
+    ``in_mean``          1 once ``d`` counts in the mean of several groups, else 0
+    ``d_numerator``      N, the decayed weighted sum of ⟨g, p0 − z⟩; balance: average of ⟨g, x − z⟩
     ``max_d_numerator``  the largest N so far
-    ``d_denom``          ‖s‖₁ of the last step; balance's average of its weights times dlr
-    ``weight_sum``       Σ dlr², the Schedule-Free weights so far
+    ``d_denom``          ‖s‖₁ of the last step; balance: the average of its weights times dlr
+    ``weight_sum``       Σ dlr², the sum of Schedule-Free's weights so far
     ``effective_lr``     lr·(1 − β1(1 − c)) of the last step, times RAdam's rectification
-    ``k``                steps that counted so far
+    ``k``                steps so far in which the group moved
     ``skipped``          steps skipped for an inf or NaN in a gradient
     ===================  =============================================================================
     """
@@ -46,17 +46,17 @@ _CPU = torch.device("cpu")
 
 
 def as_tensor(name: str, value: float | Tensor, device: torch.device = _CPU) -> Tensor:
-    """A group's number as a 0-dim tensor on ``device``: int64, or float64 where the device has it."""
+    """A group's number as a 0-dim tensor: int64 for counts, else float64 (float32 on MPS)."""
     dtype = torch.int64 if name in COUNTS else wide_dtype(device)
     return torch.as_tensor(value, dtype=dtype, device=device)
 
 
 def to_python_numbers_(groups: Sequence[dict[str, Any]], names: Iterable[str] = NUMBERS) -> None:
-    """Make 0-dim tensors in ``groups`` plain numbers, in place: one wait for the device, not one a number.
+    """Turn 0-dim tensors in ``groups`` into Python numbers, in place, with one synchronisation in all.
 
     Args:
-        groups: Dicts with such tensors, or plain numbers already.
-        names: The keys under which they are.
+        groups: Dicts with such tensors, or with Python numbers, which stay.
+        names: The keys to convert.
     """
     found = [(group, name) for group in groups for name in names if isinstance(group[name], Tensor)]
     if found:
@@ -66,22 +66,22 @@ def to_python_numbers_(groups: Sequence[dict[str, Any]], names: Iterable[str] = 
 
 
 class Columns:
-    """The numbers of all groups, and what stands in ``param_groups`` made views of them.
+    """The numbers of all groups; makes the entries of ``param_groups`` views of them.
 
     Args:
-        groups: ``param_groups``, with plain numbers or 0-dim tensors.
-        device: Where the columns are to be.
+        groups: ``param_groups``, with Python numbers or 0-dim tensors; changed in place.
+        device: The device of the columns.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
         self.device = device
         rows = {name: [as_tensor(name, group[name], device) for group in groups] for name in NUMBERS}
-        # In two tensors, which a kernel takes at once: (numbers, groups), floating ones and counts.
+        # As two tensors, (numbers, groups), that a kernel takes: floating-point numbers, and counts.
         self.floats, self.counts = (
             torch.stack([torch.stack(rows[name]) for name in names]) for names in (FLOATS, COUNTS)
         )
         self.zeros = torch.zeros_like(self.floats[0])  # never written
-        self.options = SentTable(device)  # of the groups, as kernels take them
+        self.options = SentTable(device)  # the options of the groups, as a table for kernels
         columns = *self.floats.unbind(), *self.counts.unbind()
         self._columns = dict(zip((*FLOATS, *COUNTS), columns, strict=True))
         self._views = [
@@ -98,7 +98,7 @@ class Columns:
         return len(self._views)
 
     def are_of(self, groups: Sequence[dict[str, Any]], device: torch.device) -> bool:
-        """Whether these are the columns of ``groups`` on ``device``; not if a user has replaced a number."""
+        """Whether these are the columns of ``groups`` on ``device``; False if a user replaced a number."""
         return (
             device == self.device
             and len(groups) == len(self._views)

@@ -1,12 +1,11 @@
-"""The passes through ``torch.compile``: what ``compile=True`` runs, for the kinds of stacks that it admits.
+"""The passes through ``torch.compile``: what ``compile=True`` runs, for the kinds that can be compiled.
 
-Run operator by operator, each operator is a pass over memory, and a direction is kept from its sums to its
-move. Compiled, there is one pass that measures and one that moves, and the direction is computed in both
-rather than written and read; the functions are those of :mod:`prodigyplus.engine.passes`.
+Run operator by operator, each operator is a pass over memory, and the direction is kept from ``measure_`` to
+``move_``. Compiled, each of the two is one pass, and both compute the direction, which is cheaper than
+writing and reading it. The functions are those of :mod:`prodigyplus.engine.passes`.
 
-Whatever changes from step to step comes as a tensor, and sizes are symbols, but for a size of 1, which
-torch.compile makes another graph for: once a stack of one and a stack of several have been seen, nothing is
-compiled again.
+Whatever changes from step to step is passed as a tensor, and sizes are symbolic, except a size of 1, for
+which torch.compile makes another graph: after one stack of one and one of several, nothing is compiled again.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., object])
 # How many rows are summed at a time.
 _LANES = 16
 
-# The values that the fields of a kind may have for its passes to be compiled.
+# The values of the fields of a kind whose passes can be compiled.
 _SWITCH = (False, True)
 _ADMITTED: dict[str, tuple[object, ...]] = {
     "direction": ("adam", "atan2"),
@@ -45,14 +44,14 @@ _ADMITTED: dict[str, tuple[object, ...]] = {
 
 
 def admits(kind: Kind) -> bool:
-    """Whether the passes of a kind are compiled."""
+    """Whether the passes of a kind can be compiled."""
     return kind.refused_by(_ADMITTED) is None
 
 
 def _compiled(function: F) -> F:
-    """A pass, compiled: once for each number of dimensions, dtype and kind that it is called with."""
+    """Compile a pass, once for each number of dimensions, dtype and kind that it is called with."""
 
-    # At the first call: whoever does not compile need not wait for the import of the compiler.
+    # At the first call, so that the compiler is imported only where it is used.
     @functools.cache
     def compiled() -> F:
         return torch_private.compiled(function)
@@ -77,7 +76,7 @@ def square_sums(grad: Tensor, row: int, column: int, dtype: torch.dtype) -> tupl
 def _square_sums(grad: Tensor, outer: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     squared = grad.to(dtype).square()
     shape = squared.shape
-    # A few rows at a time: a sum along an outer dimension reads each line of the cache for itself.
+    # A few rows at a time: a sum along an outer dimension would read each cache line separately.
     lanes = squared.reshape(*shape[:outer], shape[outer] // _LANES, _LANES, *shape[outer + 1 :])
     return squared.sum(inner, keepdim=True), lanes.sum(outer + 1).sum(outer, keepdim=True)
 
@@ -99,12 +98,12 @@ def _move_(
     kind: Kind,
     noise: Noise,
 ) -> None:
-    """:func:`prodigyplus.engine.passes.move_`, of the direction made anew.
+    """:func:`prodigyplus.engine.passes.move_`, with the direction computed again.
 
     Args:
-        y, z, n, kind, noise: See there.
+        y, z, n, kind, noise: As in that function.
         grad: The stack of gradients.
-        roots: As :func:`measure_` gave them.
+        roots: The second result of :func:`measure_`.
         scale: A factor for each direction; shape (count,), or 0-dim.
     """
     across = n.across(grad.ndim - 1)
@@ -127,12 +126,15 @@ def measure_and_move_(
     numel: int,
     noise: Noise,
 ) -> dict[str, Tensor]:
-    """Both passes on tensors that are whole here, with nothing to ask in between: one call in place of two.
+    """Both passes in one call, for tensors that are whole on this rank: no sums are asked for in between.
 
     Args:
         y, grad, state, feed, n, kind, noise: As for :func:`measure_` and :func:`move_`.
-        every: The distance of two samples; 0 where the step size does not adapt.
-        numel: How many elements a tensor has.
+        every: The distance between samples; 0 if no samples are needed.
+        numel: The number of elements of a tensor.
+
+    Returns:
+        The sums of :func:`measure_`.
     """
     assert kind.z is not None
     z, dims, samples = state[kind.z], grad.ndim - 1, None
@@ -146,7 +148,7 @@ def measure_and_move_(
 
 
 def _written(values: Tensor) -> Tensor:
-    """``values``, in memory: else each loop that reads them computes them, from what lies far apart."""
+    """``values``, materialised: otherwise each loop that reads them would gather them from memory again."""
     values = values.contiguous()
-    # As itself; but what as_strided() is given, Inductor writes.
+    # The same view, but Inductor writes the input of as_strided() to memory.
     return values.as_strided(values.shape, values.stride())

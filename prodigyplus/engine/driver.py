@@ -1,7 +1,7 @@
-"""Advance the rules of all stacks in lock-step, so that what they ask of other ranks goes out together.
+"""Advance the rules of all stacks in lock-step, so that their requests to other ranks go out together.
 
-Requests travel while something else is computed: a bucket's sums while the next bucket's directions are, and
-while whatever is whole here moves.
+Communication overlaps with computation: the sums of one bucket are completed while the directions of the next
+are computed, and while parameters that are whole on this rank move.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from prodigyplus.terms.requests import Matrices, Requests, Sum
 from prodigyplus.terms.scalars import Constants
 
 Asked = Mapping[str, Sum]
-"""The sums that a rule asks for in one round, by their names."""
+"""The sums that a rule asks for in one round, by name."""
 
-# How many bytes of updates may be alive at once, unless it is said.
+# How many bytes of updates may be alive at once, by default.
 BUCKET_BYTES = 64 << 20
 
-# Up to how many elements it pays to copy a parameter so as to move it with others, and up to how many bytes.
+# The largest parameter, in elements, that is worth copying into a stack; and the largest stack, in bytes.
 SMALL = 1 << 17
 STACK_BYTES = 4 << 20
 
 
 class Exchange(Protocol):
-    """Completes sums over shards, and orthogonalises matrices; see :class:`OneProcess`."""
+    """Completes sums over shards, and orthogonalises matrices; :class:`OneProcess` is the simplest."""
 
     # How many bytes of directions may be alive at once, while their sums are completed.
     bucket_bytes: int
@@ -40,8 +40,8 @@ class Exchange(Protocol):
         """Begin to complete sums.
 
         Returns:
-            A function that waits for the sums over the whole tensors, and gives them in the order and under
-            the names in which they were asked.
+            A function that waits for the sums over whole tensors, and returns them in the order of ``asked``,
+            under the same names.
         """
         ...
 
@@ -51,7 +51,8 @@ class Exchange(Protocol):
         """Begin to orthogonalise whole matrices.
 
         Returns:
-            Indices of ``asked`` and the local pieces of their results, of all in turn, as they are done.
+            An iterable over waves, as they are done: indices into ``asked``, and the local pieces of their
+            results. Every index comes once.
         """
         ...
 
@@ -61,7 +62,7 @@ class Exchange(Protocol):
 
 
 class OneProcess:
-    """The exchange of a process that holds whole tensors: every sum is complete."""
+    """The exchange of a single process, which holds whole tensors: every sum is already complete."""
 
     bucket_bytes = BUCKET_BYTES
 
@@ -80,7 +81,7 @@ class OneProcess:
 
 
 class Running(NamedTuple):
-    """A stack in the middle of its step: its rule, which waits for the answers."""
+    """A stack in the middle of its step: its rule, and the answers to be sent to it next."""
 
     stack: Moving
     rule: Rule
@@ -88,17 +89,17 @@ class Running(NamedTuple):
 
 
 class Asking(NamedTuple):
-    """Rules that have asked, and the function that waits for their answers."""
+    """Rules that have made requests, and the function that waits for the answers."""
 
     rules: list[tuple[Moving, Rule]]
     wait: Callable[[], list[Answers]]
 
 
 def start(stacks: Sequence[Moving], exchange: Exchange, constants: Constants) -> list[Running]:
-    """Begin a step of all parameters: their first round, the statistics of the raw gradients.
+    """Begin a step of all parameters: the first round, the sums of the raw gradients' squares.
 
-    Its answers are small, so it is of all at once; and nothing may move before it is known whether all
-    gradients are finite. The numbers of the groups must be set before :func:`finish`.
+    It covers all stacks at once, since its answers are small, and since nothing may move before it is known
+    whether all gradients are finite. The numbers of the groups must be set before :func:`finish`.
     """
     rules = [update(stack, constants) for stack in stacks]
     asked = [_sums(next(rule)) for rule in rules]
@@ -106,15 +107,15 @@ def start(stacks: Sequence[Moving], exchange: Exchange, constants: Constants) ->
 
 
 def finish(running: Sequence[Running], exchange: Exchange) -> None:
-    """Run what :func:`start` has begun to its end, in buckets, so that few directions are alive at a time."""
-    # Matrices are on their way to be orthogonalised while all other parameters move.
+    """Finish the step that :func:`start` began, in buckets, so that few directions are alive at a time."""
+    # Matrices travel to their owners while all other parameters move.
     orthogonalized = _orthogonalize([one for one in running if one.stack.is_matrix], exchange)
-    # The last first: their gradients have just been read, and may still be in a cache.
+    # In reverse order: the last gradients have just been read, and may still be in a cache.
     elementwise = [one for one in reversed(running) if not one.stack.is_matrix]
     buckets = _buckets([one for one in elementwise if one.stack.is_sharded], exchange.bucket_bytes)
     under_way = _ask(next(buckets, []), exchange)
     for one in elementwise:
-        if not one.stack.is_sharded:  # with nothing to wait for
+        if not one.stack.is_sharded:  # there is nothing to wait for
             _run_out(_ask([one], exchange), exchange)
     for bucket in buckets:
         following = _ask(bucket, exchange)
@@ -126,11 +127,11 @@ def finish(running: Sequence[Running], exchange: Exchange) -> None:
 
 
 def stacked(params: Sequence[ParamStep], bucket_bytes: int) -> list[Moving]:
-    """What moves as one: batches, for kernels; and stacks of small ones of one key.
+    """Split parameters into what moves as one: batches for kernels, and stacks of small parameters.
 
-    So do all ranks; in the order of the first of each: buckets are then as full as that order lets them be.
+    The result is the same on all ranks, ordered by the first parameter of each.
     """
-    # Stacks are copies, of weights and gradients: they are small beside the updates that may be alive.
+    # Stacks copy weights and gradients, so they are kept small compared with the updates that may be alive.
     limit = min(STACK_BYTES, bucket_bytes // 8)
     by_key: dict[Hashable, list[int]] = {}
     batches: dict[Hashable, list[int]] = {}
@@ -153,11 +154,11 @@ def stacked(params: Sequence[ParamStep], bucket_bytes: int) -> list[Moving]:
 
 
 def _batch_runs(params: Sequence[ParamStep], indices: list[int], limit: int) -> Iterator[list[int]]:
-    """What of one key makes a batch: all; of matrices, what is orthogonalised at once, in ``limit`` bytes."""
+    """Split the parameters of one key into batches: one; for matrices, one per wave of ``limit`` bytes."""
     if not params[indices[0]].is_matrix:
         yield indices
         return
-    # As they are orthogonalised, which is when they move.
+    # In the order in which they are orthogonalised, since they then move.
     ordered = sorted(indices, key=lambda index: params[index].cost, reverse=True)
     for wave in muon.waves([(params[index].sent_bytes, 0) for index in ordered], limit):
         yield [ordered[number] for number in wave]
@@ -172,10 +173,10 @@ def _matrices(asked: Requests) -> list[tuple[str, Matrices]]:
 
 
 def _orthogonalize(running: Sequence[Running], exchange: Exchange) -> Iterable[list[Running]]:
-    """Begin with all matrices; gives them in buckets, with their answers, as they are done."""
+    """Begin to orthogonalise all matrices; returns their stacks with the answers, as they are done."""
     if not running:
         return ()
-    # Equal shapes together, the largest first, so that ranks share them evenly.
+    # Equal shapes together, the most expensive first, so that ranks share the work evenly.
     running = sorted(running, key=lambda one: one.stack.cost, reverse=True)
     asked = [one.rule.send(one.answers) for one in running]
     wanted = [
@@ -194,13 +195,13 @@ def _completed(
     wanted: Sequence[tuple[int, str]],
     done: Iterable[tuple[Sequence[int], Sequence[Tensor]]],
 ) -> Iterator[list[Running]]:
-    """Those of ``running`` that have all of their matrices, as these are done.
+    """Yield the stacks whose matrices are all done, with their answers, as soon as they are.
 
     Args:
-        running: Rules that have asked for matrices.
-        answers: Of each, the sums that it has asked for; changed.
-        wanted: Of each matrix, the index of its rule, and its name there.
-        done: Indices of ``wanted`` and their results, of all in turn.
+        running: Stacks whose rules have asked for matrices.
+        answers: For each of them, the answers to its sums; the matrices are added.
+        wanted: For each matrix, the index of its stack in ``running``, and its name there.
+        done: Waves of indices into ``wanted`` and their results.
     """
     missing = Counter(index for index, _ in wanted)
     for numbers, pieces in done:
@@ -215,10 +216,10 @@ def _completed(
 
 
 def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
-    """Runs of stacks whose directions have half of ``limit`` bytes at most, or one stack's.
+    """Split stacks into buckets whose directions take at most half of ``limit`` bytes, or of one stack.
 
-    Half, since two are alive at a time: the one whose sums are on their way, and the one that is computed.
-    By the largest piece that any rank has of each, so that all ranks cut alike.
+    Half, since two buckets are alive at a time: one whose sums are in flight, and one that is computed. Sizes
+    are those of the largest piece on any rank, so that all ranks make the same buckets.
     """
     sizes = [one.stack.nbytes for one in running]
     several = sum(sizes) > limit
@@ -227,7 +228,7 @@ def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
 
 
 def _ask(running: Sequence[Running], exchange: Exchange) -> Asking:
-    """Run rules up to their next requests, or their ends, and begin to answer those."""
+    """Run rules up to their next requests, or to their ends, and begin to answer the requests."""
     rules: list[tuple[Moving, Rule]] = []
     asked: list[Asked] = []
     for stack, rule, answers in running:

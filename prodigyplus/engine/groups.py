@@ -1,7 +1,7 @@
-"""What a step does to the numbers of parameter groups: before anything moves, and after everything has.
+"""The numbers of parameter groups in a step: set before anything moves, updated after everything has moved.
 
-A decision about a number is a ``torch.where``, so that no step waits for the device. A group's step that must
-change nothing is a step with other numbers (see :class:`prodigyplus.terms.scalars.Scalars`).
+Decisions are made by ``torch.where``, so that no step waits for the device. In a group that must not change,
+the step runs with the numbers of a no-op (see :class:`prodigyplus.terms.scalars.Scalars`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class GroupStep:
         entry: Its entry there; the numbers are views of the columns.
 
     Attributes:
-        skips_per_param: Whether each parameter is skipped for itself, rather than all together.
-        adapts: Whether its step size does; not once ``prodigy_steps`` has passed.
-        batch_keys: Those of its parameters, by what they hang on; see ``engine/batches.py``.
+        skips_per_param: Whether each parameter is skipped individually, instead of all together.
+        adapts: Whether its step size adapts; False once ``prodigy_steps`` have passed.
+        batch_keys: A cache of its parameters' batch keys, by what they depend on; see ``engine/batches.py``.
     """
 
     def __init__(self, index: int, entry: dict[str, Any]) -> None:
@@ -51,16 +51,16 @@ class GroupStep:
 
     @functools.cached_property
     def state_options(self) -> StateOptions:
-        """Those of its options that say what state there is."""
+        """Those of its options that determine which state its parameters have."""
         return StateOptions.of(self.options)
 
     def set_numbers(self, *numbers: Packed) -> None:
-        """Set this step's numbers; they may be given in several dtypes."""
+        """Set the numbers of this step, in one or more dtypes."""
         self._numbers = numbers
         self._scalars.clear()
 
     def scalars(self, device: torch.device, dtype: torch.dtype) -> Scalars:
-        """The numbers of this step on ``device``, floating ones in ``dtype``."""
+        """The numbers of this step on ``device``, floating-point ones in ``dtype``; cached."""
         key = device, dtype
         if key not in self._scalars:
             numbers = next(
@@ -70,27 +70,27 @@ class GroupStep:
         return self._scalars[key]
 
     def observe(self, parameters: list[int], products: Tensor, norms: Tensor) -> None:
-        """Take in the evidence of parameters, by their numbers: products and norms, (count,)."""
+        """Record the evidence of the parameters with these numbers: products and norms, (count,)."""
         self._observed.append((parameters, products, norms))
 
     @property
     def prodigy_weight(self) -> Tensor:
-        """What multiplies the products of this step's evidence; 0-dim."""
+        """The weight of the products in this step's evidence; 0-dim."""
         return self._numbers[0].across(0).prodigy_weight
 
     @property
     def norm_weight(self) -> Tensor:
-        """What multiplies the norms of this step's evidence; 0-dim."""
+        """The weight of the norms in this step's evidence; 0-dim."""
         dlr = self._numbers[0].across(0).dlr
         return dlr if self.options.is_balanced else torch.ones_like(dlr)
 
     def totals(self, constants: Constants) -> Tensor:
-        """The group's sums of this step, of products and of norms, as a tensor of two."""
+        """The sums of this step over the group: products and norms, not weighted yet; shape (2,)."""
         d: Tensor = self.entry["d"]
         if not self._observed:
             return d.new_zeros(2)
         parameters, *pairs = zip(*self._observed, strict=True)
-        # In the order of the parameters, in whichever they came: a sum has the bits of its order.
+        # Sum in the order of the parameters, not of arrival: the last bits of a sum depend on its order.
         came = tuple(map(tuple, parameters))
         rows = constants.made(d.device, ("order", came), lambda: _order(came, d.device))
         sums = []
@@ -101,12 +101,12 @@ class GroupStep:
         return torch.stack(sums)
 
 
-# The pools of groups, as the kernels number them.
+# The kernels' numbers for the pools: groups of one pool have one d.
 _POOLS = {None: 0, "prodigy": 1, "balance": 2}
 
 
 def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
-    """The options of a group for kernels; ``shares``: whether it moves by a mean of several."""
+    """The options of a group for kernels; ``shares``: whether it moves by the mean of several groups."""
     o = group.options
     return GroupOptions(
         lr=0.0 if isinstance(o.lr, Tensor) else o.lr,
@@ -135,7 +135,7 @@ def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
 
 
 class _Branches(NamedTuple):
-    """The options of a group that decide which operators its numbers need; others are operands."""
+    """The options of a group that decide which operators compute its numbers; others are only operands."""
 
     use_schedulefree: bool
     use_bias_correction: bool
@@ -156,15 +156,15 @@ class _Branches(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """What opening the step of a batch of groups has found, for its end; shapes (groups,)."""
+    """Results of :meth:`GroupBatch.open` that :meth:`GroupBatch.commit` needs; shapes (groups,)."""
 
     weight_sum: Tensor
     effective_lr: Tensor
-    valid: Tensor | None  # bool: where lr is a number that can be; None where the host has seen that it is
+    valid: Tensor | None  # bool: whether lr is valid; None if the host has checked it
 
 
 class GroupBatch:
-    """Groups whose options take the same branches, so that one operator serves all.
+    """Groups whose options take the same branches, so that one operator computes the numbers of all.
 
     Args:
         groups: The groups.
@@ -181,21 +181,24 @@ class GroupBatch:
 
     @classmethod
     def split(cls, groups: Sequence[GroupStep], columns: Columns, constants: Constants) -> list[GroupBatch]:
-        """All ``groups``, in as many batches as there are branches; the other arguments as for the class."""
+        """Split ``groups`` into batches of equal branches; the other arguments are those of the class."""
         batches: dict[_Branches, list[GroupStep]] = {}
         for group in groups:
             batches.setdefault(_Branches.of(group.options), []).append(group)
         return [cls(batch, columns, constants) for batch in batches.values()]
 
     def select(self, values: Tensor) -> Tensor:
-        """Those of this batch's groups, of ``values`` that has one for each group of the optimiser."""
+        """The values of this batch's groups, from ``values`` of all groups of the optimiser."""
         return values if self._rows is None else values.index_select(0, self._rows)
 
     def open(self, moves: Tensor) -> _Opened:
         """Set this step's numbers.
 
         Args:
-            moves: bool, for all groups: False where this call is to change nothing.
+            moves: Whether each group of the optimiser moves: where False, a no-op. bool, (groups,).
+
+        Returns:
+            What :meth:`commit` needs.
         """
         do, moves = self._branches, self.select(moves)
         d, shared_d, k = self._read("d"), self._read("shared_d"), self._read("k")
@@ -206,7 +209,7 @@ class GroupBatch:
         dlr, unit, rate = shared_d * lr, one, one * lr
         beta3, observes = one * self._option(lambda o: o.prodigy_beta), torch.ones_like(moves)
         if do.is_balanced:
-            prodigy_weight = 1 / beta1  # of β1⟨g, x − z⟩
+            prodigy_weight = 1 / beta1  # the product is β1⟨g, x − z⟩
         else:
             prodigy_weight = prodigy.evidence_weight(
                 d, self._option(lambda o: o.d0), self._option(lambda o: math.sqrt(o.d0)), do.use_speed
@@ -250,17 +253,17 @@ class GroupBatch:
         return _Opened(weight_sum, rate * y_fraction if do.use_schedulefree else rate, valid)
 
     def _averaging(self, weight: Tensor, beta1: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the steps' weights in the average, this one's included, and Schedule-Free's c."""
+        """The sum of the weights of all steps, including this one, in the average x; and c."""
         weight_sum = self._read("weight_sum") + weight
         strength = self._option(lambda o: o.schedulefree_c) if self._branches.scales_c else None
         return weight_sum, schedule_free.averaging_weight(weight, weight_sum, beta1, strength)
 
     def _lr(self, one: Tensor) -> tuple[float | Tensor, Tensor | None]:
-        """The groups' ``lr``, and where it is a number that can be, if the host does not know it."""
+        """The groups' ``lr``; and whether it is valid (bool), or None if the host has checked it."""
         lr = self._option(lambda o: o.lr)
         if not isinstance(lr, Tensor):
             return lr, None
-        # A tensor's value on a device is not known to the host, which refuses what lr cannot be.
+        # The host refuses an invalid lr, but does not know the value of a tensor on a device.
         valid = torch.isfinite(lr * one) & (lr * one >= 0)
         return torch.where(valid, lr, 0.0), valid
 
@@ -268,12 +271,13 @@ class GroupBatch:
         """Count the step.
 
         Args:
-            opened: What :meth:`open` gave.
-            moves, skips, learns: bool, for all groups: whether it moved anything; whether it met a gradient
-                that is not finite; and whether its evidence is to move ``d``.
+            opened: The result of :meth:`open`.
+            moves, skips, learns: For each group of the optimiser: whether anything in it moved; whether the
+                step was skipped for a gradient that is not finite; and whether its evidence updates ``d``.
+                bool, (groups,).
 
         Returns:
-            ``learns`` of this batch, False where ``lr`` cannot be.
+            ``learns`` of this batch, False where ``lr`` is invalid.
         """
         moves, skips, learns = self.select(moves), self.select(skips), self.select(learns)
         if opened.valid is not None:
@@ -285,18 +289,18 @@ class GroupBatch:
         return learns
 
     def scatter_(self, target: Tensor, values: Tensor) -> None:
-        """Write this batch's ``values`` into ``target``, which has one for each group of the optimiser."""
+        """Write the ``values`` of this batch's groups into ``target``, of all groups of the optimiser."""
         if self._rows is None:
             target.copy_(values)
         else:
             target.index_copy_(0, self._rows, values)
 
     def adapt_(self, totals: Tensor, learns: Tensor) -> None:
-        """Move ``d`` by the sums of the step.
+        """Update ``d`` from the sums of the step.
 
         Args:
-            totals: See :meth:`GroupStep.totals`; for all groups, shape (groups, 2).
-            learns: bool, for all groups: where to.
+            totals: The weighted sums of all groups of the optimiser, products and norms; (groups, 2).
+            learns: Which groups to update; bool, (groups,).
         """
         product, norm = self.select(totals).unbind(1)
         if self._branches.is_balanced:
@@ -334,17 +338,17 @@ class GroupBatch:
         )
 
     def shared_d(self) -> tuple[Tensor, Tensor]:
-        """The harmonic mean of those with evidence, for each of this batch; see the function of that name."""
+        """The step sizes in use of this batch, whose groups share one; see ``prodigy.shared_d``."""
         numbers = (self._read(name) for name in ("weight_sum", "k", "in_mean"))
         return prodigy.shared_d(self._read("d"), self._option(lambda o: o.d0), *numbers)
 
     def _option(self, value: Callable[[Options], float | Tensor]) -> float | Tensor:
-        """Something of the options: a number where it is the same in all groups, else one for each."""
+        """``value(options)``: a number if it is the same for all groups, else a tensor of shape (groups,)."""
         values = [value(group.options) for group in self._groups]
         first = values[0]
         if len(values) == 1 or not any(isinstance(v, Tensor) or v != first for v in values):
             return first
-        # Made on the device: to send them there would wait for it.
+        # Made on the device: a copy from the host would synchronise.
         one = torch.ones_like(self._columns["d"][0])
         return torch.stack([one * v for v in values])
 
@@ -352,7 +356,7 @@ class GroupBatch:
         return self.select(self._columns[name])
 
     def _write_(self, condition: Tensor, **values: Tensor) -> None:
-        """Set numbers, all of one dtype, where ``condition`` (bool) holds."""
+        """Set columns, all of one dtype, where ``condition`` (bool) holds."""
         before = torch.stack([self._read(name) for name in values])
         after = torch.where(condition, torch.stack(list(values.values())), before)
         if self._rows is None:
@@ -363,7 +367,7 @@ class GroupBatch:
 
 
 def _by_group(numbers: Packed) -> list[Packed]:
-    """The numbers of each group, from those of all, of shapes (groups, …)."""
+    """Split the numbers of all groups, of shapes (groups, …), into those of each."""
     return list(map(Packed, *(column.unbind() for column in numbers)))
 
 
@@ -372,7 +376,7 @@ def _and(condition: Tensor, also: Tensor | None) -> Tensor:
 
 
 def _order(numbers: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:
-    """The places of numbers, several runs of them, in their order; None where they are in order."""
+    """The indices that sort ``numbers``, concatenated; None if they are in order already."""
     every = [number for run in numbers for number in run]
     order = sorted(range(len(every)), key=every.__getitem__)
     if order == list(range(len(order))):
@@ -397,11 +401,11 @@ class Groups:
 
     @property
     def _has_kernels(self) -> bool:
-        """Whether kernels move the groups' numbers: where they move parameters too."""
+        """Whether kernels update the groups' numbers: if they also move parameters."""
         device, options = self.columns.device, [step.options for step in self.steps]
         if not jit.runs_on(device) or type(self.columns.floats) is not Tensor:
-            return False  # or fake ones, which have no memory
-        # Within the backward pass, the numbers are set at one time and counted at another.
+            return False  # fake tensors have no memory
+        # With a fused backward pass, open() and commit() happen at different times.
         return any(o.wants_kernels(device) for o in options) and not any(o.fused_back_pass for o in options)
 
     def _in_kernels(self) -> GroupNumbers:
@@ -412,7 +416,7 @@ class Groups:
         def rows() -> list[GroupOptions]:
             return [_row(step, shares=step.index in sharing) for step in self.steps]
 
-        # Equal options are one object, so that they are soon compared; a rate on a device had better not be.
+        # Equal options are one object, so they compare fast. But an lr on a device must not be compared.
         key: object = [(step.options, step.adapts, step.index in sharing) for step in self.steps]
         if any(isinstance(rate, Tensor) for rate in rates):
             key = rows()
@@ -429,15 +433,15 @@ class Groups:
         return GroupBatch.split(steps, self.columns, self.constants)
 
     def begin(self, square: Tensor, present: Tensor, *, initializes: bool) -> Tensor:
-        """Set this step's numbers, and count it, once it is known of all gradients whether they are finite.
+        """Set this step's numbers, and count it, now that it is known whether all gradients are finite.
 
         Args:
-            square: The sum of all gradients' squares, 0-dim; not finite if one of their elements is not.
-            present: More than 0 where a group has gradients; shape (groups,).
-            initializes: Whether the step only makes state, if all gradients are zero.
+            square: The sum of all gradients' squares, 0-dim; not finite if any gradient is not.
+            present: Above 0 where a group has gradients; shape (groups,).
+            initializes: Whether a step whose gradients are all zero only makes state.
 
         Returns:
-            bool, (groups,): whether the evidence of the step is to move ``d``.
+            Whether the evidence of the step updates each group's ``d``; bool, (groups,).
         """
         if self._kernels is not None:
             forms, learns = self._kernels.begin_(square, present, initializes=initializes)
@@ -450,27 +454,27 @@ class Groups:
         return self.commit(self.open(moves), moves, skips, learns=moves)
 
     def open(self, moves: Tensor) -> list[_Opened]:
-        """Set this step's numbers of all groups; ``moves`` as for :meth:`GroupBatch.open`."""
+        """Set this step's numbers of all groups; see :meth:`GroupBatch.open`."""
         return [batch.open(moves) for batch in self._batches]
 
     def commit(self, opened: Sequence[_Opened], moves: Tensor, skips: Tensor, learns: Tensor) -> Tensor:
-        """Count the step of all groups; as :meth:`GroupBatch.commit`, with what :meth:`open` gave."""
+        """Count the step in all groups; see :meth:`GroupBatch.commit`. ``opened`` is from :meth:`open`."""
         result = torch.empty_like(learns)
         for batch, of_batch in zip(self._batches, opened, strict=True):
             batch.scatter_(result, batch.commit(of_batch, moves, skips, learns))
         return result
 
     def totals(self) -> Tensor:
-        """The sums of this step, of each group; shape (groups, 2)."""
+        """The sums of this step in each group, see :meth:`GroupStep.totals`; shape (groups, 2)."""
         totals = [step.totals(self.constants) for step in self.steps]
         return torch.stack(totals) if len(totals) > 1 else totals[0].unsqueeze(0)
 
     def close(self, totals: Tensor, learns: Tensor) -> None:
-        """End the step: move every group's ``d``, then share them as ``split_groups`` and its mean say.
+        """End the step: update every group's ``d``, then the step sizes in use, which groups may share.
 
         Args:
-            totals: The sums of all groups (see :meth:`totals`), whole; shape (groups, 2).
-            learns: bool: where they are to move ``d``; shape (groups,).
+            totals: The sums of all groups (see :meth:`totals`), completed over ranks; shape (groups, 2).
+            learns: Which groups' ``d`` to update; bool, (groups,).
         """
         if self._kernels is not None:
             self._kernels.end_(totals, learns)
@@ -480,7 +484,7 @@ class Groups:
         if any(step.options.is_balanced for step in self.steps):
             norms = norms * torch.stack([step.norm_weight for step in self.steps])
         totals = torch.stack((products, norms), 1)
-        # Groups of one pool have one d: the first of them adapts, by the sums of all.
+        # Groups of one pool have one d: the first of them updates it from the sums of all.
         leaders = self._leaders
         pools = [[index for index, of in enumerate(leaders) if of == leader] for leader in set(leaders)]
         for pool in sorted(pool for pool in pools if len(pool) > 1):
@@ -497,7 +501,7 @@ class Groups:
         self._share(learns.any())
 
     def _share(self, happens: Tensor) -> None:
-        """Set the step sizes in use, where the step ``happens`` (bool, 0-dim); a skipped one changes none."""
+        """Set the step sizes in use, if the step ``happens`` (bool, 0-dim) and is not skipped."""
         shared, in_mean = self.columns["d"].clone(), self.columns["in_mean"].clone()
         if sharing := self._sharing:
             batch = GroupBatch(sharing, self.columns, self.constants)
@@ -508,7 +512,7 @@ class Groups:
 
     @property
     def _leaders(self) -> list[int]:
-        """Of each group, the first of its pool; of one that is in none, itself."""
+        """For each group, the index of the first group in its pool; its own index if it is in none."""
         first: dict[str, int] = {}
         return [
             step.index if (pool := step.options.pool) is None else first.setdefault(pool, step.index)
@@ -517,12 +521,12 @@ class Groups:
 
     @property
     def _sharing(self) -> list[GroupStep]:
-        """The groups that move by a mean of several."""
+        """The groups that move by the mean of several."""
         sharing = [s for s in self.steps if s.options.pool is None and s.options.split_groups_mean]
         return sharing if len(sharing) > 1 else []
 
     def in_mean_or_nan(self) -> Tensor:
-        """The step sizes that count in a mean of several, nan in the place of the others; (groups,)."""
+        """``d`` of the groups that count in the mean of several, NaN for the others; (groups,)."""
         sharing = {step.index for step in self._sharing}
         shares = self.constants.on(self.columns.device, [step.index in sharing for step in self.steps])
         return prodigy.in_mean_or_nan(self.columns["d"], self.columns["in_mean"], shares)

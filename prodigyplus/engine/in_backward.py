@@ -1,7 +1,7 @@
-"""Moving parameters within the backward pass, as their gradients come: hooks of parameters.
+"""Hooks that move parameters within the backward pass, as soon as their gradients are complete.
 
-Whoever sums gradients over processes elsewhere than before these hooks has hooks of its own, as
-``prodigyplus_dist`` has.
+If gradients are summed over processes only after these hooks have run, other hooks are needed: see
+``prodigyplus_dist``.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Take = Callable[[Tensor, Tensor], bool]
-"""Moves a parameter by its gradient, now or soon; returns whether the gradient is consumed."""
+"""Takes a parameter and its gradient, and moves it now or soon; returns whether to free the gradient."""
 
 
 class Hooks(Protocol):
     """Where gradients are consumed within backward passes; see :class:`ParameterHooks`."""
 
     def attach(self, model: nn.Module, parameters: Mapping[str, Tensor], take: Take) -> list[RemovableHandle]:
-        """Let backward passes of ``model`` give the gradients of ``parameters`` to ``take``.
+        """Make backward passes of ``model`` pass the gradients of ``parameters`` to ``take``.
 
         Raises:
-            ValueError: Where its hooks run, gradients are not whole.
+            ValueError: Gradients are not complete when the hooks run.
         """
         ...
 
     def finish(self) -> None:
-        """Take the gradients that a backward pass has left waiting."""
+        """Take the gradients that are still waiting after a backward pass."""
         ...
 
 
@@ -37,7 +37,7 @@ class ParameterHooks:
     """The hooks of one process: a parameter's own, which run once its gradient is complete."""
 
     def attach(self, model: nn.Module, parameters: Mapping[str, Tensor], take: Take) -> list[RemovableHandle]:
-        # DDP sums gradients over processes after a hook has seen them; a launcher tells of it beforehand.
+        # DDP sums gradients over processes after the hook; WORLD_SIZE shows it before the model is wrapped.
         wrapped = any(hasattr(module, "register_comm_hook") for module in model.modules())
         processes = os.environ.get("WORLD_SIZE", "1")
         if wrapped or processes != "1":
@@ -54,7 +54,7 @@ class ParameterHooks:
 
 
 def hook_parameters(parameters: Mapping[str, Tensor], take: Take) -> list[RemovableHandle]:
-    """A hook for each parameter, which gives its gradient to ``take`` and frees it."""
+    """Hook each parameter, to pass its gradient to ``take``, and free it if ``take`` returns True."""
 
     def consume(p: Tensor) -> None:
         if p.grad is not None and take(p, p.grad):
@@ -67,7 +67,7 @@ def hook_parameters(parameters: Mapping[str, Tensor], take: Take) -> list[Remova
 
 
 def fusable(model: nn.Module, groups: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """The parameters of a model, by their names, that are to be moved in a backward pass.
+    """The parameters of a model that are moved within backward passes, by name.
 
     Raises:
         ValueError: There are none.

@@ -1,13 +1,13 @@
-"""The passes of a step over a stack of tensors: pure functions, whose branches hang on one small ``Kind``.
+"""The passes of a step over a stack of tensors: pure functions whose branches depend on a small ``Kind``.
 
-``squares`` reads the gradient. ``measure_`` reads it, moves the second moment and Prodigy's evidence, and
-gives the sums that the step needs. ``move_`` reads gradient, y and z, and writes y and z; where Cautious or
-Grams mask the move, it proposes one, and ``finish_`` makes it. Without Schedule-Free there is a pass more,
-before ``measure_``: ``momentum_`` moves the first moment.
+``moments.squares`` reads the gradient. ``measure_`` reads it again, updates the second moment and Prodigy's
+s, and returns the sums that the step needs. ``move_`` reads gradient, y and z, and writes y and z; if
+Cautious or Grams mask the move, it only proposes one, and ``finish_`` makes it. Without Schedule-Free there
+is one more pass, before ``measure_``: ``momentum_`` updates the first moment.
 
-Between two passes sums are completed over shards: what calls them is :mod:`prodigyplus.engine.rule`. They
-run operator by operator, and then keep the direction from ``measure_`` to ``move_``; or through
-``torch.compile``, which computes it in both (see :mod:`prodigyplus.engine.compiled`).
+:mod:`prodigyplus.engine.rule` calls the passes, and has sums completed over shards between them. They run
+operator by operator, and keep the direction from ``measure_`` to ``move_``; or through ``torch.compile``,
+which computes it in both (see :mod:`prodigyplus.engine.compiled`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from prodigyplus.terms.scalars import Numbers, Scalars
 State = Mapping[str, Tensor]
 
 Noise = tuple[Sequence[Tensor], Tensor] | None
-"""What :func:`prodigyplus.formulas.stochastic_rounding.noise` takes; None to round to the nearest."""
+"""Arguments of :func:`prodigyplus.formulas.stochastic_rounding.noise`; None to round to nearest."""
 
 
-# The options that values of a kind stand for, where they are not of the same name.
+# The options behind values of a kind whose field has another name.
 _OPTION_OF = {
     "muon": "use_muon_pp=True",
     "focus": "use_focus=True",
@@ -47,19 +47,19 @@ _OPTION_OF = {
 
 
 class Kind(NamedTuple):
-    """Which operators the passes of a stack consist of; of the same kind are stacks that need the same."""
+    """Which operators the passes of a stack consist of; equal kinds need the same operators."""
 
     direction: Literal["adam", "atan2", "focus", "muon"] = "adam"
-    z: str | None = schedule_free.BASE  # the entry of the state that has z, or its offset from y
+    z: str | None = schedule_free.BASE  # the key in the state of z or of z − y; None without Schedule-Free
     use_adopt: bool = False
     use_orthograd: bool = False
-    is_single: bool = False  # with OrthoGrad, whether a tensor has one element: nothing of it would be left
+    is_single: bool = False  # with OrthoGrad, whether a tensor has one element: it is left alone
     mask: Literal["cautious", "grams"] | None = None
     is_stable: bool = True  # StableAdamW
     decays: bool = False
     decays_by_lr: bool = True
     use_speed: object = False
-    is_balanced: bool = False  # whether the evidence for the step size is that of balance
+    is_balanced: bool = False  # whether balance needs evidence of this stack
 
     @classmethod
     def of(cls, o: Options, state: State, numel: int, *, adapts: bool = True) -> Kind:
@@ -69,7 +69,7 @@ class Kind(NamedTuple):
             o: Its group's options.
             state: The state of one of its parameters.
             numel: The number of elements of a whole tensor.
-            adapts: Whether the step size does.
+            adapts: Whether the step size adapts.
         """
         direction: Literal["adam", "atan2", "focus", "muon"] = "atan2" if o.eps is None else "adam"
         return cls(
@@ -90,8 +90,8 @@ class Kind(NamedTuple):
         """The first option, with its value, that a backend does not admit; None if it admits the kind.
 
         Args:
-            admitted: The values that it admits in each field. A field that is not named must have its
-                default: a new option is not ignored, but runs operator by operator until somebody tries it.
+            admitted: For each field, the values that the backend admits. A field that is missing must have
+                its default, so a new option is never ignored: it runs operator by operator until admitted.
         """
         for name, value, default in zip(self._fields, self, Kind(), strict=True):
             if value not in admitted.get(name, (default,)):
@@ -105,29 +105,29 @@ class Kind(NamedTuple):
 
     @property
     def is_late(self) -> bool:
-        """Whether the evidence is of directions that are there only after what is measured."""
+        """Whether the evidence needs directions that exist only after :func:`measure_`: balance with Muon."""
         return self.is_balanced and self.direction == "muon"
 
     @property
     def is_offset(self) -> bool:
-        """Whether z − y is kept in the place of z."""
+        """Whether z − y is stored instead of z."""
         return self.z == schedule_free.OFFSET
 
     @property
     def has_momentum(self) -> bool:
-        """Whether there is a first moment."""
+        """Whether there is a first moment, which replaces Schedule-Free."""
         return self.z is None
 
 
 class Moments(NamedTuple):
-    """What feeds the second moment of a stack."""
+    """What updates a factored second moment."""
 
-    squares: State  # the whole sums of g² by rows, columns and matrices, where it is factored
-    sizes: tuple[int, int]  # and how many rows and columns a tensor has
+    squares: State  # sums of g² per row, column and matrix of whole tensors; empty if it is not factored
+    sizes: tuple[int, int]  # the numbers of rows and columns of a tensor
 
 
 class Samples(NamedTuple):
-    """The samples of a stack that are evidence; shapes (count, samples)."""
+    """The samples of a stack for Prodigy's evidence; shapes (count, samples)."""
 
     grad: Tensor
     base: Tensor  # of the base iterates z; without Schedule-Free, of y
@@ -136,24 +136,25 @@ class Samples(NamedTuple):
     def of(
         cls, sample: Callable[[Tensor], Tensor], y: Tensor, grad: Tensor, z: Tensor | None, kind: Kind
     ) -> Samples:
-        """Those of stacks; z may be its offset from y. What ``sample`` gives are the samples of a stack."""
+        """The samples of stacks y, grad and z (or z − y), each taken by ``sample``."""
         if z is None:
             return cls(sample(grad), sample(y))
         return cls(sample(grad), sample(y) + sample(z) if kind.is_offset else sample(z))
 
 
 def momentum_(y: Tensor, grad: Tensor, state: State, n: Scalars, kind: Kind) -> tuple[Tensor, Tensor | None]:
-    """Move the first moment.
+    """Update the first moment.
 
     Args:
         y, grad: Stacks of the weights and of the gradients, (count, *local shape).
         state: The stack's state.
         n: The numbers of the step, in shapes that broadcast.
-        kind: The stack's.
+        kind: The stack's kind.
 
     Returns:
-        What the direction is made of, a new tensor: the first moment on the scale of g, of gradients or with
-        ADOPT of normalised ones, masked; and of Cautious, how many elements of each tensor agree.
+        The first moment on the scale of g (with ADOPT, of normalised gradients), masked by Cautious or Grams,
+        a new tensor that the direction is made from; and with Cautious, how many elements of each tensor
+        agree, else None.
     """
     raw = grad.to(n.d.dtype)
     if kind.direction == "muon":
@@ -179,20 +180,20 @@ def measure_(
     *,
     keeps_direction: bool,
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """Move the second moment and Prodigy's evidence, and give the sums that the step needs.
+    """Update the second moment and Prodigy's s, and return the sums that the step needs.
 
     Args:
         y, grad, state, kind: As for :func:`momentum_`.
-        feed: What feeds the second moment.
-        samples: The evidence for the step size; None where that does not adapt.
-        momentum: What :func:`momentum_` gave, overwritten; None with Schedule-Free.
+        feed: What updates a factored second moment.
+        samples: The samples for Prodigy's evidence; None if it takes none.
+        momentum: The first result of :func:`momentum_`, overwritten; None with Schedule-Free.
         n: The numbers of the step.
-        keeps_direction: Whether the direction is kept.
+        keeps_direction: Whether to return the direction itself.
 
     Returns:
-        Local sums by their names, of shapes (count,): those of the evidence, and of the direction ``uu``, or
-        with OrthoGrad ``uu``, ``wu`` and ``ww``; see :func:`scales` and :func:`balance_evidence`. And what
-        :func:`move_` takes for the direction: itself, or what it can be made of.
+        Local sums by name, of shapes (count,): those of the evidence, and for the direction ``uu``, or with
+        OrthoGrad ``uu``, ``wu`` and ``ww``; see :func:`scales` and :func:`balance_evidence`. And the
+        direction in a tuple, or what :func:`direction` computes it from; empty with Muon.
     """
     across = n.across(grad.ndim - 1)
     sums: dict[str, Tensor] = {}
@@ -201,7 +202,7 @@ def measure_(
         wide = grad.to(across.d.dtype)
         u = wide if momentum is None else momentum
         if kind.use_adopt:
-            # By the second moment of the gradients before this one; a first moment is of normalised ones.
+            # Normalised by the second moment before this gradient; a first moment is of normalised gradients.
             if momentum is None:
                 by = _denominator(_roots(state, across, kind), across, kind)
                 u = _normalised(wide, by, y, state, across, kind)
@@ -214,7 +215,7 @@ def measure_(
             across.gated_(u)
         if keeps_direction:
             kept = (u,)
-        del wide  # of bfloat16 gradients a copy, which the sums below need not find alive
+        del wide  # a copy, if gradients are bfloat16: free it before the sums below
         if kind.projects:
             sums |= variants.dots(u, base(y, state, kind))._asdict()
         elif kind.is_stable or kind.is_balanced:
@@ -235,9 +236,9 @@ def measure_(
 
 
 class Scales(NamedTuple):
-    """What a direction is made of u by: ``(u − along·w)·factor``; shapes (count,)."""
+    """The projection and scaling of a direction u: ``(u − along·w)·factor``; shapes (count,)."""
 
-    along: Tensor | None  # with OrthoGrad
+    along: Tensor | None  # None without OrthoGrad
     factor: Tensor | None  # None: 1
 
 
@@ -245,10 +246,10 @@ def scales(sums: State, numel: int | Tensor, dtype: torch.dtype, kind: Kind) -> 
     """OrthoGrad's projection and StableAdamW's factor.
 
     Args:
-        sums: Those that :func:`measure_` gave, over whole tensors.
-        numel: How many elements a whole tensor has, or each of them.
-        dtype: That of the arithmetic.
-        kind: The stack's.
+        sums: The sums from :func:`measure_`, over whole tensors.
+        numel: The number of elements of every whole tensor, or of each.
+        dtype: The dtype of the arithmetic.
+        kind: The stack's kind.
     """
     along, factor, square = None, None, sums.get("uu")
     if kind.projects:
@@ -262,12 +263,12 @@ def scales(sums: State, numel: int | Tensor, dtype: torch.dtype, kind: Kind) -> 
 
 
 def balance_evidence(sums: State, by: Scales, numel: int | Tensor, n: Scalars) -> tuple[Tensor, Tensor]:
-    """What balance goes by: see :func:`prodigyplus.formulas.balance.evidence`.
+    """The evidence of balance, see :func:`prodigyplus.formulas.balance.evidence`; shapes (count,).
 
     Args:
-        sums: Those that :func:`measure_` gave, over whole tensors; of Muon's, with ``gu`` and ``uu``.
-        by: What the directions are made by.
-        numel: How many elements a whole tensor has, or each of them.
+        sums: The sums from :func:`measure_`, over whole tensors; with Muon, ``gu`` and ``uu`` come later.
+        by: How the directions are projected and scaled.
+        numel: The number of elements of every whole tensor, or of each.
         n: The numbers of the step.
     """
     norm, square = sums["gu"], sums["uu"]
@@ -288,18 +289,18 @@ def move_(
     kind: Kind,
     noise: Noise,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
-    """Move y and z in place; or, where the move is masked, z alone, and propose y's.
+    """Move y and z, in place; or, if the move is masked, only z, and propose the decrease of y.
 
     Args:
         y, z: Stacks of the weights, and of the base iterates or their offsets; (count, *local shape).
-        u: Stacks of the directions; overwritten.
+        u: The stack of directions; overwritten.
         scale: A factor for each direction, in a shape that broadcasts.
         n, kind: As for :func:`momentum_`.
-        noise: That of the rounding.
+        noise: The noise of stochastic rounding.
 
     Returns:
-        What :func:`finish_` takes: y's decrease, how many of its elements agree (Cautious), and z in the
-        dtype of the computation. None where there is nothing to finish.
+        If the move is masked: the decrease of y; with Cautious, how many of its elements agree, else None;
+        and the new z in the dtype of the computation. None if there is nothing to finish.
     """
     wide_y, step = y.to(u.dtype), n.dlr * scale
     if z is None:
@@ -327,7 +328,7 @@ def move_(
 def finish_(
     y: Tensor, z: Tensor | None, decrease: Tensor, wide_z: Tensor, n: Scalars, kind: Kind, noise: Noise
 ) -> None:
-    """Take the decrease that :func:`move_` proposed off y, in place, and write z; the arguments as there."""
+    """Subtract the decrease proposed by :func:`move_` from y, in place, and write z; arguments as there."""
     wide_y = y.to(decrease.dtype)
     schedule_free.accept_(
         wide_y,
@@ -342,7 +343,7 @@ def finish_(
 
 
 def write_(y: Tensor, wide_y: Tensor, z: Tensor | None, wide_z: Tensor | None, noise: Noise) -> None:
-    """Write y and z from what was computed in a wider dtype."""
+    """Write y and z, rounded from the dtype of the computation."""
     bits = None if noise is None else stochastic_rounding.noise(*noise)
     stochastic_rounding.write_(y, wide_y, bits, stochastic_rounding.low_half)
     if z is not None and wide_z is not None:
@@ -350,11 +351,11 @@ def write_(y: Tensor, wide_y: Tensor, z: Tensor | None, wide_z: Tensor | None, n
 
 
 def mask_(move: Tensor, grad: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
-    """Cautious and Grams, in place: a move that agrees with a gradient in sign. Overwrites ``grad``.
+    """Cautious or Grams, in place: make a move agree with a gradient in sign. Overwrites ``grad``.
 
     Returns:
-        The move; and of Cautious, to be scaled up by the fraction that they make, how many elements of each
-        tensor are left.
+        The move; and with Cautious, whose result is still to be scaled up, how many elements of each tensor
+        agree, else None.
     """
     if kind.mask == "cautious":
         return move, variants.cautious_(move, grad)
@@ -362,19 +363,19 @@ def mask_(move: Tensor, grad: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None
 
 
 def _denominator(roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:
-    """What a gradient is normalised by: its deviation, a new tensor; with FOCUS, the weights' average."""
+    """What gradients are normalised by, a new tensor: sqrt(V)/d + eps; with FOCUS, the weights' average."""
     if kind.direction == "focus":
         return roots[0].to(n.d.dtype)
     return moments.deviation(roots, n.d, n.eps, n.d.dtype)
 
 
 def direction(grad: Tensor, roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:
-    """Adam's direction made anew, of what :func:`measure_` gave without keeping it."""
+    """Adam's direction, computed again from the second result of :func:`measure_`."""
     return n.gated_(_normalised(grad, _denominator(roots, n, kind), grad, {}, n, kind))
 
 
 def _roots(state: State, n: Scalars, kind: Kind) -> tuple[Tensor, ...]:
-    """What :func:`_denominator` is made of."""
+    """The tensors that :func:`_denominator` is computed from."""
     if kind.direction == "focus":
         return (state["exp_avg_weight"],)
     return moments.roots(state, n.d, n.d.dtype)
@@ -390,15 +391,15 @@ def _advance_second_(y: Tensor, grad: Tensor, state: State, feed: Moments, n: Sc
 
 
 def base(y: Tensor, state: State, kind: Kind) -> Tensor:
-    """What the weights are to FOCUS and OrthoGrad: the base iterate z, or without Schedule-Free y."""
+    """The weights for FOCUS and OrthoGrad: the base iterate z, or without Schedule-Free y."""
     return y if kind.z is None else schedule_free.base_iterate(y, state)
 
 
 def _normalised(numerator: Tensor, by: Tensor, y: Tensor, state: State, n: Scalars, kind: Kind) -> Tensor:
-    """The direction, in place in ``by``, or a new tensor."""
+    """The direction, in place in ``by``; with FOCUS, a new tensor."""
     if kind.direction == "focus":
         return variants.focus(numerator, by, base(y, state, kind).to(numerator.dtype))
-    # Where no gradient was before this one, ADOPT has nothing to divide it by.
+    # Where an element has had no gradient before this one, ADOPT has nothing to divide by.
     unknown = by <= n.eps if kind.use_adopt else None
     normalise_ = directions.atan2_ if kind.direction == "atan2" else directions.adam_
     u = normalise_(numerator, by)

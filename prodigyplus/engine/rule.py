@@ -1,10 +1,10 @@
 """One step of a stack of parameters, from their gradients to their new weights, as a generator.
 
-``update`` is the order of a step, and the only place that says it: passes over memory (see
-:mod:`prodigyplus.engine.passes`), and between them what they need to know of the whole tensors. It knows
-nothing of processes: it yields the sums over the pieces that it holds, and is sent the sums over the whole.
+``update`` is the only place that states the order of a step: passes over memory (see
+:mod:`prodigyplus.engine.passes`), and between them requests for what they need to know about whole tensors.
+It knows nothing of processes: it yields sums over local pieces, and is sent the sums over whole tensors.
 
-Small parameters of one shape move as one stack, so every tensor here has a dimension more before its own,
+Small parameters of one shape move as one stack, so every tensor here has an extra leading dimension,
 (count, *local shape).
 """
 
@@ -33,33 +33,33 @@ Rule = Generator[Requests, Answers, None]
 
 
 class ParamStep(NamedTuple):
-    """What a parameter brings to a step: plain local tensors, and where they lie."""
+    """What a parameter brings to a step: plain local tensors, and their layout."""
 
     weight: Tensor  # y, changed in place
-    grad: Tensor  # of the same shape; zeros where there is none here, but may be elsewhere
+    grad: Tensor  # of the same shape; zeros if there is none here, but may be on other ranks
     state: dict[str, Tensor]  # see prodigyplus/state.py; changed in place
     layout: Layout
     group: GroupStep
     number: int  # of the parameter in the optimiser, from 1
-    # Whether its gradient is here; None where nobody needs to ask, since every shard has one if this one has.
+    # Whether this rank has its gradient; None if nobody needs to ask: all shards have one, or none has.
     present: bool | None
 
     @property
     def stack_key(self) -> tuple[object, ...]:
-        """Parameters of equal keys may be stacked; the same on all ranks."""
+        """Parameters with equal keys may be stacked; the same on all ranks."""
         dtypes = [tensor.dtype for tensor in self.state.values()]
         weight, grad = self.weight, self.grad
-        # Groups and layouts live as long as the step, and there is one layout object for each layout.
+        # Groups and layouts live as long as the step, and equal layouts are one object.
         return id(self.group), id(self.layout), weight.device, weight.dtype, grad.dtype, *self.state, *dtypes
 
     @property
     def is_matrix(self) -> bool:
-        """Whether Muon moves it, by a direction of whole matrices."""
+        """Whether Muon moves it, whose direction needs whole matrices."""
         return self.group.options.use_muon_pp
 
     @property
     def adapts(self) -> bool:
-        """Whether its gradients are evidence for the step size; not once its state for that is freed."""
+        """Whether its gradients are evidence for the step size; False once the state for that is freed."""
         return self.group.adapts and (self.group.options.is_balanced or "p0" in self.state)
 
     @property
@@ -69,12 +69,12 @@ class ParamStep(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its direction on the rank that has most of it."""
+        """The bytes of its direction on the rank with the largest piece."""
         return self.layout.max_local_numel * compute_dtype(self.weight).itemsize
 
     @property
     def sent_bytes(self) -> int:
-        """The bytes of its direction as a matrix that is orthogonalised, on the rank that has most of it."""
+        """The bytes of its direction in the dtype of orthogonalising, on the rank with the largest piece."""
         dtype = orthogonalized_in(self.group, compute_dtype(self.weight))
         return self.layout.max_local_numel * dtype.itemsize
 
@@ -85,20 +85,20 @@ class Moving(Protocol):
     weights: list[Tensor]
     group: GroupStep
     numbers: list[int]
-    present: list[bool] | None  # of each, whether its gradient is here; None where nobody needs to ask
-    nbytes: int  # of what is alive of them while sums are completed
+    present: list[bool] | None  # for each, as ``ParamStep.present``; None if nobody needs to ask
+    nbytes: int  # bytes of directions that are alive while sums are completed
     is_matrix: bool
-    adapts: bool  # whether its gradients are evidence for the step size
+    adapts: bool  # whether their gradients are evidence for the step size
 
     def squares(self, constants: Constants) -> Requests:
-        """The sums of the raw gradients' squares, among them ``total``: a number for each parameter."""
+        """Requests for sums of the raw gradients' squares; among them ``total``, one for each parameter."""
         ...
 
     def work(self, squares: Answers, n: Scalars, constants: Constants) -> Work:
-        """What runs its passes.
+        """The backend that runs the passes.
 
         Args:
-            squares: The whole sums of its gradients' squares.
+            squares: The sums of the gradients' squares, completed.
             n: The numbers of the step.
             constants: The optimiser's.
         """
@@ -109,12 +109,12 @@ class Moving(Protocol):
 
     @property
     def layouts(self) -> Sequence[Layout]:
-        """Those of the tensors whose matrices it asks for, in that order."""
+        """The layouts of the tensors whose matrices are asked for, in that order."""
         ...
 
     @property
     def cost(self) -> tuple[int, int, int]:
-        """The cost of orthogonalising its largest matrix, and the shape: matrices are ordered by it."""
+        """The cost of orthogonalising the largest matrix, and its rows and columns: a sort key."""
         ...
 
     @property
@@ -126,7 +126,7 @@ class Moving(Protocol):
 
 @dataclass(slots=True)
 class Stack:
-    """Parameters of one stack key, or a single one, that move as one."""
+    """Parameters with one stack key, or a single parameter, that move as one."""
 
     weights: list[Tensor]
     grads: list[Tensor]
@@ -142,7 +142,7 @@ class Stack:
 
     @classmethod
     def of(cls, params: Sequence[ParamStep]) -> Stack:
-        """The stack of parameters of equal stack keys."""
+        """The stack of parameters that have equal stack keys."""
         first = params[0]
         return cls(
             [param.weight for param in params],
@@ -182,12 +182,12 @@ class Stack:
 
     @property
     def axes(self) -> tuple[Hashable, ...]:
-        """The mesh axes along which ranks hold something of its parameters, copies too."""
+        """The mesh axes along which ranks hold shards or replicas of its parameters."""
         return self.layout.axes(self.layout.dims, count_replicas=True)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether its sums are completed by other ranks before it moves."""
+        """Whether its sums must be completed over other ranks before it moves."""
         return bool(self.layout.shard_axes)
 
     @property
@@ -199,10 +199,10 @@ class Stack:
         return _cost(self.layout, self.group)
 
     def noise(self, z: str | None, step: Tensor, constants: Constants) -> Noise:
-        """What the weights and z are rounded with; None where they are not rounded stochastically.
+        """The noise that rounds the weights and z; None if they are not rounded stochastically.
 
         Args:
-            z: The entry of the state that has z, if there is any.
+            z: The key in the state of z or z − y; None without Schedule-Free.
             step: The number of the step.
             constants: The optimiser's.
         """
@@ -214,11 +214,11 @@ class Stack:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that the arithmetic on a tensor is done in: never below float32."""
+    """The dtype of the arithmetic on a tensor: its own, but at least float32."""
     return _promoted(tensor.dtype, torch.float32)
 
 
-_promoted = functools.cache(torch.promote_types)  # asked of every parameter at every step
+_promoted = functools.cache(torch.promote_types)  # called for every parameter at every step
 
 
 def _cost(layout: Layout, group: GroupStep) -> tuple[int, int, int]:
@@ -227,19 +227,19 @@ def _cost(layout: Layout, group: GroupStep) -> tuple[int, int, int]:
 
 
 def orthogonalized_in(group: GroupStep, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that matrices are orthogonalised in, by that of the arithmetic on their parameters."""
-    # What is finite in float64 need not be in bfloat16.
+    """The dtype in which matrices are orthogonalised; ``dtype`` is that of the arithmetic."""
+    # float64 stays, since its finite values may overflow in bfloat16.
     return dtype if group.options.muon_fp32 or dtype == torch.float64 else torch.bfloat16
 
 
 def matrices(local: Tensor, group: GroupStep, number: int, dtype: torch.dtype) -> Matrices:
-    """The request for a parameter's matrices.
+    """The request to orthogonalise a parameter's matrices.
 
     Args:
-        local: What is orthogonalised, the gradient or the first moment; its local piece.
-        group: The parameter's.
-        number: Its own.
-        dtype: That of the arithmetic.
+        local: The local piece of what is orthogonalised: the gradient or the first moment.
+        group: The parameter's group.
+        number: The number of the parameter in the optimiser.
+        dtype: The dtype of the arithmetic.
     """
     o, computed_in = group.options, orthogonalized_in(group, dtype)
     product = None if o.fused is False else launches.symmetric_product(computed_in, local.device)
@@ -252,13 +252,13 @@ def update(stack: Moving, constants: Constants) -> Rule:
     """One step of a stack.
 
     Args:
-        stack: Its weights and states are changed in place.
+        stack: The stack; its weights and states are changed in place.
         constants: The optimiser's.
 
     Yields:
-        Requests, to be sent their answers.
+        Requests; the caller must send the answers.
     """
-    # The sums of the raw gradients' squares say whether the step happens at all.
+    # The sums of the raw gradients' squares decide whether the step happens at all.
     squares = yield {**stack.squares(constants), **_presence(stack)}
     work = stack.work(squares, _numbers(stack, squares), constants)
 
@@ -277,12 +277,12 @@ def update(stack: Moving, constants: Constants) -> Rule:
 
 
 def _asked(requests: Requests) -> Generator[Requests, Answers, Answers]:
-    """The answers to requests, if there are any."""
+    """Yield requests, if there are any, and return the answers."""
     return (yield requests) if requests else {}
 
 
 def _presence(stack: Moving) -> Requests:
-    """Where ranks may lack gradients, on how many there are any; shape (count,)."""
+    """If ranks may lack gradients, a request for how many ranks have each; shape (count,)."""
     if stack.present is None:
         return {}
     present = torch.ones(len(stack.present), dtype=stack.dtype, device=stack.weights[0].device)
@@ -292,7 +292,7 @@ def _presence(stack: Moving) -> Requests:
 
 
 def _numbers(stack: Moving, squares: Answers) -> Scalars:
-    """The numbers of the step, those of a no-op where it is one for a parameter by itself."""
+    """The numbers of the step, those of a no-op for parameters that are skipped individually."""
     n = stack.group.scalars(stack.weights[0].device, stack.dtype)
     if stack.group.skips_per_param:
         n = n.where(squares["total"].isfinite())
@@ -302,29 +302,29 @@ def _numbers(stack: Moving, squares: Answers) -> Scalars:
 
 
 class Work(Protocol):
-    """A backend: runs the passes of one stack, and keeps what they need of one another."""
+    """A backend: runs the passes of one stack, and keeps what one pass needs from another."""
 
     kind: Kind
     n: Scalars
 
     def momentum_(self) -> Tensor | None:
-        """Move the first moment; where it is masked, returns what :meth:`scale_up_` asks for."""
+        """Update the first moment; if Cautious masks it, return how many elements agree, else None."""
         ...
 
     def scale_up_(self, agreeing: Tensor | None) -> Generator[Requests, Answers, None]:
-        """Scale up what Cautious has left, by the fraction of the whole tensor's elements that agree."""
+        """Divide Cautious's result by the fraction of the whole tensor's elements that agree."""
         ...
 
     def measure_(self) -> Requests:
-        """Move the second moment and the evidence; returns what the move needs to know."""
+        """Update the second moment and Prodigy's s; return requests for what the move needs."""
         ...
 
     def move_(self, answers: Answers) -> Tensor | None:
-        """Move y and z; where the move is masked, propose it, and return what :meth:`scale_up_` asks for."""
+        """Move y and z; or, if the move is masked, propose it, and return as :meth:`momentum_`."""
         ...
 
     def late_sums(self) -> Requests:
-        """What evidence needs to know of directions that came after :meth:`measure_`."""
+        """Requests for evidence of directions that came after :meth:`measure_`; see ``Kind.is_late``."""
         ...
 
     def evidence_(self, answers: Answers) -> tuple[Tensor, Tensor]:
@@ -332,16 +332,16 @@ class Work(Protocol):
         ...
 
     def finish_(self) -> None:
-        """Make a move that was proposed, and write back what lies in copies."""
+        """Make a move that was proposed, and write copies back to their tensors."""
         ...
 
 
 class _PlainWork:
-    """The passes of one stack, operator by operator, and what it keeps between them.
+    """The passes of one stack, operator by operator, and what is kept between them.
 
     Args:
         stack: The stack.
-        squares: The whole sums of its gradients' squares.
+        squares: The sums of its gradients' squares, completed.
         n: The numbers of the step.
         constants: The optimiser's.
     """
@@ -359,20 +359,20 @@ class _PlainWork:
         if moments.is_factored(self.state):
             sums = {key: squares[key] for key in moments.FACTORS}
             self.feed = Moments(sums, moments.factored_sizes(stack.layout))
-        self._grad: Tensor | None = None  # held from the first pass to the last that reads it
+        self._grad: Tensor | None = None  # kept from the first pass that reads it to the last
         self._masked: Tensor | None = None  # what scale_up_() scales
         self._kept: tuple[Tensor, ...] = ()  # see passes.measure_
         self._late: dict[str, Tensor] = {}  # see late_sums()
-        self._rest: Callable[[], object] | None = None  # of a move that is masked, what remains to be done
+        self._rest: Callable[[], object] | None = None  # finishes a move that is masked
 
     def grad(self) -> Tensor:
-        """The stack of gradients."""
+        """The stack of gradients, made at the first call."""
         if self._grad is None:
             self._grad = stacks.stack_copy(self.stack.grads)
         return self._grad
 
     def samples(self) -> Samples | None:
-        """The evidence for the step size, if it adapts."""
+        """The samples for Prodigy's evidence; None if it takes none."""
         if not self.stack.adapts or self.kind.is_balanced:
             return None
         layout, every = self.stack.layout, self.stack.group.options.slice_p
@@ -422,7 +422,7 @@ class _PlainWork:
         y, z, n, kind, noise = self.y, self.z, self.across, self.kind, self.noise
         u, scale = self._direction(answers)
         if kind.direction == "muon" and kind.has_momentum and kind.mask:
-            # Here the direction is masked, which of matrices is known only now.
+            # Here the direction is masked, which Muon knows only now.
             self._masked, agreeing = passes.mask_(u, n.gated(self.grad().to(u.dtype)), kind)
             self._rest = lambda: passes.move_(y, z, u, scale, n, kind, noise)
             return agreeing
@@ -435,7 +435,7 @@ class _PlainWork:
         return agreeing
 
     def _direction(self, answers: Answers) -> tuple[Tensor, Tensor]:
-        """The direction, and a factor of it that broadcasts; what is kept of it is let go."""
+        """The direction, and its factor, which broadcasts; drops what was kept for it."""
         n, kind = self.across, self.kind
         kept, self._kept = self._kept, ()
         if kind.direction == "muon":
@@ -451,7 +451,7 @@ class _PlainWork:
 
     @property
     def _unit_rms(self) -> float:
-        """What orthogonalised matrices are multiplied with."""
+        """The factor that gives orthogonalised matrices an rms of 1."""
         stack = self.stack
         _, rows, columns = muon.sizes(stack.layout.shape, batched=stack.group.options.muon_batched)
         return muon.unit_rms(rows, columns)
@@ -487,7 +487,7 @@ class _CompiledWork(_PlainWork):
             arguments = self.y, self.grad(), self.state, self.feed, samples, packed, self.kind
             sums, self._kept = compiled.measure_(*arguments)
             self._grad = None
-        else:  # there is nothing to wait for: the move is made with it
+        else:  # there is nothing to wait for: move in the same call
             every = 0 if self.kind.is_balanced or not stack.adapts else stack.group.options.slice_p
             state, feed, numel = self.state, self.feed, stack.layout.numel
             sums = compiled.measure_and_move_(

@@ -1,4 +1,4 @@
-"""One step of the optimiser: of all parameters at once, or inside backward, as their gradients come."""
+"""One step of the optimiser: all parameters at once, or within backward, as their gradients come."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from prodigyplus.terms.scalars import Constants
 
 
 class _Seen(NamedTuple):
-    """What is known of a stack's gradients after the first round; shapes (count,)."""
+    """What the first round found out about a stack's gradients; shapes (count,)."""
 
     group: GroupStep
     numbers: list[int]  # of its parameters
-    square: Tensor  # the sums of squares of its tensors, not finite if one of their elements is not
-    present: Tensor | None  # on how many ranks there are gradients of them; None: on all
+    square: Tensor  # the sum of squares of each gradient; not finite if an element is not
+    present: Tensor | None  # on how many ranks each has a gradient; None: on all
 
 
 class Step:
     """One step, from its first gradient to its end.
 
-    Plain, all parameters come at the end, and none moves if any gradient is not finite. Fused with the
-    backward pass, they may come before, and each moves, or is skipped, for itself.
+    Ordinarily, all parameters move at the end, and none moves if any gradient is not finite. With a fused
+    backward pass, they may move earlier, and each moves or is skipped individually.
 
     Args:
         entries: The optimiser's ``param_groups``.
         columns: Their numbers.
         exchange: Completes sums over shards.
         constants: The optimiser's.
-        in_backward: Whether a gradient of a backward pass begins it.
+        in_backward: Whether the step begins with a gradient within a backward pass.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Step:
         if self._skips_per_param:
             for group in self.groups.steps:
                 group.skips_per_param = True
-            # Each parameter may move before it is known of the others whether they do.
+            # A parameter may move before it is known whether others do.
             self._opened = self.groups.open(torch.ones_like(self._zeros, dtype=torch.bool))
 
     def take(self, p: Tensor, param: ParamStep) -> None:
-        """Move a parameter now; or, where its sums cross processes, with others, once they fill a bucket."""
+        """Move a parameter now; or, if its sums span ranks, together with others once they fill a bucket."""
         self.taken.add(p)
         if param.layout.is_whole:
             self._move([param])
@@ -78,11 +78,11 @@ class Step:
             self._move(waiting)
 
     def stacked(self, params: Sequence[ParamStep]) -> list[Moving]:
-        """The rest of the parameters, as they move: those that have waited for others, and ``params``."""
+        """The rest of the parameters, split into what moves as one: those still waiting, and ``params``."""
         return driver.stacked([*self._waiting, *params], self._exchange.bucket_bytes)
 
     def close(self, rest: Sequence[Moving]) -> None:
-        """Move the rest of the parameters, then the step sizes."""
+        """Move the rest of the parameters, then update the step sizes."""
         if self._skips_per_param:
             driver.finish(self._start(rest), self._exchange)
             learns = self._count_each()
@@ -110,16 +110,16 @@ class Step:
         return running
 
     def _open_and_count(self) -> Tensor:
-        """Set the numbers of all groups, once it is known of all gradients whether they are finite.
+        """Set the numbers of all groups, now that it is known whether all gradients are finite.
 
         Returns:
-            bool, (groups,): whether the evidence of the step is to move ``d``.
+            Whether the evidence of the step updates each group's ``d``; bool, (groups,).
         """
         square, present = self._sums_by_group([seen.present for seen in self._seen])
         return self.groups.begin(square, present, initializes=self.initializes_state)
 
     def _count_each(self) -> Tensor:
-        """Count the step of all groups, whose parameters have moved, or not, each for itself.
+        """Count the step in all groups, whose parameters have moved or been skipped individually.
 
         Returns:
             As :meth:`_open_and_count`.
@@ -135,12 +135,13 @@ class Step:
         return self.groups.commit(self._opened, moves > 0, skips, learns)
 
     def _sums_by_group(self, *counts: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The sum of all squares, 0-dim, then for each of ``counts`` its sums by group; shapes (groups,).
+        """The sum of all squares, 0-dim, and the sums by group of each of ``counts``, (groups,).
 
-        The first is not finite if any gradient is not; the others only count as zero or more.
+        The first is not finite if any gradient is not. Of the others, it only matters whether they are above
+        zero.
 
         Args:
-            counts: Of each stack seen, a number for each parameter, or None where each counts as one.
+            counts: For each stack seen, a number for each parameter, or None if each counts as one.
         """
         zeros = self._zeros
         squares = [seen.square.to(zeros.device, zeros.dtype) for seen in self._seen]
@@ -159,7 +160,7 @@ class Step:
         ones = self._constants.made(zeros.device, "ones", lambda: zeros[:1] + 1)
         for of_stacks in counts:
             if all(count is None for count in of_stacks):
-                # It is the same at every step.
+                # The sum is the same at every step.
                 sums.append(
                     self._constants.made(
                         zeros.device,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def adam_(grad: Tensor, deviation: Tensor) -> Tensor:
-    """``g / (sqrt(V)/d + eps)``, in place in ``deviation``, which has eps in it already.
+    """``g / (sqrt(V)/d + eps)``, in place in ``deviation``, which is the denominator, with eps added.
 
-    The same as Adam's ``d·g / (sqrt(V) + d·eps)`` where V is the second moment of ``d·g``.
+    This equals Adam's ``d·g / (sqrt(V) + d·eps)``, where V is the second moment of ``d·g``.
     """
     return torch.div(grad, deviation, out=deviation)
 
@@ -22,5 +22,5 @@ def atan2_(grad: Tensor, deviation: Tensor) -> Tensor:
 
 
 def stable_scale(square_sum: Tensor, numel: int | Tensor) -> Tensor:
-    """StableAdamW's factor (arXiv 2304.13013) ``1 / sqrt(max(1, rms(u)))``, from the sum of u²."""
+    """StableAdamW's factor ``1 / sqrt(max(1, rms(u)))`` (arXiv 2304.13013), from the sum of u²."""
     return square_sum.div(numel).sqrt_().clamp_(min=1).rsqrt_()

@@ -7,8 +7,8 @@ columns; any other dimension is a batch dimension::
     C ← β2 C + (1−β2) d² mean over rows (g²)
     sqrt(V) ≈ sqrt(R · C / mean(R))
 
-Averages are linear, so mean(R) is kept as a third average, fed by the total: no shard then needs the
-other shards' R.
+Averages are linear, so mean(R) is kept as a third average, fed by the mean over both dimensions: then no
+shard needs the other shards' R.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from prodigyplus.terms.scalars import Scalars
 # A matrix smaller than this in every dimension is not worth factoring.
 _SMALLEST_FACTORED = 32
 
-# Of g², the sums per row, per column and per matrix; and the averages that they feed.
+# The names of the sums of g² per row, column and matrix, and of the averages that they feed.
 FACTORS = ("row", "col", "mean")
 
-# How many elements are squared at a time: on a CPU what its caches hold, elsewhere what is worth a launch.
+# How many elements are squared at a time: on a CPU what fits its caches, elsewhere what is worth a launch.
 _RUN, _RUN_ON_DEVICE = 1 << 20, 1 << 24
 
-# In how many parts they are summed along the outer dimension, so that each thread sums what it has squared,
-# which is in its own cache.
+# In how many parts they are summed along the outer dimension, so that each thread sums what it has itself
+# squared, which is in its own cache.
 _LANES = 8
 
-# As Adafactor does: keeps 0/0 out of the normalised row factor of an all-zero tensor.
+# As in Adafactor: avoids 0/0 in the normalised row factor of an all-zero tensor.
 _TINY = 1e-30
 
 
 def factored_dims(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """The dimensions ``(row, column)`` over which a tensor of this global shape is factored.
 
-    The column dimension is the largest, the row dimension the second largest; of equal ones the
-    later counts as larger. None for tensors too small to factor.
+    The column dimension is the largest, the row dimension the second largest; if sizes are equal, the later
+    dimension counts as larger. None for tensors that are too small to factor.
     """
     if len(shape) < 2 or max(shape) < _SMALLEST_FACTORED:
         return None
@@ -53,7 +53,7 @@ def factored_dims(shape: tuple[int, ...]) -> tuple[int, int] | None:
 
 
 def factored_sizes(layout: Layout) -> tuple[int, int]:
-    """How many rows and columns the global tensor has, as divisors, if it is factored."""
+    """The numbers of rows and columns of a factored global tensor, for use as divisors: at least 1."""
     dims = factored_dims(layout.shape)
     assert dims is not None
     return layout.size(dims[0]), layout.size(dims[1])
@@ -70,16 +70,16 @@ SquareSums = Callable[[Tensor, int, int, torch.dtype], tuple[Tensor, Tensor]]
 def squares(
     grad: Tensor, layout: Layout, *, factored: bool, dtype: torch.dtype, square_sums: SquareSums
 ) -> dict[str, Sum]:
-    """Sums of g², in ``dtype``: those per row, column and matrix that factors need, and the total.
+    """Requests for sums of g²: the total; and if factored, the sums per row, column and matrix.
 
-    The total says whether the gradient is finite, which replicas of the tensor have to agree on.
+    The total shows whether the gradient is finite, on which replicas of the tensor must agree.
 
     Args:
-        grad: A stack of local tensors; shape (count, *local shape).
-        layout: Theirs.
-        factored: Whether their second moment is.
-        dtype: That of the computation.
-        square_sums: The function of that name, or what does the same.
+        grad: The stack of local gradients; shape (count, *local shape).
+        layout: Their layout.
+        factored: Whether their second moment is factored.
+        dtype: The dtype of the computation and of the sums.
+        square_sums: The function :func:`square_sums`, or one that does the same.
     """
     dims = factored_dims(layout.shape) if factored else None
     if dims is None:
@@ -97,10 +97,10 @@ def squares(
 
 
 def square_sums(grad: Tensor, row: int, column: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sums of g² along the dimension ``column``, and along ``row``; both keep their dimension.
+    """Sums of g² along the dimension ``column``, and along ``row``; both keep the summed dimension.
 
-    A run at a time of what follows on one another in memory: what is squared is then read again from the
-    cache, and never large.
+    One run of consecutive memory at a time: the squares are then read again from the cache, and take little
+    memory.
     """
     outer, inner = sorted((row, column))
     cut = 0 if len(grad) > 1 else outer  # the tensors of a stack stay whole
@@ -128,12 +128,12 @@ def _joined(pieces: list[Tensor], dim: int) -> Tensor:
 def advance_factors_(
     state: Mapping[str, Tensor], sums: Mapping[str, Tensor], sizes: tuple[int, int], n: Scalars
 ) -> None:
-    """Move the factors of the second moment, in place.
+    """Update the factors of the second moment, in place.
 
     Args:
-        state: Has the factors.
-        sums: Those of g² that feed them, see :func:`squares`; whole.
-        sizes: How many rows and columns the tensor has.
+        state: The stack's state, which has the factors.
+        sums: The sums of g² over the whole tensors, by the names in ``FACTORS``; see :func:`squares`.
+        sizes: The numbers of rows and columns of the tensor.
         n: The numbers of the step.
     """
     rows, columns = sizes
@@ -142,13 +142,13 @@ def advance_factors_(
 
 
 def advance_full_(state: Mapping[str, Tensor], grad: Tensor, n: Scalars) -> None:
-    """Move a full second moment, in place, by a stack of gradients."""
+    """Update a full second moment with a stack of gradients, in place."""
     squares = n.gated(grad.to(n.d.dtype)).square_()
     _average_(state["exp_avg_sq"], squares.mul_(n.sq_weight), n.beta2)
 
 
 def advance_weight_(state: Mapping[str, Tensor], weight: Tensor, n: Scalars) -> None:
-    """``w̄ ← β2·w̄ + (1−β2) d²·w``, in place: FOCUS's average of the weights."""
+    """FOCUS's average of the weights, in place: ``w̄ ← β2·w̄ + (1−β2) d²·w``."""
     _average_(state["exp_avg_weight"], weight * n.sq_weight, n.beta2)
 
 
@@ -158,13 +158,13 @@ def advance_first_(state: Mapping[str, Tensor], grad: Tensor, n: Scalars) -> Ten
 
 
 def _average_(average: Tensor, new: Tensor, keep: Tensor) -> Tensor:
-    """``average ← keep·average + new``, in place in both; returns ``new``, in the dtype it has."""
+    """``average ← keep·average + new``; the result is also written to ``new``, in its dtype, and returned."""
     average.copy_(new.addcmul_(average.to(new.dtype), keep))
     return new
 
 
 def roots(state: Mapping[str, Tensor], d: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What :func:`deviation` is made of: two factors, small new tensors; or a full moment, as it is kept."""
+    """The input of :func:`deviation`: roots of the two factors, new tensors; or the full moment itself."""
     if not is_factored(state):
         return (state["exp_avg_sq"],)
     row, column, mean = (state[f"exp_avg_sq_{name}"].to(dtype) for name in FACTORS)
@@ -172,7 +172,7 @@ def roots(state: Mapping[str, Tensor], d: Tensor, dtype: torch.dtype) -> tuple[T
 
 
 def deviation(roots: tuple[Tensor, ...], d: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """``sqrt(V)/d + offset``, a new tensor: V averages (d·g)², so this is on the scale of g."""
+    """``sqrt(V)/d + offset``, a new tensor, on the scale of g, since V averages (d·g)²."""
     if len(roots) == 1:
         return roots[0].to(dtype).sqrt().div_(d).add_(offset)
     row_root, column_root = roots

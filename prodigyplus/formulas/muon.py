@@ -1,4 +1,4 @@
-"""Muon: the gradient of a whole matrix, orthogonalised, in the place of Adam's direction.
+"""Muon: the orthogonalised gradient of a whole matrix, instead of Adam's direction.
 
 Newton–Schulz iterations drive all singular values of a matrix to 1 by odd polynomials::
 
@@ -6,8 +6,8 @@ Newton–Schulz iterations drive all singular values of a matrix to 1 by odd pol
     X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X        five times, each with its own a, b, c
     u = sqrt(max(rows, columns)) · X
 
-A matrix of ``rows × columns`` with orthonormal rows, or columns, has an rms of 1/sqrt(max(rows, columns)), so
-u has about that of Adam's direction, 1, and a step size means the same to both.
+A matrix of ``rows × columns`` with orthonormal rows or columns has an rms of 1/sqrt(max(rows, columns)). So u
+has an rms of about 1, like Adam's direction, and a step size means the same to both.
 
 Pure functions on tensors; matrices come as batches of equal shapes, (count, rows, columns).
 """
@@ -26,8 +26,8 @@ from prodigyplus.terms.layout import wide_dtype
 from prodigyplus.terms.requests import Matrices, Method, SymmetricProduct
 from prodigyplus.torch_private import foreach_copy_
 
-# arXiv 2505.16932, algorithm 1: five polynomials, each the best after those before it, for singular values
-# from 1e-3 of the norm on. In bfloat16 values may overshoot, so they are made for 1.02 times the norm.
+# arXiv 2505.16932, algorithm 1: five polynomials, each optimal after the previous ones, for singular values
+# from 1e-3 of the norm up. In bfloat16 values may overshoot, so they are made for 1.02 times the norm.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -40,25 +40,25 @@ QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
 
 _HEADROOM = 1.02
 
-# A matrix with a smaller norm counts as zero: the norm in this dtype, or its inverse, could not be trusted.
+# A matrix with a smaller norm counts as zero: in this dtype, the norm or its inverse may be inaccurate.
 _LEAST = {torch.float64: 1e-30, torch.float32: 1e-16}
 
 
 def sizes(shape: Sequence[int], *, batched: bool) -> tuple[int, int, int]:
-    """Of a tensor of two or more dimensions as a batch of matrices: their number, rows and columns."""
+    """The count, rows and columns of a tensor of two or more dimensions, as a batch of matrices."""
     if batched:
         return math.prod(shape[:-2]), shape[-2], shape[-1]
     return 1, shape[0], math.prod(shape[1:])
 
 
 def cost(rows: int, columns: int) -> int:
-    """What it costs to orthogonalise a matrix: the multiplications of five iterations."""
+    """The cost of orthogonalising a matrix: the number of multiplications in five iterations."""
     short, long = sorted((rows, columns))
     return 5 * short**2 * (2 * long + short)
 
 
 def unit_rms(rows: int, columns: int) -> float:
-    """What a matrix with orthonormal rows, or columns, is multiplied with to have an rms of 1."""
+    """The factor that gives a matrix with orthonormal rows or columns an rms of 1."""
     return math.sqrt(max(rows, columns))
 
 
@@ -66,41 +66,41 @@ def unit_rms(rows: int, columns: int) -> float:
 def newton_schulz(
     matrices: Tensor, *, quintic: bool = False, symmetric_product: SymmetricProduct | None = None
 ) -> Tensor:
-    """Matrices with the singular vectors of these, and singular values near 1.
+    """Matrices with the same singular vectors as the given ones, and singular values near 1.
 
-    Near 1 means in [0.84, 1.15] for singular values from 1e-3 of the matrix's Frobenius norm on (``quintic``:
-    in [0.68, 1.21], from 2e-3 on). Smaller ones come out proportionally smaller, but not smaller than what
-    the rounding of the matrix makes of them: in bfloat16 those that are 0 may come near 1 too.
+    Near 1 means in [0.84, 1.15] for singular values from 1e-3 of the matrix's Frobenius norm up (``quintic``:
+    in [0.68, 1.21], from 2e-3 up). Smaller ones come out proportionally smaller, but never below what
+    rounding makes of them: in bfloat16 even singular values of 0 may come out near 1.
 
     Args:
-        matrices: (count, rows, columns), of any floating dtype, in which it is computed; not changed.
-        quintic: Take the first Muon's polynomial in place of Polar Express's.
-        symmetric_product: What computes ``X Xᵀ`` and polynomials of it; None for torch's operators.
+        matrices: (count, rows, columns), of any floating-point dtype; computed in that dtype, not changed.
+        quintic: Use the first Muon's polynomial instead of Polar Express's.
+        symmetric_product: Computes ``X Xᵀ`` and polynomials of it; None for torch's operators.
 
     Returns:
-        New memory of the same shape and dtype.
+        A new tensor of the same shape and dtype.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    # Squares that underflow would make a norm too small, and then the iterations diverge.
+    # If squares underflowed, the norm would be too small, and the iterations would diverge.
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide_dtype(matrices.device))
     scale = torch.where(norm > _LEAST[norm.dtype], 1 / (_HEADROOM * norm), 0)
     x: Tensor = matrices * scale.to(matrices.dtype)
     for a, b, c in QUINTIC if quintic else POLAR_EXPRESS:
-        # Of the shorter side, from the left or from the right, which comes to the same.
+        # The Gram matrix of the shorter side; multiplying from the left or the right gives the same.
         if symmetric_product is None:
             gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
         else:
             gram = symmetric_product(x.mT if tall else x, None)
-            # With a X in the product too, which else is a copy of X first. Rounded, it is as near to X's.
+            # With a·I in the polynomial, baddbmm's copy of X is saved; the rounding error is as small.
             polynomial = symmetric_product(gram, (a, b, c))
             x = torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)
     return x
 
 
 def orthogonalized(matrices: Tensor, method: Method) -> Tensor:
-    """What ``unit_rms`` makes u of, with StableAdamW's scale; shapes and dtype as in ``newton_schulz``."""
+    """Orthogonalised matrices, with StableAdamW's factor but without ``unit_rms``; see ``newton_schulz``."""
     x = newton_schulz(matrices, quintic=method.quintic, symmetric_product=method.symmetric_product)
     if method.stable:
         rows, columns = x.shape[-2:]
@@ -111,19 +111,19 @@ def orthogonalized(matrices: Tensor, method: Method) -> Tensor:
 
 
 def orthogonalize_(batches: Sequence[tuple[Tensor, Method]], limit: int) -> None:
-    """Orthogonalise all batches, in place; those of one shape and method together.
+    """Orthogonalise batches in place, those of equal shape and method together.
 
     Args:
-        batches: Pairs of a batch (count, rows, columns), in the dtype of its method, and its method.
-        limit: How many bytes of matrices may be computed on at once; one matrix may have more.
+        batches: Pairs of a batch (count, rows, columns), in the dtype of its method, and the method.
+        limit: How many bytes of matrices may be worked on at once; a single matrix may have more.
     """
     alike: dict[tuple[torch.Size, Method, torch.device], list[Tensor]] = {}
     for batch, method in batches:
         if batch.numel():
             alike.setdefault((batch.shape[1:], method, batch.device), []).append(batch)
     for (shape, method, device), of_shape in alike.items():
-        # On the host more at once win nothing, and in bfloat16 a product's last bit depends on how many they
-        # are: then it would depend on how matrices are shared among ranks.
+        # On the host there is no gain in more at once, and in bfloat16 the last bit of a product depends on
+        # how many there are, and so on how matrices are shared among ranks.
         on_host = device.type == "cpu"
         at_once = 1 if on_host else max(1, limit // (shape.numel() * method.dtype.itemsize))
         for chosen in _runs(of_shape, at_once):
@@ -132,7 +132,7 @@ def orthogonalize_(batches: Sequence[tuple[Tensor, Method]], limit: int) -> None
 
 
 def _runs(batches: Sequence[Tensor], count: int) -> Iterator[list[Tensor]]:
-    """The matrices of batches, ``count`` at a time: as few parts of batches as they are in."""
+    """The matrices of all batches, ``count`` at a time, as slices of the batches."""
     run: list[Tensor] = []
     room = count
     for batch in batches:
@@ -155,10 +155,10 @@ def in_one_process(
 
     Args:
         asked: Pairs of a tensor's shape and its request.
-        limit: How many bytes of results may be alive at once; one tensor may have more.
+        limit: How many bytes of results may be alive at once; a single tensor may have more.
 
     Yields:
-        Numbers of ``asked``, and their results in the shapes of their tensors.
+        Indices into ``asked``, and their results in the shapes of their tensors.
     """
     for wave in waves([bytes_of(shape, matrices) for shape, matrices in asked], limit):
         results, batches = _gathered([asked[number][1] for number in wave])
@@ -167,7 +167,7 @@ def in_one_process(
 
 
 def _gathered(asked: Sequence[Matrices]) -> tuple[list[Tensor], list[tuple[Tensor, Method]]]:
-    """Copies of whole tensors; and what they are parts of, batches for :func:`orthogonalize_`."""
+    """Copies of whole tensors, as views of batches; and these batches, for :func:`orthogonalize_`."""
     alike: dict[tuple[tuple[int, int], Method, torch.device], list[int]] = {}
     counts = []
     for index, (local, batched, method, _) in enumerate(asked):
@@ -190,18 +190,19 @@ def _gathered(asked: Sequence[Matrices]) -> tuple[list[Tensor], list[tuple[Tenso
 
 
 def bytes_of(shape: Sequence[int], matrices: Matrices) -> tuple[int, int]:
-    """How many bytes a whole tensor has when it is sent, and how many each of its matrices."""
+    """The bytes of a whole tensor and of one of its matrices, in the dtype in which they are sent."""
     count, rows, columns = sizes(shape, batched=matrices.batched)
     matrix = rows * columns * matrices.method.dtype.itemsize
     return count * matrix, matrix
 
 
 def waves(sizes: Sequence[tuple[int, int]], limit: int) -> Iterator[list[int]]:
-    """What is worked on at once: numbers of ``sizes`` in runs, each of ``limit`` bytes or of one matrix.
+    """Split items into waves that are worked on at once: consecutive indices into ``sizes``.
 
     Args:
-        sizes: Pairs of how many bytes something counts for, and how many its largest matrix has.
-        limit: See above.
+        sizes: For each item, its bytes, and the bytes of its largest matrix.
+        limit: The most bytes of a wave, or those of its largest matrix if these are more. A single item may
+            exceed it.
     """
     wave: list[int] = []
     total, room = 0, limit

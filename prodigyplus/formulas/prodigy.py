@@ -1,19 +1,19 @@
-"""Prodigy (arXiv 2306.06101, algorithm 4): the step size ``d``, and the evidence that it goes by.
+"""Prodigy (arXiv 2306.06101, algorithm 4): the step size ``d``, and its evidence.
 
-Prodigy weighs the sum of ⟨g, p0 − z⟩ over the steps against a norm of the sum of the gradients, on samples:
-every ``slice_p``-th element. ``use_speed`` changes what is taken of them:
+Prodigy divides a sum of ⟨g, p0 − z⟩ over the steps by a norm of the sum of the gradients, both on samples:
+every ``slice_p``-th element. ``use_speed`` changes what each step adds:
 
 ================  ==========================================  =============================================
-``use_speed``     of a step's product                         of a step's norm
+``use_speed``     product                                     norm
 ================  ==========================================  =============================================
 ``False``         ⟨g, p0 − z⟩                                 ‖s‖₁, with ``s ← β3 s + w·g``
-``True``          its sign                                    ‖s‖₁, with ``s ← β3 s + w·sign(g)``
-``"relative"``    its average ``m ← (1−k^-¾) m + k^-¾ ⟨…⟩``,  ‖p0 − z‖₂, the largest so far; only to look at
-                  over the largest ‖p0 − z‖₁ so far and over
-                  ``(1 + ‖p0 − z‖₂)²``, of the largest too
+``True``          the sign of ⟨g, p0 − z⟩                     ‖s‖₁, with ``s ← β3 s + w·sign(g)``
+``"relative"``    its average ``m ← (1−k^-¾) m + k^-¾ ⟨…⟩``,  ‖p0 − z‖₂, the largest so far; only reported
+                  divided by the largest ‖p0 − z‖₁ so far and
+                  by ``(1 + ‖p0 − z‖₂)²``, also the largest
 ================  ==========================================  =============================================
 
-``w`` is :func:`evidence_weight`, which multiplies the product too.
+``w`` is :func:`evidence_weight`, which also multiplies the product.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from prodigyplus.terms.scalars import Scalars
 # How far the limiter lets d grow in one step.
 LIMIT = 2**0.25
 
-# With SPEED, d grows to this power of itself at most; it is below 1.
+# With SPEED, the next d is at most d to this power; d is below 1.
 SPEED_LIMIT = 0.975
 
-# How many times its start a d must be to count in a mean, how many times less than that it may be when it
-# joins late, and after how many steps that is.
+# See shared_d(): how many times d0 a d must exceed to count in the mean; how many times smaller than the mean
+# a late one may be when it joins; and the last step that is not late.
 LEAST_GROWTH, NEAR, EARLY = 10.0, 10.0, 30
 
-# Distances are not taken to be smaller.
+# A lower bound of distances.
 _SMALLEST_DISTANCE = 1e-8
 
-# What SPEED "relative" keeps of a parameter.
+# The state of a parameter with SPEED "relative".
 AVERAGES = ("exp_avg_product", "max_l1", "max_l2")
 
 
 def evidence_sums_(
     grad: Tensor, base: Tensor, state: Mapping[str, Tensor], use_speed: object, n: Scalars
 ) -> dict[str, Tensor]:
-    """Move ``s`` in ``state``, and return the local sums that :func:`evidence_` makes evidence of.
+    """Update ``s`` in ``state``, and return the local sums that :func:`evidence_` needs.
 
-    They are taken in float64 over products rounded once, so that they hardly depend on how a tensor is cut
-    into shards.
+    Products are rounded once and summed in float64, so that the sums hardly depend on how a tensor is
+    sharded.
 
     Args:
-        grad: Samples of the raw gradients of a stack, in the dtype of the numbers, gated; (count, samples).
-        base: Samples of z (of y without Schedule-Free); the same shape.
+        grad: Samples of a stack's raw gradients, in the dtype of the numbers, gated; (count, samples).
+        base: Samples of z, or without Schedule-Free of y; the same shape.
         state: The stack's state.
         use_speed: The option.
         n: The numbers of the step.
 
     Returns:
-        Sums by their names; shapes (count,).
+        Sums by name; shapes (count,), float64.
     """
     distance = state["p0"].to(grad.dtype, copy=True).sub_(base)
     if use_speed == "relative":
@@ -70,7 +70,7 @@ def evidence_sums_(
         return {name: stacks.total(values, wide_dtype(grad.device)) for name, values in distances.items()}
     product = stacks.total(distance.mul_(grad), wide_dtype(grad.device))
     s = state["s"]
-    # On a GPU, a product of s in bfloat16 and of a number there would be with the number rounded to bfloat16.
+    # On a GPU, bfloat16 times a 0-dim tensor would round that number to bfloat16 first.
     s.copy_(s.to(grad.dtype).mul_(n.beta3))
     s.add_((grad.sign() if use_speed else grad) * n.prodigy_weight)
     return {"product": product, "norm": stacks.total(s.abs(), wide_dtype(grad.device))}
@@ -79,9 +79,9 @@ def evidence_sums_(
 def evidence_(
     sums: Mapping[str, Tensor], state: Mapping[str, Tensor], use_speed: object, n: Scalars
 ) -> tuple[Tensor, Tensor]:
-    """Products and norms (see the module) from sums over whole tensors; shapes (count,).
+    """Products and norms (see the module docstring) from sums over whole tensors; shapes (count,).
 
-    Zeros where the gradient does not count. Moves what the relative kind keeps in ``state``.
+    They are zero where the gradient does not count. SPEED "relative" updates its averages in ``state``.
     """
     if use_speed == "relative":
         product, norm = _relative_(sums, state, n)
@@ -95,7 +95,7 @@ def evidence_(
 def _relative_(sums: Mapping[str, Tensor], state: Mapping[str, Tensor], n: Scalars) -> tuple[Tensor, Tensor]:
     average, l1, l2 = (state[key] for key in AVERAGES)
     new, weight = sums["product"].to(average.dtype), n.ema_weight.to(average.dtype)
-    started = l1 > 0  # before, there is no average
+    started = l1 > 0  # False until the first observation, which starts the average
     moved = {
         average: torch.lerp(torch.where(started, average, new), new, weight),
         l1: sums["l1"].clamp(min=_SMALLEST_DISTANCE).maximum(l1),
@@ -107,17 +107,17 @@ def _relative_(sums: Mapping[str, Tensor], state: Mapping[str, Tensor], n: Scala
 
 
 def evidence_weight(d: Tensor, d0: float | Tensor, sqrt_d0: float | Tensor, use_speed: object) -> Tensor:
-    """The weight of a step's gradient in Prodigy's statistics: d²/sqrt(d0), or sqrt(d)·d0 with SPEED."""
+    """A step's weight in Prodigy's statistics: d²/sqrt(d0), or sqrt(d)·d0 with ``use_speed=True``."""
     return d.sqrt() * d0 if use_speed is True else d.square() / sqrt_d0
 
 
 class Evidence(NamedTuple):
-    """What ``d`` goes by; shapes (groups,).
+    """What ``d`` is estimated from; shapes (groups,).
 
     Args:
-        numerator: The decayed sum of the products, weighted.
+        numerator: The decayed sum of the weighted products, before this step.
         largest: The largest numerator so far.
-        product, norm: This step's, summed over the group; the product weighted.
+        product, norm: This step's weighted product and norm, summed over the group.
     """
 
     numerator: Tensor
@@ -130,13 +130,13 @@ class Estimator(NamedTuple):
     """How ``d`` follows its evidence; numbers, or tensors of shape (groups,).
 
     Args:
-        d0: The start.
+        d0: The value that ``d`` starts from.
         d_coef: Multiplies the estimate.
         beta3: Decay of the numerator.
-        beta4: Decay of a ``d`` that moves both ways; None for one that never shrinks.
+        beta4: Decay of ``d`` itself, which can then shrink too; None if ``d`` never shrinks.
         use_speed: The option.
-        limits: Whether the estimate is limited.
-        limit, speed_coef: Numbers made of ``d_coef``, see :meth:`limit_of` and :meth:`speed_coef_of`.
+        limits: Whether the limiter applies, the option ``d_limiter``.
+        limit, speed_coef: Derived from ``d_coef``, see :meth:`limit_of` and :meth:`speed_coef_of`.
     """
 
     d0: float | Tensor
@@ -151,12 +151,12 @@ class Estimator(NamedTuple):
     @staticmethod
     def limit_of(d_coef: float) -> float:
         """How far the limiter lets an estimate grow in one step, before ``d_coef`` multiplies it."""
-        # Of a d_coef below 1 what it makes is limited: limited before, d would stay where it is.
+        # With d_coef below 1, the limit is on the product: otherwise d could not grow.
         return LIMIT / min(1.0, d_coef)
 
     @staticmethod
     def speed_coef_of(d_coef: float) -> float:
-        """What multiplies an estimate of SPEED "relative"."""
+        """The factor of the estimate with SPEED "relative"."""
         return float(d_coef**0.125)
 
 
@@ -165,16 +165,17 @@ def next_d(d: Tensor, evidence: Evidence, by: Estimator) -> tuple[Tensor, Tensor
 
     Args:
         d: Step sizes before the step; shape (groups,).
-        evidence, by: See there.
+        evidence: The evidence before this step, and this step's.
+        by: How ``d`` follows it.
 
     Returns:
-        The next ``d``, the estimate d̂ that it goes by, and the next numerator. Where the norm is zero,
-        nothing was observed, and ``d`` stays.
+        The next ``d``, the estimate d̂, and the next numerator. Where the norm is zero, nothing was observed,
+        and ``d`` stays.
     """
     numerator, largest, product, norm = evidence
     before = numerator
     numerator = numerator * by.beta3
-    # Until progress is made, what is negative would only hold d down.
+    # Until d has grown, negative products would only hold it down.
     numerator = torch.where((d > by.d0) | (product > 0), numerator + product, numerator)
     if by.use_speed == "relative":
         grows = (numerator >= largest) & (numerator > 0) & (before > 0)
@@ -198,17 +199,17 @@ def shared_d(
 ) -> tuple[Tensor, Tensor]:
     """The step size in use in groups that share one: the harmonic mean of ``d`` over those with evidence.
 
-    A start is chosen too small, so what has not grown tenfold is no evidence. Groups that start together
-    count as soon as they have left ``d0``, and for good if they have grown so within their first steps. What
-    comes to that later (a group that has just been added, or whose gradients are noise) joins the others once
-    it is near their mean. So what has nothing to learn, is frozen at its start or has just come does not hold
-    the others back: it moves by their mean. Where nothing counts, the mean is over all that have moved.
+    ``d0`` is chosen too small, so a ``d`` that has not grown tenfold is no evidence. In their first steps,
+    groups that start together count as soon as they have left ``d0``, and for good once they have grown
+    tenfold. A group that grows tenfold later (it was just added, or its gradients are noise) joins the mean
+    once it is near it. So a group that has nothing to learn, is frozen at its start or was just added does
+    not hold the others back: it moves by their mean. If no group counts, the mean is over all that moved.
 
     Args:
         d, d0, weight_sum, k, in_mean: Numbers of the groups (see ``engine/columns.py``); shapes (groups,).
 
     Returns:
-        The mean in every group that has moved, in the others their own ``d``; and the next ``in_mean``.
+        The mean for every group that has moved, and its own ``d`` for every other; and the next ``in_mean``.
     """
     moved, counts = weight_sum > 0, in_mean > 0
     is_early = (k == k.max()) & (k <= EARLY)
@@ -220,11 +221,11 @@ def shared_d(
 
 
 def _harmonic_mean(d: Tensor, where: Tensor) -> Tensor:
-    """The harmonic mean of ``d`` over ``where`` (bool); 0 if that is nowhere. 0-dim."""
+    """The harmonic mean of ``d`` where ``where`` (bool) holds, 0-dim; 0 if it holds nowhere."""
     total = torch.where(where, 1 / d, 0.0).sum()
     return torch.where(total > 0, where.sum() / total, 0.0)
 
 
 def in_mean_or_nan(d: Tensor, in_mean: Tensor, shares: Tensor) -> Tensor:
-    """The step sizes that count in a mean of several, nan in the place of the others; shape (groups,)."""
+    """``d`` of the groups that count in a shared mean, NaN for the others; shape (groups,)."""
     return torch.where((in_mean > 0) & (shares > 0), d, math.nan)

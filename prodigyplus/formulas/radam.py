@@ -1,4 +1,4 @@
-"""RAdam (arXiv 1908.03265, algorithm 2): the second moment without its bias to zero, and a warm-up."""
+"""RAdam (arXiv 1908.03265, algorithm 2): bias correction of the second moment, and a warm-up."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def rectified(step: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of a step to make, and the decay that corrects the second moment's bias.
+    """RAdam's rectification, and the decay that corrects the second moment's bias towards zero.
 
     Args:
-        step: Its number, from 1; any shape.
+        step: The number of the step, from 1; any shape.
         beta2: Decay of the second moment, above 0.6; the same shape.
 
     Returns:
-        The rectification, 0 as long as the average is too short to be trusted; and the decay with which
-        ``V ← β2' V + (1−β2') g²`` is the average without its bias to zero.
+        The factor of the step size, 0 while the average is too short to be trusted; and the decay β2' with
+        which ``V ← β2' V + (1−β2') g²`` is the bias-corrected average.
     """
     decayed = beta2**step
     longest = 2 / (1 - beta2) - 1

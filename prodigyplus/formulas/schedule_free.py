@@ -1,10 +1,10 @@
-"""Schedule-Free (arXiv 2405.15682): the weights of training y, of the base iterate z, the average x.
+"""Schedule-Free (arXiv 2405.15682): the training weights y, the base iterate z, and their average x.
 
     y = (1−β1) z + β1 x
 
-Only y (in the model) and z (in the state) are kept. In place of z, its offset z − y may be kept: rounded to
-bfloat16, that has a relative error of its own, where z would have one of the weights. Pure functions on
-tensors.
+Only y (in the model) and z (in the state) are stored. The offset z − y may be stored instead of z: in
+bfloat16, its rounding error is relative to the offset, where that of z would be relative to the weights. Pure
+functions on tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prodigyplus.terms.scalars import Scalars
 
-# The names of z in a parameter's state, and of z − y.
+# The keys of z and of z − y in a parameter's state.
 BASE, OFFSET = "z", "z_minus_y"
 
 
@@ -26,8 +26,8 @@ def averaging_weight(
     """``c``, the weight of z in the average x.
 
     Args:
-        weight: This step's, dlr².
-        weight_sum: The sum of the steps' weights, this one's included.
+        weight: The weight of this step, dlr².
+        weight_sum: The sum of the weights of all steps, including this one.
         beta1: β1.
         strength: ``schedulefree_c``, or None for 0: then ``c = weight / weight_sum``.
 
@@ -46,12 +46,12 @@ def y_fraction(beta1: Tensor, c: Tensor) -> Tensor:
 
 
 def is_averaged(state: Mapping[str, Tensor]) -> bool:
-    """Whether a parameter's state has z, in either form."""
+    """Whether a parameter's state has z or z − y."""
     return BASE in state or OFFSET in state
 
 
 def base_iterate(y: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """The base iterate z: the one in ``state`` itself, or a new tensor where its offset is kept."""
+    """The base iterate z: the tensor in ``state`` itself, or a new one if the offset is stored."""
     return state[BASE] if BASE in state else y + state[OFFSET]
 
 
@@ -60,17 +60,17 @@ def step_(
 ) -> None:
     """Step y and z, in place: ``y ← lerp(y, z, c) − step·(1−β1(1−c))·u``, ``z ← z − step·u``.
 
-    This moves x to ``lerp(x, z, c)``. With weight decay, which is taken at y, ``step·u`` has it added.
+    This moves x to ``lerp(x, z, c)``. With weight decay, ``decay·y`` is added to ``step·u``.
 
     Args:
         y: The weights.
-        z: The base iterates; or with ``is_offset`` z − y, which moves by
+        z: The base iterates; or with ``is_offset`` z − y, for which the step is
             ``z − y ← (1−c)·(z − y) − step·β1(1−c)·u``.
         u: The directions; overwritten.
         step: The step size; 0-dim, or one for each tensor of a stack, in a shape that broadcasts.
         n: The numbers of the step.
         decays: Whether there is weight decay.
-        is_offset: See ``z``.
+        is_offset: Whether ``z`` holds z − y.
     """
     if decays:
         u.mul_(step).addcmul_(y, n.decay)
@@ -94,12 +94,12 @@ def propose_(
     decays_by_lr: bool,
     is_offset: bool,
 ) -> Tensor:
-    """Step z, and return y's decrease, for Cautious or Grams to mask before :func:`accept_`.
+    """Step z, and return the proposed decrease of y, for Cautious or Grams to mask before :func:`accept_`.
 
     Args:
         y, z, u, step, n, decays, is_offset: As for :func:`step_`; y is not changed. With ``is_offset``, z
-            becomes the offset of the new z from y as it is.
-        decays_by_lr: Whether weight decay is part of what is masked, as ``weight_decay_by_lr`` makes it.
+            becomes the offset of the new z from the old y.
+        decays_by_lr: The option ``weight_decay_by_lr``: whether weight decay is part of what is masked.
 
     Returns:
         The decrease, ``c·(y − z) + step·(1−β1(1−c))·u``; a new tensor.
@@ -118,7 +118,7 @@ def propose_(
 def accept_(
     y: Tensor, z: Tensor, decrease: Tensor, n: Scalars, *, decays: bool, decays_by_lr: bool, is_offset: bool
 ) -> None:
-    """Take a decrease that :func:`propose_` gave off y, in place; an offset z follows y."""
+    """Subtract a decrease from :func:`propose_` from y, in place; an offset z is updated for the new y."""
     if decays and not decays_by_lr:
         if is_offset:
             z.addcmul_(y, n.decay * n.y_fraction)
@@ -144,10 +144,10 @@ def x_from_y(y: Tensor, state: Mapping[str, Tensor], beta1: float, out: Tensor) 
 
 
 def y_from_x(x: Tensor, state: Mapping[str, Tensor], beta1: float, out: Tensor) -> None:
-    """Write the weights of training ``y = lerp(x, z, 1 − β1)`` to ``out``, which may be ``x``."""
+    """Write the training weights ``y = lerp(x, z, 1 − β1)`` to ``out``, which may be ``x``."""
     if BASE in state:
         _lerp(x, state[BASE], 1 - beta1, out)
-    else:  # z − y is β1·(z − x)
+    else:  # since z − y is β1·(z − x)
         torch.add(x, state[OFFSET], alpha=1 / beta1 - 1, out=out)
 
 

@@ -1,9 +1,9 @@
-"""Stochastic rounding to bfloat16, with noise that depends on an element's global index, not on who holds it.
+"""Stochastic rounding to bfloat16, with noise that depends on an element's global index, not on its rank.
 
-An element is rounded up with the probability of its distance to the value below: a step that is
-smaller than the last bit of the weight is then lost on no average. The noise is a hash of the step,
-of the parameter and of the element's index in the global tensor. The same run gives the same bits,
-replicas agree, and a shard draws what the whole tensor would have drawn there.
+An element is rounded up with a probability proportional to its distance from the value below, so a step
+smaller than the last bit of the weight is not lost on average. The noise is a hash of the step, of the
+parameter and of the element's index in the global tensor. So the same run gives the same bits, replicas
+agree, and a shard draws what the whole tensor would have drawn there.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LOW_HALF = 0xFFFF
 
 
 def seeds(step: Tensor, parameters: Tensor) -> Tensor:
-    """What makes the noise of each parameter another one in each step; int32, shape (count,).
+    """A seed for each parameter, different in each step; int32, shape (count,).
 
     Args:
-        step: Number of the step, an integer tensor without dimensions.
-        parameters: Numbers of the parameters in the optimiser, int64; shape (count,).
+        step: The number of the step, a 0-dim integer tensor.
+        parameters: The numbers of the parameters in the optimiser, int64; shape (count,).
     """
     of_step = _hash_((step * _GOLDEN).to(torch.int32))
     return _hash_(of_step + (parameters * _GOLDEN % (1 << 31)).to(torch.int32))
@@ -50,35 +50,35 @@ def _hash_(bits: Tensor) -> Tensor:
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """A logical shift; torch's own on int32 carries the sign in."""
+    """A logical right shift; torch's own shift of int32 is arithmetic."""
     return (bits >> count).bitwise_and_((1 << (32 - count)) - 1)
 
 
 def low_half(bits: Tensor) -> Tensor:
-    """The lower 16 of 32 random bits, as an int32 from 0 to 65535: the noise of one rounding."""
+    """The lower 16 of 32 random bits, as an int32 from 0 to 65535: noise for one rounding."""
     return bits & _LOW_HALF
 
 
 def high_half(bits: Tensor) -> Tensor:
-    """The upper 16 of 32 random bits, as an int32 from 0 to 65535: the noise of another."""
+    """The upper 16 of 32 random bits, as an int32 from 0 to 65535: noise for another."""
     return _shift_right(bits, 16)
 
 
 def write_(
     target: Tensor, source: Tensor, bits: Tensor | None, half: Callable[[Tensor], Tensor] = low_half
 ) -> None:
-    """Write ``source`` to ``target``, rounding to the nearest, or with noise stochastically.
+    """Write ``source`` to ``target``, rounded to nearest, or stochastically if there is noise.
 
     Args:
-        target: Tensor of any floating dtype; with noise, bfloat16 if not the source's.
-        source: Tensor of the dtype of the computation, the target itself if that is its dtype; with noise,
-            float32.
+        target: Of any floating-point dtype; with noise, bfloat16 or the dtype of ``source``.
+        source: In the dtype of the computation, with noise float32. If the dtypes are equal, it must be
+            ``target`` itself, and nothing is written.
         bits: The noise (see :func:`noise`), or None.
         half: Which half of it to take: :func:`low_half` or :func:`high_half`.
     """
     if target.dtype == source.dtype:
         return
     if bits is not None:
-        # bfloat16 is the upper half of float32: add noise below it, cut there.
+        # bfloat16 is the upper half of float32: add noise to the lower half, then truncate.
         source = half(bits).add_(source.view(torch.int32)).bitwise_and_(_HIGH_HALF).view(torch.float32)
     target.copy_(source)

@@ -1,4 +1,4 @@
-"""Changes to a direction that another option asks for: pure functions on tensors.
+"""Options that change a direction or a move: pure functions on tensors.
 
 ========================  ================================================================
 ``use_adopt``             ADOPT, arXiv 2411.02853
@@ -19,16 +19,16 @@ from torch import Tensor
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import wide_dtype
 
-# FOCUS: how strongly the weights' average attracts, against the gradient's sign.
+# FOCUS: how strongly the average of the weights attracts, relative to the sign of the gradient.
 _ATTRACTION = 0.1
 
-# Cautious: at least this fraction of the elements is taken to agree, or the few that do would step far.
+# Cautious: a lower bound of the fraction that agrees; without it, a few elements would step too far.
 _SMALLEST_FRACTION = 1e-3
 
-# OrthoGrad: what is left of a direction counts in full from this many roundings on.
+# OrthoGrad: below this many rounding errors, what is left of a direction is scaled down.
 _ROUNDINGS = 128
 
-# OrthoGrad: weights of a smaller norm are zero to rounding.
+# OrthoGrad: weights with a smaller norm count as zero.
 _SMALLEST_NORM = 1e-30
 
 # How many elements are widened to float64 at a time.
@@ -36,10 +36,10 @@ _RUN = 1 << 20
 
 
 def cautious_(proposed: Tensor, gradient: Tensor) -> Tensor:
-    """Cautious, in place in ``proposed``: zero where it has not the gradient's sign. Overwrites ``gradient``.
+    """Cautious, in place: zero ``proposed`` where its sign is not the gradient's. Overwrites ``gradient``.
 
     Returns:
-        How many elements of each tensor of the stack have; in its dtype, shape (count,).
+        How many elements of each tensor of the stack agree in sign; in its dtype, shape (count,).
     """
     agrees = gradient.mul_(proposed).gt_(0)
     proposed.mul_(agrees)
@@ -47,33 +47,33 @@ def cautious_(proposed: Tensor, gradient: Tensor) -> Tensor:
 
 
 def scale_up_(masked: Tensor, agreeing: Tensor, numel: int) -> None:
-    """Cautious, in place: divide what :func:`cautious_` has left by the fraction of elements that agree.
+    """Cautious, in place: divide the result of :func:`cautious_` by the fraction of elements that agree.
 
     Args:
         masked: A stack of local tensors.
         agreeing: How many elements of each whole tensor agree; shape (count,).
-        numel: How many elements a whole tensor has.
+        numel: The number of elements of a whole tensor.
     """
     masked.div_(stacks.across((agreeing / numel).clamp_(min=_SMALLEST_FRACTION), masked))
 
 
 def grams_(proposed: Tensor, gradient: Tensor) -> Tensor:
-    """Grams, in place in ``proposed``: its magnitudes, the signs of the gradient. Overwrites ``gradient``."""
+    """Grams, in place: give ``proposed`` the gradient's signs. Overwrites ``gradient``."""
     return proposed.abs_().mul_(gradient.sign_())
 
 
 def adopt_observes(step: Tensor) -> Tensor:
-    """ADOPT: bool, False at the first step, whose gradient starts the second moment and does nothing else."""
+    """ADOPT: False at the first step, whose gradient only starts the second moment; bool."""
     return step > 1
 
 
 def adopt_clip_(normalised: Tensor, clip: Tensor) -> Tensor:
-    """ADOPT, in place: hold a normalised gradient, before it enters the first moment, to ±k^¼."""
+    """ADOPT, in place: clip a normalised gradient to ±k^¼ (``clip``) before it enters the first moment."""
     return normalised.clamp_(-clip, clip)
 
 
 def focus(numerator: Tensor, average: Tensor, weight: Tensor) -> Tensor:
-    """FOCUS: ``sign(m) + γ·sign(w − average of w)``, a new tensor; γ is 0.1."""
+    """FOCUS: ``sign(numerator) − 0.1·sign(average − weight)``, a new tensor."""
     return numerator.sign().sub_((average - weight).sign_(), alpha=_ATTRACTION)
 
 
@@ -86,9 +86,9 @@ class Dots(NamedTuple):
 
 
 def dots(direction: Tensor, weight: Tensor) -> Dots:
-    """Of two stacks of local tensors, (count, *shape), in float64 from the products on.
+    """The dot products of two stacks of local tensors, (count, *shape); products and sums in float64.
 
-    The differences of these sums say how much of the direction is orthogonal to the weights.
+    Differences of these sums show how much of the direction is orthogonal to the weights.
     """
     wide, count = wide_dtype(direction.device), len(direction)
     sums = direction.new_zeros(3, count, dtype=wide)
@@ -101,7 +101,7 @@ def dots(direction: Tensor, weight: Tensor) -> Dots:
 
 
 class Projection(NamedTuple):
-    """The direction ``(u − along·w)·scale``, and the sum of its squares; shapes (count,)."""
+    """OrthoGrad's direction is ``(u − along·w)·scale``; ``square`` is its sum of squares. Shapes (count,)."""
 
     along: Tensor
     scale: Tensor
@@ -109,15 +109,15 @@ class Projection(NamedTuple):
 
 
 def projection(whole: Dots, dtype: torch.dtype) -> Projection:
-    """OrthoGrad: what of u is orthogonal to w, scaled to the norm of u.
+    """OrthoGrad: the part of u that is orthogonal to w, scaled to the norm of u.
 
     In closed form: ``‖u − (⟨w,u⟩/⟨w,w⟩) w‖² = ⟨u,u⟩ − ⟨w,u⟩²/⟨w,w⟩``. Where that is no more than the rounding
-    of u's elements, or of these sums, u is parallel to w, and the step fades to nothing rather than be made
-    of rounding.
+    error of u's elements, or of these sums, u is parallel to w, and the step fades to zero: what is left of u
+    is rounding error.
 
     Args:
-        whole: The sums over the whole tensors.
-        dtype: That of u.
+        whole: The sums over whole tensors.
+        dtype: The dtype of u.
     """
     uu, wu, ww = whole
     along = torch.where(ww > _SMALLEST_NORM**2, wu / ww, 0.0)

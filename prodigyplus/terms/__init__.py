@@ -1,1 +1,1 @@
-"""The tensors and indices that formulas are written in: layouts, requests, numbers of a step, stacks."""
+"""The vocabulary of the formulas: layouts, requests, the numbers of a step, stacks."""

@@ -1,8 +1,7 @@
-"""A step computes what it computes in whatever mode its caller is: autocast, inference, a default device.
+"""Isolation from the caller's modes: a step gives the same result under autocast or inference mode.
 
-Ambient modes change what operators do without a word at the call. So the optimiser leaves them where its
-arithmetic begins. (A default device or dtype has no say in it, since every tensor that it makes names its
-own.)
+Such modes change what operators do, with nothing to see at the call. So the optimiser leaves them before its
+arithmetic begins. (A default device or dtype has no effect, since every tensor is created with its own.)
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def isolated(function: F) -> F:
-    """``function`` without gradients, and out of autocast and of inference mode.
+    """``function``, run without gradients and outside autocast and inference mode.
 
-    What it makes can be changed in place by whoever calls it, also where its caller is in inference mode.
+    The caller can change the tensors that it returns in place, even if the caller is in inference mode.
     """
 
     @functools.wraps(function)
@@ -30,7 +29,7 @@ def isolated(function: F) -> F:
         with torch.no_grad(), ExitStack() as stack:
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(mode=False))
-                stack.enter_context(torch.no_grad())  # which leaving inference mode has ended
+                stack.enter_context(torch.no_grad())  # leaving inference mode has ended it
             for device_type in _device_types():
                 if torch.is_autocast_enabled(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
@@ -40,17 +39,17 @@ def isolated(function: F) -> F:
 
 
 def is_captured(device: torch.device) -> bool:
-    """Whether what is launched on ``device`` is recorded into a graph rather than run."""
+    """Whether work launched on ``device`` is being captured into a CUDA graph instead of run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
 def _device_types() -> tuple[str, ...]:
-    """The kinds of devices that a parameter of this process may be on, and that autocast knows."""
+    """The device types of this process's parameters, as autocast names them."""
     accelerator = torch.accelerator.current_accelerator()
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 def isolated_from_compiler(function: F) -> F:
-    """:func:`isolated`, and left as it is by ``torch.compile`` of what calls it."""
+    """As :func:`isolated`; also, ``torch.compile`` of a caller does not trace into it."""
     return disable_compiler(isolated(function))

@@ -1,4 +1,4 @@
-"""Where a local tensor lies in its global tensor: the indices that it holds in each dimension."""
+"""Where a local tensor lies in its global tensor: the global indices that it holds in each dimension."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from prodigyplus.terms.requests import Sum
 
 
 class Runs(NamedTuple):
-    """A local tensor as runs of one length, each of them consecutive in the flattened global tensor."""
+    """A local tensor as runs of equal length, each consecutive in the flattened global tensor."""
 
-    firsts: Tensor  # the position of the first element of each; int64, on the host
+    firsts: Tensor  # the global position of each run's first element; int64, on the host
     length: int
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of numbers and sums that must not depend on rounding: float64, where the device has it."""
+    """The dtype of numbers and sums that need more precision: float64, or float32 on devices without it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -32,13 +32,13 @@ class Layout:
 
     Args:
         shape: The shape of the global tensor.
-        indices: For each dimension, the global indices of the local tensor, ascending: a range where they
-            are consecutive. Left out, the local tensor is the global one.
+        indices: For each dimension, the global indices of the local tensor, ascending; a range if they are
+            consecutive. By default the local tensor is the global one.
         shard_axes: The mesh axes that shard the tensor, as pairs of an axis (known to the exchange that sums
             over it) and the dimension that it shards.
         replica_axes: The mesh axes along which the tensor is replicated.
-        max_local_numel: The number of elements of the largest local tensor of all ranks. Left out, the
-            number of this one's.
+        max_local_numel: The number of elements of the largest local tensor of any rank. By default, of this
+            one.
 
     Attributes:
         is_run: Whether the local elements are consecutive in the flattened global tensor.
@@ -63,36 +63,36 @@ class Layout:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """All dimensions of the tensor: what a sum over the whole tensor is taken over."""
+        """All dimensions of the tensor: those that a sum over the whole tensor runs over."""
         return tuple(range(len(self.shape)))
 
     @property
     def is_whole(self) -> bool:
-        """Whether every sum over the local tensor is complete, and there is no replica."""
+        """Whether there are no shards and no replicas: sums over the local tensor are complete."""
         return not (self.shard_axes or self.replica_axes)
 
     @property
     def numel(self) -> int:
-        """The number of elements of the global tensor, as a divisor: at least 1."""
+        """The number of elements of the global tensor, for use as a divisor: at least 1."""
         return max(1, math.prod(self.shape))
 
     def axes(self, dims: Collection[int], *, count_replicas: bool = False) -> tuple[Hashable, ...]:
-        """The mesh axes over which a local sum has to be summed to be complete.
+        """The mesh axes over which a local sum must be reduced to be complete.
 
         Args:
-            dims: The dimensions of the tensor that the sum is taken over.
-            count_replicas: Whether each replica of the tensor counts, so that all hear of all. Otherwise
-                replicas count once.
+            dims: The dimensions of the tensor that the sum runs over.
+            count_replicas: Whether to sum over replicas too, so that all ranks get the same. Otherwise a
+                replicated tensor counts once.
         """
         sharding = tuple(axis for axis, dim in self.shard_axes if dim in dims)
         return (*sharding, *self.replica_axes) if count_replicas else sharding
 
     def sum(self, local: Tensor, dims: Collection[int], *, count_replicas: bool = False) -> Sum:
-        """A request for the whole of a sum over the local tensor; the other arguments as for :meth:`axes`."""
+        """A request to complete ``local``, a sum over the local tensor; the rest as for :meth:`axes`."""
         return Sum(local, self.axes(dims, count_replicas=count_replicas))
 
     def size(self, dim: int) -> int:
-        """The size of one dimension of the global tensor, as a divisor: at least 1."""
+        """The size of a dimension of the global tensor, for use as a divisor: at least 1."""
         return max(1, self.shape[dim])
 
     @property
@@ -104,19 +104,19 @@ class Layout:
         """The local elements whose index in the row-major flattened global tensor is a multiple of ``every``.
 
         Args:
-            tensor: The local tensor, or a stack of several, with more dimensions before its own.
-            every: The distance of two samples in the global tensor.
+            tensor: The local tensor, or a stack of several, with extra leading dimensions.
+            every: The distance between samples in the flattened global tensor.
 
         Returns:
-            One dimension for those of the tensor, in ascending order of the index; a view where the memory
-            allows it.
+            The samples, with the tensor's dimensions flattened into one, in ascending order of the index; a
+            view if the memory layout allows it.
         """
         dims = len(self.shape)
         if self.is_run:
             return strided_samples(tensor, dims, -self.first % every, every)
         key = every, tensor.device
         if key not in self._samples:
-            # On the host: finding them on a device would wait for how many there are.
+            # On the host: nonzero() on a device would synchronise, to know the size of its result.
             chosen = (self.positions().reshape(-1) % every == 0).nonzero()
             self._samples[key] = chosen.view(-1).to(torch.int32).to(tensor.device)
         flat = tensor.reshape(*tensor.shape[: tensor.ndim - dims], math.prod(self.local_shape))
@@ -128,7 +128,7 @@ class Layout:
         return functools.reduce(torch.add, self._index_terms(torch.int64, torch.device("cpu")), zero)
 
     def runs(self) -> Runs:
-        """The local elements as runs, in their order: the longest of one length that they can be cut into."""
+        """The local elements, in order, as runs of one length: the greatest length that is possible."""
         numel = math.prod(self.local_shape)
         if self.is_run or not numel:
             return Runs(torch.tensor([self.first], dtype=torch.int64, device="cpu"), max(1, numel))
@@ -137,13 +137,13 @@ class Layout:
         breaks = [i for i in range(1, len(along)) if along[i] != along[i - 1] + 1]
         chunk = math.gcd(len(along), *breaks)
         terms = self._index_terms(torch.int64, torch.device("cpu"))
-        for term, dim in enumerate(reversed(self.dims)):  # of each, those of the first elements of runs
+        for term, dim in enumerate(reversed(self.dims)):  # keep the first elements of runs
             terms[term] = terms[term][:: chunk if dim == last else 1] if dim <= last else terms[term][:1]
         firsts = functools.reduce(torch.add, terms).reshape(-1)
         return Runs(firsts, chunk * math.prod(self.local_shape[last + 1 :]))
 
     def index_terms(self, device: torch.device) -> list[Tensor]:
-        """:meth:`positions` modulo 2³², int32, as what each dimension adds to it: shapes that broadcast."""
+        """Terms that broadcast and add up to :meth:`positions` modulo 2³², one for each dimension; int32."""
         return self._index_terms(torch.int32, device)
 
     def _index_terms(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -168,17 +168,17 @@ class Layout:
 
     @property
     def first(self) -> int:
-        """The position of the first local element, where they are one run."""
+        """The global position of the first local element, if the local elements are one run."""
         return self.indices[0][0] * math.prod(self.shape[1:]) if self.shape and self.indices[0] else 0
 
 
 def strided_samples(tensor: Tensor, dims: int, start: int, every: int) -> Tensor:
-    """Every ``every``-th element of flattened tensors, from the element ``start`` on; a view where it can be.
+    """Every ``every``-th element of a flattened tensor, from element ``start`` on; a view if possible.
 
     Args:
-        tensor: A tensor of ``dims`` dimensions, or a stack of several, with more dimensions before its own.
-        dims: Its own.
-        start, every: See above.
+        tensor: A tensor of ``dims`` dimensions, or a stack of several, with extra leading dimensions.
+        dims: The number of dimensions of a single tensor; these are flattened.
+        start, every: The first index, and the step.
     """
     stacked = tensor.shape[: tensor.ndim - dims]
     return tensor.reshape(*stacked, math.prod(tensor.shape[tensor.ndim - dims :]))[..., start::every]

@@ -1,9 +1,9 @@
-"""Prodigy's sampled state as rows, the form in which it is saved: it can be cut as its parameter is.
+"""Prodigy's sampled state as rows, the form in which it is saved: it can be sharded as its parameter is.
 
-In memory ``p0`` and ``s`` are the sampled elements one after another. Of a parameter of C columns, the
-samples are in each row the elements of one phase: those in columns ``phase + every·j``, where the phase of
-the row r of the flattened tensor is ``(−r·C) mod every``. So they are saved as ``[…, ceil(C/every)]``, with
-zeros where a short row has no j-th sample.
+In memory ``p0`` and ``s`` are 1-D: the sampled elements one after another. In a parameter with C columns,
+the samples of row r of the flattened tensor are in the columns ``phase + every·j``, where the row's phase is
+``(−r·C) mod every``. So they are saved with shape ``(…, ceil(C/every))``, with zeros where a row has no j-th
+sample.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from prodigyplus.terms.layout import Layout
 
 
 def rows_shape(shape: tuple[int, ...], every: int) -> tuple[int, ...]:
-    """The shape of the rows of a tensor of this shape, global or local in all but the last dimension."""
+    """The saved shape of a tensor's samples; ``shape`` may be local in all dimensions but the last."""
     *leading, columns = shape or (1,)
     return (*leading, -(-columns // every))
 
 
 def spread(samples: Tensor, layout: Layout, every: int) -> Tensor:
-    """The rows of the samples of a local tensor.
+    """The samples of a local tensor as rows.
 
-    Columns that other shards hold are zero: the sum over the shards of the last dimension is whole.
+    Samples that other shards hold are zero: summing over the shards of the last dimension completes them.
 
     Args:
-        samples: As :meth:`Layout.sample` gives them; shape (samples,).
-        layout: That of the local tensor.
-        every: The distance of two samples in the flattened global tensor.
+        samples: From :meth:`Layout.sample`; shape (samples,).
+        layout: The layout of the local tensor.
+        every: The distance between samples in the flattened global tensor.
     """
     shape = _local_rows_shape(layout, every)
     rows = samples.new_zeros(math.prod(shape))
@@ -38,7 +38,7 @@ def spread(samples: Tensor, layout: Layout, every: int) -> Tensor:
 
 
 def collect(rows: Tensor, layout: Layout, every: int) -> Tensor:
-    """The samples of a local tensor from its rows, whole in the last dimension: undoes :func:`spread`."""
+    """The samples of a local tensor from its rows, complete in the last dimension: undoes :func:`spread`."""
     return rows.reshape(-1).index_select(0, _row_indices(layout, every).to(rows.device))
 
 

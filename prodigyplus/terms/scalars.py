@@ -1,7 +1,7 @@
-"""The numbers that one step's arithmetic uses, as tensors: what formulas multiply with.
+"""The numbers of a step, as tensors: what the formulas multiply by.
 
-No step reads one back. A step that must change nothing is a step whose numbers are such that it changes
-nothing.
+They are never read back to the host. A step that must change nothing (a no-op) runs all the same, with
+numbers that make it change nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prodigyplus.terms.isolation import is_captured
 
 T = TypeVar("T")
 
-# How many constants an optimiser keeps.
+# How many constants an optimiser keeps at most.
 _MAX_CONSTANTS = 1 << 14
 
 # Integers as wide as the dtypes of a step's arithmetic.
@@ -24,52 +24,52 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class Scalars(NamedTuple):
-    """The numbers of a group in one step: tensors of one dtype and device, 0-dim.
+    """The numbers of a group in one step: 0-dim tensors of one dtype and device.
 
-    Where the step is a no-op, weights that keep something are 1 and weights that add something are 0. Where
-    it is one for some parameters of a stack only, each parameter has its own, in shapes that broadcast.
+    In a no-op, weights that keep something are 1 and weights that add something are 0. If the step is a no-op
+    for only some parameters of a stack, each parameter has its own numbers, in shapes that broadcast.
     """
 
-    # What keeps something.
+    # Weights that keep something: 1 in a no-op.
     beta1: Tensor  # decay of the first moment, without Schedule-Free
     beta2: Tensor  # decay of the second moment
     beta3: Tensor  # decay of Prodigy's statistics
-    # What adds something.
+    # Weights that add something: 0 in a no-op.
     grad_weight: Tensor  # (1 − β1) d, the weight of this g in the first moment
     sq_weight: Tensor  # (1 − β2) d², the weight of this g² in the second moment
-    prodigy_weight: Tensor  # the weight of this gradient in Prodigy's statistics
+    prodigy_weight: Tensor  # the weight of this gradient in Prodigy's statistics, or of balance's products
     unit: Tensor  # 1
-    dlr: Tensor  # d·lr
-    decay: Tensor  # what weight decay takes off a weight: λ·dlr, or λ
+    dlr: Tensor  # the step size d·lr, with RAdam and warm-up
+    decay: Tensor  # the fraction of a weight that weight decay subtracts: λ·dlr, or λ
     c: Tensor  # Schedule-Free's averaging weight
-    # What is the same in a no-op.
+    # Unchanged in a no-op.
     y_fraction: Tensor  # 1 − β1 (1 − c), the fraction of z's step that y makes
     d: Tensor
     eps: Tensor  # 0 for Adam-atan2, which needs none
     ema_weight: Tensor  # k^-¾, the weight of this step in SPEED's average
     adopt_clip: Tensor  # k^¼, the largest normalised gradient (ADOPT without Schedule-Free)
-    # Of other dtypes.
-    gate: Tensor  # an integer as wide as the others: all its bits set, or none in a no-op
-    observes: Tensor  # bool: whether Prodigy counts this gradient
-    step: Tensor  # int64: number of this step, from 1
+    # Of other dtypes than those above.
+    gate: Tensor  # an integer of the same width: all bits set, or none in a no-op
+    observes: Tensor  # bool: whether this gradient counts as evidence
+    step: Tensor  # int64: the number of this step, from 1
 
-    packed: Packed  # all of them
+    packed: Packed  # the same numbers in few tensors
 
     def where(self, condition: Tensor) -> Scalars:
-        """These where ``condition`` holds (bool, 0-dim or (count,)); elsewhere those of a no-op."""
+        """These numbers where ``condition`` (bool, 0-dim or (count,)) holds, a no-op's elsewhere."""
         return self.packed.where(condition).across(0)
 
     def across(self, dims: int) -> Scalars:
-        """These in shapes that broadcast over a stack of tensors of ``dims`` dimensions."""
+        """These numbers, in shapes that broadcast over a stack of tensors of ``dims`` dimensions."""
         return self.packed.across(dims) if self.unit.ndim else self
 
     def gated(self, values: Tensor) -> Tensor:
-        """``values``, or zeros in a no-op; a new tensor. Keeps 0·inf out of what follows.
+        """``values``, or zeros in a no-op, so that no 0·inf can arise; a new tensor.
 
         Args:
-            values: Of the dtype of the numbers.
+            values: A tensor of the same dtype as the numbers.
         """
-        # By their bits: to choose, with torch.where(), takes four times as long on a CPU.
+        # By a bitwise and: torch.where() takes four times as long on a CPU.
         return (values.view(self.gate.dtype) & self.gate).view(values.dtype)
 
     def gated_(self, values: Tensor) -> Tensor:
@@ -78,15 +78,15 @@ class Scalars(NamedTuple):
         return values
 
 
-# The indices of the first field that adds something, and of the first that is the same in a no-op.
+# The indices of the first field that adds something, and of the first that a no-op leaves unchanged.
 _FIRST_ADDED, _FIRST_UNCHANGED = map(Scalars._fields.index, ("grad_weight", "y_fraction"))
 
 VALUES: tuple[str, ...] = Scalars._fields[: Scalars._fields.index("gate")]
-"""The names of the numbers in :attr:`Packed.values`, in their order."""
+"""The names of the numbers in :attr:`Packed.values`, in order."""
 
 
 class Packed(NamedTuple):
-    """:class:`Scalars` in few tensors, in which a compiled pass takes them."""
+    """:class:`Scalars` in few tensors: the form that compiled passes and kernels take."""
 
     values: Tensor  # shape (numbers,), or (numbers, count) where parameters of a stack have their own
     gate: Tensor
@@ -107,17 +107,17 @@ class Packed(NamedTuple):
         )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
-        """These on another device, in another dtype."""
+        """These numbers on ``device``, floating-point ones in ``dtype``."""
         gate = self.gate.to(device, _BITS[dtype])
         return Packed(self.values.to(device, dtype), gate, self.observes.to(device), self.step.to(device))
 
     def across(self, dims: int) -> Scalars:
-        """These one by one, in shapes that broadcast over a stack of tensors of ``dims`` dimensions."""
+        """These numbers one by one, in shapes that broadcast over a stack of ``dims``-dimensional tensors."""
         values, gate, observes = self.values, self.gate, self.observes
         if values.ndim > 1:
             shape = -1, *(1,) * dims
             values, gate, observes = values.view(len(values), *shape), gate.view(shape), observes.view(shape)
-        # Not by _make(), into which torch.compile does not look in 2.8; how many there are, mypy cannot know.
+        # Not _make(), which torch.compile cannot trace in 2.8; mypy cannot know how many values there are.
         return Scalars(*values.unbind(), gate, observes, self.step, self)  # type: ignore[call-arg, arg-type]
 
 
@@ -126,9 +126,9 @@ Numbers: TypeAlias = "Scalars | Packed"
 
 
 class Constants:
-    """What is mostly the same at every step, and made once: integers on their device, and tables of them.
+    """A cache of what is mostly the same at every step, such as integers on a device, and tables of them.
 
-    Each optimiser has its own, since its tensors may be fake ones, of no use to others.
+    Each optimiser has its own: its tensors may be fake ones, which are of no use to another.
     """
 
     def __init__(self) -> None:
@@ -136,10 +136,11 @@ class Constants:
         self._in_graphs: list[dict[Hashable, Any]] = []
 
     def made(self, device: torch.device, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` makes on ``device``, as it was made when it was first asked for under this key.
+        """The result of ``make()``, which is called once for each device and key, and then cached.
 
         Raises:
-            RuntimeError: It would be made while a graph is captured, and be there only when that is replayed.
+            RuntimeError: A CUDA graph is being captured and the result is not cached yet: it would exist only
+                when the graph is replayed.
         """
         key = device, key
         if key not in self._made:
@@ -155,7 +156,7 @@ class Constants:
         return made
 
     def on(self, device: torch.device, numbers: Sequence[int]) -> Tensor:
-        """``numbers`` on ``device``; int64."""
+        """``numbers`` as an int64 tensor on ``device``; cached."""
 
         def make() -> Tensor:
             return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
@@ -163,5 +164,5 @@ class Constants:
         return self.made(device, tuple(numbers), make)
 
     def keep_for_graph(self) -> None:
-        """Keep all that there is for as long as this lives: a graph that is captured now reads it."""
+        """Keep everything cached so far from being freed: a graph that is captured now reads it."""
         self._in_graphs.append(dict(self._made))

@@ -1,7 +1,7 @@
 """Stacks: small tensors of one shape as one tensor, (count, *shape), so that one operator serves all.
 
-An operator on a small tensor costs its call and little else, so a thousand biases cost a thousand calls of
-each. Stacked, they cost one. A single tensor is a stack of one, which is a view and copies nothing.
+On a small tensor an operator costs little more than its call, so a thousand biases cost a thousand calls of
+each operator. Stacked, they cost one. A single tensor is a stack of one: a view, with no copy.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from prodigyplus.torch_private import foreach_copy_
 
 
 def stack_copy(tensors: list[Tensor]) -> Tensor:
-    """The stack of tensors, (count, *shape): of several a copy, of a single one a view."""
+    """Stack tensors to (count, *shape): several are copied, a single one becomes a view."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def unstack_(tensors: list[Tensor], values: Tensor) -> None:
-    """Write the stack that :func:`stack_copy` gave back to its tensors; of a single one it is a view."""
+    """Write a stack from :func:`stack_copy` back to its tensors; nothing to do for a single one, a view."""
     if len(tensors) > 1:
         foreach_copy_(tensors, values.unbind())
 
 
 def stack_view(tensors: list[Tensor]) -> Tensor:
-    """The stack of tensors, (count, *shape), which from the first call on lies where they lie.
+    """Stack tensors to (count, *shape); the first call moves them into one storage, so that later ones copy
+    nothing.
 
-    For state, of which nobody else cares where it lies. Where only some of the tensors that share a storage
-    are asked for, it is a copy, to be given to :func:`write_back_`.
+    For state, whose location in memory matters to nobody else. If other tensors lie in the same storages, the
+    stack remains a copy; in any case, give it to :func:`write_back_` when it has changed.
     """
     first, count = tensors[0], len(tensors)
     if count == 1:
@@ -37,22 +38,22 @@ def stack_view(tensors: list[Tensor]) -> Tensor:
         return first.as_strided((count, *first.shape), strides, first.storage_offset())
     stack = torch.stack(tensors)
     storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
-    # Only if nothing else lies in their storages: those left behind would keep the old storage alive.
+    # Only if nothing else lies in their storages: tensors left behind would keep the old storage alive.
     if sum(storages.values()) == stack.nbytes:
         for tensor, row in zip(tensors, stack.unbind(), strict=True):
-            # The tensor object stays what others refer to, and its memory is now a row of the stack: the next
-            # step finds the stack without a copy.
+            # The tensor object stays the same, since others refer to it, and its memory becomes a row of the
+            # stack: the next step needs no copy.
             tensor.set_(row)  # type: ignore[call-overload]
     return stack
 
 
 def _are_consecutive(tensors: list[Tensor]) -> bool:
-    """Whether tensors of one shape lie in one storage, each where the one before it ends."""
+    """Whether tensors of one shape lie in one storage, each starting where the previous one ends."""
     first, size = tensors[0], tensors[0].nbytes
     start, storage = first.data_ptr(), first.untyped_storage()
     end = start + size * len(tensors)
-    # For every parameter at every step: by map, which asks a thousand without a line of Python for each. A
-    # tensor that begins within a storage lies in it.
+    # This runs for every parameter at every step, so by map(), without a line of Python for each. A tensor
+    # that begins within a storage lies in it.
     return (
         list(map(Tensor.data_ptr, tensors)) == list(range(start, end, size or 1))
         and end <= storage.data_ptr() + storage.nbytes()
@@ -61,7 +62,7 @@ def _are_consecutive(tensors: list[Tensor]) -> bool:
 
 
 def write_back_(tensors: list[Tensor], values: Tensor) -> None:
-    """Write the stack that :func:`stack_view` gave back to its tensors, if it was a copy."""
+    """Write a stack from :func:`stack_view` back to its tensors, if it was a copy."""
     if tensors[0].data_ptr() != values.data_ptr():
         unstack_(tensors, values)
 
@@ -72,14 +73,14 @@ def total(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def square_total(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The sum of the squares of each tensor of a stack, in ``dtype``, which it is computed in; (count,)."""
+    """The sum of squares of each tensor of a stack, computed and returned in ``dtype``; shape (count,)."""
     if values.ndim == 1:
         values = values.unsqueeze(1)
-    # A norm along a long last dimension is much faster than one over all.
+    # A norm along a long last dimension is much faster than one over all dimensions.
     norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
     return norms.reshape(len(values), -1).square_().sum(1)
 
 
 def across(numbers: Tensor, values: Tensor) -> Tensor:
-    """A number for each tensor of the stack ``values``, (count,), in a shape that broadcasts over it."""
+    """``numbers``, one for each tensor of the stack ``values``, (count,), reshaped to broadcast over it."""
     return numbers.view(-1, *(1,) * (values.ndim - 1))

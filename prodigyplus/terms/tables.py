@@ -1,4 +1,4 @@
-"""Small tables that the host fills and a device reads: sent when they have changed, without waiting."""
+"""Small tables that the host fills and a device reads: sent when they have changed, without blocking."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from prodigyplus.terms.isolation import is_captured
 
 
 class SentTable:
-    """A table on a device, of what the host knows.
+    """The copy on a device of a table that the host makes.
 
     Args:
-        device: Where it is to be.
+        device: The device that reads the table.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,14 +25,14 @@ class SentTable:
         self._in_graphs: list[tuple[Tensor, Tensor]] = []
 
     def of(self, key: object, make: Callable[[], Tensor]) -> Tensor:
-        """The table; ``make`` gives it on the host, and is called where ``key`` is another than before."""
+        """The table on the device; ``make()`` makes it on the host, and is called if ``key`` has changed."""
         captured = is_captured(self._device)
         if self._key is None or key != self._key:
             table = make()
-            # From pinned memory, which is not used again before it has been read: nothing waits.
+            # From pinned memory, which is not reused before it has been read: the copy does not block.
             self._on_host = table.pin_memory() if self._device.type == "cuda" else table
             self._table = self._on_host.to(self._device, non_blocking=True)
-            # What a graph sends is there when it is replayed, not now.
+            # A copy that is captured runs only when the graph is replayed, so the next call must send again.
             self._key = None if captured else key
         if captured:
             self._in_graphs.append((self._on_host, self._table))  # read at every replay
