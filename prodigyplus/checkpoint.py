@@ -222,7 +222,7 @@ class _Kept(NamedTuple):
 def _kept(
     groups: Sequence[Group], state: Mapping[Tensor, Mapping[str, Tensor]], placement: Placement
 ) -> Iterator[_Kept]:
-    last = {location.p: location.number for location in locations(groups)}  # a parameter that was given twice counts where it is last
+    last = {location.p: location.number for location in locations(groups)}  # of one given twice, the last
     for location in locations(groups):
         p, group = location.p, groups[location.group]
         if p in state and last[p] == location.number:
@@ -294,7 +294,8 @@ def taken_apart(
         placement: Where the tensors lie.
 
     Returns:
-        The groups; the entries of ``state`` that belong to no parameter; and the parameters' states as they are kept.
+        The groups; the entries of ``state`` that belong to no parameter; and the parameters' states as they
+        are kept.
 
     Raises:
         ValueError: The state dict does not fit this optimiser.

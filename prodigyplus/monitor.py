@@ -86,7 +86,7 @@ class Monitor:
         Args:
             watched: The optimiser.
             groups: The groups as the step has left them.
-            in_backward: Whether parameters have moved within the backward pass, so that their gradients are gone.
+            in_backward: Whether a backward pass has moved parameters, so that their gradients are gone.
         """
         self._steps += 1
         if not self._had_gradients:

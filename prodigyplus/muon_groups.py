@@ -1,4 +1,4 @@
-"""Sort the parameters of a model into groups, by whether Muon trains them; and describe groups in a table.
+"""Sort a model's parameters into groups, by whether Muon trains them; describe groups in a table.
 
 Muon is for hidden matrices. Shapes alone do not identify them, so the types and names of modules decide too;
 a parameter that stays ambiguous is an error.
@@ -116,7 +116,8 @@ def muon_groups(
     - vectors, including those with further dimensions of size 1.
 
     A tied weight is one parameter, and counts as an embedding or a head if any of its uses does. The model may
-    be wrapped, by DDP, ``fully_shard`` or ``torch.compile``. Print :func:`describe_groups` once for a new model.
+    be wrapped by DDP, ``fully_shard`` or ``torch.compile``. Print :func:`describe_groups` once for a new
+    model.
 
     Args:
         model: Each of its parameters, frozen or not, is in one group, in the order of ``named_parameters()``.
@@ -134,7 +135,7 @@ def muon_groups(
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: A pattern matches no parameter; ``batched`` matches a single matrix; or a trained
-            parameter has three or more dimensions, and nothing says which of them make a matrix.
+            parameter has three or more dimensions, and nothing says which dimensions make a matrix.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
