@@ -115,9 +115,9 @@ def muon_groups(
     - the parameters of torch's norms, and those with "bias" in the last part of their name;
     - vectors, including those with further dimensions of size 1.
 
-    A tied weight is one parameter, and counts as an embedding or a head if any of its uses does. The model may
-    be wrapped by DDP, ``fully_shard`` or ``torch.compile``. Print :func:`describe_groups` once for a new
-    model.
+    A tied weight is one parameter, and counts as an embedding or a head if any of its uses does. The model
+    may be wrapped by DDP, ``fully_shard`` or ``torch.compile``. Print :func:`describe_groups` once for a
+    new model.
 
     Args:
         model: Each of its parameters, frozen or not, is in one group, in the order of ``named_parameters()``.

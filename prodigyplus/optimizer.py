@@ -52,7 +52,7 @@ class _Cache:
         self.step: Step | None = None  # a step that a backward pass has begun
         self.locations: dict[Tensor, Location] = {}  # of the parameters, in that step
         self.listed: tuple[object, list[Location]] = (None, [])  # of all parameters, after the key of the list
-        self.standing: Standing | None = None  # the batches to reuse while only gradients change
+        self.standing: Standing | None = None  # batches, while only gradients change
         self.fuses_backward = False  # whether fuse_backward() has been called
 
 
@@ -197,7 +197,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _set_up(
         self, placement: Placement, exchange: Exchange, hooks: Hooks, *, shares_d: bool = False
     ) -> None:
-        """Set where tensors lie and who completes sums, before any group is added; only the first call counts.
+        """Set where tensors lie and who completes sums, before any group is added; later calls do nothing.
 
         Args:
             placement, exchange, hooks: See their classes.
@@ -422,7 +422,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     # What a monitor asks; see prodigyplus/monitor.py.
 
     def own_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield parameters that only the optimiser should change, with their local tensors."""
+        """Yield (parameter, local tensor) of what only the optimiser should change, since z goes with it."""
         held = {p for _, p in self._constraints}
         for p, state in self.state.items():
             if isinstance(p, Tensor) and p not in held and schedule_free.is_averaged(state):
@@ -511,8 +511,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         Args:
             parameters: One or more of the optimiser's parameters.
             project: Takes a copy of the weights of one parameter (a DTensor, if the parameter is one), and
-                projects it in place or returns the projection, of the same shape. Every rank calls it for the
-                same parameters in the same order.
+                projects it in place or returns the projection, of the same shape. Every rank calls it for the same
+                parameters in the same order.
 
         Returns:
             A handle, whose ``remove()`` lifts the constraint.

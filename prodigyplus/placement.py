@@ -1,7 +1,7 @@
 """Where the tensors of an optimiser lie: whole in this process, or in pieces on a mesh.
 
-Apart from formulas and sums, all code asks a :class:`Placement` which part of a tensor is on this rank, how an
-entry of the state is kept and saved, and which parameters take part in a step.
+Apart from formulas and sums, all code asks a :class:`Placement` which part of a tensor is on this rank, how
+an entry of the state is kept and saved, and which parameters take part in a step.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Placement(Protocol):
         ...
 
     def load(self, p: Tensor, saved: Tensor, key: str, every: int) -> Tensor:
-        """The local piece of a saved entry, in new memory: undoes :meth:`store`, whichever layout stored it."""
+        """The local piece of a saved entry, in new memory: undoes :meth:`store`, also that of other layouts."""
         ...
 
     def takes_part(self, p: Tensor) -> bool:
