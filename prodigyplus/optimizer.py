@@ -51,7 +51,7 @@ class _Cache:
         self.warned: set[str] = set()
         self.step: Step | None = None  # a step that a backward pass has begun
         self.locations: dict[Tensor, Location] = {}  # of the parameters, in that step
-        self.listed: tuple[object, list[Location]] = (None, [])  # of all parameters, after the key of the list
+        self.listed: tuple[object, list[Location]] = (None, [])  # of all parameters, after its key
         self.standing: Standing | None = None  # batches, while only gradients change
         self.fuses_backward = False  # whether fuse_backward() has been called
 
@@ -511,14 +511,14 @@ class ProdigyPlusScheduleFree(Optimizer):
         Args:
             parameters: One or more of the optimiser's parameters.
             project: Takes a copy of the weights of one parameter (a DTensor, if the parameter is one), and
-                projects it in place or returns the projection, of the same shape. Every rank calls it for the same
-                parameters in the same order.
+                projects it in place or returns the projection, of the same shape. Every rank calls it for
+                the same parameters in the same order.
 
         Returns:
             A handle, whose ``remove()`` lifts the constraint.
 
         Raises:
-            ValueError: A tensor is not one of the optimiser's parameters, or ``project`` returns another shape.
+            ValueError: A tensor is not a parameter of the optimiser, or ``project`` returns another shape.
             TypeError: A module was passed in place of its parameters, or ``project`` cannot be called.
         """
         self._check_no_step_is_under_way()

@@ -45,7 +45,7 @@ class Placement(Protocol):
         ...
 
     def load(self, p: Tensor, saved: Tensor, key: str, every: int) -> Tensor:
-        """The local piece of a saved entry, in new memory: undoes :meth:`store`, also that of other layouts."""
+        """The local piece of a saved entry, in new memory: undoes :meth:`store` of any layout."""
         ...
 
     def takes_part(self, p: Tensor) -> bool:

@@ -77,7 +77,7 @@ def _row_of(record: Mapping[str, Any]) -> Row:
     for name, value in record.items():
         with suppress(TypeError, ValueError):  # text
             row[name] = float(value)
-    if record.get("kind", "train") != "train" and "loss" in row:  # in logs of the launch scripts: "test", "held out"
+    if record.get("kind", "train") != "train" and "loss" in row:  # launch scripts: "test", "held out"
         row["eval_loss"] = row.pop("loss")
     return row
 

@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., object])
 # are not rounded between operators, as they are without the compiler.
 _READS_OF_A_DIRECTION = 5
 INDUCTOR_OPTIONS: dict[str, object] = {
-    # A value with more reads is stored if it is used twice: the factors' roots should be, directions should not.
+    # A value with more reads is stored if it is used twice: the factors' roots should be, directions not.
     "realize_reads_threshold": _READS_OF_A_DIRECTION,
     "realize_opcount_threshold": 1000,
     "emulate_precision_casts": True,
