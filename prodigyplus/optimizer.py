@@ -51,8 +51,8 @@ class _Cache:
         self.warned: set[str] = set()
         self.step: Step | None = None  # a step that a backward pass has begun
         self.locations: dict[Tensor, Location] = {}  # of the parameters, in that step
-        self.listed: tuple[object, list[Location]] = (None, [])  # of all parameters, after its key
-        self.standing: Standing | None = None  # batches, while only gradients change
+        self.listed: tuple[object, list[Location]] = (None, [])  # its key, and all locations
+        self.standing: Standing | None = None  # batches that the next step may reuse
         self.fuses_backward = False  # whether fuse_backward() has been called
 
 
@@ -124,8 +124,8 @@ class ProdigyPlusScheduleFree(Optimizer):
             ``min(1, c·(1−β1)·schedulefree_c)``.
         use_schedulefree: False: Adam's first moment and decoupled weight decay instead, which need a
             schedule.
-        warmup_steps: Let the step size grow linearly over this many steps of a group; the weight of a step in
-            the average is its square, as always. 0: no warm-up.
+        warmup_steps: Let the step size grow linearly over this many steps of a group. As always, a step's
+            weight in the average is its step size squared. 0: no warm-up.
         slice_p: Prodigy's statistics are taken over every ``slice_p``-th element.
         muon_fp32: Orthogonalise in float32. False: in bfloat16. For float64 weights always in float64.
         muon_quintic: Orthogonalise by the original Muon's polynomial. False: by Polar Express's.
@@ -204,7 +204,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             shares_d: Whether optimisers of other parameters share the step size with this one.
 
         Raises:
-            ValueError: ``ZeroRedundancyOptimizer`` constructs it, for a part of the parameters on each rank.
+            ValueError: ``ZeroRedundancyOptimizer`` constructs it, and ``shares_d`` is False.
         """
         if "_placement" in self.__dict__:
             return
@@ -374,7 +374,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     @isolated
     def _columns(self) -> Columns:
         """The groups' numbers, on the device of the parameters that are trained."""
-        # Lazily, since the first parameter mostly decides.
+        # Lazily, since the first parameter usually decides.
         trained = (p for g in self.param_groups for p in g["params"] if p.requires_grad or p.grad is not None)
         others = (p for g in self.param_groups for p in g["params"] if p.device.type != "meta")
         homes = (self._placement.local(p).device for some in (trained, others) for p in some)
@@ -545,7 +545,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         return self._constraints.add(constraint)
 
     def _hold_(self, step: Step) -> None:
-        """Project constrained parameters that a step has moved back onto their sets."""
+        """After a step, project the constrained parameters onto their sets."""
         if not self._constraints:
             return
         group_of = {p: group for group in step.groups.steps for p in group.entry["params"]}

@@ -76,7 +76,7 @@ class Placement(Protocol):
         ...
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
-        """The local gradients; None if a parameter has none here, or one that lies elsewhere than it."""
+        """The local gradients; None if any parameter has none here, or one that is laid out differently."""
         ...
 
     def check(self, p: Tensor, name: str) -> None:

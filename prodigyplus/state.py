@@ -1,7 +1,7 @@
 """The state of a parameter, as a table: each entry's name, dtype, shape, initial value and saved form.
 
 New, freed, expected, saved and loaded states all follow from it. To add an entry, add a line to ``TABLE``;
-and, if a new option decides about it, a field to :class:`StateOptions`.
+and, if an option outside :class:`StateOptions` decides about it, a field there.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         parameters: The parameters to be updated in it, by their names.
 
     Raises:
-        ValueError: Neither FSDP2 nor DDP reduces the gradient of one of them, or in a way that
-            does not work with hooks.
+        ValueError: Neither FSDP2 nor DDP reduces the gradient of one of them, or they reduce it
+            in a way that does not work with hooks.
     """
     if isinstance(model, DistributedDataParallel):
         if not model.gradient_as_bucket_view:

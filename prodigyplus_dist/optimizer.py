@@ -47,11 +47,11 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
 
     Args:
         params, options: As for :class:`prodigyplus.ProdigyPlusScheduleFree`.
-        process_group: The ranks whose optimisers hold other parameters, in the same number of groups, such as
-            the stages of a pipeline (for Muon, ``muon_groups`` with ``keep_empty``). They share ``d`` and
-            skip steps together, at the cost of two small all-reduces a step.
-        bucket_bytes: How many bytes of updates may be alive at once. Also of matrices that Muon sends, but at
-            least one matrix, with up to seven times that in buffers (see docs/muon.md).
+        process_group: Ranks that each hold different parameters, in an optimiser with the same number of
+            groups, such as the stages of a pipeline (for Muon, use ``muon_groups`` with ``keep_empty``). They
+            share ``d`` and skip steps together, at the cost of two small all-reduces a step.
+        bucket_bytes: How many bytes of updates may be alive at once, and of matrices that Muon sends (at
+            least one matrix, with up to seven times that in buffers: see docs/muon.md).
         replicas: The ranks that hold copies of the parameters that are plain tensors, such as the
             ``process_group`` of ``DistributedDataParallel``: they share Muon's work. Without it, each rank
             does all of it.

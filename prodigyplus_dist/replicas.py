@@ -65,7 +65,7 @@ class _Entry(NamedTuple):
     @property
     def factor(self) -> int:
         """An odd factor for the hash, so that differences in two entries do not cancel."""
-        # A tuple of integers has the same hash in every process; a string has not.
+        # A tuple of integers has the same hash in every process; a string does not.
         return _hash(f"{self.label}\n{hash(self.ranks)}") | 1
 
     def text(self, bits: int) -> str:

@@ -39,7 +39,7 @@ def with_prodigyplus(
     """A trainer's configuration with this optimiser instead of its own.
 
     The learning rate stays constant, validation uses the averaged weights x, interval checkpoints resume bit
-    for bit, a last checkpoint of the model alone holds x, and ``d`` is among the metrics.
+    for bit, a last checkpoint with only the model holds x, and ``d`` is among the metrics.
 
     >>> def debugmodel() -> Trainer.Config:
     ...     return with_prodigyplus(llama3_debugmodel(), step_size="balance")
@@ -283,7 +283,7 @@ class AveragedValidator(Validator):
 
 
 class AveragedCheckpoints(CheckpointManager):
-    """Checkpoints that resume training; a last one of the model alone holds x."""
+    """Checkpoints that resume training; a last one with only the model holds x."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
