@@ -11,7 +11,7 @@ from prodigyplus.reporting import warn_caller
 __all__ = ["ImportReport", "ProdigyPlusScheduleFree", "describe_groups", "import_published", "muon_groups"]
 
 
-__version__ = "unknown"  # of a checkout that is not installed
+__version__ = "unknown"  # a checkout that is not installed
 with suppress(metadata.PackageNotFoundError):
     __version__ = metadata.version("prodigyplus-dist")
 

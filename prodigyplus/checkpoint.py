@@ -1,4 +1,4 @@
-"""What a state dict must be to be loaded, and how states are put into one and taken out again."""
+"""Check state dicts before they are loaded; convert states to their saved form and back."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ Group = Mapping[str, Any]
 """An entry of ``param_groups``."""
 
 WEIGHTS = "weights"
-"""The entry of a parameter's saved state with the weights that it goes with: y, while it trains.
+"""The key, in a parameter's saved state, of the weights that the state belongs to: y in train mode.
 
-The Lightning integration adds it, and takes it out again before the state is loaded.
+The Lightning integration adds this entry on saving, and removes it before the state is loaded.
 """
 
 
 def new_entries(d0: float) -> dict[str, Any]:
-    """What an entry of ``param_groups`` has beside parameters and options, of a group that has made no step.
+    """The entries of a group that has made no step, other than its parameters and options.
 
     ==================  ==========================================================================
     the numbers         of :func:`prodigyplus.engine.columns.first_numbers`
-    ``calls``           calls of ``step`` so far, but for those with ``lr=0``
+    ``calls``           calls of ``step`` so far, except those with ``lr=0``
     ``frozen``          whether ``prodigy_steps`` has passed
     ``train_mode``      whether the model holds y, not its average x
-    ``average_beta1``   in eval mode, the β1 with which x was made of y
+    ``average_beta1``   in eval mode, the β1 with which x was computed from y
     ==================  ==========================================================================
     """
     numbers = columns.first_numbers(d0)
@@ -49,24 +49,24 @@ def new_entries(d0: float) -> dict[str, Any]:
 ENTRIES = tuple(new_entries(1.0))
 
 
-# Those that states saved by earlier versions have not, and what they are then.
+# Entries that state dicts of earlier versions lack, and the values that they get.
 _LATER_ENTRIES: dict[str, Callable[[Group], Any]] = {
-    "in_mean": lambda group: 0.0,  # it joins at the next step, if it is to
+    "in_mean": lambda group: 0.0,  # the group joins the mean at the next step, if it should
     "frozen": lambda group: Options.of(group).freezes(group["calls"]),
     "average_beta1": lambda group: None,
 }
 
 
 def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> list[dict[str, Any]]:
-    """The groups of a state dict, complete and with options that can be.
+    """The groups of a state dict, completed, and with validated options.
 
     Args:
         state_dict: The state dict to load.
         own: The groups of the optimiser to load it into.
-        defaults: The optimiser's, for options that came since the state dict was saved.
+        defaults: The optimiser's ``defaults``, for options that were added after the state dict was saved.
 
     Raises:
-        ValueError: They are not groups of such an optimiser.
+        ValueError: The groups do not fit this optimiser.
     """
     for key in ("state", "param_groups"):
         if key not in state_dict:
@@ -97,7 +97,7 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
             )
         # Only our own keys: torch puts some of its own among the defaults.
         group = {**{name: defaults[name] for name in options.NAMES}, **theirs}
-        # Where gradients are consumed, and how it is computed, is the run's, not the state's.
+        # Where gradients are consumed, and how steps are computed, belongs to the run, not to its state.
         group |= {key: ours[key] for key in ("fused_back_pass", "compile", "fused")}
         group |= options.plain(group)
         group |= {name: value(group) for name, value in _LATER_ENTRIES.items() if name not in theirs}
@@ -106,26 +106,26 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
     return groups
 
 
-# Components of names that wrappers of a model add.
+# Components that wrappers of a model add to names.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def unwrapped(name: str) -> str:
-    """The name that a parameter has in the model that is not wrapped."""
+    """A parameter's name in the unwrapped model."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _in_our_order(theirs: Group, ours: Group, index: int) -> dict[str, Any]:
-    """The keys of a saved group's parameters in the order of ours, by their names where both have names.
+    """A saved group's keys and names of parameters, in our order; empty unless both groups have names.
 
     Raises:
-        ValueError: They are of other names.
+        ValueError: The names differ.
     """
     if "param_names" not in theirs or "param_names" not in ours:
         return {}
     names = {"param_names": list(ours["param_names"])}
     if any(isinstance(key, str) for key in theirs["params"]):
-        return names  # torch's checkpoint helpers, which have names for keys, have put them into our order
+        return names  # torch's checkpoint helpers use names as keys, and have already ordered them as ours
 
     found, wanted = ([unwrapped(name) for name in group["param_names"]] for group in (theirs, ours))
     if sorted(found) != sorted(wanted):
@@ -145,16 +145,16 @@ def _in_our_order(theirs: Group, ours: Group, index: int) -> dict[str, Any]:
 def checked_states(
     saved: Mapping[Any, Mapping[str, Tensor]], groups: Sequence[dict[str, Any]], own: Sequence[Group]
 ) -> dict[int, dict[str, Tensor]]:
-    """The states of a state dict by the number of their parameter, from 0, where they have one.
+    """The states of a state dict by their parameter's index, from 0; without parameters that have none.
 
     Args:
-        saved: The states by the keys of their parameters in ``groups``.
-        groups: The groups of the state dict (see :func:`checked_groups`). Where they have ``bfloat16_z`` and
-            states with z itself, as it once was kept in bfloat16, the option is switched off.
+        saved: The states, by their parameters' keys in ``groups``.
+        groups: The groups of the state dict (see :func:`checked_groups`). ``bfloat16_z`` is switched off in
+            groups whose states hold z itself, in bfloat16, as earlier versions saved it.
         own: The groups of the optimiser to load it into.
 
     Raises:
-        ValueError: A state is not one of the parameter that it is for.
+        ValueError: A state does not fit its parameter.
     """
     found = {}
     number = 0
@@ -213,16 +213,16 @@ def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str
 class _Kept(NamedTuple):
     """A parameter whose state is to be saved."""
 
-    number: int  # of the parameter in the state dict, from 0
+    number: int  # the parameter's index in the state dict, from 0
     p: Tensor
-    every: int  # the distance of two samples
+    every: int  # the distance between samples
     state: Mapping[str, Tensor]
 
 
 def _kept(
     groups: Sequence[Group], state: Mapping[Tensor, Mapping[str, Tensor]], placement: Placement
 ) -> Iterator[_Kept]:
-    last = {location.p: location.number for location in locations(groups)}  # of one that was given twice
+    last = {location.p: location.number for location in locations(groups)}  # of one given twice, the last
     for location in locations(groups):
         p, group = location.p, groups[location.group]
         if p in state and last[p] == location.number:
@@ -240,7 +240,7 @@ def saved_states(
     placement: Placement,
     exchange: Exchange,
 ) -> dict[int, dict[str, Tensor]]:
-    """The states of all parameters as they are saved, by the parameters' indices: samples as rows.
+    """All states in their saved form, by the parameters' indices, with samples as rows.
 
     Args:
         groups: ``param_groups``.
@@ -254,8 +254,8 @@ def saved_states(
         layout = placement.layout(p)
         rows = {key: samples.spread(entries[key], layout, every) for key in states.SAMPLED if key in entries}
         asked.append({key: layout.sum(value, layout.dims[-1:]) for key, value in rows.items()})
-    # Clones: where torch copies a state to write it while training goes on, it takes a DTensor without
-    # dimensions as it is, and fails at a view; rows that others have completed are views into one buffer.
+    # Clones: when torch copies a state for an asynchronous save, it does not copy 0-dim DTensors, and fails
+    # on views; rows that the exchange has completed are views into one buffer.
     return {
         number: {
             **{key: value if value.ndim else value.clone() for key, value in entries.items()},
@@ -269,12 +269,12 @@ def saved_states(
 def loaded_state(
     p: Tensor, saved: Mapping[str, Tensor], group: Group, placement: Placement
 ) -> dict[str, Tensor]:
-    """The state of a parameter as it is kept, from its saved form; undoes :func:`saved_states`."""
+    """A parameter's state as the optimiser keeps it, from its saved form: undoes :func:`saved_states`."""
     o = Options.of(group)
     every, frozen = o.slice_p, o.is_frozen(group)
     needed = {key: value for key, value in saved.items() if not (frozen and key in states.EVIDENCE)}
     pieces = {key: placement.load(p, value, key, every) for key, value in needed.items()}
-    if "p0" in pieces:  # which was once kept in bfloat16
+    if "p0" in pieces:  # earlier versions kept it in bfloat16
         pieces["p0"] = pieces["p0"].to(torch.promote_types(pieces["p0"].dtype, p.dtype))
     return {
         key: samples.collect(piece, placement.layout(p), every)
@@ -287,17 +287,18 @@ def loaded_state(
 def taken_apart(
     state_dict: Group, own: Sequence[Group], defaults: Group, placement: Placement
 ) -> tuple[list[dict[str, Any]], dict[Any, Any], dict[Tensor, dict[str, Tensor]]]:
-    """A state dict, checked, as what is to be put into the optimiser.
+    """Check a state dict, and split it into the parts that the optimiser loads.
 
     Args:
         state_dict, own, defaults: As for :func:`checked_groups`.
         placement: Where the tensors lie.
 
     Returns:
-        The groups; what of ``state`` is of no parameter; and the parameters' states as they are kept.
+        The groups; the entries of ``state`` that belong to no parameter; and the parameters' states as they
+        are kept.
 
     Raises:
-        ValueError: It cannot be loaded.
+        ValueError: The state dict does not fit this optimiser.
     """
     groups = checked_groups(state_dict, own, defaults)
     saved = state_dict["state"]

@@ -1,4 +1,4 @@
-"""What the step size does, for whoever logs it."""
+"""The numbers of the step size, for logging."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a run should be told of, noticed from what steps leave behind, a step late and without a wait.
+"""Warn of runs that go wrong, from what earlier steps have left, without waiting for the device.
 
-Numbers of the groups are looked at every so many steps: they are sent to the host then, and read at a later
-step once they have come. Each finding is one warning.
+Every ``_NUMBERS_EVERY`` steps the groups' numbers are sent to the host, and read at a later step, once they
+have arrived. Each kind of problem is reported once.
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from prodigyplus.reporting import warn_caller
 from prodigyplus.terms.isolation import is_captured
 from prodigyplus.torch_private import version_of
 
-# Every so many steps numbers are looked at, and after so many it is looked whether weights stay as they were
-# left.
+# How many steps apart the groups' numbers are read, and the weights checked for changes by others.
 _NUMBERS_EVERY, _WEIGHTS_EVERY = 50, 10
 
-# How many steps may be skipped in a row, and how far step sizes that share a mean may be apart.
+# How many steps may be skipped in a row, and by what factor step sizes that share a mean may differ.
 _MOST_SKIPPED, _FURTHEST_APART = 500, 100.0
 
-# How far lr may fall, and for how many steps in a row: a hand may lower it for a moment.
+# To what part of its maximum lr may fall, and for how many steps in a row: users may lower it briefly.
 _LEAST_LR, _MOST_STEPS_BELOW = 0.99, 10
 
-# After how many steps some d must have doubled, if it began as small as it should.
+# By which step some d must have doubled, and up to which d0 that is expected.
 _STEPS_TO_GROW, _SMALL_D0 = 500, 1e-4
 
 # By which step some parameter must have had a gradient.
 _STEPS_TO_A_GRADIENT = 10
 
-# How often weights have to have been changed: once may be a checkpoint that was loaded.
+# After how many changes of weights to warn: a single one may be a checkpoint that was loaded.
 _MOST_CHANGES = 3
 
 
 class Watched(Protocol):
-    """What a monitor asks of an optimiser. It is handed over at each call: to keep it would keep it alive."""
+    """What a monitor asks of an optimiser. Passed to each call: a stored reference would keep it alive."""
 
     def own_weights(self) -> Iterable[tuple[Tensor, Tensor]]:
         """The parameters that nothing but the optimiser should change, and their local tensors."""
@@ -50,12 +49,12 @@ class Watched(Protocol):
         ...
 
     def lacks_gradients(self) -> bool:
-        """Whether parameters are to be trained, and none of them has a gradient."""
+        """Whether there are parameters to train, and none of them has a gradient."""
         ...
 
 
 class Monitor:
-    """Looks at an optimiser's steps."""
+    """Watches an optimiser's steps, and warns."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -71,7 +70,7 @@ class Monitor:
         self._changes = 0
 
     def begin(self, watched: Watched) -> None:
-        """Look at what steps before have left, before a step."""
+        """Before a step, check what earlier steps have left."""
         if self._versions:
             self._compare_versions(watched)
         if self._sent is not None:
@@ -82,12 +81,12 @@ class Monitor:
                 self._read(sent.counts.tolist(), in_mean, d, sent.d0)
 
     def end(self, watched: Watched, groups: Groups, *, in_backward: bool) -> None:
-        """Note what is to be looked at later, after a step.
+        """After a step, note what to check later.
 
         Args:
             watched: The optimiser.
             groups: The groups as the step has left them.
-            in_backward: Whether parameters have moved within the backward pass: their gradients are gone.
+            in_backward: Whether a backward pass has moved parameters, so that their gradients are gone.
         """
         self._steps += 1
         if not self._had_gradients:
@@ -107,7 +106,7 @@ class Monitor:
             self._sent = _sent_to_host(groups)
 
     def forget_weights(self) -> None:
-        """Be told that the optimiser itself changes weights between two steps."""
+        """Forget the versions of weights, since the optimiser itself changes weights between two steps."""
         self._versions = {}
 
     def _tell(self, what: str, message: str) -> None:
@@ -153,7 +152,7 @@ class Monitor:
     def _read(
         self, counts: list[list[int]], in_mean: list[float], d: list[float], d0: list[float | None]
     ) -> None:
-        """Look at numbers that have come; the arguments as in :class:`_Sent`, which see."""
+        """Check numbers that have arrived; the arguments as in :class:`_Sent`."""
         self._look_for_growth([k for k, _ in counts], d, d0)
         if len(self._moved_at) != len(counts):
             self._moved_at = [(k, skipped) for k, skipped in counts]
@@ -181,7 +180,7 @@ class Monitor:
             )
 
     def _look_for_growth(self, steps: list[int], d: list[float], d0: list[float | None]) -> None:
-        """Whether no d has grown, of the groups that should have one that does."""
+        """Warn if d has not doubled in any of the groups in which it should grow."""
         should = [
             (k, now < 2 * first) for k, now, first in zip(steps, d, d0, strict=True) if first is not None
         ]
@@ -199,17 +198,17 @@ class _Sent(NamedTuple):
     """Numbers of the groups on their way to the host."""
 
     counts: Tensor  # k and skipped of each group; (groups, 2)
-    sizes: Tensor  # (2, groups): d, nan where it counts in no mean of several groups'; and d of each group
-    event: torch.Event | None  # when they have come; None if they are there
-    d0: list[float | None]  # of each group whose d should grow from there
+    sizes: Tensor  # (2, groups): d, or nan for groups that are in no mean; and d of each group
+    event: torch.Event | None  # recorded after the copies; None if the numbers are on the host already
+    d0: list[float | None]  # of each group whose d should grow; None for others
 
 
 def _sent_to_host(groups: Groups) -> _Sent | None:
-    """Begin to send numbers of the groups to the host; None if that cannot be."""
+    """Begin to copy the groups' numbers to the host; None if that is not possible."""
     columns = groups.columns
     home = columns.device
     if type(columns["d"]) is not Tensor or home.type == "meta" or is_captured(home):
-        return None  # a look into a graph would be no part of its replays
+        return None  # a graph's replays do not run this code
     counts = torch.stack([columns["k"], columns["skipped"]], dim=1)
     sizes = torch.stack([groups.in_mean_or_nan(), columns["d"]])
     d0 = [step.options.d0 if step.adapts and step.options.d0 <= _SMALL_D0 else None for step in groups.steps]

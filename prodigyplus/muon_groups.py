@@ -1,4 +1,4 @@
-"""Parameter groups of a model, by which parameters Muon trains; and a table that describes groups.
+"""Sort a model's parameters into groups, by whether Muon trains them; describe groups in a table.
 
 Muon is for hidden matrices. Shapes alone do not identify them, so the types and names of modules decide too;
 a parameter that stays ambiguous is an error.
@@ -26,11 +26,12 @@ _GROUPS = {
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, BATCH_OR_INSTANCE_NORM)
 
-# In any part of a name, as in embed_tokens and patch_embed.proj; the others as words, as in tok_emb and pos.
+# "embed" anywhere in a name: embed_tokens, patch_embed.proj. The others only as words: tok_emb, pos.
 _EMBEDDING_NAME = re.compile(r"embed|(?<![^._])(emb|embd|wte|wpe|pos|conv_proj)(?![^._])", re.IGNORECASE)
-# In the last part: bias_hh_l0, gate_up_proj_bias of experts, relative_position_bias_table.
+# In the last part of a name: bias_hh_l0, gate_up_proj_bias of experts, relative_position_bias_table.
 _BIAS_NAME = re.compile(r"bias[^.]*$")
-# Whole names. Deeper in a model, all but the first two are as often parts of a layer, as BERT's output.
+# Whole names. All but the first two count only at the top of a model: deeper down they are often parts of a
+# layer, such as BERT's output.
 _HEAD_NAME = re.compile(
     r"(.*\.)?(lm_heads?|to_logits)"
     r"|heads?|(aux_)?classifier|score|logits|output|out_head|output_head|output_layer|output_projection"
@@ -39,7 +40,7 @@ _HEAD_NAME = re.compile(
 
 @dataclass
 class _Candidate:
-    """A parameter with what the rules go by; a tied weight has several names and owners."""
+    """A parameter with what the rules look at; a tied weight has several names and owners."""
 
     p: Tensor
     names: list[str] = field(default_factory=list)
@@ -62,7 +63,7 @@ class _Candidate:
 
     @property
     def is_vector(self) -> bool:
-        """Whether as a matrix (each, if batched) it has at most one row or column, or no elements."""
+        """Whether, as a matrix (or a batch of them), it has at most one row or column, or no elements."""
         shape: tuple[int, ...] = self.p.shape
         if self.is_batched:
             shape = shape[-2:]
@@ -95,13 +96,13 @@ def muon_groups(
     has_head: bool = True,
     keep_empty: bool = False,
 ) -> list[dict[str, Any]]:
-    """A model's parameters as groups for ``ProdigyPlusScheduleFree``: hidden matrices for Muon, others not.
+    """Group a model's parameters for ``ProdigyPlusScheduleFree``: hidden matrices for Muon, others not.
 
     >>> groups = muon_groups(model, batched=["*.experts.w?"], exclude=["*.router.*"])
     >>> optimizer = ProdigyPlusScheduleFree(groups)
 
-    Muon trains the weights of two dimensions and those of convolutions, as matrices of the first dimension
-    by all others, but for
+    Muon trains two-dimensional weights and those of convolutions, the latter as matrices of the first
+    dimension by all others, except
 
     - embeddings: of ``nn.Embedding`` and ``nn.EmbeddingBag``, or with "embed", or the word emb, embd, wte,
       wpe, pos or conv_proj, in their name;
@@ -109,31 +110,32 @@ def muon_groups(
       module called ``lm_head(s)`` or ``to_logits`` and, at the top of the model, ``head(s)``,
       ``(aux_)classifier``, ``score``, ``logits``, ``output``, ``out_head``, ``output_head``, ``output_layer``
       or ``output_projection``; or else of the model, in the order of registration. A list or dict of modules
-      that is called so is several heads;
-    - depthwise convolutions; but other grouped ones are taken for one matrix, which may not be what you want;
+      with such a name is several heads;
+    - depthwise convolutions (other grouped ones count as one matrix, which may not be what you want);
     - the parameters of torch's norms, and those with "bias" in the last part of their name;
-    - vectors, also those with further dimensions of size 1.
+    - vectors, including those with further dimensions of size 1.
 
-    A weight that is tied is one parameter, and an embedding or a head if it is so anywhere. The model may be
-    wrapped, by DDP, ``fully_shard`` or ``torch.compile``. Print :func:`describe_groups` once for a new model.
+    A tied weight is one parameter, and counts as an embedding or a head if any of its uses does. The model
+    may be wrapped by DDP, ``fully_shard`` or ``torch.compile``. Print :func:`describe_groups` once for a
+    new model.
 
     Args:
         model: Each of its parameters, frozen or not, is in one group, in the order of ``named_parameters()``.
         batched: fnmatch patterns of names, with or without the prefix of what wraps the model: parameters of
-            three or more dimensions that are stacks of matrices, (…, rows, columns), as experts are.
-        exclude: Patterns of what Muon shall not train, whatever ``batched`` says: routers, and what has the
-            shape of a matrix but is not one, as Mamba's ``A_log``.
-        has_head: False for a model whose head is elsewhere, as in a stage of a pipeline: then none is sought.
-        keep_empty: Return three groups in any case, as stages of a pipeline must all have the same.
+            three or more dimensions that are stacks of matrices, (…, rows, columns), such as experts.
+        exclude: Patterns of parameters that Muon must not train, whatever ``batched`` says: routers, and
+            parameters with the shape of a matrix that are not one, such as Mamba's ``A_log``.
+        has_head: False for a model whose head is elsewhere, such as a pipeline stage: none is looked for.
+        keep_empty: Always return three groups, since all stages of a pipeline need the same number.
 
     Returns:
-        Up to three groups, none of them empty unless ``keep_empty``: with ``use_muon_pp=True``; with
-        ``muon_batched=True`` too; with ``use_muon_pp=False``. Their "params" are lists of (name, parameter).
+        Up to three groups, none empty unless ``keep_empty``: one with ``use_muon_pp=True``, one that also has
+        ``muon_batched=True``, one with ``use_muon_pp=False``. "params" are lists of (name, parameter).
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: A pattern matches no parameter; ``batched`` matches a single matrix; or a parameter has
-            three or more dimensions, is trained, and nothing says of which it is a matrix.
+        TypeError: ``model`` is not a module.
+        ValueError: A pattern matches no parameter; ``batched`` matches a single matrix; or a trained
+            parameter has three or more dimensions, and nothing says which dimensions make a matrix.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -151,7 +153,7 @@ def muon_groups(
     for name, p in model.named_parameters():
         groups[_kind(name, candidates[p])].append((name, p))
     return [
-        # torch takes a group without parameters for one without names, and refuses it beside named ones.
+        # torch would take an empty group for an unnamed one, which it refuses beside named ones.
         {"params": params, **({} if params else {"param_names": []}), **_GROUPS[kind]}
         for kind, params in groups.items()
         if params or keep_empty
@@ -177,7 +179,7 @@ def _kind(name: str, candidate: _Candidate) -> str:
 
 
 def _registrations(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Every registration of a parameter, in order: its name, its owner, itself; tied ones have several."""
+    """Yield (name, owner, parameter) of every registration, in order; a tied parameter has several."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, p in owner.named_parameters(prefix, recurse=False, remove_duplicate=False):
             yield name, owner, p
@@ -187,7 +189,7 @@ def _wrapped(model: nn.Module) -> list[nn.Module]:
     """The model and the modules that it wraps, outermost first; the last is the unwrapped model.
 
     A wrapper has no parameters of its own and one child that has, whatever its name: DDP, ``torch.compile``
-    and the user's own training classes are alike.
+    and users' own training classes are treated alike.
     """
     if next(model.parameters(recurse=False), None) is None:
         children = [child for child in model.children() if next(child.parameters(), None) is not None]

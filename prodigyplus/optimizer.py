@@ -1,4 +1,4 @@
-"""The optimiser: what ``torch.optim`` asks of one, and what training loops ask of this one."""
+"""The optimiser: the methods of ``torch.optim``, and those that training loops need."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _EVALUATING = (
 
 
 class _Cache:
-    """What an optimiser keeps from step to step, and a copy of it makes anew."""
+    """What an optimiser keeps from step to step; its copies start with an empty one."""
 
     def __init__(self) -> None:
         self.constants = Constants()
@@ -51,8 +51,8 @@ class _Cache:
         self.warned: set[str] = set()
         self.step: Step | None = None  # a step that a backward pass has begun
         self.locations: dict[Tensor, Location] = {}  # of the parameters, in that step
-        self.listed: tuple[object, list[Location]] = (None, [])  # of all parameters, and what it was made of
-        self.standing: Standing | None = None  # what moves again while only gradients change
+        self.listed: tuple[object, list[Location]] = (None, [])  # its key, and all locations
+        self.standing: Standing | None = None  # batches that the next step may reuse
         self.fuses_backward = False  # whether fuse_backward() has been called
 
 
@@ -60,7 +60,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     r"""Adam without a learning rate (Prodigy) or a schedule (Schedule-Free), with factored moments.
 
     Call :meth:`train` before training and :meth:`eval` before evaluating or saving the model, as with
-    every Schedule-Free optimiser: the model holds the weights to train at, or their average.
+    every Schedule-Free optimiser: the model holds either the training weights or their average.
 
     >>> optimizer = ProdigyPlusScheduleFree(model.parameters())
     >>> optimizer.train()
@@ -71,13 +71,13 @@ class ProdigyPlusScheduleFree(Optimizer):
     Use a constant learning rate schedule and no gradient clipping: StableAdamW does its work. A step
     that meets an inf or NaN in any gradient changes nothing, and no step waits for the device.
 
-    Every option may be set per parameter group. Those that say what state there is (``use_schedulefree``,
-    ``use_focus``, ``use_muon_pp``, ``use_speed="relative"``, ``factored``, ``factored_fp32``,
-    ``bfloat16_z``, ``slice_p``, ``step_size``) hold from a parameter's first step on; the others may be
-    changed between steps, and are checked then.
+    Every option may be set per parameter group. Those that decide what state a parameter has
+    (``use_schedulefree``, ``use_focus``, ``use_muon_pp``, ``use_speed="relative"``, ``factored``,
+    ``factored_fp32``, ``bfloat16_z``, ``slice_p``, ``step_size``) are fixed from its first step on; the
+    others may be changed between steps, and are checked then.
 
-    What a training loop would do to weights after a step (clamp them, renormalise rows) goes through
-    :meth:`constrain`: otherwise the average that is evaluated knows nothing of it.
+    If a training loop changes weights after steps (clamps them, renormalises rows), pass the change to
+    :meth:`constrain` instead: otherwise the average that is evaluated does not obey it.
 
     Args:
         params: Parameters, named parameters, or parameter groups, as for every torch optimiser:
@@ -87,18 +87,18 @@ class ProdigyPlusScheduleFree(Optimizer):
             decay of the first moment), and β2, the decay of the second moment.
         beta3: Decay of Prodigy's statistics. None: sqrt(β2).
         weight_decay: Decoupled weight decay λ, taken at y.
-        weight_decay_by_lr: Multiply λ with the step size, as AdamW does.
+        weight_decay_by_lr: Multiply λ by the step size, as AdamW does.
         use_bias_correction: RAdam's correction of the second moment, and its warm-up.
-        d0: First step size, to be chosen too small.
+        d0: Initial step size; choose it too small.
         d_coef: Multiplies the estimate of the step size.
-        prodigy_steps: Stop adapting the step size, and free the memory for it, at this call of ``step`` (0
-            or None: never), for good. Calls count whose step was skipped, not those with ``lr=0``.
+        prodigy_steps: Stop adapting the step size for good, and free the memory for it, at this call of
+            ``step`` (0 or None: never). Calls whose step is skipped count; those with ``lr=0`` do not.
         use_speed: SPEED. True: judge progress by signs alone, and let d grow to d^0.975 at most. "relative":
-            by its average, over how far the weights have come (what 2.0.1 calls SPEED).
+            by its average, divided by how far the weights have come (what 2.0.1 calls SPEED).
         eps: Added to the denominator, relative to the step size. None: Adam-atan2, which needs none;
             StableAdamW is then off.
-        split_groups: A step size for each parameter group. False: one, from the statistics of all
-            groups for which it is False, under the options of the first of these.
+        split_groups: A step size for each parameter group. False: one step size, from the statistics of all
+            groups that have False, with the options of the first of these.
         split_groups_mean: With ``split_groups``, every group moves by the harmonic mean of the step sizes of
             the groups with evidence, whose d has grown tenfold (see docs/options.md).
         factored: Second moments of rank one for tensors of two or more dimensions.
@@ -108,41 +108,42 @@ class ProdigyPlusScheduleFree(Optimizer):
         use_stableadamw: Divide an update by the square root of its rms where that exceeds 1.
         use_muon_pp: Muon: move matrices by their whole gradient, orthogonalised, at Adam's scale. For groups
             of hidden matrices, see :func:`prodigyplus.muon_groups`. Excludes ADOPT and OrthoGrad.
-        use_cautious: Drop what of a move disagrees in sign with its gradient, and scale up the rest.
-            Excludes Grams.
-        use_grams: Take a move's magnitudes, and its gradient's signs.
-        use_adopt: ADOPT: normalise a gradient by the second moment of those before it.
-        use_orthograd: Take what of a direction is orthogonal to the weights, at its full length.
-        use_focus: FOCUS: the sign of a gradient, and a pull from the weights' average. Excludes factored,
+        use_cautious: Drop the elements of a move that disagree in sign with the gradient, and scale up the
+            rest. Excludes Grams.
+        use_grams: Take the magnitudes of a move, and the signs of its gradient.
+        use_adopt: ADOPT: normalise a gradient by the second moment of the earlier ones.
+        use_orthograd: Take the part of a direction that is orthogonal to the weights, scaled back to the
+            direction's length.
+        use_focus: FOCUS: the sign of a gradient, and a pull towards the weights' average. Excludes factored,
             ``eps=None`` and Muon.
         stochastic_rounding: Round bfloat16 weights, and z in bfloat16, stochastically.
-        beta4: Decay of a step size that moves both ways, as a running average. 0: it never shrinks.
+        beta4: Let the step size shrink too, as a running average with this decay. 0: it never shrinks.
             None: β2.
-        d_limiter: Let d̂ count as at most 2^¼ times d in a step, before a ``d_coef`` above 1 multiplies it.
+        d_limiter: Limit d̂ to 2^¼ times d in a step, before a ``d_coef`` above 1 multiplies it.
         schedulefree_c: Averaging strength of Schedule-Free; above 0, c is
             ``min(1, c·(1−β1)·schedulefree_c)``.
-        use_schedulefree: False: Adam's first moment and decoupled weight decay instead; bring a
+        use_schedulefree: False: Adam's first moment and decoupled weight decay instead, which need a
             schedule.
-        warmup_steps: Let the step size grow linearly over so many steps of a group; its square is the weight
-            of a step in the average, as ever. 0: no warm-up.
-        slice_p: Prodigy's statistics are taken of every ``slice_p``-th element.
-        muon_fp32: Orthogonalise in float32. False: in bfloat16. Those of float64 weights always in float64.
-        muon_quintic: Orthogonalise by the first Muon's polynomial. False: by Polar Express's.
-        muon_batched: Parameters of three or more dimensions are batches of matrices, their last two, as
-            experts are. False: one matrix, their first dimension by all others, as convolutions are.
-        bfloat16_z: Of float32 weights, keep z as its distance from them, in bfloat16, rounded stochastically:
-            2.6 bytes of state per parameter in the place of 4.6.
+        warmup_steps: Let the step size grow linearly over this many steps of a group. As always, a step's
+            weight in the average is its step size squared. 0: no warm-up.
+        slice_p: Prodigy's statistics are taken over every ``slice_p``-th element.
+        muon_fp32: Orthogonalise in float32. False: in bfloat16. For float64 weights always in float64.
+        muon_quintic: Orthogonalise by the original Muon's polynomial. False: by Polar Express's.
+        muon_batched: Parameters of three or more dimensions are batches of matrices (their last two), like
+            experts. False: one matrix, their first dimension by all others, like convolutions.
+        bfloat16_z: For float32 weights, keep z as its offset from them, in bfloat16, rounded stochastically:
+            2.6 bytes of state per parameter instead of 4.6.
         compile: Run passes over whole tensors through ``torch.compile``: those of the default options. Groups
             with Cautious, Grams, ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` run without.
         step_size: What finds the step size. "prodigy": Prodigy's estimate. "balance": Schedule-Free's own
-            equilibrium (see docs/research.md), which is the first to try; it keeps no state for it, and
+            equilibrium (see docs/research.md). Try it first; it keeps no state of its own, and
             excludes ``use_speed``, ``d_coef``, ``beta4`` and ``use_schedulefree=False``.
-        fused: Move a group's parameters by Triton kernels, a handful of launches for all of them. None: where
-            they are on a GPU, of float32 or bfloat16, and have no Cautious, Grams, ADOPT, OrthoGrad or FOCUS.
-            True: an error where they cannot. False: never.
+        fused: Move a group's parameters by Triton kernels, in a handful of launches for all of them. None: if
+            they are float32 or bfloat16, on a GPU, without Cautious, Grams, ADOPT, OrthoGrad or FOCUS.
+            True: always, or raise an error. False: never.
 
     Raises:
-        ValueError: An option has a value it cannot have, or a parameter is of another dtype.
+        ValueError: An option has an invalid value, or a parameter has another dtype.
     """
 
     def __init__(
@@ -196,14 +197,14 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _set_up(
         self, placement: Placement, exchange: Exchange, hooks: Hooks, *, shares_d: bool = False
     ) -> None:
-        """Say where the tensors lie and who completes sums, before any group comes; the first call counts.
+        """Set where tensors lie and who completes sums, before any group is added; later calls do nothing.
 
         Args:
-            placement, exchange, hooks: See there.
+            placement, exchange, hooks: See their classes.
             shares_d: Whether optimisers of other parameters share the step size with this one.
 
         Raises:
-            ValueError: What constructs it gives every process an optimiser of other parameters.
+            ValueError: ``ZeroRedundancyOptimizer`` constructs it, and ``shares_d`` is False.
         """
         if "_placement" in self.__dict__:
             return
@@ -221,22 +222,22 @@ class ProdigyPlusScheduleFree(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._check_no_step_is_under_way()  # which a copy would not have
         self._check_average_is_not_lent()
-        # torch leaves out what it does not know of; without these, a copy would train otherwise.
+        # torch leaves out attributes of subclasses; without these, a copy would train differently.
         names = ("_placement", "_exchange", "_hooks", "_constraints")
         state: dict[str, Any] = super().__getstate__()
         return {**state, **{name: self.__dict__[name] for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # torch adds an option of its own optimisers, with which later groups would not be like those before.
+        # torch adds an option of its own optimisers, which only groups that are added later would have.
         self.defaults.pop("differentiable", None)
-        if "_cache" not in self.__dict__:  # of a copy; torch also calls it to load a state dict
+        if "_cache" not in self.__dict__:  # in a copy; torch also calls this to load a state dict
             self._cache = _Cache()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters: ``{"params": …}`` and any options that differ; see the class.
 
-        Where it is to be fused with the backward pass, call :meth:`fuse_backward` after it.
+        If it is to be fused with the backward pass, call :meth:`fuse_backward` afterwards.
         """
         self._check_no_step_is_under_way()
         if not isinstance(param_group, dict):
@@ -244,7 +245,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         options.check_keys(param_group, checkpoint.ENTRIES)
         values = options.plain({**self.defaults, **param_group})
         param_group |= {name: values[name] for name in options.NAMES if name in param_group}
-        # Also where the group was another optimiser's. It is in the mode of the others.
+        # Replaces what another optimiser may have left in the group; its mode is that of the other groups.
         param_group |= checkpoint.new_entries(values["d0"]) | {"train_mode": not self._view.is_evaluating}
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
@@ -271,14 +272,14 @@ class ProdigyPlusScheduleFree(Optimizer):
         """Move every parameter that has a gradient.
 
         Args:
-            closure: Evaluates the model anew, with gradients, and returns the loss.
+            closure: Evaluates the model again, computes its gradients, and returns the loss.
 
         Returns:
             The loss of the closure, if there is one.
 
         Raises:
             RuntimeError: The optimiser is in eval mode, or a gradient is sparse.
-            ValueError: An option was given a value that it cannot have.
+            ValueError: An option was set to an invalid value.
         """
         loss = None
         if closure is not None:
@@ -316,7 +317,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 p.grad = None
         if standing is not None:
             standing.rest()
-        # Kept where the step has come to its end.
+        # Kept only if the step did not raise.
         self._cache.standing = standing
 
     def _begin(self, *, in_backward: bool) -> Step:
@@ -340,7 +341,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         return step
 
     def _take_standing(self, step: Step) -> Standing | None:
-        """What moved in the step before, with the gradients of this one, if only gradients have changed."""
+        """The last step's batches with this step's gradients; None if more than gradients has changed."""
         standing, self._cache.standing = self._cache.standing, None
         if standing is None or not self._may_stand(step):
             return None
@@ -351,7 +352,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         return not step.taken and not captured
 
     def _remaining(self, step: Step) -> list[ParamStep]:
-        """What the parameters bring that no backward pass has moved."""
+        """What a step needs of the parameters that no backward pass has moved."""
         parameters = self._parameters
         parameters.forget_replaced()
         every = self._locations()
@@ -364,16 +365,16 @@ class ProdigyPlusScheduleFree(Optimizer):
         ]
 
     def _locations(self) -> list[Location]:
-        """Where the parameters stand, made anew only where ``param_groups`` has others than before."""
+        """The locations of all parameters, listed again only when ``param_groups`` has other parameters."""
         key = [list(map(id, group["params"])) for group in self.param_groups]
-        if key != self._cache.listed[0]:  # which holds them: no other has the id of one of them
+        if key != self._cache.listed[0]:  # the list keeps them alive, so that no id is reused
             self._cache.listed = key, locations(self.param_groups)
         return self._cache.listed[1]
 
     @isolated
     def _columns(self) -> Columns:
-        """The groups' numbers, where the parameters are that are trained."""
-        # Lazily, since the first parameter tells most often.
+        """The groups' numbers, on the device of the parameters that are trained."""
+        # Lazily, since the first parameter usually decides.
         trained = (p for g in self.param_groups for p in g["params"] if p.requires_grad or p.grad is not None)
         others = (p for g in self.param_groups for p in g["params"] if p.device.type != "meta")
         homes = (self._placement.local(p).device for some in (trained, others) for p in some)
@@ -414,14 +415,14 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     @isolated
     def _has_changed_weights(self) -> None:
-        """The model holds other weights now: what was made of those before is out of date."""
+        """Drop what was computed from the weights that the model held before."""
         self._cache.monitor.forget_weights()
         self._placement.forget_copies(self._view.parameters)
 
     # What a monitor asks; see prodigyplus/monitor.py.
 
     def own_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parameters that only the optimiser should change, as its state goes with them; local tensors."""
+        """Yield (parameter, local tensor) of what only the optimiser should change, since z goes with it."""
         held = {p for _, p in self._constraints}
         for p, state in self.state.items():
             if isinstance(p, Tensor) and p not in held and schedule_free.is_averaged(state):
@@ -436,32 +437,33 @@ class ProdigyPlusScheduleFree(Optimizer):
         )
 
     def lacks_gradients(self) -> bool:
-        """Whether parameters are to be trained, and none of them has a gradient."""
+        """Whether there are parameters to train, and none of them has a gradient."""
         trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return bool(trained) and all(p.grad is None for p in trained)
 
     # ------------------------------------------------------------------- within the backward pass
 
     def fuse_backward(self, model: nn.Module) -> list[RemovableHandle]:
-        """Let backward passes move the parameters of ``model``, those in groups with ``fused_back_pass``.
+        """Let backward passes move the parameters of ``model`` that are in groups with ``fused_back_pass``.
 
         Call it once, when the model is wrapped as it will be trained. Each gradient is then consumed and
-        freed as soon as it is there, and :meth:`step` ends the step: it moves the step size, and whatever no
-        backward pass has moved. The loop stays as it is, but every backward pass needs its :meth:`step`.
+        freed as soon as it is there, and :meth:`step` ends the step: it updates the step size, and moves what
+        no backward pass has moved. The loop stays as it is, but every backward pass needs its own
+        :meth:`step`.
 
-        A gradient with an inf or NaN skips its parameter alone, since others have moved already, and so do
-        those of groups that are not fused; the step size then keeps its value, and the step counts as
-        skipped. What changes gradients after the backward pass, as clipping does, comes too late.
+        An inf or NaN in a gradient skips only its own parameter, in groups that are not fused too, since
+        others have moved already; the step size then keeps its value, and the step counts as skipped.
+        Whatever changes gradients after the backward pass, such as clipping, comes too late.
 
         Returns:
-            A handle for each parameter's hook, whose ``remove()`` takes it off again. Under DDP there are
-            none: its communication hook stays.
+            A handle for each parameter's hook, whose ``remove()`` detaches it. Under DDP there are none: its
+            communication hook stays.
 
         Raises:
-            ValueError: No parameter of the model is in such a group, or its gradients are summed over
-                processes elsewhere than where a hook sees them.
+            ValueError: No parameter of the model is in such a group, or gradients are not yet summed over
+                processes when a hook sees them.
         """
-        # Weakly: whoever drops the optimiser is done with it, hooks or not.
+        # A weak reference, so that the hooks do not keep a dropped optimiser alive.
         alive = weakref.ref(self)
 
         def take(p: Tensor, grad: Tensor) -> bool:
@@ -474,7 +476,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     @isolated_from_compiler
     def _take(self, p: Tensor, grad: Tensor) -> bool:
-        """Move a parameter by its gradient, now or soon. Returns whether it is one to be moved so."""
+        """Move a parameter by its gradient, now or later in the step. Returns whether its group is fused."""
         cache = self._cache
         if cache.step is None:
             cache.locations = {location.p: location for location in self._locations()}
@@ -497,26 +499,26 @@ class ProdigyPlusScheduleFree(Optimizer):
     # ---------------------------------------------------------------------------------- constraints
 
     def constrain(self, parameters: Tensor | Iterable[Tensor], project: Projection) -> RemovableHandle:
-        """Hold parameters in a set: in every step the weights that it moves are projected onto it.
+        """Hold parameters in a set: every step projects the weights that it moves onto the set.
 
         >>> optimizer.constrain(model.logit_scale, lambda w: w.clamp_(0, math.log(100)))
         >>> optimizer.constrain(words.weight, lambda w: torch.renorm(w, 2, 0, maxnorm=1.0))
 
-        Use it where a training loop would change weights after each step. Changed so, only the weights of
-        training obey; here z does, and with it the average, and Prodigy sees how far the weights have really
-        come. The weights are projected now, in every step, and where their average is put into the model.
+        Use it where a training loop would change weights after each step. There, only the training weights
+        would obey the constraint; here z does too, hence the average, and Prodigy sees how far the weights
+        have really come. Weights are projected now, in every step, and when the model gets their average.
 
         Args:
             parameters: One or more of the optimiser's parameters.
-            project: Gets a copy of the weights of each, of its shape (a DTensor, if the parameter is one),
-                and changes it in place or returns what it makes of it. Every rank calls it for the same
-                parameters in the same order.
+            project: Takes a copy of the weights of one parameter (a DTensor, if the parameter is one), and
+                projects it in place or returns the projection, of the same shape. Every rank calls it for
+                the same parameters in the same order.
 
         Returns:
             A handle, whose ``remove()`` lifts the constraint.
 
         Raises:
-            ValueError: A tensor is not one of the optimiser's parameters, or ``project`` gives another shape.
+            ValueError: A tensor is not a parameter of the optimiser, or ``project`` returns another shape.
             TypeError: A module was passed in place of its parameters, or ``project`` cannot be called.
         """
         self._check_no_step_is_under_way()
@@ -543,7 +545,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         return self._constraints.add(constraint)
 
     def _hold_(self, step: Step) -> None:
-        """Put what a step has moved back into the sets that hold it."""
+        """After a step, project the constrained parameters onto their sets."""
         if not self._constraints:
             return
         group_of = {p: group for group in step.groups.steps for p in group.entry["params"]}
@@ -562,8 +564,8 @@ class ProdigyPlusScheduleFree(Optimizer):
     def eval(self) -> None:
         """Put the averaged weights x into the model. Free when they are there already.
 
-        Between them :meth:`eval` and :meth:`train` cost no memory, and a rounding of the weights;
-        :meth:`averaged_parameters` costs a copy, and nothing of the weights.
+        :meth:`eval` followed by :meth:`train` needs no memory, but rounds the weights;
+        :meth:`averaged_parameters` needs a copy of the weights, and restores them exactly.
         """
         self._swap(train=False)
 
@@ -588,7 +590,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """A context in which the model holds the averaged weights x.
 
         On leaving it, every weight is what it was on entering, bit for bit, whatever mode the
-        optimiser is in; the state is not touched. Costs a copy of the weights meanwhile.
+        optimiser is in; the state is not touched. Needs memory for a copy of the weights.
 
         >>> with optimizer.averaged_parameters():
         ...     evaluate(model)
@@ -603,13 +605,13 @@ class ProdigyPlusScheduleFree(Optimizer):
     def averaged_state_dict(self, model: nn.Module, *, full: bool = False) -> dict[str, Any]:
         """``model.state_dict()`` with the averaged weights x: what to save as the trained model.
 
-        Changes nothing. What the optimiser averages is new tensors, also in eval mode and within
-        :meth:`averaged_parameters`, so that it stays x; the rest are the model's own. Tied
-        weights are one tensor for each name, as ``safetensors`` needs.
+        Changes nothing. Averaged weights are new tensors, also in eval mode and within
+        :meth:`averaged_parameters`, so that they stay x; the others are the model's own. Tied weights get
+        one tensor for each name, as ``safetensors`` needs.
 
         Args:
-            model: The model whose parameters the optimiser was given, wrapped in what it may be.
-            full: Copies on the CPU, under the names that they have in the model that is not wrapped.
+            model: The model whose parameters the optimiser was given, wrapped or not.
+            full: Return copies on the CPU, under their names in the unwrapped model.
 
         Raises:
             ValueError: The model has none of the optimiser's parameters.
@@ -625,12 +627,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         }
 
     def check_replicas(self) -> None:
-        """Nothing to compare in one process; see ``ShardedProdigyPlusScheduleFree``, of the package beside
-        this.
+        """Compare nothing, as there is one process; see ``ShardedProdigyPlusScheduleFree``.
 
         Raises:
             RuntimeError: A backward pass has moved parameters, and no ``step()`` has ended that step. Or
-                there are several processes, of which this class does not know.
+                there are several processes, which this class cannot compare.
         """
         self._check_no_step_is_under_way()
         processes = os.environ.get("WORLD_SIZE", "1")
@@ -643,10 +644,10 @@ class ProdigyPlusScheduleFree(Optimizer):
     # ----------------------------------------------------------------------- metrics, checkpoints
 
     def metrics(self) -> list[dict[str, Tensor]]:
-        """What the step size does: one dict for each parameter group, of tensors without dimensions.
+        """The numbers of the step size: a dict of 0-dim tensors for each parameter group.
 
-        They stay on the device, and their values are those of now; reading one waits for the device. For a
-        logger, :meth:`scalars` has them as plain numbers.
+        They stay on the device, and later steps do not change them; reading one waits for the device. For
+        loggers, :meth:`scalars` returns them as plain numbers.
 
         =================  =============================================================================
         ``d``              step size of the group
@@ -666,20 +667,20 @@ class ProdigyPlusScheduleFree(Optimizer):
         return metrics_.metrics(self.param_groups)
 
     def scalars(self, prefix: str = "", names: Collection[str] | None = None) -> dict[str, float]:
-        """The numbers of :meth:`metrics` as one flat dict of floats, as loggers take them. Waits once.
+        """The numbers of :meth:`metrics` as one flat dict of floats, for loggers. Waits for the device once.
 
         >>> wandb.log(optimizer.scalars("prodigyplus/"), step=step)
 
         Args:
             prefix: Put before each name.
-            names: Which of the numbers, as ``names=["d", "step_size"]``; all where it is None.
+            names: Which of the numbers, such as ``names=["d", "step_size"]``. None: all.
 
         Returns:
             Under ``d``, ``d_hat`` and so on; with several groups, under ``d/0``, ``d/1`` and so on.
 
         Raises:
-            ValueError: There is no number of such a name.
-            TypeError: ``prefix`` is no string, as where names were meant.
+            ValueError: There is no number of that name.
+            TypeError: ``prefix`` is not a string, for instance because names were passed.
         """
         return metrics_.scalars(self.param_groups, prefix, names)
 
@@ -691,7 +692,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._check_no_step_is_under_way()
         self._check_average_is_not_lent()
 
-        # Before the hooks of others, which are to see what is saved.
+        # Runs before users' hooks, which are to see the final state dict.
         def finish(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             to_python_numbers_(saved["param_groups"])
             states = checkpoint.saved_states(self.param_groups, self.state, self._placement, self._exchange)
@@ -705,18 +706,18 @@ class ProdigyPlusScheduleFree(Optimizer):
             hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state, every tensor in the dtype it was saved in.
+        """Load a saved state, every tensor in the dtype it was saved in.
 
         Args:
-            state_dict: What :meth:`state_dict` gave. It is not changed, nor shared.
+            state_dict: The result of :meth:`state_dict`; neither changed nor shared.
 
         Raises:
-            ValueError: It is of other groups, other parameters or another optimiser. The optimiser
-                is then as it was before.
+            ValueError: It is of other groups, other parameters or another optimiser. This optimiser is then
+                unchanged.
         """
         self._check_no_step_is_under_way()
         self._check_average_is_not_lent()
-        # torch's loader casts all state to the parameter's dtype. So it does not get to see it.
+        # torch's loader would cast all state to the parameter's dtype, so the state bypasses it.
         loaded: dict[Tensor, dict[str, Tensor]] = {}
 
         def take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

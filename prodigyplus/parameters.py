@@ -1,6 +1,7 @@
-"""What each parameter brings to a step: its local tensors, and its state, made where there is none yet.
+"""What a step needs of each parameter: its local tensors, and its state, created if there is none yet.
 
-What cannot be trained is refused here, by what every rank knows: none is left waiting for another.
+Parameters that cannot be trained are refused here, by what every rank knows, so that no rank waits for
+another in vain.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from prodigyplus.placement import Location, Placement, name_of
 from prodigyplus.state import StateOptions
 from prodigyplus.terms.layout import Layout
 
-# float16 has not the range for the squares of d·g.
+# float16 lacks the range for the squares of d·g.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class _MadeFor(NamedTuple):
-    """What the state of a parameter is known to fit."""
+    """What the state of a parameter was made for, and so fits."""
 
     layout: Layout
     options: StateOptions
@@ -43,7 +44,7 @@ class Parameters:
         groups: ``param_groups``.
         state: The optimiser's ``state``.
         placement: Where the tensors lie.
-        made_for: What is known of the states; kept from step to step.
+        made_for: What each state was made for; kept from step to step.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Parameters:
         return name_of(self._groups[location.group], location.group, location.in_group)
 
     def bring(self, location: Location, grad: Tensor | None, group: GroupStep) -> ParamStep:
-        """What a parameter brings to a step.
+        """Gather what a step needs of a parameter.
 
         Args:
             location: The parameter.
@@ -71,7 +72,7 @@ class Parameters:
             group: Its group.
 
         Raises:
-            RuntimeError: It cannot be trained, with this gradient or this state.
+            RuntimeError: The parameter cannot be trained with this gradient or state.
         """
         p, state, local = location.p, self._state[location.p], self._placement.local
         gradient, present = self._placement.gradient(location, grad, self.name)
@@ -115,7 +116,7 @@ class Parameters:
         self._made_for[p] = _MadeFor(self._placement.layout(p), options)
 
     def forget_replaced(self) -> None:
-        """Let go of parameters that were replaced."""
+        """Drop references to parameters that were replaced."""
         if len(self._made_for) > 2 * len(self._state):
             self._made_for.clear()
 
@@ -125,7 +126,7 @@ class Parameters:
         """Refuse a state that was made for other options, or for a parameter of another shape.
 
         Raises:
-            RuntimeError: It was.
+            RuntimeError: The state does not fit.
         """
         before = self._made_for.get(location.p)
         if before is not None:
@@ -175,7 +176,7 @@ def check_parameter(p: Tensor, o: Options, name: str) -> None:
     """Refuse a parameter that cannot be trained as its group says.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: Its dtype, its shape or the options of its group do not allow it.
     """
     wrong = None
     if p.dtype not in _DTYPES:

@@ -1,7 +1,7 @@
 """Where the tensors of an optimiser lie: whole in this process, or in pieces on a mesh.
 
-Everything that is not a formula or a sum asks a :class:`Placement`: what of a tensor is here, how an entry of
-the state is kept and saved, and which parameters take part in a step.
+Apart from formulas and sums, all code asks a :class:`Placement` which part of a tensor is on this rank, how
+an entry of the state is kept and saved, and which parameters take part in a step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Placement(Protocol):
         ...
 
     def layout(self, p: Tensor) -> Layout:
-        """Where the local piece of a parameter lies in it; the same object for the same layout."""
+        """Where the local piece of a parameter lies in the whole; the same object for the same layout."""
         ...
 
     def store(self, p: Tensor, local: Tensor, key: str, every: int) -> Tensor:
@@ -38,14 +38,14 @@ class Placement(Protocol):
 
         Args:
             p: The parameter.
-            local: The local piece of the entry; of samples, as rows.
+            local: The local piece of the entry; samples as rows.
             key: The entry's name in :data:`prodigyplus.state.TABLE`.
-            every: The distance of two samples.
+            every: The distance between samples.
         """
         ...
 
     def load(self, p: Tensor, saved: Tensor, key: str, every: int) -> Tensor:
-        """The local piece of a saved entry, new memory: undoes :meth:`store`, whoever has stored it."""
+        """The local piece of a saved entry, in new memory: undoes :meth:`store` of any layout."""
         ...
 
     def takes_part(self, p: Tensor) -> bool:
@@ -53,7 +53,7 @@ class Placement(Protocol):
         ...
 
     def end_step(self, parameters: Iterable[Tensor]) -> None:
-        """Note that the step of all these, the optimiser's parameters, has begun to end."""
+        """Note that a step has begun to end; ``parameters`` are all that the optimiser has."""
         ...
 
     def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,12 +63,12 @@ class Placement(Protocol):
     def gradient(
         self, location: Location, grad: Tensor | None, name: Callable[[Location], str]
     ) -> tuple[Tensor, bool | None]:
-        """The gradient of a parameter that takes part; and whether it has one here, or None if it must have.
+        """The gradient of a parameter that takes part; and whether it has one here (None: always).
 
         Args:
             location: The parameter.
             grad: Its gradient here, if it has one.
-            name: Gives what to call it in a message.
+            name: Returns what to call the parameter in a message.
 
         Raises:
             RuntimeError: The gradient does not lie where the parameter does.
@@ -76,19 +76,19 @@ class Placement(Protocol):
         ...
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
-        """The local gradients of parameters; None if one has none here, or not where the parameter lies."""
+        """The local gradients; None if any parameter has none here, or one that is laid out differently."""
         ...
 
     def check(self, p: Tensor, name: str) -> None:
         """Refuse a parameter that cannot be trained where it lies, by what every rank knows.
 
         Raises:
-            RuntimeError: It cannot.
+            RuntimeError: The parameter cannot be trained.
         """
         ...
 
     def forget_copies(self, parameters: Collection[Tensor]) -> None:
-        """Let go of copies that others have made of parameters whose values have changed."""
+        """Free copies that others, such as FSDP2, hold of parameters whose values have changed."""
         ...
 
 
@@ -96,11 +96,11 @@ class WholeTensors:
     """Parameters that are plain tensors, whole in this process."""
 
     def __init__(self) -> None:
-        # Kept, since a layout may keep where its samples are, and parameters of one layout move together.
+        # Cached: a layout may cache where its samples are, and parameters of one layout move together.
         self._layouts: dict[Hashable, Layout] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_layouts": {}}  # a copy finds its own: the key of a layout may be of this process alone
+        return {"_layouts": {}}  # a copy makes its own: keys may be valid in this process only
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -158,13 +158,13 @@ class WholeTensors:
 
 
 class Location(NamedTuple):
-    """Where a parameter stands in its optimiser.
+    """The place of a parameter in its optimiser.
 
     Args:
         p: The parameter.
         group: The index of its group.
-        in_group: Its own index in the group.
-        number: Its own in the optimiser, counted from 1: it makes the noise of its rounding.
+        in_group: The index of the parameter in the group.
+        number: The number of the parameter in the optimiser, from 1; seeds the noise of its rounding.
     """
 
     p: Tensor
@@ -182,7 +182,7 @@ def locations(groups: Sequence[Mapping[str, Any]]) -> list[Location]:
 
 
 def name_of(entry: Mapping[str, Any], group: int, in_group: int) -> str:
-    """What to call a parameter in a message: its own name if it has one, or where it stands.
+    """What to call a parameter in a message: its own name if it has one, or its place.
 
     Args:
         entry: An entry of ``param_groups``.

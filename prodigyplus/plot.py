@@ -26,11 +26,11 @@ Curve = tuple[list[float], list[float]]  # steps and values
 
 
 class Panel(NamedTuple):
-    """One of the plots, which lie below one another."""
+    """One of the plots, which are stacked vertically."""
 
     title: str
-    name: str  # of the number, without prefix and group; several with a | between
-    scale: str | None  # None: linear, or logarithmic where values span more than _WIDE
+    name: str  # a regular expression for the number's name, without prefix and group
+    scale: str | None  # None: linear, or logarithmic where values differ by a factor above _WIDE
 
 
 PANELS = (
@@ -50,7 +50,7 @@ def rows_of(path: Path) -> list[Row]:
     """The rows of a run that have a step and other numbers.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or the file is not a log of a run.
     """
     try:
         if path.suffix == ".csv":
@@ -75,19 +75,19 @@ def rows_of(path: Path) -> list[Row]:
 def _row_of(record: Mapping[str, Any]) -> Row:
     row = {}
     for name, value in record.items():
-        with suppress(TypeError, ValueError):  # words
+        with suppress(TypeError, ValueError):  # text
             row[name] = float(value)
-    if record.get("kind", "train") != "train" and "loss" in row:  # the scripts': "test", "held out"
+    if record.get("kind", "train") != "train" and "loss" in row:  # launch scripts: "test", "held out"
         row["eval_loss"] = row.pop("loss")
     return row
 
 
 def curves_of(rows: Sequence[Row], name: str) -> dict[str, Curve]:
-    """The curves of a number: one, under "", or one for each group, under its number.
+    """The curves of a number: one, under "", or one for each group, under the group's number.
 
     Args:
-        rows: In the order they were written in; of a step that was made twice, as in a resumed run, the
-            last counts.
+        rows: In the order in which they were written; where a step occurs twice, as in a resumed run, the
+            last row counts.
         name: As in ``optimizer.scalars()``; a prefix before it ends in ``/``.
     """
     pattern = re.compile(rf"(?:.*/)?(?:{name})(?:/(\d+))?")
@@ -132,7 +132,7 @@ def draw(runs: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 def _scale(panel: Panel, values: Sequence[float]) -> str:
-    if not all(value > 0 for value in values):  # not a number, too
+    if not all(value > 0 for value in values):  # also where one is NaN
         return "linear"
     return panel.scale or ("log" if max(values) > _WIDE * min(values) else "linear")
 

@@ -12,7 +12,7 @@ theirs                                           version  ours
 ``exp_avg_x0_dot``, ``max_x0_minus_l1_norm``,    2.0      ``exp_avg_product``, ``max_l1``, ``max_l2``
 ``max_x0_minus_l2_norm``: Python numbers
 ``exp_avg_sq``, a list if factored: of g         1.9      of d·g: times d²; factors by name
-``s``, ``d_numerator``, ``d_denom``: weighted    1.9      weighted with d²/sqrt(d0), but for SPEED
+``s``, ``d_numerator``, ``d_denom``: weighted    1.9      weighted with d²/sqrt(d0), except for SPEED
 with sqrt(d)
 ===============================================  =======  ==================================================
 
@@ -267,17 +267,17 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
     >>> print(import_published(optimizer, saved["optimizer"]))
 
     The state dict does not have the model's weights: load those that were saved with it. It says whether they
-    are the weights to train at or their average, and the optimiser is then in the same mode. Its options are
-    loaded too, as by ``load_state_dict``; options that the package does not have are set to what it does.
+    are the training weights or their average, and the optimiser is put into that mode. Its options are loaded
+    too, as by ``load_state_dict``; options that the package does not have are set to what it does.
 
     Args:
-        optimizer: The optimiser to resume with, of the same parameters in the same groups and order. One of
-            sharded parameters loads this rank's pieces.
+        optimizer: The optimiser to resume with, with the same parameters in the same groups and order. A
+            sharded one loads this rank's pieces.
         state_dict: The result of ``state_dict()`` of the package's optimiser; neither changed nor shared.
 
     Returns:
-        How each entry was imported. Where the run will differ from what it would have been with the package,
-        there is a warning too.
+        How each entry was imported. If the run will continue differently than with the package, there is
+        a warning too.
 
     Raises:
         ValueError: The state dict is not the package's, or its groups, parameters or options do not fit. The
@@ -330,7 +330,7 @@ def _package_of(state_dict: Mapping[str, Any]) -> _Package:
         if key not in state_dict:
             raise ValueError(f"the state dict has no {key!r}: pass what state_dict() gave.")
     groups = state_dict["param_groups"]
-    # 2.0.0 and 2.0.1 both call themselves (2, 0, 0); before, there was no such key.
+    # 2.0.0 and 2.0.1 both say (2, 0, 0); earlier versions lack the key.
     versions = {tuple(group.get("optimiser_version", (1, 9)))[:2] for group in groups}
     if versions not in ({(1, 9)}, {(2, 0)}):
         raise ValueError(
@@ -487,7 +487,7 @@ def _evidence(
 
     def rows(key: str) -> Tensor:
         value = saved.get(key)
-        if isinstance(value, Tensor) and value.ndim == 0:  # saved so for weights that are all zero
+        if isinstance(value, Tensor) and value.ndim == 0:  # the saved form for weights that are all zero
             value = value.expand(count)
         if value is None or value.shape != (count,):
             found = f"no {key!r}" if value is None else f"{key!r} of shape {tuple(value.shape)}"

@@ -1,4 +1,4 @@
-"""Numbers of a run, row by row: into a file that ``python -m prodigyplus.plot`` draws, or TensorBoard."""
+"""Write a run's numbers row by row: to a file that ``python -m prodigyplus.plot`` draws, or TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 class RunLog:
     """Rows of numbers in a file: CSV if its name ends in ``.csv``, JSON lines otherwise.
 
-    A file that exists is continued, so that a resumed run goes on in it. On several ranks, one writes.
+    Rows are appended to a file that exists, so that a resumed run continues it. Write from one rank only.
 
     >>> log = RunLog("run.jsonl")
     >>> log.add(step, optimizer.scalars(), loss=loss.item())
@@ -38,21 +38,21 @@ class RunLog:
         """Write a row.
 
         Args:
-            step: The training loop's, which stands in the row under that name.
-            numbers: Such as ``optimizer.scalars()``.
-            others: More of them, by name, such as the loss. A tensor of one element is read, which waits for
-                its device.
+            step: The training loop's step, written as ``step``.
+            numbers: Numbers by name, such as ``optimizer.scalars()``.
+            others: More numbers by name, such as the loss. Tensors of one element are read, which waits for
+                their device.
 
         Raises:
-            ValueError: A CSV file has other columns: those of its first row.
-            TypeError: ``numbers`` is no dict.
+            ValueError: The names differ from the columns of the CSV file, which are those of its first row.
+            TypeError: ``numbers`` is not a mapping.
         """
         if not isinstance(numbers, Mapping):
             raise TypeError(
                 f"RunLog.add: numbers is a {type(numbers).__name__}, no dict: pass optimizer.scalars()."
             )
         row = {
-            name: value.item() if hasattr(value, "item") else value  # of torch and NumPy
+            name: value.item() if hasattr(value, "item") else value  # of tensors and NumPy scalars
             for name, value in {**numbers, **others, "step": step}.items()
         }
         new = self._is_csv and not self._columns
@@ -79,9 +79,9 @@ def to_tensorboard(writer: Any, numbers: Mapping[str, float], step: int) -> None
     >>> to_tensorboard(writer, optimizer.scalars("prodigyplus/"), step)
 
     Args:
-        writer: A ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``.
+        writer: A ``torch.utils.tensorboard.SummaryWriter``, or anything with its ``add_scalar``.
         numbers: The numbers.
-        step: The step that they are of.
+        step: The step that the numbers belong to.
     """
     for name, number in numbers.items():
         writer.add_scalar(name, number, step)

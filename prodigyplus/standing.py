@@ -1,7 +1,7 @@
-"""What moved as batches of kernels in one step, and does so in the next while only gradients have changed.
+"""Reuse a step's batches in the next step, as long as only gradients have changed.
 
-To find what moves, and whether it can, takes some ten microseconds a parameter; to see that nothing has
-changed, one or two.
+Making batches for the kernels takes some ten microseconds a parameter; checking that nothing else has changed
+takes one or two.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ States = Mapping[Tensor, dict[str, Tensor]]
 
 
 class Standing:
-    """The batches of a step.
+    """The batches of a step, kept to be reused.
 
-    Ranks need not agree whether theirs stand: those of a rank that finds its own anew are the same ones.
+    Ranks need not agree whether to reuse theirs: a rank that makes its batches again gets the same ones.
 
     Args:
         placement: Where the optimiser's tensors lie.
-        locations: Where all parameters of the optimiser stand: another list where they are others.
+        locations: The locations of all parameters of the optimiser; another list once they have changed.
         groups: The groups in that step.
-        states: The optimiser's.
-        batches: What has moved in it.
+        states: The optimiser's ``state``.
+        batches: The batches that have moved in that step.
 
     Attributes:
-        batches: The same.
+        batches: The batches.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Standing:
         self._terms = [(group.options, group.adapts) for group in groups]
         self._states = list(states.values())
         self.batches = batches
-        # Of each batch, its parameters and their states.
+        # For each batch, its parameters and their states.
         self._parameters = [[locations[number - 1].p for number in batch.numbers] for batch in batches]
         self._states_of = [[states[p] for p in parameters] for parameters in self._parameters]
         moved = {p for parameters in self._parameters for p in parameters}
@@ -64,11 +64,11 @@ class Standing:
         states: States,
         moving: Sequence[Moving],
     ) -> Standing | None:
-        """What of a step may stand; None where something else than batches has moved.
+        """The batches of a step, if they are all that has moved; otherwise None.
 
         Args:
-            placement, locations, groups, states: As of the class.
-            moving: What has moved.
+            placement, locations, groups, states: As for the class.
+            moving: All that has moved in the step.
         """
         batches = [one for one in moving if isinstance(one, Batch)]
         if not batches or len(batches) < len(moving):
@@ -76,13 +76,13 @@ class Standing:
         return cls(placement, locations, groups, states, batches)
 
     def renew(self, locations: list[Location], groups: Sequence[GroupStep], states: States) -> bool:
-        """Take up the gradients of another step, if they are all that has changed.
+        """Take the gradients of another step, if nothing else has changed.
 
         Args:
-            locations, groups, states: As of the class, in that step.
+            locations, groups, states: As for the class, in that step.
 
         Returns:
-            Whether its batches are what moves in that step. If not, it is of no more use.
+            Whether the batches can be reused in that step. If not, discard this object.
         """
         terms = zip(groups, self._terms, strict=False)
         # Equal options are one object.
@@ -111,6 +111,6 @@ class Standing:
         return batch.renew(group, placement.locals(parameters), entries, grads)
 
     def rest(self) -> None:
-        """Let go of what is of one step alone."""
+        """Drop references to what only this step needs, such as gradients."""
         for batch in self.batches:
             batch.rest()

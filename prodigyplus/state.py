@@ -1,7 +1,7 @@
-"""The state of a parameter, as a table: of every entry its name, dtype, shape, start, and how it is saved.
+"""The state of a parameter, as a table: each entry's name, dtype, shape, initial value and saved form.
 
-What is new, freed, expected, saved and loaded follows from it. A new entry is one line of ``TABLE``, and, if
-an option that is not among :class:`StateOptions` decides about it, a field there.
+New, freed, expected, saved and loaded states all follow from it. To add an entry, add a line to ``TABLE``;
+and, if an option outside :class:`StateOptions` decides about it, a field there.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class StateOptions(NamedTuple):
 
     @classmethod
     def of(cls, o: Options) -> StateOptions:
-        """Those of a group's options."""
+        """The state options among a group's options."""
         values = {name: getattr(o, name) for name in cls._fields}
         return cls(**{**values, "use_speed": o.use_speed == "relative"})
 
 
 class Subject(NamedTuple):
-    """What the table is asked about: a parameter, by its dtypes, device, global shape and options."""
+    """What decides about a parameter's state: its dtypes, device, global shape and options."""
 
     weight: torch.dtype
     grad: torch.dtype
@@ -79,13 +79,13 @@ class Entry:
     Args:
         exists: Whether a parameter has the entry.
         dtype: Its dtype.
-        averaged: Of a global shape, the dimensions that it is averaged over; it has size 1 there.
-        is_sampled: Whether it is of samples: kept in one dimension, (ceil(elements / ``slice_p``),), and
-            saved as rows (see ``terms/samples.py``).
-        is_number: Whether it is one number for the parameter, without dimensions.
+        averaged: Returns, for a global shape, the dimensions that it is averaged over, where it has size 1.
+        is_sampled: Whether it holds samples: kept in shape (ceil(elements / ``slice_p``),), and saved as rows
+            (see ``terms/samples.py``).
+        is_number: Whether it is one number for the parameter, a 0-dim tensor.
         starts_at_weight: Whether it starts as the weight, or the weight's samples. Otherwise as zeros.
-        restarts: Whether it starts anew at the first real step, see :func:`restart_`.
-        is_evidence: Whether it is Prodigy's: freed, and saved as zeros, once the step size is frozen.
+        restarts: Whether it is initialised again at the first real step, see :func:`restart_`.
+        is_evidence: Whether Prodigy alone needs it: freed, and saved as zeros, once the step size is frozen.
     """
 
     exists: Callable[[Subject], bool]
@@ -106,7 +106,7 @@ class Entry:
         return tuple(1 if dim in self.averaged(shape) else size for dim, size in enumerate(shape))
 
     def whole_dims(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The dimensions of the parameter in which every shard has the whole of what is saved."""
+        """The dimensions of the parameter along which every shard has the saved entry whole."""
         if self.is_number:
             return tuple(range(len(shape)))
         if self.is_sampled:
@@ -145,7 +145,7 @@ def _is_relative(s: Subject) -> bool:
 
 
 TABLE = {
-    # FOCUS's average of the weights, in the place of a second moment.
+    # FOCUS's average of the weights, instead of a second moment.
     "exp_avg_weight": Entry(lambda s: s.options.use_focus, lambda s: s.grad),
     # The second moment of d·g; factored, its averages over columns, over rows and over both.
     "exp_avg_sq": Entry(lambda s: s.has_moment and not s.is_factored, lambda s: s.grad),
@@ -168,8 +168,8 @@ TABLE = {
         restarts=True,
     ),
     "exp_avg": Entry(lambda s: not s.options.use_schedulefree, lambda s: s.grad),
-    # Prodigy's evidence. p0 is in the weight's dtype: rounded, its distance to the weights would be progress
-    # that nobody made.
+    # Prodigy's evidence. p0 is in the weight's dtype: if it were rounded, its distance from the weights would
+    # pass for progress.
     "p0": Entry(
         _is_prodigys,
         lambda s: s.weight,
@@ -196,8 +196,8 @@ def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: StateOption
 
     Args:
         weight, grad: Local tensors.
-        layout: Theirs.
-        options: Those that decide about the state.
+        layout: Their layout.
+        options: The options that decide about the state.
     """
     subject = Subject(weight.dtype, grad.dtype, weight.device, layout.shape, options)
     return {key: _start(entry, subject, weight, layout) for key, entry in entries_of(subject).items()}
@@ -225,9 +225,9 @@ def _start(entry: Entry, subject: Subject, weight: Tensor, layout: Layout) -> Te
 
 
 def freed_state(weight: Tensor, layout: Layout, options: StateOptions) -> dict[str, Tensor]:
-    """What is saved in the place of evidence that was freed: zeros.
+    """Zeros, to be saved instead of evidence that was freed.
 
-    torch's checkpoint helpers fill the state of a new optimiser, and fail at what of it is not in the file.
+    torch's checkpoint helpers load into the state of a new optimiser, and fail if the file lacks an entry.
     """
     state = new_state(weight, weight, layout, options)
     return {key: torch.zeros_like(value) for key, value in state.items() if key in EVIDENCE}
@@ -242,7 +242,7 @@ def expected_shapes(
 
 
 def restart_(state: Mapping[str, Tensor], weight: Tensor, layout: Layout, slice_p: int) -> None:
-    """Start from the weights as they are now, in place, with a state that was made earlier.
+    """Initialise a state again, in place, from the weights as they are now.
 
     torch's checkpoint helpers create state by a step with ``lr=0``, after which weights may be loaded.
     """

@@ -1,6 +1,6 @@
-"""Every name of torch that this package uses and torch does not publish, each with what breaks without it.
+"""Every private name of torch that this package uses, each with what breaks without it.
 
-``tests/single/test_torch_private.py`` names what has gone when torch changes.
+``tests/single/test_torch_private.py`` says which of them are gone when torch changes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., object])
 
-# Options of Inductor, torch.compile's code generator, which may be renamed. Without the first two it writes
-# and reads directions that should be computed where they are used; without the last, what is bfloat16 between
-# two operators is not rounded there, as it is otherwise.
+# Options of Inductor, torch.compile's code generator, which may be renamed. Without the first two it stores
+# directions in memory, which should be computed where they are used; without the last, bfloat16 intermediates
+# are not rounded between operators, as they are without the compiler.
 _READS_OF_A_DIRECTION = 5
 INDUCTOR_OPTIONS: dict[str, object] = {
-    # What has more reads is written if it is used twice: the factors' roots are to be, directions are not.
+    # A value with more reads is stored if it is used twice: the factors' roots should be, directions not.
     "realize_reads_threshold": _READS_OF_A_DIRECTION,
     "realize_opcount_threshold": 1000,
     "emulate_precision_casts": True,
@@ -30,16 +30,16 @@ INDUCTOR_OPTIONS: dict[str, object] = {
 _RECOMPILE_LIMIT = 256
 
 # The base classes of all convolutions, and of batch and instance norms: torch has no public ones. Without
-# them muon_groups would have to list each class of them, and would miss those of users.
+# them muon_groups would have to list every class, and would miss users' own.
 CONVOLUTION: type[Any] = nn.modules.conv._ConvNd
 BATCH_OR_INSTANCE_NORM: type[nn.Module] = nn.modules.batchnorm._NormBase
 
 
 def compiled(function: F) -> F:
-    """``function`` through ``torch.compile``: a graph for each kind of its arguments, of symbolic sizes.
+    """Compile ``function``: a graph for each kind of its arguments, with symbolic sizes.
 
-    Without the limit, a ninth kind would be an error. Before torch 2.12 ``torch.compile`` has no argument for
-    it, only a private setting of the whole process, which is therefore changed for the length of each call.
+    With torch's own limit, a ninth kind would be an error. Before torch 2.12 the limit is not an argument of
+    ``torch.compile``, but a private setting of the whole process, and so is changed during each call.
     """
     settings: dict[str, Any] = {"dynamic": True, "fullgraph": True, "options": _inductor_options()}
     has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
@@ -69,9 +69,9 @@ def _inductor_options() -> dict[str, object]:
 
 
 def disable_compiler(function: F) -> F:
-    """``function``, left as it is by ``torch.compile`` of what calls it, as torch.optim does with its own.
+    """Exclude ``function`` when its callers are compiled, as torch.optim does with its own.
 
-    The public ``torch.compiler.disable`` imports the compiler, which takes a second, with the package.
+    The public ``torch.compiler.disable`` would import the compiler with the package, which takes a second.
     """
     from torch._compile import _disable_dynamo
 
@@ -79,15 +79,15 @@ def disable_compiler(function: F) -> F:
 
 
 def is_fsdp1_parameter(p: Tensor) -> bool:
-    """Whether a parameter is a flat one of FSDP1. Without it, such a model would train to wrong weights."""
+    """Whether a parameter is a flat parameter of FSDP1. Without it, such a model would train wrongly."""
     return bool(getattr(p, "_fsdp_flattened", False))
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place. Without it, nobody would warn of weights changed by others."""
+    """How often a tensor was changed in place. Without it, changes by others would go unnoticed."""
     return tensor._version
 
 
 def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """``target.copy_(source)`` of many small tensors in one call; without it, a step of many takes longer."""
+    """``target.copy_(source)`` of many small tensors in one call. Without it, a step of many takes longer."""
     torch._foreach_copy_(list(targets), list(sources))

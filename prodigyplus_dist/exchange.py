@@ -28,7 +28,7 @@ class MeshExchange:
 
     Args:
         process_group: The ranks that share one step size and hold other parameters, as pipeline stages do.
-        bucket_bytes: How many bytes of directions may be alive at once; one more collective for each half.
+        bucket_bytes: How many bytes of directions may be alive at once; each half of it takes a collective.
         replicas: The ranks that hold copies of plain tensors.
         all_to_all: Whether matrices are sent with all-to-alls; see :class:`Orthogonalizer`.
     """
@@ -44,7 +44,7 @@ class MeshExchange:
         self.bucket_bytes = bucket_bytes
         self.replicas = replicas
         self._process_group = process_group
-        self._stages_agree = False  # whether all are known to have the same number of groups
+        self._stages_agree = False  # whether all optimisers are known to have the same number of groups
         self._orthogonalizer = Orthogonalizer(bucket_bytes, all_to_all=all_to_all)
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeshExchange:

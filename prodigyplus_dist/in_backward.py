@@ -30,8 +30,8 @@ def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         parameters: The parameters to be updated in it, by their names.
 
     Raises:
-        ValueError: Neither FSDP2 nor DDP reduces the gradient of one of them, or they do so in a way that
-            hooks do not go with.
+        ValueError: Neither FSDP2 nor DDP reduces the gradient of one of them, or they reduce it
+            in a way that does not work with hooks.
     """
     if isinstance(model, DistributedDataParallel):
         if not model.gradient_as_bucket_view:
@@ -115,7 +115,7 @@ class MeshHooks:
         check_whole(model, parameters)
         if not isinstance(model, DistributedDataParallel):
             return hook_parameters(parameters, take)
-        # With these options DDP knows the unused parameters only after the backward pass: step() does all.
+        # With these options DDP knows the unused parameters only after the backward pass: step() moves all.
         if not (model.find_unused_parameters or model.static_graph):
             self._buckets.append(Buckets(model, take))
         return []

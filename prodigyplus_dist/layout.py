@@ -22,7 +22,7 @@ Indices = tuple[Sequence[int], ...]
 
 @dataclass(frozen=True, slots=True)
 class MeshLayout(Layout):
-    """A :class:`Layout` that also has the other ranks that hold the tensor, and the pieces that they hold.
+    """A :class:`Layout` that also says which ranks hold which pieces of the tensor.
 
     Args:
         ranks: The global ranks: a row for each copy of the tensor, a column for each piece of it.
@@ -49,7 +49,7 @@ class MeshLayout(Layout):
 def layout_of(tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> MeshLayout:
     """The layout of a parameter: a DTensor's from its placements; a plain tensor is whole.
 
-    Its mesh axes are the process groups of the ranks along them.
+    Each mesh axis is given by the process group of the ranks along it.
 
     Args:
         tensor: The parameter.

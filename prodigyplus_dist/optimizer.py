@@ -1,4 +1,4 @@
-"""The optimiser of sharded parameters: its placement, exchange and hooks; all else is the other's."""
+"""The optimiser for sharded parameters: its placement, exchange and hooks; the rest is inherited."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from prodigyplus_dist.replicas import check_replicas
 class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     """:class:`prodigyplus.ProdigyPlusScheduleFree` for parameters that are cut into shards.
 
-    Every quantity that the algorithm takes over a whole tensor or group is taken over the whole global
-    tensor or group: the run is that of one process, cut into pieces, with the same step size on every rank.
+    Every sum over a tensor or group is taken over the whole global tensor or group: the run is that of one
+    process, cut into pieces, with the same step size on every rank.
 
     >>> fully_shard(model)
     >>> optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
@@ -33,27 +33,27 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     whose replicas must be given equal gradients, as DDP does. Every rank calls :meth:`step`,
     :meth:`state_dict` and :meth:`load_state_dict` together.
 
-    FSDP2 keeps the weights of the root module gathered after a forward pass until a backward pass. Where none
-    follows, as after an evaluation, it would train on with the averaged weights it gathered: so wherever the
-    optimiser puts other weights into the model, it lets FSDP2 go of what it has gathered.
+    FSDP2 keeps the root module's weights gathered from a forward pass until a backward pass. If none follows,
+    as in an evaluation, training would continue with the averaged weights that were gathered: so whenever the
+    optimiser puts other weights into the model, it makes FSDP2 free what it has gathered.
 
-    A step makes two all-reduces along each mesh axis that cuts a parameter, one along each that copies one,
-    and where there are more updates than fit a bucket, one for each half of a bucket: while the sums of one
-    half travel, the other is computed. ``use_cautious`` makes one more for each.
+    A step makes two all-reduces along each mesh axis that cuts a parameter, and one along each that only
+    copies. If there are more updates than fit a bucket, it makes one for each half of a bucket: the sums of
+    one half travel while the other is computed. ``use_cautious`` makes one more for each.
 
     Muon makes one more along each axis that cuts a matrix, and sends matrices: two all-to-alls in bfloat16
-    for each bucket of them. Where there are copies, as in HSDP, each has a part of the matrices, and
-    broadcasts the results.
+    for each bucket of them. Where there are copies, as in HSDP, each copy orthogonalises a part of the
+    matrices, and broadcasts the results.
 
     Args:
         params, options: As for :class:`prodigyplus.ProdigyPlusScheduleFree`.
-        process_group: A group of ranks each of which holds other parameters in an optimiser of its own with
-            as many groups, as the stages of a pipeline do (for Muon, by ``muon_groups`` with ``keep_empty``).
-            They share ``d`` and skip steps together, at the price of two small all-reduces a step.
-        bucket_bytes: How many bytes of updates may be alive at once; of matrices that are sent too, but at
-            least one matrix, with up to seven times that in buffers (see docs/muon.md).
-        replicas: The ranks that hold copies of the parameters which are plain tensors, as those of
-            ``DistributedDataParallel`` do (its ``process_group``): they share Muon's work. Without it, each
+        process_group: Ranks that each hold different parameters, in an optimiser with the same number of
+            groups, such as the stages of a pipeline (for Muon, use ``muon_groups`` with ``keep_empty``). They
+            share ``d`` and skip steps together, at the cost of two small all-reduces a step.
+        bucket_bytes: How many bytes of updates may be alive at once, and of matrices that Muon sends (at
+            least one matrix, with up to seven times that in buffers: see docs/muon.md).
+        replicas: The ranks that hold copies of the parameters that are plain tensors, such as the
+            ``process_group`` of ``DistributedDataParallel``: they share Muon's work. Without it, each rank
             does all of it.
         all_to_all: Exchange Muon's matrices with all-to-alls. False: point to point, each owner gathering
             and scattering its own, for clusters where all-to-alls are unreliable.
@@ -76,14 +76,14 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         super().__init__(params, *args, **options)
 
     def averaged_state_dict(self, model: nn.Module, *, full: bool = False) -> dict[str, Any]:
-        """As that of one process, in shards; or whole, to be saved as the model of one process.
+        """``model.state_dict()`` with the averaged weights x, in shards; or whole, as one process saves it.
 
-        Every rank calls it together.
+        All ranks call it together.
 
         Args:
-            model: The model whose parameters the optimiser was given, wrapped in what it may be.
-            full: Gather every tensor, on the CPU of rank 0, under the names that they have in the model that
-                is not wrapped. Other ranks get an empty dict.
+            model: The model whose parameters the optimiser was given, wrapped or not.
+            full: Gather every tensor on the CPU of rank 0, under its name in the unwrapped model. Other ranks
+                get an empty dict.
         """
         if not full:
             return super().averaged_state_dict(model)
@@ -92,8 +92,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
             whole = get_model_state_dict(
                 model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
             )
-            # What is not cut is still the model's own, which will be other weights again.
-            # Tied weights come as one tensor.
+            # Tensors that are not cut are still the model's own, which will soon hold other weights again.
+            # Tied weights are one tensor.
             return {name: v.clone() if isinstance(v, Tensor) else v for name, v in whole.items()}
 
     def check_replicas(self, replicas: dist.ProcessGroup | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Orthogonalise whole matrices on a mesh, each once: gather its pieces on one rank, scatter the result's.
+"""Orthogonalise whole matrices on a mesh, each once: gather its pieces on one rank, scatter the result.
 
 A matrix is orthogonalised by its owner, one of the ranks that hold a piece of it. Within a copy of the
 tensors that takes two all-to-alls of uneven sizes. Where there are several copies, each owns a part of the
@@ -10,8 +10,8 @@ matrices and broadcasts the results to the others.
 ``receive``  pieces of the results; then, a bucket at a time, those of other copies
 ===========  ====================================================================
 
-Matrices go in waves: the pieces of one travel while the one before is computed, and its results while the
-next is.
+Matrices go in waves: the pieces of a wave travel while the wave before is computed, and its results while the
+wave after is computed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Orthogonalizer:
         self._plans: dict[tuple[tuple[MatrixSharding, ...], int], list[Block]] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_groups": {}, "_shardings": {}, "_plans": {}}  # caches, made anew
+        return {**self.__dict__, "_groups": {}, "_shardings": {}, "_plans": {}}  # caches, filled again
 
     def orthogonalize(self, requests: Sequence[MatrixRequest]) -> Iterator[tuple[list[int], list[Tensor]]]:
         """Begin to orthogonalise; see :class:`prodigyplus.engine.driver.Exchange`."""
@@ -113,7 +113,7 @@ class ShardGroup:
     Args:
         layout: The layout of one of the tensors.
         group: The process group of the ranks; None for a single rank.
-        like: A tensor of the dtype to send in, on the device.
+        like: A tensor of the dtype to send in, on the device to send from.
         all_to_all: See :class:`Orthogonalizer`.
     """
 
@@ -199,7 +199,7 @@ class MatrixBatch:
     """The tensors of one wave, whose matrices are orthogonalised at once.
 
     Args:
-        orthogonalizer: What plans and groups are kept in.
+        orthogonalizer: Keeps the plans and the process groups.
         request_indices: The indices of the requests among those of all waves.
         requests: The requests.
     """

@@ -137,7 +137,7 @@ def _as_matrices(indices: Indices, shape: Sequence[int], split: tuple[int, int])
 
 
 def _flattened(indices: Sequence[Sequence[int]], shape: Sequence[int]) -> Sequence[int]:
-    """The row-major indices of a piece in the flattened dimensions; a range where that is quick to see."""
+    """The row-major indices of a piece in the flattened dimensions; a range where that is easy to tell."""
     flat: Sequence[int] = range(1)
     for along, size in zip(indices, shape, strict=True):
         if isinstance(flat, range) and len(along) == size:
@@ -152,8 +152,8 @@ def _flattened(indices: Sequence[Sequence[int]], shape: Sequence[int]) -> Sequen
 def assign_owners(shardings: Sequence[MatrixSharding], turn: int = 0) -> list[Block]:
     """Assign all matrices to owners: the most expensive first, each to the holder with the least work so far.
 
-    Only a rank that holds a piece of a matrix may own it, so that no more travels than must. Matrices of one
-    tensor with the same holders are assigned in as few blocks as share them evenly.
+    Only a rank that holds a piece of a matrix may own it, so that as little as possible travels. Matrices of
+    one tensor with the same holders are assigned in as few blocks as share them evenly.
 
     Args:
         shardings: One for each request.
@@ -173,7 +173,7 @@ def assign_owners(shardings: Sequence[MatrixSharding], turn: int = 0) -> list[Bl
                 block = Block(request, start, end, len(holders) > 1)
                 candidates.append((cost * block.size, holders, block))
     candidates.sort(key=lambda candidate: -candidate[0])
-    # Loads are kept for every set of ranks by itself: all ranks of a set know its loads, and no others do.
+    # Loads are kept separately for each set of ranks: all ranks of a set know its loads, and no others do.
     loads: dict[frozenset[int], dict[int, int]] = defaultdict(lambda: defaultdict(int))
     blocks = []
     for work, holders, block in candidates:

@@ -20,13 +20,13 @@ class MeshTensors:
     """Parameters of any mesh and placement but ``Partial``; see :class:`prodigyplus.placement.Placement`.
 
     Args:
-        replicas: The ranks that hold copies of what is no DTensor, or None.
+        replicas: The ranks that hold copies of plain tensors, or None.
     """
 
     def __init__(self, replicas: dist.ProcessGroup | None) -> None:
         self._replicas = replicas
         self._whole = WholeTensors()
-        self._layouts: dict[Hashable, MeshLayout] = {}  # as WholeTensors keeps them
+        self._layouts: dict[Hashable, MeshLayout] = {}  # cached, as in WholeTensors
         self._trained: Set[Tensor] = frozenset()  # the parameters that required gradients at the last step
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeshTensors:
@@ -76,9 +76,9 @@ class MeshTensors:
         return saved.to(device, copy=True)
 
     def takes_part(self, p: Tensor) -> bool:
-        # Where this rank has no gradient others may have one: whether to take part is not its own to decide.
-        # One that was frozen since the last step may still have a gradient somewhere; after that, all hear of
-        # none.
+        # Another rank may have a gradient where this one has none, so this rank cannot decide by its own
+        # gradient. A parameter frozen since the last step may still have a gradient on some rank, and takes
+        # part once more.
         return p.requires_grad or p.grad is not None or p in self._trained
 
     def end_step(self, parameters: Iterable[Tensor]) -> None:
@@ -120,7 +120,7 @@ class MeshTensors:
 
 
 def _lies_with(p: Tensor, grad: Tensor | None) -> bool:
-    """Whether a parameter has a gradient here, cut as it is."""
+    """Whether a parameter has a gradient here, on the same mesh with the same placements."""
     if isinstance(grad, DTensor) and isinstance(p, DTensor):
         return grad.placements == p.placements and grad.device_mesh == p.device_mesh
     return type(grad) is Tensor and not isinstance(p, DTensor)

@@ -1,10 +1,11 @@
 """Check that ranks agree where they have to: on copies of tensors bit for bit, on numbers and on options.
 
-What has to be equal on several ranks is an entry, of which each of them has a hash of 64 bits. The first of n
-ranks adds it n − 1 times, each other rank subtracts it once: over all ranks that is zero if they are equal,
-and otherwise almost never. So is a sum of many entries, each multiplied by a factor of its own. One
+An entry is a value that must be equal on n ranks, each of which hashes it to 64 bits. The first rank adds its
+hash n − 1 times, each other rank subtracts its own once: the sum over all ranks is zero if the hashes are
+equal, and otherwise almost never. So is a sum over many entries, each multiplied by a factor of its own. One
 all-reduce over the whole job therefore compares everything, whatever the meshes are; ranks with different
-entries cannot hang in it; and every rank gets the answer. Only if some differ do they gather which, and how.
+entries cannot hang in it; and every rank gets the answer. Only if entries differ do ranks gather which, and
+how.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class _Entry(NamedTuple):
     @property
     def factor(self) -> int:
         """An odd factor for the hash, so that differences in two entries do not cancel."""
-        # A tuple of integers has the same hash in every process; a string has not.
+        # A tuple of integers has the same hash in every process; a string does not.
         return _hash(f"{self.label}\n{hash(self.ranks)}") | 1
 
     def text(self, bits: int) -> str:
@@ -78,11 +79,13 @@ class _Entry(NamedTuple):
 def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGroup | None = None) -> None:
     """Check that ranks agree: between any two steps, in either mode, called by all ranks together.
 
-    - On all that hold copies of them, weights and state are the same to the bit: along every mesh axis that
+    - Weights and state are equal to the bit on all ranks that hold copies of them: along every mesh axis that
       does not shard a DTensor, and on all ``replicas``.
-    - On all that hold a parameter, shard or copy, so are its shape, dtype, placements and kinds of state.
-    - On all that share a mesh, replicas or the optimiser's ``process_group``, so are the options and numbers
-      of every group: ``d``, the counts of steps and the others of :mod:`prodigyplus.engine.columns`.
+    - A parameter's shape, dtype, placements and kinds of state are equal on all ranks that hold it, shard or
+      copy.
+    - Options and numbers of every group (``d``, the counts of steps and the others of
+      :mod:`prodigyplus.engine.columns`) are equal on all ranks that share a mesh, replicas or the optimiser's
+      ``process_group``.
 
     Costs one all-reduce of 8 KiB over the default process group, a wait for the device at the end, and a read
     of all tensors that have copies, in 12 MiB of memory. Changes nothing. If some ranks differ, all gather
@@ -98,7 +101,7 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
             these hold other tensors.
 
     Raises:
-        RuntimeError: On all ranks. Some differ: the message says which, and in what. Or one of them cannot
+        RuntimeError: On all ranks. Some ranks differ: the message says which, and in what. Or one cannot
             compare, because a backward pass has updated parameters (``fused_back_pass=True``) and ``step()``
             has not ended that step, or because ``replicas`` has to be given.
     """
@@ -176,7 +179,7 @@ def _holders(p: Tensor, replicas: dist.ProcessGroup | None, stages: dist.Process
 
     Args:
         p: The parameter.
-        replicas: The ranks that hold copies of parameters without a mesh across these ranks, if known.
+        replicas: The ranks that hold copies of parameters whose mesh, if any, does not span them; if known.
         stages: The ranks that hold other parameters of the same run, if there are any.
     """
     if isinstance(p, DTensor):
@@ -225,7 +228,7 @@ def _hashes(entries: Sequence[_Entry]) -> Tensor:
 
 
 def _sums(entries: Sequence[_Entry], hashes: Tensor) -> Tensor:
-    """Sums by bin, which add up to zero over all ranks where they agree; shape (bins,), int64."""
+    """Sums by bin, which add up to zero over all ranks if these agree; shape (bins,), int64."""
     rank = dist.get_rank()
     columns = (
         [len(entry.ranks) - 1 if rank == entry.ranks[0] else -1 for entry in entries],

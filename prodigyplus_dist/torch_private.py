@@ -1,6 +1,6 @@
-"""Every name of torch that this package uses and torch does not publish, each with what breaks without it.
+"""Every private name of torch that this package uses, each with what breaks without it.
 
-``tests/dist/test_torch_private.py`` names what has gone when torch changes.
+``tests/dist/test_torch_private.py`` says which of them are gone when torch changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 
 def fsdp_groups_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """FSDP2's own groups of the parameters that it manages in modules.
+    """FSDP2's own groups of the parameters that it manages in these modules.
 
     Each has ``fsdp_params`` with their ``sharded_param``, and ``_is_hsdp``. Without it, ``fuse_backward``
     would accept parameters whose gradients are not whole where a hook sees them.
@@ -31,10 +31,10 @@ def reshard_modules_of(parameters: Collection[Tensor]) -> None:
     """Free what FSDP2 has gathered of sharded parameters, whose values have changed since.
 
     Without it, a root module would go on with the weights that it gathered before they changed. FSDP2 keeps a
-    table of its modules; parameters do not know theirs.
+    table of its modules; a parameter does not know its module.
 
     Args:
-        parameters: As the optimiser has them, sharded.
+        parameters: The sharded parameters, as the optimiser has them.
     """
     for module in _fsdp_modules() if parameters else ():
         if any(p.sharded_param in parameters for group in _fsdp_groups(module) for p in group.fsdp_params):
@@ -66,7 +66,7 @@ def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
 def split(placement: Placement, tensor: Tensor, count: int) -> Sequence[Tensor]:
     """``tensor`` in ``count`` pieces, as a placement shards it, strided ones included.
 
-    Without it, the indices of a shard would have to be worked out anew for each kind of placement.
+    Without it, the indices of a shard would have to be computed separately for each kind of placement.
     """
     pieces, _ = placement._split_tensor(tensor, count, with_padding=False, contiguous=False)  # type: ignore[attr-defined]
     result: Sequence[Tensor] = pieces
@@ -76,13 +76,13 @@ def split(placement: Placement, tensor: Tensor, count: int) -> Sequence[Tensor]:
 def groups_of_this_rank() -> int:
     """How many process groups this rank is in, by which torch names the next one.
 
-    Ranks that are in different numbers of groups could not make a group together without it.
+    Without it, ranks that are in different numbers of groups could not make a group together.
     """
     return len(dist.distributed_c10d._world.pg_names)
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
-    """How long a process group waits; None of torch's fake backend, which waits for nobody.
+    """The timeout of a process group; None for torch's fake backend, which never waits.
 
     Without it, groups made of others would wait half an hour, torch's default, whatever the user chose.
     """

@@ -21,7 +21,7 @@ def group_across(
 ) -> dist.ProcessGroup | None:
     """Find or make the process group of the ranks along several mesh axes; None for a single rank.
 
-    All of those ranks call it together.
+    All ranks of the group call it together.
 
     Args:
         axes: The process groups along each of the axes.

@@ -1,4 +1,4 @@
-"""The optimiser in Hugging Face's ``Trainer`` and what derives from it; see docs/guides/huggingface.md."""
+"""The optimiser in Hugging Face's ``Trainer`` and classes derived from it; see docs/guides/huggingface.md."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ __all__ = ["ProdigyPlusMixin", "ProdigyPlusTrainer"]  # noqa: F822
 _SCHEDULES = ("constant", "constant_with_warmup")
 _LOGGED = ("d", "step_size")
 _OVERRIDDEN = ("evaluate", "evaluation_loop", "save_model", "log", "_load_best_model")
-_Base: Any = object  # of the mixin, which a Trainer follows in every class that is made with it
+_Base: Any = object  # in classes that use the mixin, a Trainer follows it
 
 
 class ProdigyPlusMixin(_Base):
-    """Goes before ``Trainer``, or a class that derives from it, and trains with the optimiser.
+    """A mixin before ``Trainer``, or a class derived from it, that trains with this optimiser.
 
     >>> class Trained(ProdigyPlusMixin, SFTTrainer): ...
     >>> trainer = Trained(model, args, optimizer_options={"step_size": "balance"})
 
     Evaluations, checkpoints, ``load_best_model_at_end`` and ``save_model`` have the averaged weights x, and
     so has the model when ``train()`` returns. Logs have ``prodigyplus/d`` and ``prodigyplus/step_size``. A
-    run that goes on from a checkpoint is the run that was not stopped, bit for bit.
+    run resumed from a checkpoint equals the run that was not stopped, bit for bit.
 
-    Evaluating changes nothing of a run. A checkpoint for resuming does, by a rounding of the weights: it
-    holds x, and the run goes on from the y that x and z give, as one that is resumed does.
+    Evaluating does not change a run. Saving a checkpoint for resuming does, by a rounding of the weights: it
+    holds x, and the run goes on from y as computed from x and z, like a resumed run.
 
     Args:
         args, kwargs: As for the ``Trainer``. ``learning_rate`` has to be left alone, or be 1.0;
             ``lr_scheduler_type`` has to be "constant" or "constant_with_warmup".
         optimizer_options: Options of :class:`prodigyplus_dist.ShardedProdigyPlusScheduleFree`. Of these,
             ``split_groups`` is False here by default: all parameters share one step size.
-            ``{"params": groups}`` are parameter groups in place of the ``Trainer``'s two, of which one has
-            no weight decay. ``weight_decay`` is of ``args``, or of such groups.
+            ``{"params": groups}`` replaces the ``Trainer``'s two parameter groups, one of them without weight
+            decay. ``weight_decay`` is set in ``args``, or in such groups.
 
     Raises:
         ValueError: Something in ``args`` would spoil the step size, a ``weight_decay`` in
@@ -85,7 +85,7 @@ class ProdigyPlusMixin(_Base):
             _check_schedule(self.args)
         _check_learning_rate(self.args)
         _check_backend(self)
-        # First of all callbacks: those that save or publish the model at the end are to find x in it.
+        # Before all other callbacks, so that those that save or publish the model at the end find x in it.
         self.callback_handler.callbacks.insert(0, _average_at_end())
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -93,17 +93,17 @@ class ProdigyPlusMixin(_Base):
         return nullcontext() if optimizer is None else optimizer.averaged_parameters()
 
     def _hold_average(self) -> None:
-        """Put x into the model, until a training step takes it out."""
+        """Put x into the model, until the next training step puts y back."""
         if self.optimizer is not None:
             self.optimizer.eval()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._averaged():  # also while callbacks hear of it, who may generate from the model
+        with self._averaged():  # also during callbacks, which may generate from the model
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._averaged():
-            # It calls optimizer.eval(), which would round the weights of training, where it sees one.
+            # Hidden, since the loop would call optimizer.eval(), which rounds the training weights.
             optimizer, self.optimizer = self.optimizer, None
             try:
                 return super().evaluation_loop(*args, **kwargs)
@@ -118,7 +118,7 @@ class ProdigyPlusMixin(_Base):
             super().save_model(output_dir, _internal_call=_internal_call)
 
     def _load_best_model(self) -> None:
-        self._hold_average()  # before the best x replaces it: as y it would be taken for what it is not
+        self._hold_average()  # in train mode, the best x would be taken for y
         super()._load_best_model()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -130,7 +130,7 @@ class ProdigyPlusMixin(_Base):
 def __getattr__(name: str) -> Any:
     if name != "ProdigyPlusTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from transformers import Trainer  # takes seconds, and whoever has a Trainer of their own has it already
+    from transformers import Trainer  # takes seconds, which users of the mixin may have spent already
 
     trainer = type(name, (ProdigyPlusMixin, Trainer), {"__module__": __name__, "__doc__": _TRAINER})
     globals()[name] = trainer
@@ -141,7 +141,7 @@ _TRAINER = "``transformers.Trainer`` with :class:`ProdigyPlusMixin`."
 
 
 def _unwrapped(optimizer: Any) -> ProdigyPlusScheduleFree | None:
-    """The optimiser within accelerate's, which passes on no more than torch's methods, train() and eval()."""
+    """The optimiser inside accelerate's, which forwards only torch's methods, train() and eval()."""
     inner: ProdigyPlusScheduleFree | None = getattr(optimizer, "optimizer", optimizer)
     return inner
 
@@ -150,7 +150,7 @@ def _scalars(optimizer: ProdigyPlusScheduleFree) -> dict[str, float]:
     scalars = optimizer.scalars("prodigyplus/", _LOGGED)
     if any(group["split_groups"] for group in optimizer.param_groups):
         return scalars
-    # All groups have one d: the first says it.
+    # All groups share one d: log the first group's.
     return {
         key.removesuffix("/0"): value
         for key, value in scalars.items()

@@ -1,4 +1,4 @@
-"""The optimiser in Lightning: the average x is evaluated and saved, and a run goes on from y, bit for bit.
+"""The optimiser in Lightning: the average x is evaluated and saved, and a run resumes from y, bit for bit.
 
 >>> from prodigyplus_dist.integrations.lightning import ScheduleFreeCallback
 >>> trainer = Trainer(callbacks=[ScheduleFreeCallback()])
@@ -24,8 +24,8 @@ from prodigyplus.formulas import schedule_free
 
 
 def _framework() -> str:
-    """The name of the package to use: ``pytorch_lightning`` where it is in use, or the only one there is."""
-    # Two copies of one code, of different classes; pip installs the second with the first.
+    """The name of the package to use: the one that is imported already, or else the one that is installed."""
+    # Two copies of one code, with different classes; pip installs the second with the first.
     names = ("lightning.pytorch", "pytorch_lightning")
     for name in names:
         if name in sys.modules:
@@ -38,31 +38,31 @@ _rank_zero_warn: Any = importlib.import_module(f"{_pl.__name__}.utilities.rank_z
 
 
 class ScheduleFreeCallback(_pl.Callback):
-    """Evaluate and save the averaged weights x, train on with y, and log what the step size does.
+    """Evaluate and save the averaged weights x, train with y, and log the step size.
 
     It serves every ``ProdigyPlusScheduleFree`` among the trainer's optimisers, sharded ones too, and leaves
-    others alone. Put it before callbacks that look at weights, so that they see x where it does.
+    others alone. Put it before callbacks that look at weights, so that they see x too.
 
     - Validation, its sanity check included, runs at x; afterwards every weight is what it was, bit for bit.
-    - The ``state_dict`` of every checkpoint holds x, also where weights alone are saved. y lies beside it, in
-      the optimiser's state, under ``"weights"``; ``trainer.fit(ckpt_path=…)`` goes on from there.
-    - From ``on_train_end`` on the model holds x. Fit it again without a checkpoint, and it starts from there.
+    - The ``state_dict`` of every checkpoint holds x, also if only weights are saved. y is in the optimiser's
+      state, under ``"weights"``; ``trainer.fit(ckpt_path=…)`` resumes from it.
+    - From ``on_train_end`` on the model holds x. Fitted again without a checkpoint, it starts from x.
 
-    Other stages than ``fit`` have no optimisers, and nothing is done in them.
+    Stages other than ``fit`` have no optimisers, and the callback does nothing in them.
 
     Args:
         log: The names of :meth:`prodigyplus.ProdigyPlusScheduleFree.scalars` to log at every
             ``log_every_n_steps``, as ``prodigyplus/d``; with several optimisers as ``prodigyplus/0/d``.
 
     Raises:
-        ValueError: In ``fit``, where the trainer would train wrongly, or ``log`` has a name that is none.
+        ValueError: In ``fit``, if the trainer would train wrongly, or ``log`` has an unknown name.
     """
 
     def __init__(self, log: Sequence[str] = ("d", "step_size", "skipped_steps")) -> None:
         self._names = tuple(log)
         self._optimizers: list[ProdigyPlusScheduleFree] = []
         self._lent, self._is_lent = ExitStack(), False
-        self._unwrap = ExitStack()  # gives the strategy its own methods back
+        self._unwrap = ExitStack()  # restores the strategy's own methods
 
     # ---------------------------------------------------------------------------- from fit to fit
 
@@ -87,10 +87,10 @@ class ScheduleFreeCallback(_pl.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         for optimizer in self._optimizers:
-            optimizer.train()  # where it was saved after a fit, in eval mode
+            optimizer.train()  # a state saved after a fit is in eval mode
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        # Lent, since a checkpoint may still be saved. The strategy moves weights and state to the host after.
+        # Lent, since a checkpoint may still be saved. Later the strategy moves weights and state to the host.
         self._lend()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -130,13 +130,13 @@ class ScheduleFreeCallback(_pl.Callback):
     # --------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Something, so that Lightning warns whoever resumes without this callback."""
+        """A state that is not empty, so that Lightning warns if a run is resumed without this callback."""
         return {"weights": f"optimizer_states: {WEIGHTS}"}
 
     def _wrap(self, strategy: Any) -> None:
-        """Let a strategy give the model's state with x, and the optimisers' with y, at whatever moment."""
-        # Not in on_save_checkpoint, which is not called where weights alone are saved, and comes when the
-        # strategy has already gathered them.
+        """Make a strategy return the model's state with x, and the optimisers' with y, at any moment."""
+        # Not in on_save_checkpoint, which is not called if only weights are saved, and otherwise after the
+        # strategy has gathered them.
         model_state, optimizer_state = strategy.lightning_module_state_dict, strategy.optimizer_state
 
         def averaged_model_state() -> dict[str, Any]:
@@ -170,7 +170,7 @@ class ScheduleFreeCallback(_pl.Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Private, but what Lightning's own monitors go by: at other steps nothing is to be read.
+        # Private, but Lightning's own monitors use it too: at other steps the numbers are not read.
         due = trainer._logger_connector.should_update_logs
         if due and self._names and self._optimizers and not trainer.barebones:
             pl_module.log_dict(self._scalars(), on_step=True, on_epoch=False)
@@ -188,14 +188,14 @@ class ScheduleFreeCallback(_pl.Callback):
 
 
 def _keep_weights_in_state(optimizer: ProdigyPlusScheduleFree, trains: Callable[[Optimizer], bool]) -> None:
-    """Save the weights with the state that goes with them, and load them with it.
+    """Save the weights in the state of the optimiser, and load them from it.
 
-    In the optimiser's state every strategy takes them along, in shards as in full.
+    There every strategy saves and loads them, in shards or in full.
 
     Args:
-        optimizer: Gets hooks, for good.
-        trains: Says whether to put what is loaded into the model. If not, it is dropped: a strategy may load
-            the optimiser's state in testing too, where the model is to keep its own.
+        optimizer: Gets hooks that are never removed.
+        trains: Returns whether to put loaded weights into the model. If not, they are dropped: a strategy may
+            load the optimiser's state for testing too, where the model keeps its own weights.
     """
     loaded: list[tuple[Tensor, Tensor]] = []
 
@@ -222,7 +222,7 @@ def _keep_weights_in_state(optimizer: ProdigyPlusScheduleFree, trains: Callable[
             placement = optimizer._placement  # type: ignore[attr-defined]
             with torch.no_grad():
                 for p, weights in loaded:
-                    # As z, which has the shape of the weights, and is cut as they are.
+                    # Loaded like z, which has the same shape and placements.
                     placement.local(p).copy_(placement.load(p, weights, schedule_free.BASE, 1))
         loaded.clear()
 
@@ -258,12 +258,12 @@ def _memory(tensor: Any) -> tuple[Any, ...]:
 
 
 def _is_a(thing: object, *names: str) -> bool:
-    # By name, as there are two packages of the same classes, and neither is to be imported for a check.
+    # By name, as there are two packages with the same classes, and a check should import neither.
     return any(kind.__name__ in names for kind in type(thing).__mro__)
 
 
 def _check_trainer(trainer: Any) -> None:
-    """Refuse what cannot train rightly, on every rank alike, before anything is set up.
+    """Refuse what cannot train correctly, on all ranks alike, before anything is set up.
 
     Raises:
         ValueError: The trainer has a strategy, a precision or a callback that does not go with Schedule-Free.
@@ -293,10 +293,10 @@ def _check_trainer(trainer: Any) -> None:
 
 
 def _check_optimizers(trainer: Any, optimizers: Sequence[ProdigyPlusScheduleFree]) -> None:
-    """Refuse what comes too late for a fused backward pass.
+    """Refuse clipping and unscaling, which come too late for a fused backward pass.
 
     Raises:
-        ValueError: Gradients are to be clipped or unscaled that a backward pass has already used.
+        ValueError: Gradients would be clipped or unscaled after the backward pass has used them.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if any(group["fused_back_pass"] for group in groups):

@@ -36,18 +36,18 @@ def with_prodigyplus(
     muon: bool = False,
     **options: Any,
 ) -> Trainer.Config:
-    """A trainer's configuration with this optimiser in the place of its own.
+    """A trainer's configuration with this optimiser instead of its own.
 
-    The learning rate stays constant, validation is of the averaged weights x, interval checkpoints resume
-    bit for bit, what is saved of the model alone at the last step is x, and ``d`` is among the metrics.
+    The learning rate stays constant, validation uses the averaged weights x, interval checkpoints resume bit
+    for bit, a last checkpoint with only the model holds x, and ``d`` is among the metrics.
 
     >>> def debugmodel() -> Trainer.Config:
     ...     return with_prodigyplus(llama3_debugmodel(), step_size="balance")
 
     Args:
         config: The configuration, which is not changed.
-        groups: Options that differ for some parameters, by regular expressions that are searched for in their
-            names: ``{r"norm": {"weight_decay": 0.0}}``. The first that is found decides.
+        groups: Options that differ for some parameters, by a regular expression that is searched for in their
+            names: ``{r"norm": {"weight_decay": 0.0}}``. The first match decides.
         muon: Train hidden matrices with Muon, as :func:`prodigyplus.muon_groups` chooses them.
         options: Options of ``ShardedProdigyPlusScheduleFree``.
 
@@ -105,11 +105,11 @@ class _TellParallelDims:
 
 
 class Optimizers(OptimizersContainer):
-    """One ``ShardedProdigyPlusScheduleFree`` over all model parts of a rank, and of a pipeline one ``d``."""
+    """One ``ShardedProdigyPlusScheduleFree`` for all model parts of a rank; one ``d`` for a pipeline."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
-        """See :func:`with_prodigyplus`; of torchtitan's own fields, none is used."""
+        """See :func:`with_prodigyplus`; torchtitan's own fields are not used."""
 
         options: dict[str, Any] = field(default_factory=dict)
         """Options of ShardedProdigyPlusScheduleFree"""
@@ -141,14 +141,14 @@ class Optimizers(OptimizersContainer):
         """Build the optimiser.
 
         Args:
-            pipeline: The ranks that hold the other stages of the model, and find ``d`` together with this.
+            pipeline: The ranks that hold the stages of the model and share ``d``; None without a pipeline.
 
         Raises:
-            ValueError: One of the regular expressions is found in no name.
+            ValueError: A regular expression matches no name.
         """
         config = self.config
         groups = _muon_groups(self.model_parts) if config.muon else _groups(self.model_parts, config.groups)
-        if pipeline is None:  # all stages of one need as many groups, be they empty
+        if pipeline is None:  # stages of a pipeline need equally many groups, even empty ones
             for pattern, group in zip(config.groups, groups, strict=False):
                 if not group["params"]:
                     raise ValueError(f"groups: {pattern!r} is found in no name of a trained parameter.")
@@ -171,13 +171,13 @@ class Optimizers(OptimizersContainer):
             yield
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
-        """The numbers of the step size, as a logger takes them; see the optimiser's method."""
+        """The numbers of the step size, for a logger; see the optimiser's method."""
         return self.optimizers[0].scalars(prefix)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state, flat: its tensors by names of parameters, its numbers by groups."""
         optimizer = self.optimizers[0]
-        init_optim_state(optimizer)  # what is loaded needs tensors to be loaded into
+        init_optim_state(optimizer)  # torch loads a checkpoint into existing tensors
         return {key: value for key, value, _ in _flat(optimizer.state_dict())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -190,7 +190,7 @@ class Optimizers(OptimizersContainer):
 
 
 def _flat(saved: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[dict[str, Any], str]]]:
-    """Of every value of a state dict: a name, the same on every layout of processes; itself; its place."""
+    """Yield (name, value, (dict, key)) of each value; the name is the same on every layout of processes."""
     for index, group in enumerate(saved["param_groups"]):
         for entry, value in group.items():
             if entry not in ("params", "param_names"):
@@ -210,7 +210,7 @@ def _add_(group: dict[str, Any], name: str, p: nn.Parameter) -> None:
 def _groups(
     model_parts: Sequence[nn.Module], options: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A group for each regular expression, and one of the parameters that none is found in."""
+    """A group for each regular expression, and one for the parameters that none matches."""
     groups = [{"params": [], "param_names": [], **of_group} for of_group in (*options.values(), {})]
     for part in model_parts:
         for name, p in part.named_parameters():
@@ -226,7 +226,7 @@ def _muon_groups(model_parts: Sequence[nn.Module]) -> list[dict[str, Any]]:
     """The three groups of :func:`prodigyplus.muon_groups`, each over all model parts."""
     merged: list[dict[str, Any]] = []
     for part in model_parts:
-        # Of a pipeline, a part without the head has None in its place.
+        # In a pipeline, a part without the head has None instead.
         has_head = getattr(part, "lm_head", part) is not None
         groups = muon_groups(part, has_head=has_head, keep_empty=True)
         merged = merged or [{**group, "params": [], "param_names": []} for group in groups]
@@ -242,7 +242,7 @@ class ConstantSchedule(LRSchedulersContainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(LRSchedulersContainer.Config):
-        """torchtitan's, with a constant rate for its default."""
+        """torchtitan's, constant by default."""
 
         warmup_steps: int = 0
         decay_ratio: float | None = 0.0
@@ -270,7 +270,7 @@ class ConstantSchedule(LRSchedulersContainer):
 
 
 class AveragedValidator(Validator):
-    """Validates the averaged weights x, and leaves those of training as they were."""
+    """Validates the averaged weights x, and leaves the training weights as they were."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Validator.Config):
@@ -283,7 +283,7 @@ class AveragedValidator(Validator):
 
 
 class AveragedCheckpoints(CheckpointManager):
-    """Checkpoints that resume the training; what is saved of the model alone, at the last step, is x."""
+    """Checkpoints that resume training; a last one with only the model holds x."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
@@ -293,7 +293,7 @@ class AveragedCheckpoints(CheckpointManager):
         super().__init__(config, optimizers=optimizers, **others)
         if self.enable:
             self._optimizers = optimizers
-            # A checkpoint may still be read from the model's own weights.
+            # An asynchronous checkpoint may still be reading the model's own weights.
             optimizers.before_lending = self.maybe_wait_for_staging
 
     def _save_last_step(self, curr_step: int) -> None:
@@ -305,7 +305,7 @@ class AveragedCheckpoints(CheckpointManager):
 
 
 class StepSizeMetrics(MetricsProcessor):
-    """Logs what the step size does."""
+    """Logs the numbers of the step size too."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
