@@ -57,6 +57,17 @@ _LATER_ENTRIES: dict[str, Callable[[Group], Any]] = {
 }
 
 
+def check_keys(state_dict: Mapping[str, Any]) -> None:
+    """Check that this is the state dict of an optimiser.
+
+    Raises:
+        ValueError: It lacks what each of these has.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"the state dict has no {key!r}: pass what state_dict() gave.")
+
+
 def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> list[dict[str, Any]]:
     """The groups of a state dict, completed, and with validated options.
 
@@ -68,9 +79,7 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
     Raises:
         ValueError: The groups do not fit this optimiser.
     """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"the state dict has no {key!r}: pass what state_dict() gave.")
+    check_keys(state_dict)
     saved = state_dict["param_groups"]
     if len(saved) != len(own):
         raise ValueError(

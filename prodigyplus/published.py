@@ -326,9 +326,7 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
 
 def _package_of(state_dict: Mapping[str, Any]) -> _Package:
     """The version of the package that saved a state dict; ValueError if none did."""
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"the state dict has no {key!r}: pass what state_dict() gave.")
+    checkpoint.check_keys(state_dict)
     groups = state_dict["param_groups"]
     # 2.0.0 and 2.0.1 both say (2, 0, 0); earlier versions lack the key.
     versions = {tuple(group.get("optimiser_version", (1, 9)))[:2] for group in groups}

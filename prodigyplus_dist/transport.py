@@ -38,14 +38,14 @@ def group_across(
     for group in () if callers == world.size() else (*axes, world):
         if dist.get_process_group_ranks(group) == list(ranks):
             return group
-    groups = _new_groups.setdefault(world, {})
+    groups = _GROUPS_MADE.setdefault(world, {})
     if tuple(ranks) not in groups:
         groups[tuple(ranks)] = _new_group(axes, ranks, device)
     return groups[tuple(ranks)]
 
 
 # By the default group, with which they are dropped; shared by all optimisers of a job.
-_new_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
+_GROUPS_MADE: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
     WeakKeyDictionary()
 )
 

@@ -165,7 +165,7 @@ def begin(
 
 @triton.jit
 def _next_d(
-    d, numerator, largest, product, norm, settings, group, count, exists,
+    d, numerator, largest, product, norm, settings, group, count,
     LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
 ):  # fmt: skip
     """:func:`prodigyplus.formulas.prodigy.next_d`: the next ``d``, the estimate, and the next numerator."""
@@ -296,7 +296,7 @@ def end(
     largest = _row(floats, LARGEST, count, group, 0.0)
     denominator = _row(floats, DENOMINATOR, count, group, 0.0)
     next_d, estimate, next_numerator = _next_d(
-        d, numerator, largest, product, norm, settings, group, count, exists, LIMIT_OF_SPEED, LARGEST_FACTOR
+        d, numerator, largest, product, norm, settings, group, count, LIMIT_OF_SPEED, LARGEST_FACTOR
     )
     k = _row(counts, K, count, group, 0)
     balanced_d, rho, average, next_denominator = _next_balanced(

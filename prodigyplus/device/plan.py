@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -250,8 +250,11 @@ class Plan:
         return torch.cat([empty, *tables]).to(self.device)
 
 
-def _as_int32(index: int) -> int:
-    """An index modulo 2³², as a signed 32-bit number."""
+_Index = TypeVar("_Index", int, Tensor)
+
+
+def _as_int32(index: _Index) -> _Index:
+    """An index, or a tensor of them, modulo 2³², as a signed 32-bit number."""
     return (index + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
@@ -261,8 +264,7 @@ def _runs_table(runs: Runs, every: int) -> Tensor:
     """
     phases = runs.firsts % every
     samples = (phases + runs.length - 1) // every + (phases == 0)
-    firsts = (runs.firsts + (1 << 31)) % (1 << 32) - (1 << 31)
-    return torch.stack((firsts, phases, samples.cumsum(0) - samples), 1)
+    return torch.stack((_as_int32(runs.firsts), phases, samples.cumsum(0) - samples), 1)
 
 
 def _matrices(shape: tuple[int, ...], dims: tuple[int, int] | None, columns: int) -> _Matrices:

@@ -24,7 +24,7 @@ def first_numbers(d0: float) -> dict[str, float | int]:
     ``shared_d``         step size that multiplies ``lr``: ``d``, or the mean of several groups
     ``d_hat``            last estimate ``d_numerator / d_denom``, before limiter and ``d_coef``; balance: ρ
     ``in_mean``          1 once ``d`` counts in the mean of several groups, else 0
-    ``d_numerator``      N, the decayed weighted sum of ⟨g, p0 − z⟩; balance: average of ⟨g, x − z⟩
+    ``d_numerator``      N, the decayed weighted sum of ⟨g, p0 − z⟩; balance: average of w·⟨g, x − z⟩/⟨g, u⟩
     ``max_d_numerator``  the largest N so far
     ``d_denom``          ‖s‖₁ of the last step; balance: the average of its weights times dlr
     ``weight_sum``       Σ dlr², the sum of Schedule-Free's weights so far
