@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -107,15 +108,30 @@ def ours(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Buil
     return [ProdigyPlusScheduleFree(trained(model), **options)]
 
 
-def ours_muon(model: nn.Module, setting: Setting, steps: int, **options: Any) -> Built:
-    """Ours, with Muon for what ``muon_groups`` finds: on a CPU, which is slow in bfloat16, in float32."""
+def ours_muon(
+    model: nn.Module, setting: Setting, steps: int, *, after_flatten: bool = True, **options: Any
+) -> Built:
+    """Ours, with Muon for what ``muon_groups`` finds: on a CPU, which is slow in bfloat16, in float32.
+
+    Without ``after_flatten``, dense layers that read pixels or flattened feature maps keep Adam's direction.
+    """
+    exclude = [] if after_flatten else list(weights_after_flatten(model))
     groups: list[dict[str, Any]] = []
-    for group in muon_groups(model):
+    for group in muon_groups(model, exclude=exclude):
         if params := [p for _, p in group["params"] if p.requires_grad]:
             in_float32 = all(p.device.type == "cpu" for p in params)
             muon = {"muon_fp32": in_float32} if group["use_muon_pp"] else {}
             groups.append({**group, **muon, "params": params})
     return [ProdigyPlusScheduleFree(groups, **options)]
+
+
+def weights_after_flatten(model: nn.Module) -> Iterator[str]:
+    """The names of the weights of dense layers that come right after ``nn.Flatten``."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Sequential):
+            for (_, before), (name, layer) in itertools.pairwise(module.named_children()):
+                if isinstance(before, nn.Flatten) and isinstance(layer, nn.Linear):
+                    yield ".".join(filter(None, (prefix, name, "weight")))
 
 
 def adamw(model: nn.Module, setting: Setting, steps: int) -> Built:
@@ -217,6 +233,12 @@ OPTIMIZERS: dict[str, Entry] = {
         Entry(
             "ours-balance-muon",
             partial(ours_muon, step_size="balance", split_groups_mean=False),
+            tuned="nothing",
+            distribution="",
+        ),
+        Entry(
+            "ours-balance-muon-inner",
+            partial(ours_muon, after_flatten=False, step_size="balance", split_groups_mean=False),
             tuned="nothing",
             distribution="",
         ),

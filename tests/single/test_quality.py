@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +135,18 @@ def test_peers_of_torch_train(quality, name, tmp_path):
     task, entry = tiny(quality.tasks.TASKS["gpt-w64-b8"]), quality.peers.OPTIMIZERS[name]
     result = quality.train.train(task, setup_of(quality, task, tmp_path), entry, entry.settings()[0])
     assert result["loss"] is not None
+
+
+@pytest.mark.parametrize("after_flatten", [True, False])
+def test_dense_layers_after_flatten_may_keep_adams_direction(quality, after_flatten):
+    inner = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 25), nn.Unflatten(1, (1, 5, 5)), inner, nn.Linear(8, 2))
+    setting = quality.peers.Setting()
+    (optimizer,) = quality.peers.ours_muon(model, setting, 1, after_flatten=after_flatten)
+    muon = {p for group in optimizer.param_groups if group["use_muon_pp"] for p in group["params"]}
+    found = [name for name, p in model.named_parameters() if p in muon]
+    hidden = ["3.0.weight", "3.4.weight"]
+    assert found == (["1.weight", "3.0.weight", "3.2.weight", "3.4.weight"] if after_flatten else hidden)
 
 
 def test_schedules(quality):
