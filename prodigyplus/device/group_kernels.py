@@ -118,14 +118,14 @@ def begin(
     evidence = _row(settings, EVIDENCE, count, group, 0.0)
 
     step = (k + 1).to(tl.float64)
-    prodigy_weight = tl.where(evidence == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
-    prodigy_weight = tl.where(evidence == BALANCE, 1.0 / beta1, prodigy_weight)
+    evidence_weight = tl.where(evidence == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
+    evidence_weight = tl.where(evidence == BALANCE, 1.0 / beta1, evidence_weight)
     dlr, rate, beta2 = _rates(settings, count, group, lr, step, shared_d, beta2)
     # ADOPT's first gradient only starts the second moment.
     counts_evidence = (_row(settings, ADOPTS, count, group, 0.0) == 0) | (step > 1)
     unit = tl.where(counts_evidence, 1.0, 0.0)
     dlr, rate, beta2 = dlr * unit, rate * unit, tl.where(counts_evidence, beta2, 0.0)
-    prodigy_weight, beta3 = prodigy_weight * unit, tl.where(counts_evidence, beta3, 1.0)
+    evidence_weight, beta3 = evidence_weight * unit, tl.where(counts_evidence, beta3, 1.0)
     new_sum = weight_sum + dlr * dlr
     c, y_fraction = _averaging(settings, count, group, dlr * dlr, new_sum, beta1)
     rate = tl.where(_row(settings, AVERAGES, count, group, 0.0) > 0, rate * y_fraction, rate)
@@ -141,7 +141,7 @@ def begin(
     _store_number(values, values32, 2, group, NUMBERS, exists, tl.where(moves, beta3, 1.0))
     _store_number(values, values32, 3, group, NUMBERS, exists, (1.0 - beta1) * d * unit * added)
     _store_number(values, values32, 4, group, NUMBERS, exists, (1.0 - beta2) * (d * d) * added)
-    _store_number(values, values32, 5, group, NUMBERS, exists, prodigy_weight * added)
+    _store_number(values, values32, 5, group, NUMBERS, exists, evidence_weight * added)
     _store_number(values, values32, 6, group, NUMBERS, exists, unit * added)
     _store_number(values, values32, 7, group, NUMBERS, exists, dlr * added)
     _store_number(values, values32, 8, group, NUMBERS, exists, decay * added)

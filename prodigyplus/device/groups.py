@@ -14,7 +14,7 @@ from prodigyplus.formulas import balance, prodigy
 from prodigyplus.terms.scalars import VALUES, Packed
 from prodigyplus.terms.tables import SentTable
 
-_WEIGHT, _RATE = VALUES.index("prodigy_weight"), VALUES.index("dlr")
+_WEIGHT, _RATE = VALUES.index("evidence_weight"), VALUES.index("dlr")
 
 
 class GroupOptions(NamedTuple):

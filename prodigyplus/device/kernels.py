@@ -33,7 +33,7 @@ INNER_STRIDE, OUTER_PARTS, INNER_PARTS, MEAN_OFFSET = map(tl.constexpr, range(9,
 MATRICES = tl.constexpr(13)
 
 # The indices of the numbers of a step, see ``prodigyplus.terms.scalars.VALUES``.
-BETA1, BETA2, BETA3, GRAD_WEIGHT, SQ_WEIGHT, PRODIGY_WEIGHT, UNIT, DLR, DECAY, C, Y_FRACTION, D, EPS = map(
+BETA1, BETA2, BETA3, GRAD_WEIGHT, SQ_WEIGHT, EVIDENCE_WEIGHT, UNIT, DLR, DECAY, C, Y_FRACTION, D, EPS = map(
     tl.constexpr, range(13)
 )
 
@@ -426,7 +426,7 @@ def sweep(
     beta3, eps = tl.load(numbers + BETA3 * number_stride), tl.load(numbers + EPS * number_stride)
     grad_weight = tl.load(numbers + GRAD_WEIGHT * number_stride)
     sq_weight = tl.load(numbers + SQ_WEIGHT * number_stride)
-    prodigy_weight = tl.load(numbers + PRODIGY_WEIGHT * number_stride)
+    evidence_weight = tl.load(numbers + EVIDENCE_WEIGHT * number_stride)
     decay, c = tl.load(numbers + DECAY * number_stride), tl.load(numbers + C * number_stride)
     fraction = tl.load(numbers + Y_FRACTION * number_stride)
     unit, d = tl.load(numbers + UNIT * number_stride), tl.load(numbers + D * number_stride)
@@ -482,7 +482,7 @@ def sweep(
             if not MOMENTUM:
                 iterate += tl.load(base + at, mask=sampled, other=0.0).to(tl.float32)
             product, second_term, third_term = _evidence(
-                seen, iterate, start, statistic, slot, sampled, beta3, prodigy_weight, KIND
+                seen, iterate, start, statistic, slot, sampled, beta3, evidence_weight, KIND
             )
             product_sum += product.to(tl.float64)
             second_sum += second_term.to(tl.float64)

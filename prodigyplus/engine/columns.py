@@ -81,7 +81,7 @@ class Columns:
             torch.stack([torch.stack(rows[name]) for name in names]) for names in (FLOATS, COUNTS)
         )
         self.zeros = torch.zeros_like(self.floats[0])  # never written
-        self.options = SentTable(device)  # the options of the groups, as a table for kernels
+        self.sent_options = SentTable(device)  # the options of the groups, as a table for kernels
         columns = *self.floats.unbind(), *self.counts.unbind()
         self._columns = dict(zip((*FLOATS, *COUNTS), columns, strict=True))
         self._views = [

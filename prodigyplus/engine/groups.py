@@ -74,9 +74,9 @@ class GroupStep:
         self._observed.append((parameters, products, norms))
 
     @property
-    def prodigy_weight(self) -> Tensor:
+    def evidence_weight(self) -> Tensor:
         """The weight of the products in this step's evidence; 0-dim."""
-        return self._numbers[0].across(0).prodigy_weight
+        return self._numbers[0].across(0).evidence_weight
 
     @property
     def norm_weight(self) -> Tensor:
@@ -209,9 +209,9 @@ class GroupBatch:
         dlr, unit, rate = shared_d * lr, one, one * lr
         beta3, observes = one * self._option(lambda o: o.prodigy_beta), torch.ones_like(moves)
         if do.is_balanced:
-            prodigy_weight = 1 / beta1  # the product is β1⟨g, x − z⟩
+            evidence_weight = 1 / beta1  # the product is β1⟨g, x − z⟩
         else:
-            prodigy_weight = prodigy.evidence_weight(
+            evidence_weight = prodigy.evidence_weight(
                 d, self._option(lambda o: o.d0), self._option(lambda o: math.sqrt(o.d0)), do.use_speed
             )
         if do.use_bias_correction:
@@ -222,8 +222,8 @@ class GroupBatch:
             dlr, rate = dlr * warmup, rate * warmup
         if do.use_adopt:
             observes = variants.adopt_observes(step)
-            dlr, unit, rate, beta2, prodigy_weight = (
-                torch.where(observes, value, 0) for value in (dlr, unit, rate, beta2, prodigy_weight)
+            dlr, unit, rate, beta2, evidence_weight = (
+                torch.where(observes, value, 0) for value in (dlr, unit, rate, beta2, evidence_weight)
             )
             beta3 = torch.where(observes, beta3, 1)
         weight_sum, c = self._averaging(dlr.square(), beta1)
@@ -234,7 +234,7 @@ class GroupBatch:
             "beta3": beta3,
             "grad_weight": (1 - beta1) * d * unit,
             "sq_weight": (1 - beta2) * d.square(),
-            "prodigy_weight": prodigy_weight,
+            "evidence_weight": evidence_weight,
             "unit": unit,
             "dlr": dlr,
             "decay": (dlr if do.weight_decay_by_lr else unit) * self._option(lambda o: o.weight_decay),
@@ -397,7 +397,7 @@ class Groups:
         self.steps = [GroupStep(index, entry) for index, entry in enumerate(entries)]
         self.columns = columns
         self.constants = constants
-        self._kernels = self._in_kernels() if self._has_kernels else None
+        self._kernels = self._group_numbers() if self._has_kernels else None
 
     @property
     def _has_kernels(self) -> bool:
@@ -408,7 +408,7 @@ class Groups:
         # With a fused backward pass, open() and commit() happen at different times.
         return any(o.wants_kernels(device) for o in options) and not any(o.fused_back_pass for o in options)
 
-    def _in_kernels(self) -> GroupNumbers:
+    def _group_numbers(self) -> GroupNumbers:
         columns = self.columns
         sharing = {step.index for step in self._sharing}
         rates = [step.options.lr for step in self.steps]
@@ -420,7 +420,7 @@ class Groups:
         key: object = [(step.options, step.adapts, step.index in sharing) for step in self.steps]
         if any(isinstance(rate, Tensor) for rate in rates):
             key = rows()
-        return GroupNumbers(columns.floats, columns.counts, table_of(key, rows, rates, columns.options))
+        return GroupNumbers(columns.floats, columns.counts, table_of(key, rows, rates, columns.sent_options))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -480,7 +480,7 @@ class Groups:
             self._kernels.end_(totals, learns)
             return
         products, norms = totals.unbind(1)
-        products = products * torch.stack([step.prodigy_weight for step in self.steps])
+        products = products * torch.stack([step.evidence_weight for step in self.steps])
         if any(step.options.is_balanced for step in self.steps):
             norms = norms * torch.stack([step.norm_weight for step in self.steps])
         totals = torch.stack((products, norms), 1)

@@ -72,7 +72,7 @@ def evidence_sums_(
     s = state["s"]
     # On a GPU, bfloat16 times a 0-dim tensor would round that number to bfloat16 first.
     s.copy_(s.to(grad.dtype).mul_(n.beta3))
-    s.add_((grad.sign() if use_speed else grad) * n.prodigy_weight)
+    s.add_((grad.sign() if use_speed else grad) * n.evidence_weight)
     return {"product": product, "norm": stacks.total(s.abs(), wide_dtype(grad.device))}
 
 

@@ -37,7 +37,7 @@ class Scalars(NamedTuple):
     # Weights that add something: 0 in a no-op.
     grad_weight: Tensor  # (1 − β1) d, the weight of this g in the first moment
     sq_weight: Tensor  # (1 − β2) d², the weight of this g² in the second moment
-    prodigy_weight: Tensor  # the weight of this gradient in Prodigy's statistics, or of balance's products
+    evidence_weight: Tensor  # the weight of this gradient in Prodigy's statistics, or of balance's products
     unit: Tensor  # 1
     dlr: Tensor  # the step size d·lr, with RAdam and warm-up
     decay: Tensor  # the fraction of a weight that weight decay subtracts: λ·dlr, or λ

@@ -145,7 +145,7 @@ def test_rates_are_read_where_they_are():
     assert effective() < alone
     optimizer.param_groups[0]["lr"] = 0.25
     effective()
-    table = optimizer._columns().options
+    table = optimizer._columns().sent_options
     sent = table._table
     effective()
     assert table._table is sent
