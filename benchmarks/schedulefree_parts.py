@@ -196,6 +196,8 @@ class ScheduleFree(torch.optim.Optimizer):
 
     def _muon(self, m: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Muon's direction, in float32; an empty ``state`` is discarded afterwards."""
+        if m.ndim > 2:  # a convolution
+            return self._muon(m.flatten(1), state).view_as(m)
         u: Tensor = muon.newton_schulz(m.unsqueeze(0))[0]
         if self.parts.rows:
             of_rows = u.square().mean(1, keepdim=True)
@@ -209,7 +211,9 @@ class ScheduleFree(torch.optim.Optimizer):
 
 def build(model: nn.Module, setting: Setting, steps: int, *, parts: Parts) -> Built:
     """The optimiser of a model."""
-    hidden, rest = peers.hidden_and_rest(model) if parts.muon else ([], peers.trained(model))
+    hidden, rest = (
+        peers.hidden_and_rest(model, convolutions=True) if parts.muon else ([], peers.trained(model))
+    )
     groups: list[dict[str, Any]] = [{"params": rest}, {"params": hidden, "muon": True}]
     return [ScheduleFree([group for group in groups if group["params"]], parts, steps)]
 

@@ -61,7 +61,7 @@ def check_keys(state_dict: Mapping[str, Any]) -> None:
     """Check that this is the state dict of an optimiser.
 
     Raises:
-        ValueError: It lacks what each of these has.
+        ValueError: It lacks "state" or "param_groups".
     """
     for key in ("state", "param_groups"):
         if key not in state_dict:

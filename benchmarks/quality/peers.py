@@ -158,10 +158,12 @@ def dion(model: nn.Module, setting: Setting, steps: int, *, name: str) -> Built:
     return [kind(groups, lr=rate_of(setting), betas=BETAS, weight_decay=0.0, adjust_lr="rms_norm")]
 
 
-def hidden_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices that Muon is for, without convolutions, and the other parameters that are trained."""
+def hidden_and_rest(
+    model: nn.Module, *, convolutions: bool = False
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters that Muon is for, with or without convolutions, and the other trained ones."""
     groups = [group["params"] for group in muon_groups(model) if group["use_muon_pp"]]
-    matrices = {p for group in groups for _, p in group if p.ndim == 2}
+    matrices = {p for group in groups for _, p in group if convolutions or p.ndim == 2}
     hidden = [p for p in trained(model) if p in matrices]
     return hidden, [p for p in trained(model) if p not in matrices]
 
@@ -226,7 +228,8 @@ def rate_of(setting: Setting) -> float:
 OPTIMIZERS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        # Ours: what is to be compared without tuning, each with the arguments that its name says.
+        # Ours: what is to be compared without tuning, each with the arguments that its name says; "inner":
+        # without the dense layers after ``nn.Flatten``.
         Entry("ours", ours, tuned="nothing", distribution=""),
         Entry("ours-balance", partial(ours, step_size="balance"), tuned="nothing", distribution=""),
         Entry("ours-muon", ours_muon, tuned="nothing", distribution=""),

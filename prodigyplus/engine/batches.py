@@ -219,8 +219,9 @@ class Batch:
         # This runs for every parameter at every step, so by map(), without a line of Python for each.
         self._entries = list(itertools.chain.from_iterable(map(dict.values, self.states)))
         tensors = [*self.weights, *self._entries]
-        data_ptrs, dtypes = list(map(Tensor.data_ptr, tensors)), list(map(_DTYPE, [*tensors, self.grads[0]]))
-        if data_ptrs != launches.data_ptrs or dtypes != launches.found_dtypes:
+        data_ptrs = list(map(Tensor.data_ptr, tensors))
+        found_dtypes = list(map(_DTYPE, [*tensors, self.grads[0]]))
+        if data_ptrs != launches.data_ptrs or found_dtypes != launches.found_dtypes:
             for value in self._entries:
                 if not value.is_contiguous():  # as a loaded state may be
                     value.set_(value.contiguous())  # type: ignore[call-overload]
@@ -233,9 +234,9 @@ class Batch:
                 {tensor.dtype for tensor in column if tensor is not None}
                 for column in zip(*rows, strict=True)
             ]
-            assert all(len(its) <= 1 for its in of_column), "a state of several dtypes"
-            launches.dtypes = Dtypes(self.grads[0].dtype, *(next(iter(its), None) for its in of_column))
-            launches.data_ptrs, launches.found_dtypes = data_ptrs, dtypes
+            assert all(len(dtypes) <= 1 for dtypes in of_column), "a state of several dtypes"
+            launches.dtypes = Dtypes(self.grads[0].dtype, *(next(iter(dtypes), None) for dtypes in of_column))
+            launches.data_ptrs, launches.found_dtypes = data_ptrs, found_dtypes
             launches.addresses = [
                 0 if tensor is None else tensor.data_ptr() for row in rows for tensor in row
             ]
