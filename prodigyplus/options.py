@@ -114,10 +114,6 @@ class Options:
             return _is_on_host(self.lr) and not self.lr.any()
         return self.lr == 0
 
-    def is_frozen(self, group: Mapping[str, Any]) -> bool:
-        """Whether the next step of a group with these options finds its step size frozen, or freezes it."""
-        return bool(group["frozen"] or self.freezes(group["calls"]))
-
     def freezes(self, calls: int) -> bool:
         """Whether ``d`` is to be frozen in the step that follows ``calls`` earlier ones."""
         return bool(self.prodigy_steps) and calls + 1 >= cast("int", self.prodigy_steps)

@@ -358,6 +358,20 @@ def test_prodigy_steps_freeze_d_and_free_its_state(split):
         assert d(optimizer) == [frozen["d"]]
 
 
+def test_a_step_with_lr_zero_freezes_nothing():
+    """As a scheduler's first value may be. It is not counted, so d can still be left free after it."""
+    problem, optimizer = pair((40, 40), prodigy_steps=3)
+    run(optimizer, problem, 2)
+    (group,) = optimizer.param_groups
+    group["lr"] = 0.0
+    run(optimizer, problem, 1)
+    group |= {"lr": 1.0, "prodigy_steps": 0}
+    optimizer.load_state_dict(optimizer.state_dict())
+    before = d(optimizer)
+    run(optimizer, problem, 5)
+    assert d(optimizer) > before
+
+
 def test_metrics_are_of_the_moment_they_were_asked():
     problem, optimizer = pair((40, 40))
     assert float(optimizer.metrics()[0]["d"]) == 1e-6
