@@ -616,7 +616,7 @@ def test_describe_other_groups():
 
 
 def test_a_stage_of_a_pipeline():
-    """``has_head=False``: the last matrix is not taken for a head. ``keep_empty``: all stages have three groups."""
+    """Without a head, none is guessed; with ``keep_empty``, all stages have the same three groups."""
     stage = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6))
     muon, batched, others = muon_groups(stage, has_head=False, keep_empty=True)
     assert [name for name, _ in muon["params"]] == ["0.weight", "1.weight"]

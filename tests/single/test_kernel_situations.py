@@ -141,7 +141,7 @@ def test_another_dtype_at_the_same_address_is_seen(forgets):
 
 
 def test_negative_gradients():
-    """autograd sets the negative bit on the gradient of a number that is the imaginary part of a conjugate."""
+    """autograd sets the negative bit on the gradient of an imaginary part that is conjugated."""
     found = []
     for fused in (False, True):
         real, imaginary = (nn.Parameter(torch.tensor([value], device=DEVICE)) for value in (0.5, 0.7))

@@ -26,7 +26,7 @@ if interprets():
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# A scalar, a vector, a matrix of several tiles in both directions, and matrices one after the other in memory.
+# A scalar, a vector, a matrix of several tiles in both directions, and several matrices in one tensor.
 SHAPES = ((), (70,), (33, 70), (3, 33, 10))
 
 # Allowed differences, relative to a tensor's largest value; 2.2e-7 is the most seen over all options.
