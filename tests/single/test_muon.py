@@ -192,7 +192,7 @@ def test_newton_schulz_is_near_the_polar_factor(spectrum, quintic, shape, dtype)
 
 
 def test_the_docstring_of_newton_schulz():
-    """Its bounds hold in float32, for singular values down to the share of the Frobenius norm that it names."""
+    """Its bounds hold in float32, for singular values down to the share of the norm that it names."""
     for quintic, smallest, low, high in ((False, 1.02e-3, 0.85, 1.15), (True, 2e-3, 0.68, 1.21)):
         values = np.geomspace(smallest, 0.1, 59)
         values = np.append(values, math.sqrt(1 - (values**2).sum()))
@@ -457,7 +457,7 @@ def test_cost_is_that_of_the_products():
 
 @pytest.mark.parametrize("limit", [0, 1, 10, 24, 25, 100, 10**9])
 def test_waves(limit):
-    """A wave is within the limit (or its largest matrix), or has one member; the next one would not fit in."""
+    """A wave is within the limit (or its largest matrix), or has one member; the next would not fit in."""
     random = np.random.default_rng(0)
     for _ in range(200):
         matrices = [int(random.integers(0, 30)) for _ in range(random.integers(0, 9))]

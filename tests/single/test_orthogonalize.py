@@ -390,7 +390,7 @@ def test_each_copy_owns_its_share_of_a_wave():
     ],
 )
 def test_process_groups(mesh, cuts, groups):
-    """One for each set of ranks that exchange something; the next step makes neither groups nor plans again."""
+    """One for each set of ranks that exchange something; a second step makes no group and no plan."""
     whole = [Matrices(torch.randn(8, 6), batched=False, method=BIG) for _ in range(4)]
     with Ranks(math.prod(mesh)) as ranks:
         sharded = Sharded(ranks, [Placement(mesh, cuts)] * 4, whole, 1)

@@ -107,7 +107,7 @@ def test_ancestor(name):
     ours, golden = run(case, torch.float64), load(f"ancestor_{name}")
     assert (ours["d"][-1] > 100 * ours["d"][0]).all()
     if name == "with_eps":
-        # eps acts differently while d grows (see cases.py). In most tensors that is only a part of its effect.
+        # eps acts differently while d grows (see cases.py); in most tensors that is a part of its effect.
         without = distances(load("ancestor_default"), golden, case)
         for key, off in distances(ours, golden, case).items():
             assert np.median(off[-1]) <= 0.75 * np.median(without[key][-1]), key
