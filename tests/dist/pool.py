@@ -66,8 +66,8 @@ class Failed(AssertionError):
 
 class Pool:
     def __init__(self):
-        # Workers are forked from a server that has imported torch, so they start at once. torch._dynamo, which
-        # FSDP imports at its first use, takes as long to import as the rest.
+        # Workers are forked from a server that has imported torch, so they start at once. FSDP imports
+        # torch._dynamo at its first use, which takes as long as the rest.
         self._context = multiprocessing.get_context("forkserver")
         imported = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"]
         self._context.set_forkserver_preload(imported)
