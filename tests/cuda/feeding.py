@@ -44,8 +44,8 @@ OTHERS = [
 WEIGHTS = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 D = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 D_HAT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-# For Muon in bfloat16, whose polynomial amplifies the rounding of products. On the CPU, gradients that differ in
-# last bits of bfloat16 made 1.6e-2, 1e-2 and 0.6; the last is of an estimate that is almost zero there.
+# For Muon in bfloat16, whose polynomial amplifies the rounding of products. On the CPU, gradients that differ
+# in last bits of bfloat16 made 1.6e-2, 1e-2 and 0.6; the last is of an estimate that is almost zero there.
 MUON_WEIGHTS, MUON_D, MUON_D_HAT = 3e-2, 3e-2, 1.0
 
 

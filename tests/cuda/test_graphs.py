@@ -22,7 +22,7 @@ OPTIONS = [
 
 
 def captured(function):
-    """Call ``function`` a few times, then capture it as torch's notes prescribe; return the graph's replay."""
+    """Call ``function`` a few times, then capture it, as torch's notes prescribe; return its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
