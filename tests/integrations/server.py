@@ -1,7 +1,7 @@
 """Runs tests in processes that are forked from one that has imported the frameworks: see processes.py.
 
-Each line of its input asks for a test: ``{"module", "name", "size", "arguments", "folder"}``. Each rank writes
-``FOLDER/RANK``: empty if the test has passed, otherwise its traceback. Last comes ``FOLDER/done``.
+Each line of its input asks for a test: ``{"module", "name", "size", "arguments", "folder"}``. Each rank
+writes ``FOLDER/RANK``: empty if the test has passed, otherwise its traceback. Last comes ``FOLDER/done``.
 """
 
 import contextlib

@@ -508,7 +508,7 @@ def test_an_exception_in_validation(tmp_path):
     assert equal(weights, recorder.x[9])
     assert equal({"": state["state"][0][WEIGHTS]}, {"": recorder.y[9]["nets.0.0.weight"]})
 
-    # Whatever is done with the model next is done at x; and a checkpoint's weights stay what they are.
+    # Whatever is done with the model next is done at x, and testing a checkpoint leaves its weights in place.
     trainer.test(module, HELD_OUT, ckpt_path=tmp_path / "after.ckpt", verbose=False)
     assert equal(weights_of(trainer), recorder.x[9])
 
@@ -522,7 +522,7 @@ def test_going_on_from_what_was_saved_after_the_fit(tmp_path):
     whole = fit_module(Module(), tmp_path, ScheduleFreeCallback(), one, max_epochs=3)
     again = fit_module(Module(), tmp_path, ScheduleFreeCallback(), other, max_epochs=3, ckpt_path=path)
     assert whole.global_step == again.global_step == 18
-    # y is computed of x, and rounded: in float32, of weights of about 1, and 6 steps carry that on.
+    # y is recomputed from x in float32, and 6 more steps amplify its rounding.
     assert other.losses.keys() == set(range(13, 19))
     for step, loss in other.losses.items():
         assert loss == pytest.approx(one.losses[step], rel=1e-4)
@@ -625,7 +625,7 @@ def test_strategies_that_flatten_parameters_are_refused(tmp_path):
 
 
 def warnings_of(module, folder):
-    """What the callback warns of, of all the warnings of a fit."""
+    """The callback's own warnings among all those of a fit."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit_module(module, folder, ScheduleFreeCallback(), max_epochs=1)
@@ -664,7 +664,7 @@ def test_the_package_that_is_in_use(monkeypatch, imported, there, expected):
     assert found == expected
 
 
-# ------------------------------------------------------------------------- what users are to copy
+# ---------------------------------------------------------------------------- what users will copy
 
 ROOT = Path(__file__).parents[2]
 
@@ -674,7 +674,7 @@ def test_the_example(tmp_path, monkeypatch):
     path = ROOT / "examples" / "lightning_autoencoder.py"
     assert len(path.read_text().splitlines()) <= 80
     left = runpy.run_path(str(path), run_name="__main__")
-    assert left["error"] < 0.2  # of the variance, of which a model that has learnt nothing leaves 1
+    assert left["error"] < 0.2  # of the variance; a model that has learnt nothing leaves all of it, 1
 
 
 def test_the_guide(tmp_path, monkeypatch):
