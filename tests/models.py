@@ -100,7 +100,7 @@ def loss_of(model: nn.Module, walks: Tensor) -> Tensor:
 def fit(called, optimizer, data, steps, number=0, count=1):
     """Train on part ``number`` of ``count`` of each batch.
 
-    Returns ``d`` after every step, or nothing for an optimiser that has none.
+    Returns ``d`` after every step; an empty list for an optimiser that has none.
     """
     d = []
     for _ in range(steps):

@@ -108,7 +108,7 @@ def test_a_copy_is_sharded_too(pool):
 
 
 def foreign():
-    """A state that one mesh saved, loaded on that mesh, on another, and in one process."""
+    """A state that one mesh has saved; and the same loaded on another mesh, and in one process."""
     tensor = torch.arange(80.0).view(20, 4)
     lines, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     results = []

@@ -203,8 +203,11 @@ def test_all_reduces_are_two_a_bucket(pool):
         assert 4 <= found <= 2 * (buckets + 1)
 
 
-def one_bad_rank(name):
-    """With an inf on one rank, all ranks skip the parameter, and none changes the step size."""
+def one_bad_backward(name):
+    """A backward pass with infinite gradients below the head, on every rank.
+
+    Returns the parameters that have not moved, and whether d is as before, among others.
+    """
     model, called, number, count = wrap(name)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True, bucket_bytes=BUCKET)
     optimizer.fuse_backward(model)
@@ -226,7 +229,7 @@ def one_bad_rank(name):
 
 @pytest.mark.parametrize("name", ["fsdp2", "hsdp"])
 def test_a_bad_gradient(pool, name):
-    first, *others = pool.run(ranks(name), one_bad_rank, name)
+    first, *others = pool.run(ranks(name), one_bad_backward, name)
     skipped, kept_d, skipped_steps, steps, weights = first
     assert kept_d
     assert (skipped_steps, steps) == (1, 21)

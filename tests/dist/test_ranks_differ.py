@@ -69,7 +69,7 @@ def test_missing_and_bad_gradients(pool, name, options):
     for found in pool.run(mesh.ranks, on_mesh, name, options):
         assert torch.tensor(found[1]).allclose(torch.tensor(d), rtol=1e-6, atol=0)
         for ours, theirs in zip(found[2], metrics, strict=True):
-            # d_hat is a quotient of sums over p0 − z, which is small beside the weights' rounding.
+            # d_hat is a quotient of sums over p0 − z, which is small beside the (rounded) weights.
             assert ours == pytest.approx(theirs, rel=4e-6)
         for one, other in zip(found[0], weights, strict=True):
             assert (one - other).norm() <= 1e-6 * other.norm()

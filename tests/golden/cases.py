@@ -28,7 +28,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     # How many parameters each group takes, and its options besides the case's.
     groups: tuple[tuple[int, dict[str, Any]], ...] = ((len(SHAPES), {}),)
-    # The lr at each step, which counts from 0.
+    # The lr at each step, counted from 0.
     schedule: Callable[[int], float] | None = None
     steps: int = STEPS
     # Every how-many-th element of each tensor is kept.

@@ -23,12 +23,12 @@ def at_random(seed):
 
 
 DEATHS = {f"seed {seed}": at_random(seed) for seed in range(6)}
-# Deaths within a save, the second where no other is given; rank 0 completes what all have written.
+# Deaths within the second save; rank 0 completes what all have written.
 IN_SAVE = {
     "before": (3, "save:2:before"),
     "half": (2, "save:2:half"),
     "written": (0, "save:2:written"),
-    "named": (0, "save:4:named"),  # each save writes two such files
+    "named": (0, "save:4:named"),  # counts files, of which each save writes two
     "renamed": (0, "save:2:renamed"),
 }
 TOLD = {"told": (1, f"told:{SAVED + 2}:0")}  # SIGTERM to one of four processes

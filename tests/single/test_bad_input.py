@@ -143,7 +143,7 @@ def test_sparse_gradients():
     ],
 )
 def test_gradients_of_other_dtypes(weight, grad):
-    """The state has the gradient's dtype: float16 would underflow, and a wider one fit no later step."""
+    """State takes the gradient's dtype: float16 would underflow, and a wider one would fit no later step."""
     p = nn.Parameter(torch.ones(4, dtype=weight))
     optimizer = ProdigyPlusScheduleFree([p])
     p.grad_dtype = None

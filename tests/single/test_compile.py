@@ -161,7 +161,7 @@ def test_a_bad_gradient_changes_nothing(number, bad):
     for steps in (0, 4):
         run(optimizer, problem, steps)
         problem.backward()
-        if not steps:  # first a step without gradients, which creates the state
+        if not steps:  # first a step with gradients of zero, which creates the state
             for p in problem.parameters:
                 p.grad.zero_()
             optimizer.step()

@@ -141,9 +141,9 @@ def test_what_is_sent_to_a_gpu_is_pinned(monkeypatch):
 
 
 def test_what_a_graph_sends_is_sent_again_by_the_next_step(monkeypatch):
-    """A graph's replay overwrites the table with the values of its capture, so the next step sends its own.
+    """A copy that is captured runs only when the graph is replayed, so the next step must send again.
 
-    The tables that a graph uses are kept alive, since a replay reads them.
+    The tables that a graph reads are kept alive.
     """
     table = tables.SentTable(torch.device("cpu"))
     first = table.of(1, lambda: torch.ones(1))

@@ -192,7 +192,7 @@ def test_an_unused_parameter_does_not_disturb_the_count():
 
 
 def test_a_step_without_any_gradient_changes_nothing():
-    """Nothing but the count of calls, which ``prodigy_steps`` goes by."""
+    """Only the count of calls changes, which ``prodigy_steps`` goes by."""
     problem, optimizer = pair((40, 40))
     run(optimizer, problem, 5)
     before = snapshot(optimizer)
@@ -376,7 +376,7 @@ def test_metrics_are_of_the_moment_they_were_asked():
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("fused", [None, True])
 def test_a_step_of_fake_tensors_leaves_no_trace(fused):
-    """Tools make such steps to predict a run's memory, in the process that then trains for real."""
+    """Memory is estimated by such steps, in the process that then trains for real."""
     if fused:
         pytest.importorskip("triton")
         import tests.interpreting  # noqa: F401

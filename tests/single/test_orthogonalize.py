@@ -152,7 +152,7 @@ def test_a_batch_and_a_matrix_of_one_layout():
 
 
 def test_ranks_whose_copies_are_others():
-    """One tensor is copied along the mesh's first axis, another along its second: other ranks share work."""
+    """One tensor is copied along the mesh's first axis, another along its second: the teams differ."""
     whole = [Matrices(torch.randn(8, 6), batched=False, method=BIG) for _ in range(9)]
     cut, copied = (0, "even"), None
     where = [Placement((2, 2), cuts) for cuts in ((cut, copied), (copied, cut), (cut, cut))] * 3

@@ -242,7 +242,7 @@ class Both:
         """Make a step with both.
 
         Returns:
-            Twice the weights and the state dict: the shards', put together, and those of one process.
+            The weights and the state dict of the shards, put together; and those of one process.
         """
 
         def step_of(rank):

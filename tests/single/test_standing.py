@@ -214,7 +214,7 @@ def test_a_step_that_fails_leaves_nothing_standing(monkeypatch):
 
 @pytest.mark.usefixtures("_without_launches")
 def test_state_that_is_made_in_eval_mode():
-    """torch's checkpoint helpers make state so, and nothing moves. These batches are not reused."""
+    """torch's checkpoint helpers make state in this way. Nothing moves, and the batches are not reused."""
     pair = Pair(lr=0.0)
     for _, optimizer in pair.both:
         optimizer.eval()

@@ -145,8 +145,8 @@ def test_names_change_nothing_and_are_saved(cls):
     saved, saved_named = run.optimizer.state_dict(), named.optimizer.state_dict()
     names = [[name for name, _ in group] for group in named.groups]
     assert [group["param_names"] for group in saved_named["param_groups"]] == names
-    named.optimizer.load_state_dict(saved)  # keeps its own
-    run.optimizer.load_state_dict(saved_named)  # takes those over
+    named.optimizer.load_state_dict(saved)  # keeps its own names
+    run.optimizer.load_state_dict(saved_named)  # takes over the saved names
     for optimizer in (named.optimizer, run.optimizer):
         assert_same(optimizer.state_dict(), saved_named)
         optimizer.load_state_dict(saved_named)
