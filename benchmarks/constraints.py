@@ -112,7 +112,7 @@ class Result(NamedTuple):
     trained: float
     evaluated: float
     outside: float
-    d: float
+    d: float | None  # None: the optimiser finds none
 
 
 def run(make_task: Callable[[], Task], make: Make, *, constrain: bool) -> Result:
@@ -134,7 +134,8 @@ def run(make_task: Callable[[], Task], make: Make, *, constrain: bool) -> Result
         getattr(optimizer, "eval", lambda: None)()
         evaluated = task.loss(None).item()
         outside = (task.project(task.held.clone()) - task.held).abs().max().item()
-    return Result(trained, evaluated, outside, float(optimizer.param_groups[0].get("d", math.nan)))
+    d = optimizer.param_groups[0].get("d")
+    return Result(trained, evaluated, outside, None if d is None else float(d))
 
 
 def main() -> None:
@@ -144,9 +145,11 @@ def main() -> None:
     print(head("task | optimiser | constraint | loss in training: | evaluated: | outside the set: | d:"))
     for make_task in (clip, embedding, rows):
         d0 = make_task().d0
-        makes: tuple[tuple[str, str, dict[str, float], bool], ...] = (
+        makes: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
             ("ours", OURS, {"d0": d0}, False),
             ("ours", OURS, {"d0": d0}, True),
+            ("ours, balance", OURS, {"step_size": "balance"}, False),
+            ("ours, balance", OURS, {"step_size": "balance"}, True),
             ("prodigyopt", "prodigyopt:Prodigy", {"d0": d0}, False),
             ("schedulefree", "schedulefree:AdamWScheduleFree", {"lr": 2.5e-3}, False),
             ("AdamW", "torch.optim:AdamW", {"lr": 1e-3}, False),
@@ -154,8 +157,9 @@ def main() -> None:
         for name, place, options, constrain in makes:
             r = run(make_task, functools.partial(load(place), **options), constrain=constrain)
             how = "`constrain`" if constrain else "after each step"
-            figures = f"{r.trained:.4g}", f"{r.evaluated:.4g}", f"{r.outside:.2g}", f"{r.d:.2g}"
-            print(row(make_task.__name__, name, how, *figures), flush=True)
+            d = "–" if r.d is None else f"{r.d:.2g}"
+            losses = f"{r.trained:.4g}", f"{r.evaluated:.4g}"
+            print(row(make_task.__name__, name, how, *losses, f"{r.outside:.2g}", d), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prodigyplus import options
 from prodigyplus import state as states
@@ -115,13 +115,34 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
     return groups
 
 
-# Components that wrappers of a model add to names.
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# What wrappers of a model call what they wrap. The first is also an ordinary name of a submodule.
+_MODULE = "module"
+_WRAPPED = (_MODULE, "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def unwrapped(name: str) -> str:
-    """A parameter's name in the unwrapped model."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def parallel_wrappers(model: nn.Module) -> frozenset[str]:
+    """The paths within a model of torch's wrappers whose ``module`` is what they wrap."""
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    modules = model.named_modules(remove_duplicate=False)
+    return frozenset(path for path, module in modules if isinstance(module, parallel))
+
+
+def unwrapped(name: str, wrappers: Collection[str] | None = None) -> str:
+    """A parameter's name in the unwrapped model.
+
+    Args:
+        name: Its name in the wrapped model.
+        wrappers: The result of :func:`parallel_wrappers`. None: the model is not known, and every ``module``
+            in the name passes for a wrapper's.
+    """
+    parts = name.split(".")
+    kept = [
+        part
+        for index, part in enumerate(parts)
+        if part not in _WRAPPED
+        or (part == _MODULE and wrappers is not None and ".".join(parts[:index]) not in wrappers)
+    ]
+    return ".".join(kept)
 
 
 def _in_our_order(theirs: Group, ours: Group, index: int) -> dict[str, Any]:

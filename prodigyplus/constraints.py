@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -49,35 +50,63 @@ class Constraint(NamedTuple):
         held: Tensor = placed
         return held
 
-    def hold_(self, p: Tensor, state: Mapping[str, Tensor], y_fraction: Tensor, placement: Placement) -> None:
+    def hold_(
+        self,
+        p: Tensor,
+        state: Mapping[str, Tensor],
+        placement: Placement,
+        y_fraction: Tensor,
+        happens: Tensor,
+    ) -> None:
         """Put a parameter and its base iterate, which a step has moved, back into the set.
 
         Args:
             p: The parameter, which holds y; a DTensor, if its state is.
             state: Its state.
-            y_fraction: ``1 − β1 (1 − c)`` of the step; 0-dim.
             placement: Where they lie.
+            y_fraction: ``1 − β1 (1 − c)`` of the step; 0-dim.
+            happens: False if the step was skipped: then nothing changes; bool, 0-dim.
         """
-        local = placement.local
-        before = p.detach().clone() if schedule_free.OFFSET in state else p
+        local, y = placement.local, p.detach().clone()
         if schedule_free.is_averaged(state):
             z = schedule_free.base_iterate(p.detach(), state)
-            moved = self.projected(z)
-            change = local(moved) - local(z)
-            local(p).add_(change * y_fraction.to(change))
-        p.copy_(self.projected(p))
+            held_z = self.projected(z)
+            change = local(held_z) - local(z)
+            local(y).add_(change * y_fraction.to(change))
+        y = self.projected(y)
         if schedule_free.BASE in state:
-            local(state[schedule_free.BASE]).add_(change)
+            _write_(local(state[schedule_free.BASE]), local(held_z), happens)
         elif schedule_free.OFFSET in state:
-            local(state[schedule_free.OFFSET]).add_(change - (local(p) - local(before)))
+            # By its change, so that what is in the set already keeps its bits.
+            offset = local(state[schedule_free.OFFSET])
+            _write_(offset, offset + (change - (local(y) - local(p))), happens)
+        _write_(local(p), local(y), happens)
 
-    def put_in_(self, state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        """Project the parameters, and what ``state`` has of their base iterates."""
-        for p in self.parameters:
+    def put_in_(self, p: Tensor, state: Mapping[str, Tensor], placement: Placement, beta1: float) -> None:
+        """Put a parameter, its base iterate and their average into the set, however far outside they are.
+
+        Args:
+            p, placement: As for :meth:`hold_`.
+            state: Its state; empty if its average is its weight.
+            beta1: The β1 of its group.
+        """
+        if not schedule_free.is_averaged(state):
             p.copy_(self.projected(p))
-            base = state.get(p, {}).get(schedule_free.BASE)
-            if base is not None:
-                base.copy_(self.projected(base))
+            return
+        local, x, y = placement.local, p.detach().clone(), p.detach().clone()
+        schedule_free.x_from_y(local(p), placement.local_state(state), beta1, out=local(x))
+        z = self.projected(schedule_free.base_iterate(p.detach(), state))
+        x = self.projected(x)
+        schedule_free.y_from_x(local(x), {schedule_free.BASE: local(z)}, beta1, out=local(y))
+        p.copy_(self.projected(y))
+        if schedule_free.BASE in state:
+            local(state[schedule_free.BASE]).copy_(local(z))
+        else:
+            local(state[schedule_free.OFFSET]).copy_(local(z) - local(p))
+
+
+def _write_(target: Tensor, values: Tensor, happens: Tensor) -> None:
+    target.copy_(torch.where(happens, values, target))
 
 
 class Constraints:

@@ -539,10 +539,23 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "constrain: pass parameters that the optimiser was given, as they are after the model is "
                 "wrapped."
             )
-        constraint = Constraint(tensors, project)
-        isolated(constraint.put_in_)(self.state)
+        constraint, is_evaluating = Constraint(tensors, project), self._view.is_evaluating
+        self._swap(train=True)
+        self._put_in_(constraint)
         self._has_changed_weights()
-        return self._constraints.add(constraint)
+        handle = self._constraints.add(constraint)
+        if is_evaluating:
+            self._swap(train=False)
+        return handle
+
+    @isolated
+    def _put_in_(self, constraint: Constraint) -> None:
+        """Put parameters into a set that they may be far from; the model is in train mode."""
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        has_average = {p for group in self.param_groups for p, _ in self._view.averaged(group)}
+        for p in constraint.parameters:  # in their order, which is the same on all ranks
+            state = self.state[p] if p in has_average else {}
+            constraint.put_in_(p, state, self._placement, group_of[p]["betas"][0])
 
     def _hold_(self, step: Step) -> None:
         """After a step, project the constrained parameters onto their sets."""
@@ -553,7 +566,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             if p in group_of and self.state.get(p):
                 weight = self._placement.local(p)
                 n = group_of[p].scalars(weight.device, compute_dtype(weight))
-                constraint.hold_(p, self.state[p], n.y_fraction, self._placement)
+                constraint.hold_(p, self.state[p], self._placement, n.y_fraction, n.gate != 0)
 
     # ------------------------------------------------------------------------- train, eval, average
 
@@ -621,9 +634,11 @@ class ProdigyPlusScheduleFree(Optimizer):
         entries = self._cache.average.state_dict_of(self._view, model, self._has_changed_weights)
         if not full:
             return entries
+        wrappers = checkpoint.parallel_wrappers(model)
+        full_entries = {checkpoint.unwrapped(name, wrappers): value for name, value in entries.items()}
         return {
-            checkpoint.unwrapped(name): value.to("cpu", copy=True) if isinstance(value, Tensor) else value
-            for name, value in entries.items()
+            name: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+            for name, value in full_entries.items()
         }
 
     def check_replicas(self) -> None:

@@ -250,6 +250,16 @@ def test_averaged_state_dict_in_full(mode):
     assert not {value.data_ptr() for value in saved.values()} & {p.data_ptr() for p in model.parameters()}
 
 
+def test_a_submodule_may_be_called_module():
+    """Only where it is what a wrapper wraps is it left out of the names of the unwrapped model."""
+    model = nn.Linear(4, 4)
+    model.module = nn.Linear(4, 4)
+    wrapped = torch.nn.parallel.DataParallel(nn.Sequential(model))
+    optimizer = ProdigyPlusScheduleFree(wrapped.parameters())
+    saved = optimizer.averaged_state_dict(wrapped, full=True)
+    assert [*saved] == ["0.weight", "0.bias", "0.module.weight", "0.module.bias"]
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_averaged_state_dict_of_another_model(mode):
     """The optimiser does not train a copy of the model, so it has no average for it."""
