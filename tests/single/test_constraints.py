@@ -225,7 +225,7 @@ def test_weights_z_and_the_average_are_projected_at_once(bfloat16_z, mode):
 
 
 def test_a_skipped_step_changes_nothing():
-    """Projecting rows of norm 1 once more would change their last bits."""
+    """The step must not project either: projecting unit rows once more would change their last bits."""
     problem, optimizer = pulled()
     (p,) = problem.parameters
     with torch.no_grad():

@@ -251,7 +251,7 @@ def test_averaged_state_dict_in_full(mode):
 
 
 def test_a_submodule_may_be_called_module():
-    """Only where it is what a wrapper wraps is it left out of the names of the unwrapped model."""
+    """A "module" in a name is removed only where a wrapper has added it."""
     model = nn.Linear(4, 4)
     model.module = nn.Linear(4, 4)
     wrapped = torch.nn.parallel.DataParallel(nn.Sequential(model))
