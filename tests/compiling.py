@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not there."""
+"""Compiling kernels for GPUs that this machine does not have."""
 
 import os
 import subprocess
@@ -6,12 +6,14 @@ import sys
 
 
 def compile_alone(script, cache, *arguments):
-    """Run a script in a process of its own, whose Triton compiles rather than interprets; fail if it fails.
+    """Run a script in a process of its own, in which Triton compiles instead of interpreting.
+
+    Fails if the script does.
 
     Args:
         script: Its source.
-        cache: A folder for what is compiled: none of it comes from a run before.
-        arguments: Those of the script.
+        cache: A new folder for compiled kernels, so that none comes from an earlier run.
+        arguments: The script's arguments.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)

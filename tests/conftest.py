@@ -5,33 +5,33 @@ from pathlib import Path
 import pytest
 import torch
 
-# Triton's kernels run on the CPU where there is no GPU; Triton looks when it is imported.
+# Without a GPU, Triton's kernels are interpreted on the CPU. Triton reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 HERE = Path(__file__).parent
 
-# As the ranks of tests/dist: tests run beside each other, and threads would only wait for each other.
+# As on the ranks of tests/dist: several tests run at once, and more threads would only wait.
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser, pluginmanager):
-    # The tests of tests/cuda need no plugin; what pyproject.toml sets for this one is unknown without it.
+    # tests/cuda needs no plugin, but without pytest-timeout its setting in pyproject.toml is unknown.
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "of pytest-timeout, which is not installed")
 
 
 def pytest_configure(config):
-    # xdist would begin with the groups of most tests, and be left with launch, whose few take longest.
+    # xdist would start with the groups that have most tests. "launch" has few, but takes longest.
     config.option.loadscopereorder = False
 
 
-GROUPS = ("launch", "dist", "gpt", "integrations")  # those that take longest first
+GROUPS = ("launch", "dist", "gpt", "integrations")  # the longest first
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    # What starts processes stays together, so that one pool serves it and few processes run at a time.
+    # Tests that start processes run in one worker: one pool serves them, and few processes run at once.
     for item in items:
         for folder in ("dist", "integrations", "launch"):
             if HERE / folder in item.path.parents:
@@ -41,11 +41,11 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.collect()
-    gc.freeze()  # tests make garbage: not among all that was imported
+    gc.freeze()  # later collections need not search everything that was imported
 
 
 def group_of(item):
-    """The group that a test runs with: that of its own mark, which stands nearest."""
+    """The group that a test runs in: the closest mark decides, so a test's own comes first."""
     mark = item.get_closest_marker("xdist_group")
     return mark.args[0] if mark else None
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter as these tests need it: bfloat16 as GPUs have it, and in a third of the time."""
+"""Patches for Triton's interpreter: bfloat16 as on a GPU, and a third of the time."""
 
 import functools
 import inspect
@@ -10,7 +10,7 @@ from triton.runtime import interpreter
 
 
 def _to_bfloat16(builder, source, dtype):
-    """Round to the nearest: the interpreter cuts bits off."""
+    """Round to the nearest; the interpreter itself truncates."""
     if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
         rounded = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16).numpy()
         return interpreter.TensorHandle(rounded, tl.bfloat16)
@@ -18,7 +18,7 @@ def _to_bfloat16(builder, source, dtype):
 
 
 def _dot(builder, a, b, *arguments, multiply=interpreter.InterpreterBuilder.create_dot):
-    """Multiply what bfloat16 numbers are: the interpreter multiplies their bits, as integers."""
+    """Multiply bfloat16 numbers by value; the interpreter itself multiplies their bits as integers."""
     return multiply(builder, *map(_to_float32, (a, b)), *arguments)
 
 
@@ -30,7 +30,7 @@ def _to_float32(handle):
 
 
 class _PatchOnce:
-    """Patches ``triton.language`` once a launch, where the interpreter does so at every call of a helper."""
+    """Patches ``triton.language`` once per launch; the interpreter does so at every call of a helper."""
 
     def __init__(self, patch):
         self._patch = patch
@@ -40,7 +40,7 @@ class _PatchOnce:
         languages = _languages(function)
         if self._patched is None:
             scope = self._patch(function)
-            if scope is None:  # of Triton before 3.5, whose patches stay
+            if scope is None:  # Triton before 3.5, whose patches stay
                 return None
             self._patched, restore = languages, scope.restore
 
@@ -58,7 +58,7 @@ class _PatchOnce:
 
 @functools.cache
 def _languages(function):
-    """Which of Triton's modules a function knows by a name."""
+    """Those of Triton's language modules that a function's globals refer to."""
     values = function.__globals__.values()
     return {id(value) for value in values if inspect.ismodule(value) and value in (tl, tl.core)}
 
@@ -67,12 +67,12 @@ _np_dtype_of_scalars = functools.cache(interpreter._get_np_dtype)
 
 
 def _np_dtype(dtype, otherwise=interpreter._get_np_dtype):
-    """NumPy's dtype for one of Triton's; of scalars, known once it was asked for."""
+    """NumPy's dtype for one of Triton's; cached for scalars."""
     return _np_dtype_of_scalars(dtype) if type(dtype) is tl.dtype else otherwise(dtype)
 
 
 def _check_no_overflow(semantic, left, right, operator):
-    """Nothing: the interpreter makes eight operators of each sum of integers, which no GPU does."""
+    """Do nothing: the interpreter's check costs eight operators per integer sum; a GPU has none."""
 
 
 interpreter.InterpreterBuilder.create_fp_trunc = _to_bfloat16

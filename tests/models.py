@@ -1,4 +1,4 @@
-"""A small transformer, and something for it to learn: a random walk on a graph of symbols."""
+"""A small transformer, and something for it to learn: random walks on a graph of symbols."""
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Transformer(nn.Module):
 
 
 class Layer(nn.Module):
-    """What tensor parallelism cuts in a block, with a norm."""
+    """A norm, and the two linear layers that tensor parallelism cuts."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Layer(nn.Module):
 
 
 class Tiny(nn.Module):
-    """A network for short runs: of sizes that few numbers of ranks divide, and partly frozen."""
+    """A network for short runs, partly frozen; few numbers of ranks divide its sizes."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ class Tiny(nn.Module):
 class Walks:
     """Batches of walks, the same on every rank; each symbol has three successors.
 
-    With a ``seed``, other walks on the same graph.
+    A ``seed`` gives other walks on the same graph.
     """
 
     def __init__(self, batch: int = 16, length: int = LENGTH, seed: int | None = None):
@@ -100,7 +100,7 @@ def loss_of(model: nn.Module, walks: Tensor) -> Tensor:
 def fit(called, optimizer, data, steps, number=0, count=1):
     """Train on part ``number`` of ``count`` of each batch.
 
-    Returns ``d`` after every step, of an optimiser that has one.
+    Returns ``d`` after every step; an empty list for an optimiser that has none.
     """
     d = []
     for _ in range(steps):
@@ -113,6 +113,6 @@ def fit(called, optimizer, data, steps, number=0, count=1):
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The relative distance of two lists of weights, in the norm over all of them."""
+    """The relative distance between two lists of weights: the 2-norm over all of them."""
     one, other = (torch.cat([p.detach().flatten() for p in weights]).double() for weights in (ours, theirs))
     return float((one - other).norm() / other.norm())

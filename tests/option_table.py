@@ -1,8 +1,8 @@
-"""Every option of the optimiser, a row each, and the lists of options that tests draw from the rows.
+"""Every option of the optimiser, one row each, and the lists of options that tests draw from the rows.
 
-A new option is covered by its row: what draws from the table are the matrix of exactness, resuming, the steps
-of any options, what is compiled, bad input, modes of the caller, and ``benchmarks/same_bits.py``. This module
-imports no package of ours, so that it describes a checkout that has not got all of the options too.
+A row is all that a new option needs to be covered by the tests of exactness on every mesh, resuming,
+random options, compiling, bad input and modes of the caller, and by ``benchmarks/same_bits.py``. When
+imported, this module imports none of our packages, so it also serves a checkout that lacks some options.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ class Row:
     """An option.
 
     Args:
-        values: What is worth a test beside the default; each names this option first, then those that it
-            needs to have an effect, or to be without a warning.
-        edges: Values to be met among others: alone they are the default under another name, or stand still.
-        bad: Values that are refused, as an argument and when they are set later.
-        acts_on: What it changes: which operators a step runs, or the form of the state; only the numbers that
-            these take; or how a step is made, which changes no number.
+        values: What to test besides the default. Each names this option first, then the options that it
+            needs to have an effect, or to give no warning.
+        edges: Values to test only together with other options: alone, they equal the default, or
+            nothing moves.
+        bad: Values that are refused, both as an argument and when set later.
+        acts_on: "passes": which operators a step runs, or the form of the state. "numbers": only the
+            numbers that these operators take. "execution": how a step is run, which changes no number.
         is_compiled: Whether ``compile=True`` compiles the passes that it leads to.
     """
 
     values: tuple[Options, ...]
     edges: tuple[Options, ...] = ()
-    bad: tuple[Any, ...] = (None, 1, "yes")  # of a switch
+    bad: tuple[Any, ...] = (None, 1, "yes")  # those of a switch
     acts_on: Literal["passes", "numbers", "execution"] = "passes"
     is_compiled: bool = False
 
@@ -75,7 +76,7 @@ TABLE: dict[str, Row] = {
     "weight_decay_by_lr": _switch(
         "weight_decay_by_lr", False, needs={"weight_decay": 1e-3}, is_compiled=True
     ),
-    "use_bias_correction": Row(  # the larger β2, the longer it warms up
+    "use_bias_correction": Row(  # the larger β2, the longer RAdam's warm-up
         values=({"use_bias_correction": True, "betas": (0.9, 0.95)},),
         edges=({"use_bias_correction": True, "betas": (0.9, 0.9)}, {"use_bias_correction": True}),
         is_compiled=True,
@@ -162,7 +163,7 @@ _RADAM = dict(TABLE["use_bias_correction"].values[0])
 _FOCUS = dict(TABLE["use_focus"].values[0])
 _BALANCE = dict(TABLE["step_size"].values[0])
 
-# What meets in the formulas, or in what a pass writes, and may go wrong only together.
+# Options that meet in a formula, or in what a pass writes, and so might go wrong only together.
 TOGETHER: tuple[Options, ...] = (
     {"use_speed": True, "beta4": 0.5, "d_coef": 2.0},
     {"use_speed": True, "use_adopt": True, "split_groups": False},
@@ -242,21 +243,21 @@ TOGETHER: tuple[Options, ...] = (
 
 
 def named(*acts_on: str, but: Iterable[str] = ()) -> list[str]:
-    """The names of the options that act on these, but for some."""
+    """The names of the options that act on any of these, except those in ``but``."""
     left = set(but)
     assert left <= TABLE.keys(), left - TABLE.keys()
     return [name for name, row in TABLE.items() if row.acts_on in acts_on and name not in left]
 
 
 def defaults() -> dict[str, Any]:
-    """The defaults of the options, of the optimiser that is installed."""
+    """The default of every option, from the optimiser that is installed."""
     from prodigyplus import ProdigyPlusScheduleFree
 
     parameters = inspect.signature(ProdigyPlusScheduleFree).parameters
     return {name: parameter.default for name, parameter in parameters.items() if name != "params"}
 
 
-# Options that change numbers, which a test of the numbers is about.
+# The options that change numbers: those that a test of the numbers draws from.
 CHANGING = tuple(named("passes", "numbers"))
 
 
@@ -264,7 +265,7 @@ MUON = tuple(name for name in TABLE if "muon" in name)
 
 
 def alone(names: Iterable[str] = CHANGING, *, edges: bool = False) -> list[dict[str, Any]]:
-    """Every value of the options by itself, with what it needs; with ``edges``, these too."""
+    """Every value of the options, alone but for what it needs; with ``edges``, those too."""
     return [
         dict(options)
         for name in names
@@ -273,37 +274,39 @@ def alone(names: Iterable[str] = CHANGING, *, edges: bool = False) -> list[dict[
 
 
 def together(names: Iterable[str] = CHANGING) -> list[dict[str, Any]]:
-    """The combinations that consist of these options."""
+    """The combinations in TOGETHER that consist of these options only."""
     known = set(names)
     return [dict(options) for options in TOGETHER if options.keys() <= known]
 
 
 def pairs(names: Iterable[str] = CHANGING) -> Iterator[dict[str, Any]]:
-    """Every two values of different options that agree with each other."""
+    """Every pair of values of two different options that ``agree``."""
     for one, other in itertools.combinations(alone(names), 2):
         if agree(one, other) and next(iter(one)) != next(iter(other)):
             yield {**one, **other}
 
 
 def elementwise(many: Iterable[Options]) -> list[dict[str, Any]]:
-    """Those of a list without Muon."""
+    """The options of a list that do not use Muon."""
     return [dict(options) for options in many if not options.get("use_muon_pp")]
 
 
 def of_matrices(many: Iterable[Options]) -> list[dict[str, Any]]:
-    """Those of a list with Muon."""
+    """The options of a list that use Muon."""
     return [dict(options) for options in many if options.get("use_muon_pp")]
 
 
 def packed(many: Iterable[Options], most: int = 6) -> list[dict[str, Any]]:
-    """Fewer options that cover a list: each of it is part of one of them, whose others leave it its effect.
+    """A shorter list that covers a longer one: each of its entries merges several that ``agree``.
+
+    Each entry of the longer list is thus part of a merged one, in which it keeps its effect.
 
     Args:
-        many: Options, of which those that agree become one; the result depends on nothing else.
-        most: How many names one of them may have, unless it was in the list so.
+        many: The longer list; with ``most``, it determines the result.
+        most: The most names that merging may give an entry.
     """
     found: list[dict[str, Any]] = []
-    for options in sorted(many, key=len, reverse=True):  # what is large finds its place first
+    for options in sorted(many, key=len, reverse=True):  # the largest are placed first
         for other in found:
             if agree(options, other) and len(options.keys() | other.keys()) <= max(most, len(other)):
                 other.update(options)
@@ -314,7 +317,7 @@ def packed(many: Iterable[Options], most: int = 6) -> list[dict[str, Any]]:
 
 
 def agree(one: Options, other: Options) -> bool:
-    """Whether two options can be one, in which each has the effect that it has alone."""
+    """Whether two entries can be merged so that each keeps the effect that it has alone."""
     both = {**one, **other}
     return (
         all(same(one[name], other[name]) for name in one.keys() & other.keys())
@@ -323,8 +326,9 @@ def agree(one: Options, other: Options) -> bool:
     )
 
 
-# The ways that a step goes, which differ in all of their formulas: to be on another is not to be covered. And
-# a step size that is frozen, or small beside a decay by itself, hides what else would move it.
+# Options that change most formulas of a step: an entry without one of them is not covered by an entry
+# with it. Also those with which d stops adapting, or is small beside a decay that it does not multiply:
+# these hide the effect of others on d.
 _WAYS: Options = {
     "use_schedulefree": True,
     "use_muon_pp": False,
@@ -334,7 +338,7 @@ _WAYS: Options = {
     "step_size": "prodigy",
 }
 
-# What cannot be together: one excludes the other, or leaves nothing of it to be seen.
+# Options that cannot be merged: one excludes the other, or hides all of its effect.
 _HIDDEN: tuple[Options, ...] = (
     {"use_cautious": True, "use_grams": True},
     {"use_focus": True, "eps": None},
@@ -347,20 +351,20 @@ _HIDDEN: tuple[Options, ...] = (
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values of an option are one, in type too."""
+    """Whether two values of an option are the same, in type too."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return one is other
     return type(one) is type(other) and bool(one == other)
 
 
 def without_schedulefree(many: Iterable[Options]) -> list[dict[str, Any]]:
-    """The same options without Schedule-Free, where they have something to do there."""
+    """The same options without Schedule-Free, leaving out those that need it."""
     of_average = ("use_schedulefree", "schedulefree_c", "bfloat16_z", "step_size")
     return [{**options, **_ADAM} for options in many if not options.keys() & set(of_average)]
 
 
 def text_of(options: Options) -> str:
-    """Options as the name of a test."""
+    """Options as text, to name a test."""
 
     def short(value: Any) -> str:
         return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else str(value).replace(" ", "")

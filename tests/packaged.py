@@ -1,7 +1,7 @@
-"""Try a wheel as a user has it: python tests/packaged.py DIST, where one wheel and one sdist lie.
+"""Try a wheel as a user would: python tests/packaged.py DIST, a folder with one wheel and one sdist.
 
-It is installed into an empty folder, without what it depends on, which is there already. Then it is tried in
-another, so that nothing of a checkout is found.
+The wheel is installed into an empty folder, without its dependencies, which must be installed already. It
+is then run from another empty folder, so that nothing can be imported from a checkout by accident.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The blocks of Python in the documentation, and what the first block of a page finds there."""
+"""The blocks of Python in the documentation, and the names that the first block of a page may use."""
 
 import gzip
 import itertools
@@ -29,19 +29,19 @@ PAGES = sorted(
     )
 )
 
-# Pages whose blocks are run by several processes at once, and how many; all others by one.
+# Pages whose blocks several processes run at once, and how many. One process runs all others.
 RANKS = {"docs/guides/sharding.md": 4}
 
-# Pages whose blocks another test runs, in a scene of their own.
+# Pages whose blocks another test runs, with a scene of its own.
 ELSEWHERE = {
     "docs/guides/huggingface.md": "tests/integrations/test_huggingface_guide.py",
     "docs/guides/lightning.md": "tests/integrations/test_lightning.py",
 }
 
-# Pages about a package that an environment may lack: they are skipped there, and pytest says so.
+# Pages that need a package which may not be installed: then their test is skipped, and pytest says so.
 NEEDS = {"docs/guides/torchtitan.md": "torchtitan"}
 
-# Of a fence: Python that is run, what is not Python, and commands. Nothing is without a language.
+# The languages that a fence may name; it must name one. Only "python" is run.
 LANGUAGES = {"python", "text", "sh", "toml", "yaml", "diff", "json"}
 
 _FENCE = re.compile(
@@ -57,7 +57,7 @@ class Block:
     text: str
 
     def run(self, namespace):
-        # So many empty lines that a traceback names the line of the page.
+        # Empty lines in front, so that a traceback gives the line number in the page.
         source = "\n" * self.line + self.text
         exec(compile(source, str(ROOT / self.page), "exec"), namespace)
 
@@ -102,7 +102,7 @@ class TransformerBlock(nn.Module):
 
 
 class Model(nn.Module):
-    """Tells each word of a sentence from the one before."""
+    """Predicts each word of a sentence from the one before."""
 
     def __init__(self, experts: bool = False):
         super().__init__()
@@ -140,7 +140,7 @@ def evaluate(model: nn.Module) -> float:
 
 
 def scene(page):
-    """What the first block of a page finds."""
+    """The namespace that the first block of a page runs in."""
     model = build_model(experts=page == "docs/muon.md")
     batches = sentences(12, seed=1)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), step_size="balance")
@@ -166,7 +166,7 @@ def _of(page):
 
 
 def _constrained():
-    """A logit scale, an embedding and a critic that one optimiser trains."""
+    """A model with a logit scale, an embedding and a critic, all trained by one optimiser."""
     model, words, critic = build_model(), nn.Embedding(8, 4, max_norm=1.0), nn.Linear(4, 1)
     parameters = [*model.parameters(), *words.parameters(), *critic.parameters()]
     optimizer = ProdigyPlusScheduleFree(parameters)
@@ -174,7 +174,7 @@ def _constrained():
 
 
 class Scores(nn.Module):
-    """Parameters of any shapes, all of which count; their names are their numbers."""
+    """Parameters of given shapes, named by number; every element affects the output."""
 
     def __init__(self, shapes):
         super().__init__()
@@ -186,7 +186,7 @@ class Scores(nn.Module):
 
 
 def _published():
-    """A checkpoint of the published package, in the current folder, and a model that it fits."""
+    """Write a checkpoint of the published package to the current folder; return a model that it fits."""
     from tests.golden import GOLDEN
     from tests.golden.published_cases import SHAPES
 
@@ -199,7 +199,7 @@ def _published():
 
 
 def run(page):
-    """Run all blocks of a page in their order, in one namespace; how many they were."""
+    """Run all blocks of a page in order, in one namespace; return how many there were."""
     namespace = scene(page)
     done = 0
     for block in python_of(page):

@@ -1,4 +1,4 @@
-"""A process that is there already and forks what it is asked for, since importing takes longest."""
+"""A process that has imported everything and forks what is asked of it: importing takes longest."""
 
 import json
 import os
@@ -15,11 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 
 class Server:
-    """A module that reads requests from its input, a line of JSON each; it starts when it is first needed.
+    """A process that runs a module, which reads requests from its input, one line of JSON each.
+
+    It starts when it is first needed.
 
     Args:
-        module: Its name.
-        environment: Its variables.
+        module: The module's name.
+        environment: The process's environment variables.
     """
 
     def __init__(self, module, environment):
@@ -27,16 +29,16 @@ class Server:
         self._process = None
 
     def ask(self, request, is_done, moving, what):
-        """Wait until a request is done, or the server has ended.
+        """Send a request, and wait until it is done or the server has ended.
 
         Args:
-            request: What JSON can say.
-            is_done: Tells whether it is done.
-            moving: Tells something that changes as long as nothing hangs.
-            what: What is waited for.
+            request: Anything that JSON can represent.
+            is_done: Returns whether the request is done.
+            moving: Returns something that keeps changing unless the request hangs.
+            what: What is awaited, for the error message.
 
         Raises:
-            Hung: Nothing moves any more; the server is ended.
+            Hung: Nothing has moved for too long; the server has been stopped.
         """
         self._start()
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -58,7 +60,7 @@ class Server:
         return self._log.read()[-5000:]
 
     def stop(self):
-        """End it, and all that it has started."""
+        """Kill it, and every process that it has started."""
         if self._process is not None:
             kill(self._process.pid)
             with suppress(BrokenPipeError):
@@ -84,7 +86,7 @@ class Server:
 
 
 def kill(pid):
-    """Kill a process, and all that it has started: what torchrun starts would go on."""
+    """Kill a process and all its descendants: workers of torchrun would outlive it."""
     children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

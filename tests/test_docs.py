@@ -1,4 +1,4 @@
-"""Every block of Python in the documentation runs as it stands; no block is left out."""
+"""Every block of Python in the documentation runs as printed; none is left out."""
 
 import datetime
 import re
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests import pages
 from tests.pages import ELSEWHERE, LANGUAGES, NEEDS, PAGES, RANKS, ROOT
 
-# What a page shows is that the optimiser warns.
+# Pages that show a warning of the optimiser, and its text.
 WARN = {
     "docs/published.md": "the run goes on otherwise",
     "docs/guides/migrating.md": "the run goes on otherwise",
@@ -40,14 +40,14 @@ def test_blocks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         if page in NEEDS:
-            warnings.simplefilter("ignore")  # of that package's own
+            warnings.simplefilter("ignore")  # that package's own warnings
             pytest.importorskip(NEEDS[page])
         warnings.filterwarnings("ignore", message=WARN.get(page, "no warning is this"))
         assert pages.run(page) == len(pages.python_of(page))
 
 
 def test_every_block_is_found():
-    """By another way to look for them; each page that has one is among those that are run."""
+    """A looser search finds no more blocks of Python; the lists of special pages are up to date."""
     for page in PAGES:
         fences = re.findall(r"^\s*```.*python", (ROOT / page).read_text(), re.MULTILINE | re.IGNORECASE)
         assert len(fences) == len(pages.python_of(page)), page
@@ -58,7 +58,7 @@ def test_every_block_is_found():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_languages(page):
-    """Python goes by no other name: a block that does not run says what else it is."""
+    """Every fence names a known language, so no Python escapes being run under another name."""
     text = (ROOT / page).read_text()
     assert sum(line.lstrip().startswith("```") for line in text.splitlines()) == 2 * len(
         pages.blocks_of(page)

@@ -1,4 +1,4 @@
-"""What the architecture promises and a reader of the imports could check."""
+"""The architecture's promises about imports, private names and packaging, checked in the source."""
 
 import ast
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 def imports(folder):
     for path in sorted((ROOT / folder).rglob("*.py")):
-        if path.parent.name == "integrations":  # adapters of frameworks, which nothing else imports
+        if path.parent.name == "integrations":  # adapters for frameworks, which nothing imports
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
@@ -22,7 +22,7 @@ def imports(folder):
 
 
 def test_every_folder_of_tests_is_collected(pytestconfig):
-    """Where pytest is not told otherwise, it passes over folders of some names, without a word."""
+    """By default, pytest silently skips folders of some names, such as "dist"."""
     for path in (ROOT / "tests").rglob("test_*.py"):
         for folder in path.relative_to(ROOT).parent.parts:
             patterns = pytestconfig.getini("norecursedirs")
@@ -36,7 +36,7 @@ def test_one_process_knows_nothing_of_many():
         assert not name.startswith(("torch.distributed", "prodigyplus_dist")), path
 
 
-# What is imported only when it is used, and where: Triton's kernels where there is a GPU, matplotlib to draw.
+# Packages that are imported only when used, and where: Triton for kernels on a GPU, matplotlib to draw.
 WHEN_USED = {
     "triton": ("kernels.py", "group_kernels.py", "jit.py", "launches.py", "symmetric.py"),
     "matplotlib": ("plot.py",),
@@ -53,7 +53,7 @@ def test_torch_is_the_only_dependency(package):
         assert "integrations" not in name, path
 
 
-# Who may import whom, from the top down: what stands in a line imports only from lines below it.
+# Who may import whom: a module imports only from the lines below its own.
 WINGS = (
     ("prodigy_plus_schedulefree", "__init__"),
     ("published", "plot"),
@@ -89,7 +89,7 @@ def test_imports_go_one_way():
 
 
 def private_names(path, of_any_object):
-    """Private names of torch's modules; of any object but ``self``, too, where there should be no others."""
+    """The private names of torch that a file uses; ``of_any_object``: of any object but ``self``, too."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":

@@ -1,11 +1,11 @@
-"""How tests tell what hangs from what is slow: by whether anything moves, since machines may have much to do.
+"""Telling a hang from a slow run on a busy machine: by whether anything still moves.
 
-Where nothing can be seen to move, a limit is generous. It only says how late a hang is told.
+Where no progress can be seen, tests set a generous time limit. It only decides how late a hang is reported.
 """
 
 import time
 
-HANG = 600  # seconds in which nothing has moved
+HANG = 600  # seconds without any movement
 
 
 class Hung(AssertionError):
@@ -13,15 +13,15 @@ class Hung(AssertionError):
 
 
 def wait_until(is_so, moving, what):
-    """Wait until something is so.
+    """Wait until a condition holds.
 
     Args:
-        is_so: Tells whether it is.
-        moving: Tells something that changes as long as nothing hangs, such as the size of an output.
-        what: What is waited for.
+        is_so: Returns whether it holds.
+        moving: Returns something that keeps changing unless there is a hang, such as an output's size.
+        what: What is awaited, for the error message.
 
     Raises:
-        Hung: What ``moving`` tells has not changed for HANG seconds.
+        Hung: What ``moving`` returns has not changed for HANG seconds.
     """
     seen, since = moving(), time.monotonic()
     while not is_so():
@@ -29,5 +29,5 @@ def wait_until(is_so, moving, what):
         if now != seen:
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > HANG:
-            raise Hung(f"nothing has moved for {HANG} seconds while {what} was waited for")
+            raise Hung(f"nothing has moved for {HANG} seconds while waiting for {what}")
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What a step calls: every operator, with what it was given and what it gave."""
+"""Recording every operator that a step calls, with its arguments and its result."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Operators whose result is a value, or a shape, that the host has to wait for.
+# Operators whose result is a value, or a shape, that the host must wait for.
 READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "is_nonzero")
 
 
 class Call(NamedTuple):
-    """A call of an operator; the tensors are themselves, not copies."""
+    """A call of an operator; its tensors are the originals, not copies."""
 
     func: Any
     args: tuple[Any, ...]
@@ -31,17 +31,17 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The arguments that are tensors, or within lists."""
+        """All tensors among the arguments, also within lists."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps every call that is made under it, in their order, as ``calls``.
+    """Keeps every call made within its context, in order, as ``calls``.
 
     Args:
-        reads: Whether the host may read values; if not, an operator that does is an AssertionError.
-        note: What to keep of a call in its place, so that no tensor outlives its use.
-        through: Classes of tensors whose operators are not calls, but what these classes make of them is.
+        reads: Whether the host may read values; if not, an operator that does raises AssertionError.
+        note: What to keep instead of the call itself, so that no tensor outlives its use.
+        through: Classes of tensors whose own operators are not recorded, but those that they run are.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""What only a GPU shows; skipped where there is none.
+"""Tests of what only a GPU can show; skipped where there is none.
 
     PYTHONPATH=. python -m pytest tests/cuda tests/single/test_kernels.py
 
-from a checkout needs no more than torch, Triton and pytest. The second runs elsewhere through Triton's
-interpreter; where there is a GPU, its kernels run there.
+in a checkout needs only torch, Triton and pytest. The kernels of the second run on the GPU; without one, that
+file runs them in Triton's interpreter.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""A run that goes on elsewhere, on a GPU or on the CPU, is the one that did not stop."""
+"""A run that is saved on a GPU or the CPU, and resumed on either, equals the run that did not stop."""
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ LEG = 4
 
 
 def journey(options, start, end, dtype):
-    """A problem and its optimiser that went halfway on one device, and on by another."""
+    """A problem and its optimiser after one half of a run on one device and the rest on another."""
     problem, optimizer = trained(options, LEG, dtype=dtype, device=start)
     other, other_optimizer = begun(options, dtype=dtype, device=end)
     for _ in range(LEG):
-        other.backward()  # the gradients that have been
+        other.backward()  # draws the gradients of the first half again
     with torch.no_grad():
         for p, q in zip(other.parameters, problem.parameters, strict=True):
             p.copy_(q)

@@ -1,4 +1,4 @@
-"""What a step on a GPU may cost: no wait, few launches, no memory that stays."""
+"""What a step on a GPU may cost: no waiting, few launches, no memory that stays allocated."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ from tests import option_table
 from tests.cuda.feeding import ADMITTED, GPU, OTHERS, begun, trained
 from tests.single.problems import run
 
-# Launches of a step of 148 tensors, matrices and vectors, of kernels and of operators.
+# The most launches, of kernels and operators, in a step with 148 matrices and vectors.
 LAUNCHES = 25
 
 OURS = {"squares", "add_parts", "add_up", "factors", "sweep", "begin", "end"}
@@ -19,7 +19,7 @@ OURS = {"squares", "add_parts", "add_up", "factors", "sweep", "begin", "end"}
 
 @contextlib.contextmanager
 def never_waiting():
-    """The host may not wait for the device."""
+    """A context in which it is an error if the host waits for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -28,7 +28,7 @@ def never_waiting():
 
 
 def take_steps(options, steps, **how):
-    """Steps that do not wait, after some that may."""
+    """Make steps that must not wait, after some that may."""
     problem, optimizer = begun(options, **how)
     run(optimizer, problem, 3)
     gradients = []
@@ -51,7 +51,7 @@ def test_a_step_waits_for_nothing(options, dtype):
 
 
 def test_a_look_at_the_numbers_waits_for_nothing():
-    """They are sent to the host every 50 steps."""
+    """The monitor sends the groups' numbers to the host every 50 steps."""
     take_steps({}, 110, shapes=((33, 70), (70,)))
 
 
@@ -61,7 +61,7 @@ def test_the_check_can_fail():
 
 
 def launched(shapes):
-    """The kernels of a step, by their names."""
+    """The names of the kernels that a step launches."""
     problem, optimizer = trained({}, 3, shapes=shapes, moves=False)
     problem.backward()
     torch.cuda.synchronize()
@@ -89,7 +89,7 @@ def test_memory_stays(options):
         problem.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step == 60:  # after the numbers were first sent to the host, which keeps a little
+        if step == 60:  # the numbers have been sent to the host once, which keeps a little memory
             torch.cuda.reset_peak_memory_stats()
         if step in (60, 65, 200):
             allocated.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))

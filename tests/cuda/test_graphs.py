@@ -1,4 +1,4 @@
-"""Steps that are captured as a CUDA graph, or called from what is compiled."""
+"""Steps that are captured in a CUDA graph, or called from a compiled function."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ OPTIONS = [
 
 
 def captured(function):
-    """What plays ``function`` again, which has been called a few times before, as torch's notes have it."""
+    """Call ``function`` a few times, then capture it, as torch's notes prescribe; return its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -38,7 +38,7 @@ def captured(function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS, ids=option_table.text_of)
 def test_a_captured_step(options, dtype):
-    """New gradients where the old ones were; an eager step after replays is the next one."""
+    """Replays take new gradients at the old addresses; an eager step may follow them."""
     (problem, optimizer), (again, replayed) = (begun(options, dtype=dtype, moves=False) for _ in range(2))
     for its in (problem, again):
         its.backward()
@@ -61,7 +61,7 @@ def test_a_captured_step(options, dtype):
 
 
 class Trained:
-    """A model, its optimiser, and a train step on walks that lie where they lie."""
+    """A model, its optimiser, and a train step on walks that stay at one address."""
 
     def __init__(self, *, set_to_none, **options):
         torch.manual_seed(0)
@@ -82,7 +82,7 @@ class Trained:
 
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_a_captured_train_step(set_to_none):
-    """With ``set_to_none`` gradients have memory of the graph's own, which the step meets while captured."""
+    """With ``set_to_none``, gradients are in the graph's own memory, which the step sees during capture."""
     eager, again = (Trained(set_to_none=set_to_none) for _ in range(2))
     for _ in range(WARM_UP):
         eager.step()
@@ -98,10 +98,10 @@ def test_a_captured_train_step(set_to_none):
     assert_near((again, again.optimizer), (eager, eager.optimizer))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch.compile's own import
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # from torch.compile's imports
 @pytest.mark.parametrize("options", [{}, {"use_cautious": True}], ids=str)
 def test_a_compiled_train_step(options):
-    """Its model is compiled, and its step left as it is: the model's arithmetic is another in last bits."""
+    """The model is compiled, the optimiser's step is not; the model's results differ in last bits."""
     eager, again = (Trained(set_to_none=True, **options) for _ in range(2))
     step = torch.compile(again.step)
     for _ in range(REPLAYS):

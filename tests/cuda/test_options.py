@@ -1,4 +1,4 @@
-"""Every option on a GPU against the CPU, with kernels and without, on gradients that are fed."""
+"""Every option on a GPU against the CPU, with kernels and without, for given gradients."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_as_on_the_cpu(options, dtype, monkeypatch):
     expected = trained({**options, "fused": False}, dtype=dtype, device=CPU)
     assert_near(found, expected)
     for p, start in zip(found[0].parameters, begun(options, dtype=dtype)[0].parameters, strict=True):
-        if p.numel() > 1:  # one element of bfloat16 may be rounded back at every step
+        if p.numel() > 1:  # a single bfloat16 element may be rounded back in every step
             assert not torch.equal(p, start)
 
 
@@ -43,7 +43,7 @@ def test_fused_or_not(options, dtype):
     assert_near(trained({**options, "fused": False}, dtype=dtype), by_default)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch.compile's own import
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # from torch.compile's imports
 def test_passes_that_are_compiled():
     found = trained({"compile": True, "fused": False})
     assert_near(found, trained({"fused": False}, device=CPU))
@@ -66,22 +66,22 @@ def test_what_is_not_for_kernels_is_refused(p, options, reason):
 
 @pytest.mark.parametrize("options", [{}, {"factored": False}, {"use_schedulefree": False}], ids=str)
 def test_bfloat16_is_rounded_by_the_noise_of_the_cpu(options):
-    """Of other noise, every second element would be another one."""
+    """With different noise, every second element would differ."""
     shapes = ((64, 48), (33, 70))
     found, expected = (
         trained(options, 1, shapes=shapes, dtype=torch.bfloat16, device=device) for device in (GPU, CPU)
     )
     for p, q in zip(found[0].parameters, expected[0].parameters, strict=True):
-        # A last bit before it may push an element over its noise, once in tens of thousands.
+        # One last bit may decide how an element is rounded, once in tens of thousands.
         assert (p.cpu() != q).sum() <= 1e-3 * q.numel()
 
 
 @pytest.mark.parametrize("options", [{}, {"bfloat16_z": True}, {"use_grams": True}], ids=str)
 def test_wherever_gradients_lie(options):
-    """In the same place at each step, in another, beginning at no multiple of 16 bytes, and by columns."""
+    """At the same address in each step, at others, at no multiple of 16 bytes, and column by column."""
     expected = trained(options, moves=False)
     assert_same(trained(options), expected)
-    # Below, other threads read other elements, so that sums have other last bits.
+    # Below, threads read other elements, so sums differ in last bits.
     problem, optimizer = begun(options)
     for step in range(expected[1].param_groups[0]["calls"]):
         problem.backward()
@@ -96,7 +96,7 @@ def test_wherever_gradients_lie(options):
 
 
 def test_gradients_that_come_and_go():
-    """Memory is freed between steps, given to others, and shared out anew."""
+    """Gradients' memory is freed between steps and given to others, so the next ones lie elsewhere."""
     problem, optimizer = begun({})
     other = []
     for step in range(8):

@@ -1,4 +1,4 @@
-"""Process groups of NCCL, of one process; and the scripts, on a GPU."""
+"""NCCL process groups with one process, and the launch scripts, on a GPU."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def process_group(tmp_path):
 
 
 class OnGpu:
-    """Walks, sent to the GPU."""
+    """Batches of walks, sent to the GPU."""
 
     def __init__(self):
         self._walks = Walks()
@@ -43,7 +43,7 @@ class OnGpu:
 
 
 def train(make, options, wrap=lambda model: model):
-    """Weights and d of each step, of a model that is wrapped."""
+    """Train a wrapped model; return its weights, and d at every step."""
     torch.manual_seed(0)
     model = Tiny().to(GPU)
     called = wrap(model)
@@ -64,7 +64,7 @@ def sharded(model):
     return fully_shard(model, mesh=init_device_mesh(GPU.type, (1,)))
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # of an output that is a view
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # that its output is a view
 @pytest.mark.parametrize("wrap", [sharded, DistributedDataParallel])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_as_in_one_process(options, wrap, process_group):
@@ -76,13 +76,13 @@ def test_as_in_one_process(options, wrap, process_group):
 
 
 def launch(script, out, *options):
-    """Run a script on a GPU to its end; what it has logged."""
+    """Run a script on a GPU to its end; return the records of its log."""
     for package in ("matplotlib", "numpy", "safetensors", "tqdm"):
         pytest.importorskip(package)
     from tests.launch import running
 
     environment = running.environment()
-    del environment["CUDA_VISIBLE_DEVICES"]  # which hides the GPUs
+    del environment["CUDA_VISIBLE_DEVICES"]  # it would hide the GPUs
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         environment["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
     command = running.command(script, 1, *options, "--out", out)

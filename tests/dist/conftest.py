@@ -6,8 +6,9 @@ from tests.dist.pool import Pool
 
 HERE = Path(__file__).parent
 
-# What `make test` and CI have time for; all else here is slow. Of every promise something: the numbers of one
-# process, of even shards and of uneven and empty ones along two axes; a run that goes on elsewhere.
+# What `make test` and CI have time for; all other tests of this folder are marked as slow. Something for each
+# promise: one process's numbers, with even shards and with uneven or empty ones along two axes; a run that
+# continues on another layout.
 QUICK = (
     "test_bad_placements.py",
     "test_checkpoint.py",
@@ -23,7 +24,7 @@ QUICK = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before marks are looked at
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents and not any(quick in item.nodeid for quick in QUICK):

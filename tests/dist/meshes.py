@@ -1,4 +1,4 @@
-"""Every mesh that the exactness tests run on: how many ranks, and where each parameter lies."""
+"""Every mesh that the tests of exactness run on: its ranks, and how each parameter is placed."""
 
 import math
 from collections.abc import Callable
@@ -9,20 +9,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-# Like a transformer's: matrices wide, tall and square, a stack of experts, a convolution, biases and norms.
+# As in a transformer: wide, tall and square matrices, experts, a convolution, biases and norms.
 EVEN = ((32, 64), (64, 32), (36, 36), (4, 8, 40), (36, 8, 3, 3), (64,), (32,), (4,))
-# Odd sizes; on four ranks some hold less than others, or nothing.
+# Odd sizes: on four ranks, some hold less than others, or nothing.
 UNEVEN = ((33, 17), (17, 35), (37, 37), (5, 3, 41), (35, 3, 3, 3), (13,), (5,), (1,), ())
 EMPTY = ((3, 40), (40, 2), (2, 33, 34), (1, 64), (64, 1), (3,), (1,), (0, 8))
 
 
 def along(dim):
-    """Cut by a 1-D mesh along a dimension, where there is one."""
+    """Placements that cut one dimension by a 1-D mesh; a scalar is copied."""
     return lambda shape: [Shard(dim % len(shape)) if shape else Replicate()]
 
 
 def tensor_parallel(shape):
-    """Tall matrices by their rows, wide ones by their columns; norms and biases everywhere."""
+    """Tall matrices are cut along their rows, wide ones along their columns; norms and biases are copied."""
     if len(shape) < 2:
         return [Replicate()]
     return [Shard(0) if shape[0] >= shape[1] else Shard(1)]
@@ -43,9 +43,9 @@ def both_dims(shape):
 class Mesh:
     size: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
-    placements: Callable[[tuple[int, ...]], list]  # of a shape
-    plain: bool = False  # whether every other parameter is a plain tensor
-    experts: tuple[int, ...] | None = None  # the mesh of three-dimensional parameters, where they have one
+    placements: Callable[[tuple[int, ...]], list]  # for a shape
+    plain: bool = False  # whether every second parameter is a plain tensor
+    experts: tuple[int, ...] | None = None  # the size of a mesh of their own for 3-D parameters
 
     @property
     def ranks(self):
@@ -64,13 +64,13 @@ MESHES = {
     "uneven": Mesh((4,), UNEVEN, along(0)),
     "empty": Mesh((4,), EMPTY, along(0)),
     "nine": Mesh((9,), UNEVEN, along(0)),
-    "mixed": Mesh((2,), UNEVEN * 2, along(0), plain=True),  # an odd number: each shape in both kinds
+    "mixed": Mesh((2,), UNEVEN * 2, along(0), plain=True),  # twice 9 shapes: each is plain once
     "two_meshes": Mesh((4,), EVEN, along(0), experts=(2, 2)),
 }
 
 
 def for_muon(parameters, **options):
-    """Groups: matrices and convolutions, batches of matrices, and what is neither, which Muon refuses."""
+    """Groups for Muon: matrices and convolutions; batches of matrices; and, without it, the rest."""
     of = {True: [], False: [], None: []}
     for p in parameters:
         of[None if p.ndim < 2 else p.ndim == 3].append(p)
@@ -79,7 +79,7 @@ def for_muon(parameters, **options):
 
 
 class Placed:
-    """A problem (see tests.single.problems.Fed) cut up on a mesh."""
+    """A problem (see ``tests.single.problems.Fed``) that is cut up on a mesh."""
 
     def __init__(self, problem, mesh: Mesh):
         self._problem, self._mesh = problem, mesh
@@ -104,7 +104,7 @@ class Placed:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The global tensor of a DTensor; another tensor as it is. A copy."""
+    """A copy of a tensor; of a DTensor, the whole one."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 

@@ -1,8 +1,8 @@
 """A pool of worker processes that run test functions as the ranks of a gloo process group.
 
-The workers are started once; each case gets a fresh process group. Every wait has a limit: a case that
-hangs fails with the stacks of its workers, and the next case gets new ones. Nothing that a case does can be
-seen from here before a rank answers, so its limit is generous.
+Workers are started once; each case gets a new process group. Every wait has a limit: a case that hangs fails
+and prints its workers' stacks, and the next case gets new workers. Progress cannot be seen before a rank
+answers, so the limit is generous.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 from tests.waiting import HANG
 
-# From the first failure of a rank to giving up on the others, who may wait for it in a collective.
+# From a rank's failure until giving up on the others, which may wait for it in a collective; in seconds.
 GRACE = 5.0
-# For a hanging worker to write its stacks, which takes it as long as it waits for a processor.
+# For a hanging worker to write its stacks, which on a busy machine may take long; in seconds.
 STACKS = 60.0
 
 
@@ -50,7 +50,7 @@ def _worker(connection, stacks):
                     world_size=size,
                     timeout=datetime.timedelta(seconds=limit),
                 )
-                dist.barrier()  # all are connected, before the first of them may be done and leave
+                dist.barrier()  # all must be connected before the first may finish and leave
                 outcome = True, function(*args)
             except Exception:
                 outcome = False, traceback.format_exc()
@@ -61,13 +61,13 @@ def _worker(connection, stacks):
 
 
 class Failed(AssertionError):
-    """A rank failed, or did not answer in time; the message has tracebacks or stacks."""
+    """A rank failed, or did not answer in time; the message has its traceback or stack."""
 
 
 class Pool:
     def __init__(self):
-        # Forked from a server that has imported torch: a worker is there at once. FSDP imports torch._dynamo
-        # when it is first used, which takes as long as the rest.
+        # Workers are forked from a server that has imported torch, so they start at once. FSDP imports
+        # torch._dynamo at its first use, which takes as long as the rest.
         self._context = multiprocessing.get_context("forkserver")
         imported = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"]
         self._context.set_forkserver_preload(imported)
@@ -76,9 +76,9 @@ class Pool:
         self._workers = []
 
     def run(self, size, function, *args, limit=HANG):
-        """Run ``function(*args)`` on ranks 0 to ``size`` - 1; returns their results in that order.
+        """Run ``function(*args)`` on ranks 0 to ``size`` - 1; return their results in that order.
 
-        ``limit`` is how many seconds may pass without an answer.
+        ``limit`` is how many seconds may pass without any rank's answer.
         """
         self._start(size)
         store = f"{self._folder.name}/store.{next(self._cases)}"

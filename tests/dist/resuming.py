@@ -1,4 +1,4 @@
-"""The ways to save a run and to go on from it, each as a user would: see WAYS."""
+"""The ways to save a run and to continue it, each as a user would do it: see WAYS."""
 
 import threading
 from dataclasses import dataclass
@@ -27,20 +27,20 @@ class Way:
     ==============  ==================================================================================
     ``save``
     ``"shards"``    torch's ``get_state_dict``, ``dcp.save``
-    ``"async"``     the same, ``dcp.async_save``: the run goes on, and only later is anything written
+    ``"async"``     the same, ``dcp.async_save``: the run goes on before anything is written
     ``"full"``      ``get_state_dict(full_state_dict=True, cpu_offload=True)``, ``torch.save`` by rank 0
     ``"plain"``     ``state_dict()`` of the model and the optimiser, whole, ``torch.save`` by rank 0
     ``load``
     ``"shards"``    ``dcp.load`` into what ``get_state_dict`` gives, ``set_optimizer_state_dict``
     ``"full"``      ``torch.load`` on every rank, ``set_optimizer_state_dict(full_state_dict=True)``
-    ``"broadcast"`` ``torch.load`` on rank 0, that with ``broadcast_from_rank0=True`` too
-    ``"whole"``     ``torch.load`` on every rank, ``set_optimizer_state_dict`` as if they were shards
+    ``"broadcast"`` the same with ``broadcast_from_rank0=True``: only rank 0's is used
+    ``"whole"``     ``torch.load`` on every rank, ``set_optimizer_state_dict`` as if it were shards
     ``"plain"``     ``torch.load`` on every rank, ``optimizer.load_state_dict``
     ``"converted"`` ``dcp_to_torch_save``, then as ``"full"``
     ``flat``        ``flatten_optimizer_state_dict``
-    ``mode``        the optimiser's when it is saved
-    ``into``        what it is loaded into: a new optimiser, in train or in eval mode, or "used", one in
-                    eval mode that has trained
+    ``mode``        the optimiser's mode when it is saved
+    ``into``        what it is loaded into: a new optimiser in train or eval mode, or "used": one that
+                    has trained, in eval mode
     ==============  ==================================================================================
     """
 
@@ -71,7 +71,7 @@ WAYS = (
 
 
 class Held(dcp.FileSystemWriter):
-    """Writes nothing before it is released."""
+    """Writes nothing until it is released."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -98,7 +98,7 @@ def whole_state(optimizer):
 
 
 def save(way, folder, model, called, optimizer):
-    """Save a run; returns what to call when it has gone on."""
+    """Save a run; return a function to call once the run has gone on, which completes the save."""
     path = folder / way.file
     how = {"flatten_optimizer_state_dict": way.flat}
     if way.save == "async":
@@ -155,10 +155,10 @@ def load(way, folder, model, called, optimizer):
 
 
 def assert_loaded(model, optimizer, saved):
-    """Every bit and dtype is as it was saved, whole (see :func:`whole_state`)."""
+    """Assert that every bit and dtype is as in ``saved``, whose tensors are whole (:func:`whole_state`)."""
 
     def cut_as(like, tensors):
-        """Whole tensors cut as those of the same place in ``like``, without communication."""
+        """Whole tensors, each cut as the one with its key in ``like``, without communication."""
         return {
             key: distribute_tensor(tensors[key], value.device_mesh, value.placements, src_data_rank=None)
             if isinstance(value, DTensor)
@@ -183,7 +183,7 @@ def assert_loaded(model, optimizer, saved):
 
 
 def in_memory(optimizer):
-    """What a rank holds of the state, as it lies in memory."""
+    """The groups' numbers and this rank's pieces of the state, as they lie in memory."""
     numbers = [
         {key: float(value) if isinstance(value, torch.Tensor) else value for key, value in group.items()}
         for group in optimizer.param_groups

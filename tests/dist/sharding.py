@@ -1,4 +1,4 @@
-"""Models on meshes, as a user would wrap them."""
+"""Models on meshes, wrapped as a user would wrap them."""
 
 import torch
 import torch.distributed as dist
@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.models import Transformer
 
-# Name: sizes of the axes that copy, shard and split tensors.
+# By name: the sizes of a mesh's axes. "ddp" and "copy" axes copy tensors, "fsdp" and "tp" axes cut them.
 WRAPS = {"ddp2": {"ddp": 2}, "fsdp2": {"fsdp": 2}, "fsdp4": {"fsdp": 4}, "hsdp": {"copy": 2, "fsdp": 2},
          "tp": {"tp": 2}, "fsdp_tp": {"fsdp": 2, "tp": 2}}  # fmt: skip
 
-# Also one process, and other numbers of ranks.
+# The same, and one process and other numbers of ranks.
 LAYOUTS = {**WRAPS, "one": {}, "ddp3": {"ddp": 3}, "ddp4": {"ddp": 4}, "ddp9": {"ddp": 9},
            "fsdp1": {"fsdp": 1}, "fsdp3": {"fsdp": 3}, "fsdp9": {"fsdp": 9}, "hsdp9": {"copy": 3, "fsdp": 3},
            "fsdp_tp9": {"fsdp": 3, "tp": 3}}  # fmt: skip
@@ -28,7 +28,7 @@ def ranks(name):
 
 
 def wrap(name, dtype=torch.float32, prepare=None):
-    """The small transformer, placed (see :func:`place`); ``prepare`` changes it before it is wrapped."""
+    """The small transformer, wrapped by :func:`place`; ``prepare`` may change it before that."""
     torch.manual_seed(0)
     model = Transformer().to(dtype)
     if prepare:
@@ -37,9 +37,9 @@ def wrap(name, dtype=torch.float32, prepare=None):
 
 
 def place(name, model, units=True):
-    """A model, the model to call, and the number and count of this rank's slice of a global batch.
+    """Wrap a model; return it, the module to call, and which of how many slices of a batch is this rank's.
 
-    With ``units`` FSDP gathers each block for itself; else the whole model at once.
+    With ``units``, FSDP gathers each block by itself, otherwise the whole model at once.
     """
     axes = LAYOUTS[name]
     if not axes:

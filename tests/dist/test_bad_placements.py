@@ -1,4 +1,4 @@
-"""Placements that cannot be right are refused on every rank, before anything is sent."""
+"""Bad placements are refused on every rank, before anything is sent."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def mismatched(kind):
     other = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Replicate()]))
     optimizer = ShardedProdigyPlusScheduleFree([("weight", p), ("norm", other)])
     if kind == "other placements":
-        # torch refuses to assign some of these; a hook of somebody's may still have made them.
+        # torch refuses to assign some such gradients, but a user's hook may still make them.
         p.grad = distribute_tensor(torch.ones(4, 6), mesh, [Replicate()])
     elif kind == "partial":
         p.grad = distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)])

@@ -1,4 +1,4 @@
-"""The check that ranks agree: quiet after any training, and of whatever is changed on one rank it says so."""
+"""The check that ranks agree: silent after any training, but it reports whatever one rank has changed."""
 
 import contextlib
 import copy
@@ -34,7 +34,7 @@ def groups(parameters, use_muon_pp=False, **options):
 
 
 def bits_of(optimizer):
-    """All that the optimiser has on this rank, to the bit."""
+    """Copies of all that the optimiser has on this rank: tensors, and the groups' entries."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = [[p, *optimizer.state.get(p, {}).values()] for p in parameters]
     numbers = [
@@ -114,7 +114,7 @@ def real_run(wrap_name, dtype):
     model, called, number, count = wrap(wrap_name, dtype)
     make = ProdigyPlusScheduleFree if "ddp" in wrap_name else ShardedProdigyPlusScheduleFree
     optimizer = make(model.named_parameters())
-    # What tensor parallelism leaves alone is on a mesh that does not know of its axis.
+    # The mesh of a parameter that tensor parallelism leaves alone does not have its axis.
     group = model.blocks[0].up.weight.device_mesh["tp"].get_group() if "_tp" in wrap_name else None
     for _ in range(STEPS):
         fit(called, optimizer, Walks(), 2, number, count)
@@ -140,7 +140,7 @@ def test_real_models(pool, wrap_name, dtype):
 
 
 def complaint_of(optimizer, change=None, rank=0, group=None):
-    """What is said while something is changed on one rank: nothing, or the message."""
+    """The check's message, or "", while ``change`` applies on one rank."""
     with change if change and dist.get_rank() == rank else contextlib.nullcontext():
         try:
             check_replicas(optimizer, group)
@@ -151,7 +151,7 @@ def complaint_of(optimizer, change=None, rank=0, group=None):
 
 @contextlib.contextmanager
 def flipped(tensor, element=0, bit=0):
-    """One bit of an element."""
+    """Flip one bit of an element."""
     local = pieces_of(tensor.detach()).view(-1)
     bits = local.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()])
     bits[element] ^= (torch.tensor(1) << bit).to(bits.dtype)
@@ -161,7 +161,7 @@ def flipped(tensor, element=0, bit=0):
 
 @contextlib.contextmanager
 def swapped(tensor):
-    """The first element and the last."""
+    """Swap the first element and the last."""
     local = pieces_of(tensor.detach()).view(-1)
     first, last = local[0].item(), local[-1].item()
     assert first != last
@@ -222,8 +222,8 @@ HAS = (
 )
 HAS_NO_Z = HAS.removesuffix(", 'z' (torch.float32)")
 
-# By mesh and options: a rank, what is changed there of an optimiser and its first parameter, and what all say
-# of it, with # for a hash. On the mesh of "hsdp" ranks 0 and 2 have the same pieces, and 1 and 3.
+# By mesh and options: a rank, what is changed there in an optimiser or its first parameter, and the message
+# on all ranks, with # for a hash. On the mesh "hsdp", ranks 0 and 2 have the same pieces, as have 1 and 3.
 CASES = {
     ("hsdp", ()): [
         (3, lambda o, p: flipped(p, 7, 31), f"the weights of {IT}: rank 1: #; rank 3: #"),
@@ -233,7 +233,7 @@ CASES = {
         (1, bit("p0", -1), f"state 'p0' of {IT}: rank 1: #; rank 3: #"),
         (2, bit("s", 2), f"state 's' of {IT}: rank 0: #; rank 2: #"),
         (3, bit("exp_avg_sq_row", 1), f"state 'exp_avg_sq_row' of {IT}: rank 1: #; rank 3: #"),
-        # An average over the dimension that is cut, so that all shards have it.
+        # An average over the dimension that is cut: all shards have the same.
         (3, bit("exp_avg_sq_col", 63), f"state 'exp_avg_sq_col' of {IT}: rank 3: #; rank 0, 1, 2: #"),
         (1, number("d", torch.tensor(2.0)), "'d' of param_groups[0]: rank 1: 2.0, #; rank 0, 2, 3: 1.03"),
         (0, number("k", torch.tensor(9)), "'k' of param_groups[0]: rank 0: 9, #; rank 1, 2, 3: 3, #"),
@@ -272,7 +272,7 @@ CASES = {
         ),
         (1, bit("max_l1"), f"state 'max_l1' of {IT}: rank 0: 0."),
     ],
-    # Pieces that differ by right, one of which is empty, and what is known of them.
+    # Pieces that rightly differ, one of which is empty; and what ranks have in common nevertheless.
     ("uneven", ()): [
         (1, lambda o, p: flipped(p), ""),
         (0, bit("s"), ""),
@@ -332,13 +332,13 @@ def test_many_differences_are_counted(pool):
     _, *lines, rest = message.split("\n  ")
     assert len(lines) == 10
     assert all("the weights of parameter" in line for line in lines)
-    # There are 150 more, but for those whose bin is another's.
+    # There are 150 more; those that share a bin count once.
     assert 130 <= int(re.fullmatch(r"and at least (\d+) more", rest)[1]) <= 150
     assert replicas._some([str(rank) for rank in range(11)], ", ") == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …"
 
 
 def exchanged(what):
-    """One copy has two tensors for each other: of two parameters, or of two ranks."""
+    """In one copy, two tensors have been exchanged: those of two parameters, or of two ranks."""
     placed = Placed(Fed((4, 6), (4, 6)), MESHES["hsdp"])
     optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
     halves = [whole(p).chunk(2) for p in placed.parameters]
@@ -347,7 +347,7 @@ def exchanged(what):
         if rank > 1:
             of_parameter, of_rank = (1 - number, rank % 2) if what == "parameters" else (number, 1 - rank % 2)
             pieces_of(p.detach()).copy_(halves[of_parameter][of_rank])
-    # All in one sum, where they might cancel.
+    # With all in one sum, where they might cancel.
     with mock.patch.object(replicas, "_BINS", 2):
         return complaint_of(optimizer)
 
@@ -358,11 +358,11 @@ def test_differences_do_not_cancel(pool, what):
         assert message.count("the weights of parameter") == 4
 
 
-# --------------------------------------------------------------------------- who has copies of plain tensors
+# ----------------------------------------------------------------------------------- copies of plain tensors
 
 
 def two_replicas(make, passes_group):
-    """Two models, of two replicas each; as stages of a pipeline, or of their own."""
+    """Two models with two replicas each: stages of a pipeline if ``passes_group``, else independent."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "copy"))
     problem = Fed((40, 12), (9,), seed=mesh.get_local_rank("stage"))
     options = {"process_group": mesh.get_group("stage")} if passes_group else {}
@@ -404,7 +404,7 @@ def test_models_that_share_nothing(pool):
 
 
 def stages_without_replicas():
-    """One of them has no parameters."""
+    """Two stages, of which the first has no parameters."""
     problem = Fed(*[(40, 12), (9,)][dist.get_rank() :])
     parameters = problem.parameters if dist.get_rank() else []
     optimizer = ShardedProdigyPlusScheduleFree([{"params": parameters}], process_group=dist.group.WORLD)
@@ -521,19 +521,19 @@ def test_what_a_sum_would_miss(monkeypatch, dtype, chunk):
 
 
 def test_a_text_has_the_same_hash_in_every_process():
-    """As Python's own has not, but for processes that are forked, as those of these tests."""
+    """Python's own hash differs between processes, unless they are forked, as in these tests."""
     assert replicas._hash("a text") == 6008937231813765456
 
 
 def test_two_elements_have_two_hashes():
-    """Also those that a shift which carries the sign in would make one of."""
+    """Also two that would collide if right shifts carried the sign in."""
     word = 12345
     mirrored = (-1 - word - 2 * replicas._GOLDEN + (1 << 63)) % (1 << 64) - (1 << 63)
     assert hash_of(torch.tensor([word])) != hash_of(torch.tensor([mirrored]))
 
 
 def test_nan_and_zero_are_their_bits():
-    """A NaN equals itself, and no other; zeros of two signs differ."""
+    """A NaN equals only the NaN with the same bits, and 0 differs from −0."""
     nan = torch.full((3,), float("nan"))
     assert hash_of(nan) == hash_of(nan.clone())
     zero = torch.zeros(3)
@@ -558,7 +558,7 @@ def test_strides_and_chunks_do_not_count(monkeypatch, chunk):
 
 
 def test_its_memory_is_bounded():
-    """Also of what has to be copied to be read in order; 32 MiB of each."""
+    """Also for a tensor that must be copied to be read in order; each tensor here has 32 MiB."""
     for tensor in (
         torch.zeros(8 << 20),
         torch.zeros(16 << 20, dtype=torch.bfloat16),

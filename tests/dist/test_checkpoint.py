@@ -1,4 +1,4 @@
-"""Saved on some ranks, loaded on others: the run goes on."""
+"""A run that was saved on some ranks continues on others."""
 
 import copy
 
@@ -18,13 +18,13 @@ from tests.single.problems import Fed, assert_same
 
 
 def groups(parameters, use_muon_pp=False, **options):
-    """One, or those for Muon."""
+    """One parameter group, or the groups for Muon."""
     parameters = list(parameters)
     return for_muon(parameters, **options) if use_muon_pp else [{"params": parameters, **options}]
 
 
 def fed_on_mesh(name, saved, weights, draws, steps, options):
-    """Go on, on a mesh, from what one process saved; returns what it saves and weighs then."""
+    """Continue on a mesh what one process saved; return the state and the weights after that."""
     mesh = MESHES[name]
     problem = Fed(*mesh.shapes)
     problem.random.set_state(draws)
@@ -55,7 +55,7 @@ def fed_on_mesh(name, saved, weights, draws, steps, options):
     ids=str,
 )
 def test_what_one_process_saved(pool, name, options):
-    """Loaded and saved again it is the same; trained on, it is what one process would have become."""
+    """Loaded and saved again, it is the same; trained further, it becomes what it would in one process."""
     problem = Fed(*MESHES[name].shapes)
     optimizer = ProdigyPlusScheduleFree(groups(problem.parameters, **options))
     for _ in range(40):
@@ -83,7 +83,7 @@ def test_what_one_process_saved(pool, name, options):
 
 
 def copied():
-    """An optimiser and a copy of it go on alike, and both still talk to the other rank."""
+    """An optimiser and its copy continue alike, and both still sum with the other rank."""
     placed = Placed(Fed(*MESHES["fsdp2"].shapes), MESHES["fsdp2"])
     optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
     for _ in range(20):
@@ -93,7 +93,7 @@ def copied():
     for _ in range(20):
         placed.backward()
         for p, original in zip(parameters, placed.parameters, strict=True):
-            if dist.get_rank() == 1:  # alone, it would find no progress to make
+            if dist.get_rank() == 1:  # by itself, this rank would find no progress
                 pieces_of(original.grad).zero_()
             p.grad = original.grad
         optimizer.step()
@@ -108,7 +108,7 @@ def test_a_copy_is_sharded_too(pool):
 
 
 def foreign():
-    """What one mesh saved, on another, and in the optimiser of one process."""
+    """A state that one mesh has saved; and the same loaded on another mesh, and in one process."""
     tensor = torch.arange(80.0).view(20, 4)
     lines, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     results = []
@@ -138,12 +138,12 @@ def test_from_one_mesh_to_another(pool):
 
 
 def averages(name):
-    """Averaged weights from every interface, of a model on a mesh."""
+    """The averaged weights of a model on a mesh, from every interface that gives them."""
     model, called, number, count = wrap(name)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
     fit(called, optimizer, Walks(), 20, number, count)
     with torch.no_grad():
-        called(Walks().next()[:, :-1])  # after which FSDP2 leaves the root's weights gathered
+        called(Walks().next()[:, :-1])  # afterwards FSDP2 leaves the root's weights gathered
     before = [whole(p) for p in model.parameters()]
     saved = {name: whole(value) for name, value in optimizer.averaged_state_dict(model).items()}
     full = optimizer.averaged_state_dict(called, full=True)
@@ -163,5 +163,5 @@ def test_averaged_weights(pool, name):
     assert_same(inside, evaluated)
     assert_same(full, evaluated)
     assert all(other[3] == {} for other in others)
-    # It is the model of one process, and loads as such.
+    # It loads into the model of one process.
     Transformer().load_state_dict(full)

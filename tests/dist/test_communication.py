@@ -1,4 +1,4 @@
-"""What a step sends: a few all-reduces, however many parameters and groups there are, and nothing else."""
+"""A step sends a few all-reduces, however many parameters and groups there are, and nothing else."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.dist.meshes import MESHES, Placed, whole
 from tests.single.problems import Fed, assert_same
 from tests.watching import Watch
 
-# All-reduces: two along an axis that cuts a parameter, one along an axis that only copies.
+# All-reduces of a step: two along an axis that cuts a parameter, one along an axis that only copies.
 EXPECTED = {"fsdp4": 2, "hsdp": 3, "tp": 2, "fsdp_tp": 4, "uneven": 2, "mixed": 2, "two_meshes": 6}
 
 
@@ -24,7 +24,7 @@ def collectives_of_a_step(mesh_name, repeat, per_group, bucket_bytes, **options)
     groups = [{"params": parameters[i : i + per_group]} for i in range(0, len(parameters), per_group)]
     optimizer = ShardedProdigyPlusScheduleFree(groups, bucket_bytes=bucket_bytes, **options)
     placed.backward()
-    optimizer.step()  # makes state, and finds out where samples are
+    optimizer.step()  # the first step creates state, and finds out where samples are
     placed.backward()
     with CommDebugMode() as seen, Watch(reads=False):
         optimizer.step()
@@ -39,7 +39,7 @@ def test_all_reduces_do_not_depend_on_parameters_or_groups(pool, mesh_name):
             assert counts == {"c10d.allreduce_": EXPECTED[mesh_name]}, (repeat, per_group)
 
 
-# How many all-reduces an option adds along an axis that cuts a parameter, where it is not none.
+# The options that add all-reduces along an axis that cuts a parameter, and how many.
 ADDED = {"use_cautious": 1}
 ALONE = table.elementwise(table.alone(table.named("passes")))
 CUTTING = {"fsdp4": 1, "hsdp": 1, "fsdp_tp": 2, "uneven": 1}
@@ -61,7 +61,7 @@ def test_options_add_one_all_reduce_at_most(pool, mesh_name):
 
 
 def test_one_more_for_each_half_of_a_bucket(pool):
-    """A rank has parameters of 4096, 4096, 2592, 2560 and 5184 bytes, and a few smaller ones."""
+    """A rank holds pieces of 4096, 4096, 2592, 2560 and 5184 bytes, and a few smaller ones."""
     for counts in pool.run(2, collectives_of_a_step, "fsdp2", 1, 100, 16384):
         assert counts == {"c10d.allreduce_": 1 + 3}
     for counts in pool.run(2, collectives_of_a_step, "fsdp2", 1, 100, 1 << 15):
@@ -118,7 +118,7 @@ def test_plain_parameters_send_nothing(pool):
 
 
 def stage(rank, shapes):
-    """The parameters of one stage of a pipeline, out of a problem of all."""
+    """A run of one stage of a pipeline, which has every second parameter of the problem."""
     problem = Fed(*shapes)
     mine = problem.parameters[rank::2]
     group = dist.group.WORLD
@@ -145,7 +145,7 @@ def split(parameters):
 
 
 def spoilt_run(optimizer, problem):
-    """``d`` of every group at every step, some of which a NaN spoils."""
+    """``d`` of every group at every step; a NaN spoils some of the steps."""
     d = []
     for step in range(60):
         problem.backward()
@@ -162,7 +162,7 @@ def run_stage(shapes):
 
 @pytest.mark.parametrize("shapes", [((40, 12), (12, 40), (9,), (5,)), ((40, 12), (12, 40)), ((40, 12),)])
 def test_stages_of_a_pipeline_share_their_step_size(pool, shapes):
-    """Also where a stage has nothing in a group, or nothing at all."""
+    """Also if a stage has no parameters in a group, or none at all."""
     problem = Fed(*shapes)
     optimizer = ProdigyPlusScheduleFree(split(problem.parameters))
     expected = spoilt_run(optimizer, problem)

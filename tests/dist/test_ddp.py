@@ -1,4 +1,4 @@
-"""The optimiser of one process under DDP: no communication of its own, and replicas that agree."""
+"""The one-process optimiser under DDP: replicas agree, although it sends nothing itself."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ STEPS = 100
 
 
 def train(make, dtype=torch.float32, steps=STEPS, **options):
-    """Train on this rank's part of each global batch: the weights, their average, and d at every step."""
+    """Train on this rank's part of each batch; return the weights, their average, and d at every step."""
     torch.manual_seed(0)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = Transformer().to(dtype)
@@ -35,7 +35,7 @@ def test_replicas_agree_to_the_bit(pool, size, dtype):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_no_further_from_one_process_than_adamw(pool, size):
-    """AdamW at the learning rate that Prodigy found, so that both go as far."""
+    """AdamW runs at the learning rate that Prodigy found, so that both move the weights as far."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

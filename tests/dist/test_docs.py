@@ -1,4 +1,4 @@
-"""The blocks of Python in the documentation that several processes run at once; see tests/test_docs.py."""
+"""The documentation's blocks of Python that several processes run together; see tests/test_docs.py."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The sharded run is the one-process run, cut up: every option on every mesh, on gradients that are fed."""
+"""A sharded run is the one-process run, cut up: with every option, on every mesh, for given gradients."""
 
 import functools
 import itertools
@@ -16,20 +16,21 @@ from tests.single.problems import Fed
 
 ADAM = {"use_schedulefree": False}
 
-# As groups that differ, which do not share d. Without a rate in a tensor, which is of one optimiser. A last
-# bit decides how z is rounded: see test_rounding.py. It decides too how d begins, where it has no limit or
-# begins elsewhere: test_property.py has these, in float64.
+# Options are played as groups that differ, each with its own d. Left out are those about sharing d; a tensor
+# lr, which belongs to one optimiser; bfloat16_z, since a last bit decides how z is rounded (test_rounding.py
+# has it); and d0 and d_limiter, with which a last bit decides how d starts (test_property.py has these, in
+# float64). step_size has runs of its own below.
 OTHERWISE = ("split_groups", "split_groups_mean", "bfloat16_z", "d0", "d_limiter", "step_size")
 NAMES = table.named("passes", "numbers", but=OTHERWISE)
 ALONE = [options for options in table.alone(NAMES) if not isinstance(options.get("lr"), torch.Tensor)]
-# Apart, since numbers may keep d from moving by what passes find.
+# Packed separately, since options that change numbers may hide from d what passes find.
 PASSES = [its for its in table.elementwise(ALONE) if table.TABLE[next(iter(its))].acts_on == "passes"]
 NUMBERS = [its for its in table.elementwise(ALONE) if its not in PASSES]
 VARIANTS = [
     *table.packed([*PASSES, *table.without_schedulefree(PASSES), {"weight_decay": 0.1, **ADAM}], most=3),
     *table.packed(NUMBERS, most=4),
 ]
-# Of matrices; which are a batch is said by their shape, and what is no matrix is in groups of its own.
+# For Muon: a parameter's shape decides whether it is batched, and other parameters get groups of their own.
 MUON = [
     {},
     ADAM,
@@ -38,7 +39,7 @@ MUON = [
         for options in table.packed(table.of_matrices(ALONE + table.together(NAMES)))
     ),
 ]
-# By balance: two that share one step size, then one by itself for each, of Muon too.
+# With balance: two groups that share one step size, then groups with one each; for Muon, too.
 _APART = {"split_groups_mean": False}
 BALANCED = [
     {},
@@ -57,34 +58,34 @@ BALANCED = [
 ]
 BALANCED_MUON = [{"muon_fp32": True}, {**_APART, "use_cautious": True}]
 _TWO = [{}, {}]
-# So large that from its small first d on Prodigy moves weights by more than they are rounded, in few steps.
+# An lr so large that, in spite of Prodigy's small first d, weights soon move by more than their rounding.
 _FAST = {"lr": 100.0}
 _FAST_APART = {**_FAST, **_APART}
 
-# What is played: the options, and those of each group. Where there are groups, each has its own d.
+# What is played: the optimiser's options, and those of each group.
 RUNS = {
     "default": ({}, [{}]),
     "groups_mean": (_FAST, _TWO),
     "groups_apart": (_FAST_APART, _TWO),
     "groups_pooled": ({**_FAST, "split_groups": False}, _TWO),
-    # One run of all, since what takes the time is the messages, and their number is that of one.
+    # All variants in one run: messages take the time, and many groups send as few as one.
     "variants": (_FAST_APART, VARIANTS),
     "muon": (_FAST_APART, MUON),
     "balanced": ({"step_size": "balance"}, BALANCED),
     "balanced_muon": ({"step_size": "balance"}, BALANCED_MUON),
 }
-# Options with which d does not come far here: it is frozen, or waits, or a decay is all that moves.
+# Options with which d does not grow much here: it is frozen, or waits, or the decay hides all else.
 SLOW = {"prodigy_steps", "warmup_steps", "lr", "weight_decay_by_lr"}
-# Groups that differ. Each has half of the shapes, one and the other in turn: vectors, matrices, and more.
+# Runs whose groups differ. Groups have one half of the mesh's shapes or the other, in turn.
 DIFFER = ("variants", "muon", "balanced", "balanced_muon")
 OF_MATRICES = ("muon", "balanced_muon")
-# How far tensors may be from one process's, of their norms. One in the last place of the weights moves the d
-# that balance finds by up to 2e-6 of it, and so a second moment, which is of d·g, by up to 4e-6.
+# How far tensors may be from one process's, relative to their norms. A last bit of the weights moves
+# balance's d by up to 2e-6 of it, and a second moment, which is of d·g, by up to 4e-6.
 TOLERANCE = {"balanced": 1e-5, "balanced_muon": 1e-5}
 
 
 def shapes_of(shapes, name):
-    """Of a mesh's shapes those of each group, in turn."""
+    """The shapes of each group, out of a mesh's."""
     count = len(RUNS[name][1])
     return [shapes[i % 2 :: 2] if name in DIFFER else shapes[i::count] for i in range(count)]
 
@@ -101,7 +102,7 @@ def groups_of(parameters, shapes, name):
 
 
 def play(optimizer_class, problem, shapes, name):
-    """The weights and the state of the end, and ``d`` at every step."""
+    """The weights and the state at the end, and ``d`` at every step."""
     parameters = problem.parameters
     optimizer = optimizer_class(groups_of(parameters, shapes, name), **RUNS[name][0])
     d = []
@@ -141,7 +142,7 @@ def on_mesh(mesh_name, names):
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_exactness(pool, mesh_name):
     mesh = MESHES[mesh_name]
-    # Nine ranks are for the layouts that they make; on two cores they are slow.
+    # Nine ranks are slow on two cores, and are there for their layouts: fewer runs are enough.
     names = ("default", "groups_mean", "variants", "muon", "balanced") if mesh_name == "nine" else tuple(RUNS)
     first, *others = pool.run(mesh.ranks, on_mesh, mesh_name, names)
     for name in names:
@@ -154,7 +155,7 @@ def test_exactness(pool, mesh_name):
             assert torch.equal(other[name][1], d), name
         assert (d / expected_d - 1).abs().max() <= 1e-5, name
         for key, value in expected.items():
-            # A z that passes through zero is no measure of itself, nor is a distance; the weight is.
+            # z and distances may be close to zero, so they are measured by the weight's norm.
             kind, number = key.split(".")
             of_weights = kind in ("z", *AVERAGES)
             scale = max(value.norm(), expected[f"weight.{number}"].norm() if of_weights else 0.0)

@@ -1,4 +1,4 @@
-"""The update inside the backward pass, where ranks share a model."""
+"""The fused backward pass where ranks share a model."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.single.problems import assert_same
 
 STEPS = 30
 
-# Small, so that a backward pass fills several.
+# So small that a backward pass fills several.
 BUCKET = 20_000
 
 
@@ -43,7 +43,7 @@ def result(model, optimizer):
 
 
 class Sometimes(Transformer):
-    """With a parameter that two calls of three use: the others leave it, and its average, alone."""
+    """A parameter is used in two of three calls; the third must leave it and its average alone."""
 
     def __init__(self):
         super().__init__(1)
@@ -84,7 +84,7 @@ def test_ddp_has_the_bits_of_the_plain_step(pool, size, how):
 
 
 def moved_in_backward():
-    """How many parameters have moved when the backward pass is over, and how many gradients are left."""
+    """How many parameters have moved when the backward pass is over, and how many there are."""
     torch.manual_seed(0)
     model = Transformer(1)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=0.05)
@@ -92,7 +92,7 @@ def moved_in_backward():
     optimizer.fuse_backward(wrapped)
     before = [p.detach().clone() for p in model.parameters()]
     data = Walks()
-    train(wrapped, optimizer, dist.get_rank(), 2, 2, data)  # DDP arranges its buckets after the first
+    train(wrapped, optimizer, dist.get_rank(), 2, 2, data)  # DDP rearranges its buckets after one step
     before = [p.detach().clone() for p in model.parameters()]
     loss_of(wrapped, data.next().chunk(2)[dist.get_rank()]).backward()
     moved = sum(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
@@ -135,7 +135,7 @@ def under_fsdp(name, fused, options, unused=False, warm_up=False):
 @pytest.mark.parametrize("options", [{}, {"use_cautious": True}], ids=str)
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp4", "hsdp", "fsdp_tp"])
 def test_fsdp_has_the_bits_of_the_plain_step(pool, name, options):
-    """Where two ranks share an axis; the order of a sum over four depends on what travels beside it."""
+    """On mesh axes of two ranks; the order of a sum over four depends on what else is in the message."""
     plain = pool.run(ranks(name), under_fsdp, name, False, options)
     fused = pool.run(ranks(name), under_fsdp, name, True, options)
     assert plain[0][2]["d"] > 1e-5
@@ -144,7 +144,7 @@ def test_fsdp_has_the_bits_of_the_plain_step(pool, name, options):
     if name != "fsdp4":
         assert_same(fused, plain)
         return
-    # As the plain step on four ranks is from the plain step on two; a sign may fall otherwise.
+    # Compared with how far plain steps on four ranks are from those on two; Cautious may flip a sign.
     on_two = pool.run(2, under_fsdp, "fsdp2", False, options)
     assert distance(fused[0][0], plain[0][0]) <= 4 * distance(on_two[0][0], plain[0][0])
     assert fused[0][2] == pytest.approx(plain[0][2], rel=1e-5)
@@ -173,7 +173,7 @@ def offloaded(fused):
 
 
 def test_fsdp_offloaded_to_the_cpu(pool):
-    """FSDP2 waits for a gradient's copy to the host where there is a hook, so that the hook may read it."""
+    """If there is a hook, FSDP2 waits for a gradient's copy to the CPU, so that the hook may read it."""
     assert_same(pool.run(2, offloaded, True), pool.run(2, offloaded, False))
 
 
@@ -203,8 +203,11 @@ def test_all_reduces_are_two_a_bucket(pool):
         assert 4 <= found <= 2 * (buckets + 1)
 
 
-def one_bad_rank(name):
-    """An inf on one rank: the parameter is skipped on all, and the step size on all."""
+def one_bad_backward(name):
+    """A backward pass with infinite gradients below the head, on every rank.
+
+    Returns the parameters that have not moved, and whether d is as before, among others.
+    """
     model, called, number, count = wrap(name)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True, bucket_bytes=BUCKET)
     optimizer.fuse_backward(model)
@@ -226,7 +229,7 @@ def one_bad_rank(name):
 
 @pytest.mark.parametrize("name", ["fsdp2", "hsdp"])
 def test_a_bad_gradient(pool, name):
-    first, *others = pool.run(ranks(name), one_bad_rank, name)
+    first, *others = pool.run(ranks(name), one_bad_backward, name)
     skipped, kept_d, skipped_steps, steps, weights = first
     assert kept_d
     assert (skipped_steps, steps) == (1, 21)
@@ -317,7 +320,7 @@ def test_accumulation_is_refused_on_every_rank(pool, kind):
 
 
 def summed(kind, fused):
-    """Accumulation that no hook sees: FSDP2 and DDP hold gradients back until the last backward pass."""
+    """Accumulation that hooks do not see: FSDP2 and DDP keep gradients back until the last backward pass."""
     model, called = wrapped_for(kind)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=fused)
     if fused:

@@ -1,4 +1,4 @@
-"""The kernels of ``prodigyplus/device`` on shards: what they move on a mesh is what one process moves."""
+"""The kernels of ``prodigyplus/device`` on shards: they make the steps that one process makes."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from tests.single.problems import Fed
 
 pytest.importorskip("triton")
 
-# Rows that are cut evenly, unevenly, and so that a rank holds none; a convolution, whose two largest
-# dimensions are not its last; a bias, and one of a single element.
+# Matrices that are cut evenly or unevenly; a tensor whose two largest dimensions are not its last; a bias;
+# and a single element, so that one rank holds nothing.
 SHAPES = ((33, 40), (3, 40), (35, 6, 3), (13,), (1,))
 MATRICES = ((33, 40), (3, 40), (35, 6, 3), (40, 33))
 ON = {
@@ -62,7 +62,7 @@ def test_as_in_one_process(pool, mesh, options):
         assert found_d == pytest.approx(d.item(), rel=1e-6)
         for value, reference, on_first in zip(found, expected, first[0], strict=True):
             assert torch.equal(value, on_first)
-            # In units of the largest weight, some 2: 1.2e-7 was seen.
+            # Relative to the largest weight, which is about 2; 1.2e-7 is the most seen.
             torch.testing.assert_close(value, reference, rtol=0, atol=2e-6)
 
 
@@ -79,5 +79,5 @@ def test_matrices_as_in_one_process(pool, mesh, options):
         assert batched == {len(MATRICES)}
         assert found_d == pytest.approx(d.item(), rel=1e-6)
         for value, reference in zip(found, expected, strict=True):
-            # In units of the largest weight, some 2.
+            # The largest weight is about 2.
             torch.testing.assert_close(value, reference, rtol=0, atol=2e-6)

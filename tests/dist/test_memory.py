@@ -1,4 +1,4 @@
-"""Memory: a step leaves nothing behind, and what it needs meanwhile is bounded by the bucket."""
+"""Memory: a step leaves nothing behind, and what it needs meanwhile is bounded by a bucket."""
 
 import gc
 
@@ -14,7 +14,7 @@ from tests.single.problems import Fed
 
 
 def peak_of_a_step(optimizer, problem):
-    """The most bytes that a step holds beyond what was there before it."""
+    """The most bytes that a step allocates beyond what was there before."""
     for _ in range(2):
         problem.backward()
         optimizer.step()
@@ -43,7 +43,7 @@ def counts_over_time(mesh_name):
         placed.backward()
         optimizer.step()
         optimizer.metrics()
-        if step in (59, 259):  # once all that is looked at now and then has been
+        if step in (59, 259):  # not earlier: some checks are first made after some steps
             counts.append(objects())
     return counts
 
@@ -58,7 +58,7 @@ def test_live_objects_are_flat_over_200_steps(pool, mesh_name):
 
 
 SQUARES = Mesh((2,), ((128, 256),) * 16, along(0))
-PIECE = 64 * 256 * 4  # bytes that a rank holds of each
+PIECE = 64 * 256 * 4  # the bytes of each that a rank holds
 
 
 def peak_on_two_ranks(options, bucket_bytes, dtype=torch.float32):
@@ -67,12 +67,12 @@ def peak_on_two_ranks(options, bucket_bytes, dtype=torch.float32):
     return peak_of_a_step(optimizer, placed)
 
 
-# How many times the size of the parameter at work options need beyond the bucket, where that is not once.
+# What options need beyond the bucket, in sizes of the parameter at work; all others need 1.
 MORE = [
     ({"use_adopt": True}, 1.25),  # a mask
-    ({"use_adopt": True, "factored": False}, 2),  # the moment before, and the squares that move it
+    ({"use_adopt": True, "factored": False}, 2),  # the old moment, and the squares that it is updated by
     ({"bfloat16_z": True}, 3),  # weights and z in float32, and noise
-    ({"slice_p": 1}, 5),  # the samples of gradient and z, and what is computed of them, are as large as it
+    ({"slice_p": 1}, 5),  # samples of the gradient and of z, and results of their size
     ({"slice_p": 3}, 1.75),
     ({"use_orthograd": True}, 4),  # direction and weights in float64, of at most 2**18 elements
 ]
@@ -91,7 +91,7 @@ def temporaries(options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
 def test_a_step_needs_a_bucket_and_one_parameter_more(pool, options):
-    """The updates of a bucket, or of two parameters; one temporary of that at work, and what is small."""
+    """It holds a bucket's updates (at least two), temporaries of the parameter at work, and small tensors."""
     small = 2 * 16 * (64 + 256) * 4 + 100_000
     for pieces in (1, 4):
         for most in pool.run(2, peak_on_two_ranks, options, pieces * PIECE):
@@ -100,9 +100,9 @@ def test_a_step_needs_a_bucket_and_one_parameter_more(pool, options):
 
 @pytest.mark.parametrize("options", [{}, {"use_schedulefree": False}], ids=str)
 def test_matrices_need_three_times_their_bfloat16(pool, options):
-    """Once to send, once as they come, once for those whole; where there are several waves, seven of them."""
+    """They are sent, received and made whole: 3 times their bytes. With several waves, 7 matrices at once."""
     matrix, small = 128 * 256 * 2, 2 * 16 * (64 + 256) * 4 + 100_000
-    computing = 5 * matrix  # of one matrix: it twice, and a square of its shorter side twice
+    computing = 5 * matrix  # to compute one: the matrix twice, and two squares of its shorter side
     for most in pool.run(2, peak_on_two_ranks, {"use_muon_pp": True, **options}, 16 * matrix):
         assert most <= 3 * 16 * matrix / 2 + small
     for most in pool.run(2, peak_on_two_ranks, {"use_muon_pp": True, **options}, matrix):
@@ -110,7 +110,7 @@ def test_matrices_need_three_times_their_bfloat16(pool, options):
 
 
 def test_rounding_needs_some_more_of_one_parameter(pool):
-    """Weights and z in float32 and noise, of the parameter at work; of the others in the bucket, updates."""
+    """The parameter at work needs weights and z in float32, and noise; the rest of the bucket, updates."""
     for most in pool.run(2, peak_on_two_ranks, {}, 8 * PIECE, torch.bfloat16):
         assert most <= (8 + 6) * PIECE + 150_000
 
@@ -120,5 +120,5 @@ def test_one_process_needs_two_of_the_largest_parameter(options):
     problem = Fed(*((512, 512),) * 8, (1024, 512))
     optimizer = ProdigyPlusScheduleFree(problem.parameters, **options)
     largest = 1024 * 512 * 4
-    samples = 5 * largest / 11  # of gradient, weight and p0, and a product of them in float64
+    samples = 5 * largest / 11  # of the gradient, the weights and p0, and a product of these in float64
     assert peak_of_a_step(optimizer, problem) <= (1 + temporaries(options)) * largest + samples + 50_000

@@ -1,4 +1,4 @@
-"""Muon on meshes: the bits of one process, each matrix once, and no more bytes than must travel."""
+"""Muon on meshes: the bits of one process, each matrix computed once, and no more bytes than needed."""
 
 import pickle
 from collections import Counter
@@ -35,7 +35,7 @@ METHODS = [
     )
 ]
 
-# The meshes of the exactness tests, and some whose pieces are no runs of rows.
+# The meshes of the tests of exactness, and others: batches cut first or in the middle, copies, both dims cut.
 LAYOUTS = MESHES | {
     "first_of_experts": Mesh((4,), tuple(shape for shape in EVEN + EMPTY if len(shape) > 1), along(0)),
     "middle": Mesh((3,), EVEN + UNEVEN, lambda shape: along(1 if len(shape) > 1 else 0)(shape)),
@@ -46,7 +46,7 @@ LAYOUTS = MESHES | {
 
 
 def requests(tensors):
-    """Each as a batch of matrices too, if it can be, by every method."""
+    """Requests for every tensor of two or more dimensions, by every method; also as a batch, if it can be."""
     return [
         (tensor, batched, method)
         for tensor in tensors
@@ -57,7 +57,7 @@ def requests(tensors):
 
 
 def orthogonalized(optimizer, tensors):
-    """What the exchange makes of all of them, whole, in their order."""
+    """What the exchange makes of each request, put together, in order."""
     asked = requests(tensors)
     matrices = [
         (optimizer._placement.layout(p), Matrices(optimizer._placement.local(p), batched, method))
@@ -87,7 +87,7 @@ def test_directions_have_the_bits_of_one_process(pool, name):
     problem = Fed(*LAYOUTS[name].shapes)
     optimizer = ProdigyPlusScheduleFree([nn.Parameter(torch.zeros(1))])
     expected = orthogonalized(optimizer, [p.detach() for p in problem.parameters])
-    # A step under way at once, several, and one for every matrix.
+    # In one wave, in several, and with one for every matrix.
     for given in ({}, {"bucket_bytes": 4000}, {"bucket_bytes": 1, "all_to_all": False}):
         for found in pool.run(LAYOUTS[name].ranks, directions, name, given):
             assert_same(found, expected)
@@ -106,7 +106,7 @@ def test_one_process_in_small_buckets():
 
 # --------------------------------------------------------------------------------- what is sent
 
-# A transformer's matrices, as many as make the shares of two and four ranks even.
+# A transformer's matrices, so many that two and four ranks have equal shares.
 BLOCKS = ((192, 64), (64, 64), (256, 64), (64, 256)) * 8
 ELEMENTS = sum(rows * columns for rows, columns in BLOCKS)
 
@@ -120,7 +120,7 @@ SENT = {
 
 
 def sent(calls):
-    """Counts collectives by name, and the bytes that this rank sends to others in those of matrices."""
+    """The number of collectives by name, and the bytes of matrices that this rank sends to others."""
     counts, sizes = Counter(), Counter()
     for call in calls:
         if not call.is_collective:
@@ -141,7 +141,7 @@ def sent(calls):
 
 
 def watched_step(name, given):
-    """Collectives, bytes and matrices orthogonalised on this rank, in the second step."""
+    """The collectives and bytes of the second step, and the matrices that this rank orthogonalises."""
     placed = Placed(Fed(*SENT[name].shapes), SENT[name])
     optimizer = ShardedProdigyPlusScheduleFree(for_muon(placed.parameters), **given)
     placed.backward()
@@ -169,8 +169,8 @@ def test_bytes_collectives_and_matrices(pool, name, all_to_all):
     ranks = pool.run(mesh.ranks, watched_step, name, {"all_to_all": all_to_all})
     for counts, sizes, _ in ranks:
         if all_to_all:
-            # The statistics, the matrices' evidence, the other's evidence and norm, along each axis that cuts
-            # them (of a vector, one); and copies agree.
+            # Along each axis that cuts: round 1, the matrices' evidence, and the vector's (which one axis
+            # cuts). Along an axis of copies: round 1.
             assert counts.pop("allreduce_") == {"fsdp_tp": 5, "hsdp": 4}.get(name, 3)
             assert counts.pop("alltoall_base_") == 2
             assert counts.pop("broadcast_", 0) == (copies if copies > 1 else 0)
@@ -185,14 +185,15 @@ def test_bytes_collectives_and_matrices(pool, name, all_to_all):
 
 
 def test_more_buckets_are_two_all_to_alls_each(pool):
-    """Of bfloat16 a rank of two has 12288, 4096 and twice 16384 bytes of a block, and a matrix has 32768."""
+    """Each of two ranks has 12288, 4096 and twice 16384 bytes of a block; its largest matrix has 32768."""
     for counts, *_ in pool.run(2, watched_step, "fsdp2", {"bucket_bytes": 1}):
-        # Waves of 32768: 16 large ones in pairs, then 8 of 12288 in pairs, then 8 of 4096 (of 8192 whole).
+        # Waves of pairs: of the 16 largest matrices, of 8 with pieces of 12288, and of 8 with pieces of 4096
+        # (of 8192 bytes whole, so the limit is smaller there).
         assert counts["alltoall_base_"] == 2 * (8 + 4 + 4)
 
 
 def test_whole_matrices_stay_where_they_are(pool):
-    """Experts on a rank each."""
+    """Experts that are whole on one rank do not travel."""
     for counts in pool.run(4, counts_of_experts):
         assert counts == {"c10d.allreduce_": 2}
 
@@ -232,7 +233,7 @@ def loads_of_owners():
 
 
 def order_of_events():
-    """What happens in a step, in its order; elementwise parameters in two buckets."""
+    """The events of a step, in order; its elementwise parameters are in two buckets."""
     events = []
     placed = Placed(Fed(*((64, 32), (32, 64)) * 2, (48,), (40,)), MESHES["fsdp2"])
     groups = [{"params": placed.parameters[:4], "use_muon_pp": True}, {"params": placed.parameters[4:]}]
@@ -268,7 +269,7 @@ def order_of_events():
 def test_all_else_goes_on_while_the_first_pieces_travel(pool):
     first = ["all-reduce", "send", *["all-reduce"] * 3, "send"]
     for events in pool.run(2, order_of_events):
-        # Statistics; the first pieces; evidence of matrices, two buckets of others; the next pieces.
+        # Round 1; the first pieces; the matrices' evidence and two buckets of others; the next pieces.
         assert events[: len(first)] == first
         assert events[len(first)] == "wait"
         assert set(events[len(first) :]) <= {"wait", "send", "orthogonalise"}
@@ -339,7 +340,7 @@ def test_fsdp_fused_has_the_bits_of_the_plain_step(pool):
 
 
 def beside_other_groups():
-    """A mesh of four of five ranks, of which two are in another group too: a new group is needed."""
+    """A mesh of four of five ranks. Two of these are in another group, too; a new group is made."""
     dist.new_group([0, 1])
     mesh = DeviceMesh("cpu", [[0, 1], [2, 3]])
     if dist.get_rank() == 4:
@@ -359,14 +360,14 @@ def beside_other_groups():
 
 
 def test_ranks_that_are_in_other_groups_too(pool):
-    """torch names a new group by how many a rank is in; who looks for another name would wait for ever."""
+    """torch names a new group by how many a rank is in; ranks that differ in that would wait for ever."""
     first, second, third, fourth, fifth = pool.run(5, beside_other_groups)
     assert (first, second, fifth) == (1, 1, None)
-    assert third == fourth == 2  # one more, of themselves alone
+    assert third == fourth == 2  # each made one more, of itself alone, to be in as many as the others
 
 
 def groups_made(name):
-    """How many groups a rank is in after the steps of two optimisers more than before."""
+    """How many groups the steps of two optimisers add on this rank."""
     mesh = MESHES[name]
     placed = Placed(Fed(*mesh.shapes), mesh)
     before = len(dist.distributed_c10d._world.pg_names)
@@ -384,7 +385,7 @@ def test_matrices_travel_in_groups_of_their_own(pool, name, count):
 
 
 def on_some_ranks():
-    """A mesh of two of three ranks, of which one is in another group."""
+    """A mesh of two of three ranks; one of the two is in another group, too."""
     dist.new_group([1])
     mesh = DeviceMesh("cpu", [0, 1])
     if dist.get_rank() == 2:

@@ -1,4 +1,4 @@
-"""A fifth of the steps with a gradient that is not finite, on one rank: all skip them, and count them."""
+"""In a fifth of the steps one rank's gradient is not finite: all ranks skip these steps, and count them."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def data(seed):
 
 
 class Poison:
-    """What happens to the gradients of each step, drawn alike on every rank."""
+    """What spoils the gradients of each step; every rank draws the same."""
 
     def __init__(self, parameters):
         self._random = torch.Generator().manual_seed(7)
@@ -29,7 +29,7 @@ class Poison:
         self.count = 0
 
     def draw(self):
-        """Whether a step is spoilt; on the rank that does it, also a parameter and what spoils gradients."""
+        """Whether a step is spoilt; and on one rank, the parameter, and a function to spoil its gradient."""
         spoils = torch.rand((), generator=self._random) < 0.2
         rank, number, value, element = torch.randint(1 << 20, (4,), generator=self._random).tolist()
         if not spoils:
@@ -57,7 +57,7 @@ def loss_of_average(called, optimizer):
 
 
 def weights_and_numbers(model, optimizer):
-    """What a skipped step leaves as it was."""
+    """All that a skipped step must leave as it was."""
     numbers = [
         {name: float(value) for name, value in group.items() if name != "skipped_steps"}
         for group in optimizer.metrics()
@@ -66,7 +66,7 @@ def weights_and_numbers(model, optimizer):
 
 
 def backward(called, loss, poison):
-    """A backward pass; DDP gets a gradient spoilt before it sums it, FSDP's is spoilt when it is summed."""
+    """A backward pass with a gradient spoilt: before DDP sums it, or after FSDP has summed it."""
     parameter, spoil = poison or (None, None)
     if poison and isinstance(called, DistributedDataParallel):
         hook = parameter.register_hook(lambda grad: spoil(grad.clone()))
@@ -79,7 +79,7 @@ def backward(called, loss, poison):
 
 
 def poisoned(layout, muon, tries=True):
-    """Train until STEPS steps are made; without ``tries`` those that would be skipped are left out."""
+    """Train until STEPS steps are made; without ``tries``, leave out those that would be skipped."""
     torch.manual_seed(0)
     model, called, number, count = place(layout, Tiny(), units=False)
     ddp = isinstance(called, DistributedDataParallel)
@@ -117,10 +117,10 @@ def clean(seed, muon):
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp4"])
 def test_a_fifth_of_the_steps_is_skipped(pool, layout, muon):
     found = pool.run(ranks(layout), poisoned, layout, muon)
-    # To the bit the run on the other batches alone.
+    # Equal, to the bit, to the run on the other batches alone.
     assert_same(found, pool.run(ranks(layout), poisoned, layout, muon, False))
     assert len({loss for _, loss in found}) == 1
 
-    # Its loss is one that a run on other data might have: 95 % of them are as near (Student's t).
+    # Its loss is as near to the mean as those of 95 % of clean runs on other data (Student's t).
     losses = torch.tensor([clean(seed, muon) for seed in range(1, SEEDS + 1)])
     assert abs(found[0][1] - losses.mean()) <= 2.776 * losses.std() * (1 + 1 / SEEDS) ** 0.5

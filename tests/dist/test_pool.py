@@ -1,4 +1,4 @@
-"""The pool itself: a failure or a hang of any rank is a failure of the test, with its place."""
+"""The pool itself: if a rank fails or hangs, the test fails and says where."""
 
 import os
 import signal
@@ -55,6 +55,6 @@ def test_failures_are_told(pool, function, message):
 
 
 def test_one_worker_runs_all_that_starts_processes(request):
-    """Two would start twice as many, on as many cores: pytest 9.2 with xdist 3.8 does."""
+    """Two xdist workers would start twice as many on the same cores, as pytest 9.2 with xdist 3.8 did."""
     if getattr(request.config.option, "loadgroup", False):
         assert request.node.nodeid.endswith("@dist")

@@ -1,4 +1,4 @@
-"""State of the published package on a mesh: what one process makes of it, cut up."""
+"""State of the published package, imported on a mesh: the same as in one process, cut up."""
 
 import pytest
 
@@ -16,7 +16,7 @@ MESHES = {"rows": Mesh((2,), SHAPES, along(0)), "columns": Mesh((2,), SHAPES, al
 
 
 def imported(name, mesh=None):
-    """The state after the import, then the weights and d after some steps; on a mesh, or in one process."""
+    """The state and report of an import, and d and the weights some steps later; on a mesh or without."""
     case, saved = SAVED[name], golden(name)
     problem = Problem(shapes=SHAPES)
     for p, value in zip(problem.parameters, saved["weights"], strict=True):

@@ -1,4 +1,4 @@
-"""What differs between ranks must not: missing gradients, an inf on one rank, ranks that own nothing."""
+"""Ranks stay in step although they differ: missing gradients, an inf on one rank, ranks that hold nothing."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import MESHES, Placed, for_muon, pieces_of, whole
 from tests.single.problems import Fed, assert_same
 
-STEPS = 42  # the last is one with a gradient missing
+STEPS = 42  # in the last step a gradient is missing
 
 
 def split(parameters, use_muon_pp=False, **options):
@@ -19,14 +19,14 @@ def split(parameters, use_muon_pp=False, **options):
 
 
 def disturb(step, parameters, rank):
-    """What happens to the gradients of a rank; None: of one process, that holds them all."""
+    """Change the gradients of a rank in a step; rank None is the one process, which holds all."""
     if step % 4 == 1:  # missing everywhere
         parameters[0].grad = None
     if step % 4 == 2 and rank in (None, 1):  # not finite on one rank
         local = pieces_of(parameters[1].grad)
         if local.numel():
             local.view(-1)[0] = float("inf")
-    if step in (20, 21):  # a group that has none
+    if step in (20, 21):  # missing for a whole group
         for p in parameters[3:]:
             p.grad = None
 
@@ -69,7 +69,7 @@ def test_missing_and_bad_gradients(pool, name, options):
     for found in pool.run(mesh.ranks, on_mesh, name, options):
         assert torch.tensor(found[1]).allclose(torch.tensor(d), rtol=1e-6, atol=0)
         for ours, theirs in zip(found[2], metrics, strict=True):
-            # d_hat is a quotient of sums over p0 − z, which is small beside the weights that are rounded.
+            # d_hat is a quotient of sums over p0 − z, which is small beside the (rounded) weights.
             assert ours == pytest.approx(theirs, rel=4e-6)
         for one, other in zip(found[0], weights, strict=True):
             assert (one - other).norm() <= 1e-6 * other.norm()

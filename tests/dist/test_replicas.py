@@ -1,4 +1,4 @@
-"""Copies of a shard stay the same to the bit, rounding included; and so does what a shard would be whole."""
+"""Copies stay the same to the bit, rounding included; and a shard is rounded as the whole tensor is."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def few_steps(name, sharded):
 
 @pytest.mark.parametrize("name", ["fsdp2", "last_dim", "fsdp_tp", "fsdp_tp_uneven"])
 def test_rounding_noise_belongs_to_a_place(pool, name):
-    """A shard draws what the whole tensor draws there: but for sums off by a last bit, the same bits."""
+    """A shard draws the noise of its place in the whole tensor: the bits agree, but for last bits of sums."""
     expected = few_steps(name, False)
     for found in pool.run(MESHES[name].ranks, few_steps, name, True):
         for ours, theirs in zip(found, expected, strict=True):

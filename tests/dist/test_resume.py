@@ -1,9 +1,9 @@
-"""Saved on some layout and loaded on another, by any of torch's helpers, a run goes on as it would have.
+"""A run that is saved on one layout and loaded on another, by any of torch's helpers, goes on as before.
 
-On the same layout that is to the bit: weights, ``d`` and all state, on every rank. On another, where sums are
-rounded otherwise, it is within twice what AdamW is off that goes on in the same place; or, with options that
-make more of a last bit than AdamW does, what the layouts are apart without any interruption. What is loaded
-has every bit that was saved, everywhere.
+On the same layout, weights, ``d`` and all state are equal to the bit on every rank. On another layout sums
+are rounded differently: there the run may be off by at most twice as much as AdamW that moves there too. With
+options that amplify last bits more than AdamW does, the bound is twice the distance between uninterrupted
+runs on the two layouts. What is loaded always has every bit that was saved.
 """
 
 import itertools
@@ -26,8 +26,8 @@ from tests.single.problems import assert_same
 
 BEFORE, AFTER = 30, 50
 
-# Where a run goes on, and where it was saved. Layouts are in tests/dist/sharding.py; names end in the number
-# of ranks, but for hsdp and fsdp_tp, which are 2 × 2, and tp, of 2.
+# By the layout where runs go on, the layouts where they were saved. Layouts are in tests/dist/sharding.py;
+# their names end in the number of ranks, except hsdp and fsdp_tp (2 × 2) and tp (2).
 PAIRS = {
     "one": ("one", "ddp4", "fsdp3"),
     "ddp2": ("ddp2", "fsdp1", "hsdp9"),
@@ -42,7 +42,7 @@ PAIRS = {
     "hsdp9": ("hsdp9", "fsdp1"),
     "tp": ("tp", "hsdp", "fsdp3"),
 }
-# On two cores nine ranks are slow.
+# Nine ranks are slow on two cores.
 SLOW_PAIRS = {
     "ddp9": ("ddp9", "ddp2", "fsdp4"),
     "fsdp9": ("fsdp9", "one", "fsdp_tp9"),
@@ -57,14 +57,14 @@ LAYOUTS = tuple({**PAIRS, **SLOW_PAIRS})
 
 F32, BF16 = torch.float32, torch.bfloat16
 
-# Options with a state of their own and the dtype of the model; where it is saved, and where else it goes on.
+# Options that have state of their own, the model's dtype, where the run is saved, and where else it goes on.
 OPTIONS = {
     "default": ({}, F32),
     "speed": ({"use_speed": True}, F32, "fsdp2", "tp"),
     "relative": ({"use_speed": "relative"}, F32, "tp", "fsdp2"),
     "muon": ({"use_muon_pp": True, "muon_fp32": True}, F32, "fsdp_tp", "ddp2"),
     "adopt": ({"use_adopt": True}, F32, "ddp2", "fsdp3"),
-    # With another d0 some element's sign hangs on a last bit, which is one of FOCUS, not of a checkpoint.
+    # With another d0, a last bit decides an element's sign: a matter of FOCUS, not of checkpoints.
     "focus": ({"use_focus": True, "factored": False, "d0": 1e-4}, F32, "fsdp3", "ddp2"),
     "frozen_d": ({"prodigy_steps": 25}, F32, "fsdp2", "one"),
     "frozen_d_relative": ({"prodigy_steps": 25, "use_speed": "relative"}, F32, "tp", "fsdp2"),
@@ -72,7 +72,7 @@ OPTIONS = {
     "bfloat16": ({}, BF16, "fsdp2", "ddp3"),
     "bfloat16_factors": ({"factored_fp32": False}, BF16, "tp", "fsdp2"),
 }
-# Every option goes on where it was saved. Elsewhere some make more of a last bit than the bounds here allow.
+# Every option goes on where it was saved. Elsewhere, some amplify last bits beyond the bounds here.
 OPTIONS |= {
     table.text_of(options): (options, F32, source)
     for options, source in zip(
@@ -81,12 +81,12 @@ OPTIONS |= {
 }
 
 
-# Ways to where FSDP cuts unevenly what tensor parallelism has cut: see the last test.
+# Ways that torch refuses if FSDP unevenly cuts what tensor parallelism has cut: see the last test.
 REFUSED_BY_TORCH = ("full", "converted")
 
 
 def _ways():
-    """For each case, of source, target and options, the next of WAYS."""
+    """For each case (source, target, options), one of WAYS, in turn."""
     cases = [
         (source, target, "default")
         for pairs in (PAIRS, SLOW_PAIRS)
@@ -105,7 +105,7 @@ def _ways():
 
 WAY_OF = _ways()
 
-# What every loaded state is held against.
+# What every loaded state is compared with.
 PLAIN = [Way("plain", mode, "plain", "train") for mode in ("train", "eval")]
 
 SHARDS = Way("shards", "train", "shards", "train")
@@ -113,17 +113,17 @@ SHARDS = Way("shards", "train", "shards", "train")
 
 @dataclass(frozen=True)
 class Job:
-    """A run to go on with."""
+    """A saved run that is to be resumed."""
 
     options: str
     folder: Path  # where it was saved
     way: Way
-    adamw: bool = False  # whether AdamW is to go on from there too
-    trains: bool = True  # or is looked at, when it is loaded
+    adamw: bool = False  # whether an AdamW run is resumed from there, too
+    trains: bool = True  # False: it is only loaded and examined
 
 
 class Data(Walks):
-    """Batches that 1, 2, 3, 4 and 9 ranks share evenly."""
+    """Batches that 1, 2, 3, 4 or 9 ranks can share evenly."""
 
     def __init__(self, after=0, seed=None):
         super().__init__(batch=36, length=8, seed=seed)
@@ -132,18 +132,18 @@ class Data(Walks):
 
 
 class Trained:
-    """A model on a layout, and what trains it."""
+    """A model on a layout, and its optimiser."""
 
     def __init__(self, layout, options):
         torch.manual_seed(0)
         self.layout, self.options = layout, options
         self.model, self.called, *self._part = place(layout, Tiny().to(OPTIONS[options][1]), units=False)
-        # After its first backward pass DDP arranges its buckets anew, and sums in another order.
+        # DDP rearranges its buckets after the first backward pass, which changes the order of sums.
         loss_of(self.called, Data().next().chunk(self._part[1])[self._part[0]]).backward()
         self.model.zero_grad()
 
     def _groups(self, empty=True, **options):
-        """Matrices; all that is left, partly frozen; a frozen group; and one without parameters."""
+        """Groups: matrices; the rest, partly frozen; a frozen group; and one without parameters."""
         (block,) = self.model.blocks
         matrices, frozen = [block.up.weight, block.down.weight], list(self.model.lens.parameters())
         rest = [p for p in self.model.parameters() if all(p is not q for q in (*matrices, *frozen))]
@@ -154,7 +154,7 @@ class Trained:
     def ours(self, empty=True):
         plain = self.layout == "one" or self.layout.startswith("ddp")
         make = ProdigyPlusScheduleFree if plain else ShardedProdigyPlusScheduleFree
-        # In a few steps far enough for d to go by its estimate, no longer by the limiter.
+        # So large that after a few steps d follows its estimate, no longer the limiter.
         self.optimizer = make(self._groups(empty, **{"d0": 3e-4, **OPTIONS[self.options][0]}))
 
     def adamw(self, lr=None):
@@ -174,7 +174,7 @@ class Trained:
         load(way, folder, self.model, self.called, self.optimizer)
 
     def forget(self):
-        """Neither weights nor gradients are as they were, nor the same on all ranks."""
+        """Drop gradients and randomise the weights, differently on each rank."""
         self.model.zero_grad()
         torch.manual_seed(1 + dist.get_rank())
         with torch.no_grad():
@@ -186,7 +186,7 @@ class Trained:
         return [whole(p) for p in self.model.parameters()]
 
     def go_on(self, data):
-        """The last steps, and what has become of all."""
+        """Make the last steps; return the state before and after them, d at every step, and the weights."""
         saved = in_memory(self.optimizer)
         d = self.fit(data, AFTER)
         d += [float(group["d"]) for group in self.optimizer.metrics()]
@@ -194,7 +194,7 @@ class Trained:
 
 
 def uninterrupted(layout, options, ways, folder):
-    """Train, save in several ways, and train on; then AdamW at the step sizes that were found."""
+    """Train, save in several ways, and train on; then the same with AdamW at the step sizes found."""
     run, data = Trained(layout, options), Data()
     run.ours()
     run.fit(data, BEFORE)
@@ -216,7 +216,7 @@ def uninterrupted(layout, options, ways, folder):
 
 
 def trained(layout, options):
-    """The weights without any interruption."""
+    """The weights of a run without interruption."""
     run, data = Trained(layout, options), Data()
     run.ours()
     run.fit(data, BEFORE)
@@ -227,7 +227,7 @@ def trained(layout, options):
 
 
 def resumed(layout, jobs):
-    """Go on with runs of which nothing is known but what was saved."""
+    """Resume runs from nothing but what was saved."""
     runs = {options: Trained(layout, options) for options in {job.options for job in jobs}}
     return [resume(runs[job.options], job) for job in jobs]
 
@@ -258,7 +258,7 @@ def resume(run, job):
 
 @pytest.fixture(scope="module")
 def saved(pool, tmp_path_factory):
-    """Uninterrupted runs, and the folders where they were saved: of a layout and options one."""
+    """A function that gives the uninterrupted run of a layout and options, and the folder of its files."""
     runs = {}
 
     def get(layout, options):
@@ -274,7 +274,7 @@ def saved(pool, tmp_path_factory):
 
 
 def assert_goes_on(pool, saved, target, sources, options="default"):
-    """Go on, on ``target``, with what was saved of each source; see the module."""
+    """Assert that runs saved on each source go on on ``target``, as the module's docstring says."""
     runs = [saved(source, options) for source in sources]
     ways = [WAY_OF[source, target, options] for source in sources]
     jobs = [
@@ -300,7 +300,7 @@ def assert_goes_on(pool, saved, target, sources, options="default"):
 
 
 def assert_same_run(found, expected, case):
-    """Every rank has the same bits as without an interruption."""
+    """Assert that every rank has the bits of the uninterrupted run."""
     for ours, theirs in zip(found, expected, strict=True):
         groups = len(ours["end"][0])  # one without parameters may have been left out
         for key in ("saved", "end"):
@@ -348,8 +348,8 @@ def whole_to_uneven():
 
 
 def test_what_torch_refuses(pool):
-    """Whole tensors on every rank, where FSDP cuts unevenly what is cut already: a model's too.
+    """Loading whole tensors on every rank, also a model's, if FSDP unevenly cuts what is cut already.
 
-    ``broadcast_from_rank0=True`` does it.
+    With ``broadcast_from_rank0=True`` it works.
     """
     assert pool.run(4, whole_to_uneven) == [False] * 4

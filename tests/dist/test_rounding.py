@@ -1,4 +1,4 @@
-"""What is rounded to bfloat16, and what is compiled, on shards as on one process."""
+"""Rounding to bfloat16, and compiled passes, on shards: as in one process."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def on_mesh(mesh_name, kind, steps):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mesh_name", ["fsdp2", "uneven", "fsdp_tp"])
 def test_a_shard_draws_the_noise_that_the_whole_draws(pool, mesh_name, kind):
-    """Of one step, since from the first rounding that a last bit decides two runs go their own ways."""
+    """Compares one step: two runs diverge from the first rounding that a last bit decides."""
     mesh, (dtype, options) = MESHES[mesh_name], KINDS[kind]
     expected, _ = play(ProdigyPlusScheduleFree, Fed(*mesh.shapes, dtype=dtype), {"d0": 1e-3, **options}, 1)
     first, *others = pool.run(mesh.ranks, on_mesh, mesh_name, kind, 1)
@@ -46,7 +46,7 @@ def test_a_shard_draws_the_noise_that_the_whole_draws(pool, mesh_name, kind):
             seen, rounded = seen + value.numel(), rounded + (found != value).sum().item()
         for other in others:
             assert torch.equal(other[0][key], found), key
-    # Of other noise, every tenth would differ, and more.
+    # With different noise, at least every tenth would differ.
     assert rounded <= 0.002 * seen
 
 

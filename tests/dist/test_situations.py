@@ -1,4 +1,4 @@
-"""What users do with sharded models: constraints, evaluations, parameters that are frozen, other wrappers."""
+"""What users do with sharded models: constraints, evaluations, frozen parameters, other wrappers."""
 
 import functools
 import warnings
@@ -55,7 +55,10 @@ def test_constraints_on_shards(pool, name):
 
 
 def losses(evaluates, root):
-    """Of steps between which the average is evaluated, at a root that FSDP2 leaves gathered."""
+    """The losses of steps between which the average is evaluated.
+
+    By default FSDP2 leaves the root's weights gathered after a forward pass.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 5))
     mesh = init_device_mesh("cpu", (2,))
@@ -93,7 +96,7 @@ def test_a_step_after_an_evaluation_trains_the_weights_of_training(pool, how, ro
 
 
 def main_copies(optimizer_class):
-    """A wrapper's own copies of weights, which require no gradient and are given some."""
+    """Train a wrapper's own copies of weights, which require no gradient but are given one."""
     problem = Fed((16, 16), (5,))
     problem.parameters = [p.detach().clone() for p in problem.parameters]
     optimizer = optimizer_class([nn.Parameter(p) for p in problem.parameters], d0=1e-2)
@@ -112,7 +115,7 @@ def test_what_is_given_a_gradient_is_trained(pool):
 
 
 def frozen_after_backward(name, sharded):
-    """Parameters are frozen between a backward pass and its step, of which one rank has no gradient."""
+    """Parameters are frozen between a backward pass and its step; one rank lacks a gradient of one."""
     mesh = MESHES[name]
     problem = Fed(*mesh.shapes)
     if sharded:
@@ -148,7 +151,7 @@ def test_ranks_agree_on_what_is_frozen_between_backward_and_step(pool):
 
 def zero_redundancy(*args, **options):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what torch itself compiles at this import
+        warnings.simplefilter("ignore")  # torch compiles something at this import, and warns
         from torch.distributed.optim import ZeroRedundancyOptimizer
     return ZeroRedundancyOptimizer(*args, **options)
 
@@ -181,7 +184,7 @@ def with_zero(make):
 
 @pytest.mark.parametrize("make", [ProdigyPlusScheduleFree, ShardedProdigyPlusScheduleFree])
 def test_zero_redundancy_optimizer_is_refused(pool, make):
-    """It would give every rank a step size of its own."""
+    """It would find a step size of its own on every rank."""
     for found in pool.run(2, with_zero, make):
         assert "process_group" in found
         assert make.__name__ in found
@@ -209,7 +212,7 @@ def average_in_full(tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tied_weights_are_saved_under_each_name(pool, tied):
-    """Each in a memory of its own, as safetensors needs."""
+    """Each has memory of its own, as safetensors requires."""
     saved, nothing = pool.run(2, average_in_full, tied)
     assert nothing == {}
     assert saved.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}

@@ -1,4 +1,4 @@
-"""Batches of kernels that stand from step to step on a mesh, where ranks may differ in it."""
+"""Batches that are reused from step to step on a mesh, where ranks may differ in whether they reuse them."""
 
 from unittest import mock
 
@@ -56,7 +56,7 @@ def gradient_by_columns(parameters, optimizer, rank):
     grad._local_tensor = grad._local_tensor.t().contiguous().t()
 
 
-# Of each change, whether the batches stand on rank 0 and on rank 1: in its step, and in the next.
+# For each change, whether rank 0 and rank 1 reuse their batches: in its step, and in the next.
 CHANGES = {
     unchanged: ([True, True], [True, True]),
     no_gradient_on_a_rank: ([True, False], [True, True]),
@@ -70,10 +70,10 @@ CHANGES = {
 
 
 def steps(mesh, changes):
-    """Two like runs: of one the batches may stand, of the other they are found anew at every step.
+    """Two equal runs: one may reuse its batches, the other makes new ones in every step.
 
     Returns:
-        Of each step, whether those of the first stood; and whether both runs ended at the same weights.
+        For each step, whether the first run reused its batches; and whether both end with the same weights.
     """
     import tests.interpreting  # noqa: F401
 
@@ -106,7 +106,7 @@ def test_a_change_has_them_found_anew(pool, change):
 
 
 def test_a_parameter_that_is_frozen(pool):
-    """It takes part while others may have a gradient of it: in the first step after it was frozen."""
+    """In the first step after it was frozen it still takes part, as other ranks may have its gradient."""
     changes = [unchanged, unchanged, frozen, *[frozen_without_gradient] * 3]
     assert pool.run(2, steps, "rows", changes) == [([False, True, True, False, True, True], True)] * 2
 

@@ -1,4 +1,4 @@
-"""The private names of torch that ``prodigyplus_dist`` uses are there, and do what they are used for."""
+"""The private names of torch that ``prodigyplus_dist`` uses exist, and do what they are used for."""
 
 from datetime import timedelta
 
@@ -29,7 +29,7 @@ def looked_up():
     torch_private.reshard_modules_of({*managed})
     before = torch_private.groups_of_this_rank()
     made = dist.new_group(timeout=timedelta(seconds=77))
-    dist.barrier()  # no rank leaves before all have connected to the new group
+    dist.barrier()  # no rank may leave before all have connected to the new group
     return (
         managed == {*model.parameters()},
         [bool(group._is_hsdp) for group in groups],

@@ -1,4 +1,4 @@
-"""Real training on every way to wrap a model, against one process, and against AdamW on the same."""
+"""Real training with every way to wrap a model: how far it is from one process, compared with AdamW."""
 
 import functools
 
@@ -38,7 +38,7 @@ def ours():
 
 @functools.cache
 def adamw():
-    """At the step size that Prodigy found, so that both go as far."""
+    """AdamW at the learning rate that Prodigy found, so that both move the weights as far."""
     return in_one_process(functools.partial(torch.optim.AdamW, lr=ours()[1][-1]))
 
 

@@ -1,4 +1,4 @@
-"""Ways to wrap a model that leave the parameters of one step other objects than those of construction."""
+"""Ways to wrap a model after which a step's parameters are not the objects that were passed at first."""
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh

@@ -1,6 +1,6 @@
-"""The golden runs: a problem that whoever plays it computes alike, and the options it is played with.
+"""The golden runs: a problem with the same numbers on every processor, and the options it is played with.
 
-Imported by make.py beside the oracle and by the tests beside our own package; imports neither.
+make.py imports this with the published packages, the tests with ours; this imports neither.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor
 
 STEPS = 120
 
-# What is kept of every step of a run, of each group: its step size, and the evidence that moves it.
+# The numbers of a group that are kept at every step of a run: d, and the evidence that moves it.
 CURVES = ("d", "d_numerator", "d_denom")
 
-# Every number of dimensions from 0 to 4; wide, square, tall; factored and too small for it; equal sizes.
+# 0 to 4 dimensions; wide, square and tall; factored, and too small for that; equal sizes.
 SHAPES = ((), (1,), (50,), (12, 40), (36, 36), (64, 20), (31, 7), (3, 33, 10), (34, 6, 3, 3), (8, 6, 3, 3))
 
 
 @dataclass(frozen=True)
 class Case:
     options: dict[str, Any] = field(default_factory=dict)
-    # How many parameters each group takes, and what its options are beside the case's.
+    # How many parameters each group takes, and its options besides the case's.
     groups: tuple[tuple[int, dict[str, Any]], ...] = ((len(SHAPES), {}),)
-    # A schedule: what lr is multiplied with at a step, from 0.
+    # The lr at each step, counted from 0.
     schedule: Callable[[int], float] | None = None
     steps: int = STEPS
-    # Of each tensor, every so-manieth element is kept.
+    # Every how-many-th element of each tensor is kept.
     every: int = 1
-    # The fractions of the run after which the weights are kept: some before it turns chaotic, if it does.
+    # The fractions of the run after which the weights are kept; early ones, in case it turns chaotic.
     kept_at: tuple[float, ...] = (1,)
 
     @property
     def kept_steps(self) -> list[int]:
-        """The numbers of steps after which the weights are kept."""
+        """The steps after which the weights are kept."""
         return [round(fraction * self.steps) for fraction in self.kept_at]
 
 
@@ -72,7 +72,7 @@ CASES = {
     "adam_atan2_groups": Case({**_NO_SF, "eps": None, "use_stableadamw": False, "split_groups": False}, _TWO),
 }
 
-_SPEED = {"use_speed": "relative"}  # 2.0.1's; it is True there
+_SPEED = {"use_speed": "relative"}  # 2.0.1's SPEED, which is use_speed=True there
 _BIAS, _CAUTIOUS, _GRAMS = {"use_bias_correction": True}, {"use_cautious": True}, {"use_grams": True}
 _ADOPT, _ORTHOGRAD, _FOCUS = (
     {"use_adopt": True},
@@ -89,7 +89,7 @@ _ALONE = {
     "grams": _GRAMS,
     "adopt": _ADOPT,
     "orthograd": _ORTHOGRAD,
-    "focus": {**_FOCUS, "d0": 2e-6},  # at which no sign hangs on a last bit
+    "focus": {**_FOCUS, "d0": 2e-6},  # with this d0, no sign depends on a last bit
 }
 
 _OFTEN: dict[str, Any] = {"every": 7, "kept_at": (0.5, 0.75, 1)}
@@ -143,7 +143,7 @@ PAIR_CASES = {
     for name, pair in _PAIRS.items()
 }
 
-# The same, rounded to bfloat16: single steps from a state that the oracle has reached.
+# Cases in bfloat16: single steps from a state that the oracle has reached.
 BFLOAT16_CASES = {
     "default": Case(),
     "full": Case({"factored": False}),
@@ -152,8 +152,8 @@ BFLOAT16_CASES = {
     "adam": Case(_NO_SF),
 }
 
-# The reference Prodigy, and our options where they come to the same algorithm. One thing is left over: it
-# divides by sqrt(V) + d·eps with the d of the step's end, we with that of its start. So eps is small here.
+# The reference Prodigy, and our options that come to the same algorithm, but for one thing: it divides by
+# sqrt(V) + d·eps with the d of the step's end, we with that of its start. So eps is small in most cases.
 _PRODIGY = {
     "use_schedulefree": False,
     "factored": False,
@@ -180,7 +180,7 @@ ANCESTOR_CASES = {
 }
 
 
-# Schedule-Free's RAdam at a fixed learning rate: ours where Prodigy never moves d from d0.
+# Schedule-Free's RAdam at a fixed learning rate; it equals ours if Prodigy never moves d from d0.
 _RADAM = {
     "use_bias_correction": True,
     "prodigy_steps": 1,
@@ -201,21 +201,20 @@ RADAM_CASES = {
 
 
 class Numbers:
-    """Random numbers of which every bit is the same on every processor, and with every build of torch.
+    """Random numbers that are the same to the bit on every processor, and with every build of torch.
 
-    numpy promises that the words of its bit generators never change. They are made into float32 by exact
-    operations alone. ``torch.randn`` and ``exp`` are not like that: their last bits hang on the instructions
-    that a processor has.
+    numpy promises that the words of its bit generators never change, and exact operations turn them into
+    float32. ``torch.randn`` and ``exp`` would not do: their last bits depend on the processor's instructions.
 
     Args:
-        seed: Of the generator.
+        seed: The generator's seed.
     """
 
     def __init__(self, seed: int) -> None:
         self._words = np.random.PCG64(seed)
 
     def _bits(self, shape: Sequence[int], *counts: int) -> list[np.ndarray]:
-        """A word for each element, cut into integers of so many bits; of shape (elements,)."""
+        """A random word for each element, cut into integers of these bit counts; shapes (elements,)."""
         words, pieces = self._words.random_raw(math.prod(shape)), []
         for bits in counts:
             pieces.append((words & np.uint64(2**bits - 1)).astype(np.int32))
@@ -223,28 +222,28 @@ class Numbers:
         return pieces
 
     def bells(self, shape: Sequence[int]) -> Tensor:
-        """Of mean 0 and standard deviation 1, within ±3: sums of three uniform numbers of 16 bits."""
+        """Numbers of mean 0 and standard deviation 1, within ±3: sums of three uniform 16-bit numbers."""
         total = sum(self._bits(shape, 16, 16, 16))
         return torch.from_numpy(np.ldexp((2 * total - 3 * 0xFFFF).astype(np.float32), -16)).reshape(shape)
 
     def positives(self, shape: Sequence[int]) -> Tensor:
-        """From 1/8 to 16, half of them from 2/3 to 10/3: uniform in an octave, mostly a middle one."""
+        """Numbers from 1/8 to 16, uniform within an octave, mostly a middle one; half are in [2/3, 10/3]."""
         fraction, one, another = self._bits(shape, 16, 2, 2)
         mantissa = 1 + np.ldexp(fraction.astype(np.float32), -16)
         return torch.from_numpy(np.ldexp(mantissa, one + another - 3)).reshape(shape)
 
     def signs(self, shape: Sequence[int]) -> Tensor:
-        """−1, 0, 0 or 1."""
+        """−1, 0 or 1, with 0 twice as likely."""
         one, another = self._bits(shape, 1, 1)
         return torch.from_numpy((one - another).astype(np.float32)).reshape(shape)
 
 
 class Perturbation:
-    """Puts tensors off by some last bits, up or down.
+    """Changes tensors by some last bits, up or down.
 
     Args:
-        seed: Which way.
-        last_bits: How many.
+        seed: Decides which elements go up and which down.
+        last_bits: By how many last bits.
     """
 
     def __init__(self, seed: int, last_bits: int) -> None:
@@ -258,12 +257,12 @@ class Perturbation:
 class Problem:
     """A noisy quadratic in each parameter: ``g = curvature·(w − target) + noise``.
 
-    Its numbers are exact and its gradients are products and sums of two numbers each, which every processor
-    rounds alike: the same weights have the same gradients everywhere, to the bit.
+    Its numbers are exact, and its gradients are products and sums of two numbers each, which every processor
+    rounds alike. So the same weights have the same gradients everywhere, to the bit.
 
     Args:
-        dtype: Of the parameters.
-        shapes: Of the parameters.
+        dtype: The parameters' dtype.
+        shapes: The parameters' shapes.
     """
 
     def __init__(
@@ -286,12 +285,12 @@ class Problem:
         return groups
 
     def perturb(self, perturbation: Perturbation, weights_too: bool = False) -> None:
-        """From now on, gradients are off by some last bits of what is summed in them; and weights, too."""
+        """From now on, perturb the terms that gradients sum; with ``weights_too``, the weights as well."""
         self._perturbation, self._weights_too = perturbation, weights_too
 
     @torch.no_grad()
     def backward(self) -> None:
-        """Put a gradient into each parameter."""
+        """Give each parameter a gradient."""
         for p, target, curvature in zip(self.parameters, self._targets, self._curvatures, strict=True):
             noise = self._numbers.bells(p.shape)
             exact = torch.promote_types(p.dtype, torch.float32)
@@ -299,13 +298,13 @@ class Problem:
             if self._perturbation is not None:
                 for values in (signal, p) if self._weights_too else (signal,):
                     self._perturbation.apply_(values)
-            # Scaled by powers of two, which is exact: with or without a fused multiply-add it is the same.
+            # Scaling by powers of two is exact, so a fused multiply-add makes no difference.
             grad = (signal + 2**-2 * noise).mul_(2**-7)
             p.grad = grad.to(p.dtype)
 
     @torch.no_grad()
     def loss(self) -> float:
-        """What the gradients, but for their noise, are those of; in units of 2**-7."""
+        """The loss that the gradients, without their noise, belong to; in units of 2**-7."""
         return sum(
             float((curvature * (p.to(target.dtype) - target).square()).sum()) / 2
             for p, target, curvature in zip(self.parameters, self._targets, self._curvatures, strict=True)
@@ -315,17 +314,18 @@ class Problem:
 def play(
     optimizer: torch.optim.Optimizer, problem: Problem, case: Case, curves: Sequence[str] = CURVES
 ) -> dict[str, np.ndarray]:
-    """Make the steps of a case, and keep of them what two packages are compared by.
+    """Make the steps of a case, and keep the numbers by which two packages are compared.
 
     Args:
-        optimizer: Of the problem's parameters, in the case's groups.
-        problem: What is played.
-        case: How.
+        optimizer: An optimiser of the problem's parameters, in the case's groups.
+        problem: The problem.
+        case: The case.
         curves: The numbers of a parameter group that are kept.
 
     Returns:
-        Each curve, of shape (steps, groups); "weights" at the case's steps, (kept steps, kept elements); and
-        "z" at the end, (kept elements,), if the optimiser has one. :func:`tensors` cuts them.
+        Each curve, of shape (steps, groups); "weights" after the case's kept steps, of shape (kept steps,
+        kept elements); and "z" at the end, of shape (kept elements,), if the optimiser has one.
+        :func:`tensors` splits them by tensor.
     """
     numbers: dict[str, list[list[float]]] = {name: [] for name in curves}
     weights = []
@@ -346,29 +346,30 @@ def play(
 
 
 def _kept(case: Case, tensors: Sequence[Tensor]) -> np.ndarray:
-    """What is kept of the tensors, one after another; of shape (kept elements,)."""
+    """The kept elements of all tensors, one after another; shape (kept elements,)."""
     return torch.cat([tensor.detach().flatten()[:: case.every] for tensor in tensors]).numpy()
 
 
 def tensors(kept: np.ndarray, case: Case) -> list[np.ndarray]:
-    """What is kept of each tensor, from what is kept of all: of shape (…, kept elements)."""
+    """Split the kept elements of all tensors by tensor; shapes (…, kept elements)."""
     sizes = [-(-math.prod(shape) // case.every) for shape in SHAPES]
     return np.split(kept, np.cumsum(sizes)[:-1], axis=-1)
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """The relative distance of two tensors, or of several pairs, in the norm over the last dimension."""
+    """The relative distance between two tensors, or several pairs: the 2-norm over the last dimension."""
     return np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
 
 
 def distances(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], case: Case
 ) -> dict[str, np.ndarray]:
-    """How far a run is from another, in units of the other.
+    """How far a run is from another, relative to the other.
 
     Returns:
-        Of each curve, at each step the most of any group, in units of the largest so far; of shape (steps,).
-        Of "weights" and "z", of each tensor; of shape (kept steps, tensors) and (1, tensors).
+        For a curve, the largest distance of any group at each step, relative to the largest value so far;
+        shape (steps,). For "weights" and "z", each tensor's distance; shapes (kept steps, tensors) and
+        (1, tensors).
     """
     result = {}
     for name in theirs.keys() & {*CURVES}:

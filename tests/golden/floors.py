@@ -1,16 +1,16 @@
-"""How near two runs must be that are the same but for their roundings: bounds, from what was measured.
+"""How close two runs must be that differ only in rounding: bounds that follow from measurements.
 
 A processor's instructions, its libraries and the order of a package's operations decide the last bits of a
-step. What they do to a run is measured where the golden runs are made: the package itself is played again,
-several times, with gradients off by some last bits of the terms that are summed in them, so that one that is
-nearly zero may change its sign. How far those runs are from the unperturbed one is kept, for each step, as
-the noise floor. A run of ours is held to a few times that floor.
+step. What that does to a run is measured when the golden runs are made: the package itself runs again,
+several times, with some last bits changed in the terms that gradients sum. (So a gradient that is almost zero
+may change its sign.) The largest distance of these runs from the unperturbed one, at each step, is the noise
+floor. Our runs must stay within a few times that floor.
 
-Options that decide by signs, and roundings to bfloat16, turn a last bit into a jump, and at the step sizes of
-the end the jumps feed one another: perturbed runs part, and no longer say what a run should be. So a run is
-compared only up to the last step at which all perturbed runs are still within ``AGREE`` of it.
+Options that go by signs, and rounding to bfloat16, turn a last bit into a jump, and with the large step sizes
+at the end one jump causes others. Perturbed runs then diverge, and no longer tell what a run should be. So a
+run is compared only as long as all perturbed runs are within ``AGREE`` of the unperturbed one.
 
-Imported by make.py beside the oracle and by the tests beside our own package; imports neither.
+make.py imports this with the published packages, the tests with ours; this imports neither.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ from typing import Any
 import numpy as np
 import torch
 
-# By how many last bits the gradients of a perturbed run are off. A step rounds a dozen times, and each
-# package and processor in another order: off by one last bit, perturbed runs parted up to 16 times less than
-# ours and the package's do. Jumps, too, come more often, so that the floor has seen those that are rare.
+# By how many last bits a perturbed run's gradients are changed. A step rounds a dozen times, in another order
+# in each package and on each processor: with one last bit, perturbed runs diverged up to 16 times less than
+# our runs from the package's. With more, jumps come more often, too, so that the floor includes rare ones.
 LAST_BITS = 8
 
-# The same with FOCUS, which takes nothing of a gradient but its sign. Its weights move by equal amounts, and
-# their roundings add up, not average out: after 92 steps, a gradient was off by 22 last bits of its terms.
+# The same for FOCUS, which uses only a gradient's sign. Its weights move by equal amounts, so their roundings
+# add up instead of averaging out: after 92 steps, a gradient was off by 22 last bits of its terms.
 LAST_BITS_OF_FOCUS = 64
 
-# How many perturbed runs a floor is the furthest of.
+# How many perturbed runs a floor is the largest distance of.
 PERTURBATIONS = 8
 
-# How far from one another perturbed runs may be that still say where a run should be.
+# How far perturbed runs may be from the unperturbed one and still tell what a run should be.
 AGREE = 1e-3
 
-# Of how many floors a bound is. In two thirds of the cases, each perturbed run is within that many of the
-# floor that its others give; in the rest, a jump of one is not. The package itself, made to take torch's
-# plainest kernels, is nowhere further from its runs with AVX2 than 0.43 of the bounds.
+# How many times the floor a bound is. In two thirds of the cases, each perturbed run is within the bound that
+# the others give; in the rest, one run has a jump that the others lack. The package itself with torch's
+# plainest kernels is never further than 0.43 of the bounds from its own runs with AVX2.
 SAFETY = 3
 
-# What the roundings of the packages themselves may come to where the perturbed runs are nearer than that: so
-# many last bits of the dtype, over a run and in a single step.
+# The least bounds, in last bits of the dtype, over a run and in a single step: the packages' own roundings
+# may come to that where perturbed runs are closer.
 ROUNDINGS = 64
 ROUNDINGS_OF_A_STEP = 8
 
-# A jump comes some steps earlier or later where the last bits are others.
+# With other last bits, a jump may come this many steps earlier or later.
 WINDOW = 10
 
 
 def last_bits(options: Mapping[str, Any]) -> int:
-    """By how many last bits the gradients of a perturbed run with these options are off."""
+    """By how many last bits a perturbed run's gradients are changed, with these options."""
     return LAST_BITS_OF_FOCUS if options.get("use_focus") else LAST_BITS
 
 
 def furthest(distances: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The noise floor: how far perturbed runs are from the unperturbed at most.
+    """The noise floor: the largest distances of perturbed runs from the unperturbed one.
 
     Args:
-        distances: Of each perturbed run, as :func:`tests.golden.cases.distances` gives them.
+        distances: Those of each perturbed run, from :func:`tests.golden.cases.distances`.
 
     Returns:
-        Under the same names: of a curve, of shape (steps,); of tensors, the most of any, (kept steps,).
+        By the same names: for a curve, shape (steps,); for tensors, the largest of any, shape (kept steps,).
     """
 
     def of_any_tensor(values: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ def furthest(distances: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]
 
 
 def held(floor: np.ndarray) -> int:
-    """Over how many steps, of all that a floor is of, a run is compared."""
+    """For how many of the floor's steps a run is compared."""
     apart = np.flatnonzero(~(floor <= AGREE))
     return int(apart[0]) if apart.size else len(floor)
 
@@ -83,12 +83,12 @@ def held(floor: np.ndarray) -> int:
 def bounds(
     floor: np.ndarray, dtype: torch.dtype = torch.float32, window: int = 0, roundings: int = ROUNDINGS
 ) -> np.ndarray:
-    """How far a run may be from the golden one; of shape (held steps,).
+    """How far a run may be from the golden one; shape (held steps,).
 
     Args:
-        floor: The noise floor; of shape (steps,) or (kept steps,).
-        dtype: In which the runs were made.
-        window: That many steps before and after count too; ``WINDOW`` for a curve.
+        floor: The noise floor; shape (steps,) or (kept steps,).
+        dtype: The dtype that the runs were made in.
+        window: How many steps before and after count, too; ``WINDOW`` for a curve.
         roundings: The least bound, in last bits.
     """
     count = held(floor)

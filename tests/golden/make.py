@@ -1,32 +1,32 @@
-"""Make the golden runs: play cases.py with the published packages, and keep what came of it.
+"""Make the golden runs: play the cases of cases.py with the published packages, and keep the results.
 
     pip install --no-deps --target ORACLE prodigy-plus-schedule-free==2.0.1
     pip install --no-deps --target ANCESTOR prodigyopt==1.1.2
     pip install --no-deps --target SCHEDULEFREE schedulefree==1.4.1
     python tests/golden/make.py ORACLE ANCESTOR SCHEDULEFREE [FILE ...]
 
-The first, the oracle, has our import name, so it runs in a process without us. It is corrected in the places
-where we differ on purpose and the numbers would show it:
+"The oracle" is the first of these. It has our import name, so our package must not be imported in the same
+process. It is corrected where we differ on purpose and the numbers would show it:
 
 - the row factor of tall tensors is normalised by its true mean;
-- p0 is kept in the weight's dtype, and what it is compared with and multiplied by is in float32 at least. The
-  package rounds p0 to bfloat16, whose distance to the weights is progress that nobody made, and takes both
-  in bfloat16 where the weights are;
-- ‖s‖₁ of a tensor is summed in float32. The package rounds it to bfloat16, the dtype that s is stored in,
-  which puts up to 0.4 % on a tensor's share of d's denominator, and turns a last bit of a gradient into
-  as much where it tips the rounding;
+- p0 is kept in the weight's dtype, and compared and multiplied in float32 at least. The package rounds p0 to
+  bfloat16, so that the rounding passes for progress, and computes in bfloat16 if the weights are bfloat16;
+- ‖s‖₁ of a tensor is summed in float32. The package rounds the sum to bfloat16, the dtype that s is stored
+  in. That changes a tensor's share of d's denominator by up to 0.4 %, and a last bit of a gradient may decide
+  how it is rounded;
 - OrthoGrad leaves tensors of one element alone;
-- without Schedule-Free, Cautious applies its mask, which the package computes and does not use;
-- without Schedule-Free, ADOPT normalises d·g, by the deviation of d·g. The package divides g by it, which is
-  1/d too much and saturates ADOPT's clamp, and then moves by d times what it should: its d stays at d0.
+- without Schedule-Free, Cautious applies its mask, which the package computes but does not use;
+- without Schedule-Free, ADOPT divides d·g by the root of the second moment of d·g. The package divides g by
+  it, which is too large by 1/d and saturates ADOPT's clamp. It then moves by d times what it should, and its
+  d stays at d0.
 
-Each run is played again, several times over, as floors.py says. How far that takes a run at most is kept
-beside it, as its noise floor; and how far one of those runs is from it, in units of the bounds that its
+Each run is repeated several times with perturbations, as floors.py says. Two things are kept with it: the
+noise floor, and "excess", how far one of the repetitions is off at most, relative to the bounds that the
 others give.
 
-The others, the reference Prodigy and Schedule-Free's RAdam, are played in float64, where no storage dtype
-comes between us. The first decays its weights before it moves them, we in the same product: in its perturbed
-runs, the weights are off too. Where files are named, only they are made.
+The reference Prodigy and Schedule-Free's RAdam run in float64, where the dtypes that state is stored in make
+no difference. The reference Prodigy decays the weights before it moves them, while we do both at once; so in
+its perturbed runs, the weights are perturbed, too. If files are named, only they are made.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def oracle(folder: str) -> type[torch.optim.Optimizer]:
             moment = super().update_first_moment(state, group, grad, beta1)
             if group["use_adopt"]:
                 moment = moment / group["d"]
-            if group["use_cautious"]:  # the caller multiplies the gradient with the moment: make it the mask
+            if group["use_cautious"]:  # the caller multiplies moment and gradient: put the mask in its place
                 mask = (grad * moment > 0).float()
                 grad.copy_(mask / mask.mean().clamp(min=1e-3))
             return moment
@@ -122,9 +122,9 @@ def golden(
     curves: Sequence[str] = CURVES,
     weights_too: bool = False,
 ) -> dict[str, np.ndarray]:
-    """A run, its noise floor under "floor.…", and "excess": see :func:`excess`.
+    """A run, with its noise floor under "floor.…" and its :func:`excess` under "excess".
 
-    With ``weights_too``, the weights are perturbed beside the gradients.
+    With ``weights_too``, perturbed runs have perturbed weights, too.
     """
     options = {**case.options}
     if "use_speed" in options:
@@ -146,7 +146,7 @@ def golden(
 
 
 def excess(distances: Sequence[Mapping[str, np.ndarray]], dtype: torch.dtype) -> float:
-    """How far a perturbed run is at most, in units of the bound that the others give; 1 is within."""
+    """How far a perturbed run is off at most, relative to the bounds that the others give."""
     found = 0.0
     for number, one in enumerate(distances):
         own = furthest([one])
@@ -158,7 +158,7 @@ def excess(distances: Sequence[Mapping[str, np.ndarray]], dtype: torch.dtype) ->
 
 
 def single_steps(optimizer_class: type[torch.optim.Optimizer], case: Case) -> dict[str, np.ndarray]:
-    """The state before and after one step, a few times along a run in bfloat16."""
+    """The state before and after a step, at a few steps of a run in bfloat16."""
     problem = Problem(torch.bfloat16)
     optimizer = optimizer_class(problem.groups(case), stochastic_rounding=False, **case.options)
     kept: dict[str, np.ndarray] = {}

@@ -1,14 +1,14 @@
-"""Make the states of published_cases.py: play them with the published package, save, and play on.
+"""Make the states of published_cases.py: run the published package, save its state, and run on.
 
     pip install --no-deps --target ORACLE prodigy-plus-schedule-free==2.0.1
     python tests/golden/make_published.py 2.0.1 ORACLE
     pip install --no-deps --target OLDER prodigy-plus-schedule-free==1.9.0
     python tests/golden/make_published.py 1.9.0 OLDER
 
-Where cases are named after that, only they are made.
+If names of cases follow, only these are made.
 
-The package as it is published saves; what 2.0.1 then plays on is corrected as make.py says. It is played on
-several times over, as floors.py says, for the noise floor.
+The package as it is published makes the state. The steps after that are made by 2.0.1 with make.py's
+corrections, and by 1.9.0 as it is. They are repeated several times, as floors.py says, for the noise floor.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from published_cases import AFTER, EVERY, SAVED, SHAPES, Saved
 def play(
     corrected: type[torch.optim.Optimizer], saved: Saved, perturbed: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is saved; and of the steps that follow: d, the loss, and the weights after the first and last.
+    """What is saved; and from the steps after it, d, the loss, and the weights after the first and the last.
 
     Args:
-        corrected: The package, corrected; its base is the package as published.
-        saved: What is played.
-        perturbed: The seed of a perturbation of the steps that follow; None for none.
+        corrected: The package with corrections; its base class is the package as published.
+        saved: The case to play.
+        perturbed: The seed of a perturbation of the steps after the save; None for none.
     """
     problem = Problem(saved.dtype, shapes=SHAPES)
     parameters = problem.parameters
@@ -76,7 +76,7 @@ def play(
 def noise_floor(
     corrected: type[torch.optim.Optimizer], saved: Saved, unperturbed: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """How far perturbed runs are at most: in d at each step, in weights of any parameter."""
+    """The largest distances of perturbed runs: in d at each step, and in the weights of any parameter."""
     floor = {"d": torch.zeros(AFTER), "first": torch.zeros(1), "last": torch.zeros(1)}
     for seed in range(PERTURBATIONS):
         _, run = play(corrected, saved, seed)

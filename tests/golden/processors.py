@@ -1,10 +1,10 @@
-"""Play the tests against the golden runs with each set of instructions that this processor has.
+"""Run the tests against the golden runs with each instruction set that this processor has.
 
     python tests/golden/processors.py [--next] [PYTEST ARGUMENT ...]
 
-torch has kernels for several, which round differently, and takes the best ones unless it is told. With
-``--next`` only those that come next to the best are taken, or the best where there are no others: the suite
-itself is run with the best, and leaves pairs of options to this.
+torch has CPU kernels for several instruction sets, which round differently, and takes the best ones unless it
+is told otherwise. With ``--next``, only the second-best are used, or the best if there are no others: the
+test suite itself runs with the best, but leaves pairs of options to this script.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ TESTS = ["tests/single/test_parity.py"] + [
     f"tests/single/test_published.py::test_{name}" for name in PUBLISHED
 ]
 CHOICE = "ATEN_CPU_CAPABILITY"
-KERNELS = ["default", "avx2", "avx512"]  # each processor has the first ones of these, or only the first
+KERNELS = ["default", "avx2", "avx512"]  # a processor has the first one, two or three of these
 
 
 def best() -> str:
-    """The kernels that torch takes unless told; asked of a process that is not told."""
+    """The kernels that torch takes by default, as a process without the variable reports them."""
     environment = {key: value for key, value in os.environ.items() if key != CHOICE}
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
     asked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)

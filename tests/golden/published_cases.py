@@ -1,6 +1,6 @@
-"""States saved by the published package, and how its runs went on: what make_published.py plays.
+"""The cases that make_published.py plays: states saved by the published package, and how its runs went on.
 
-Imported by it beside the package and by the tests beside our own; imports neither.
+make_published.py imports this with the published package, the tests with ours; this imports neither.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AFTER = 40  # steps
+AFTER = 40  # steps after the save
 
-# Of each tensor, every so-manieth element is kept.
+# Every 7th element of a tensor is kept.
 EVERY = 7
 
-# Factored ones are wide, tall, a batch of wide ones, of tall ones, and a convolution.
+# Those that are factored: wide, tall, a batch of wide ones, a batch of tall ones, and a convolution.
 SHAPES = (
     *((), (1,), (30,), (15, 7), (4, 3, 3, 3)),
     *((8, 36), (36, 8), (2, 4, 33), (2, 33, 3), (32, 2, 2, 2)),
 )
-TALL = (6, 8, 9)  # by their numbers: where we differ on purpose
+TALL = (6, 8, 9)  # the numbers of tall tensors, with which we differ on purpose
 
 Groups = tuple[tuple[int, dict[str, Any]], ...]
 
@@ -30,10 +30,10 @@ Groups = tuple[tuple[int, dict[str, Any]], ...]
 @dataclass(frozen=True)
 class Saved:
     version: str
-    options: dict[str, Any] = field(default_factory=dict)  # the package's
+    options: dict[str, Any] = field(default_factory=dict)  # those of the published package
     # How many parameters each group takes, and its options.
     groups: Groups = ((len(SHAPES), {}),)
-    before: int = 60  # the step after which it is saved: d has left d0, and grows on if it is not frozen
+    before: int = 60  # the step after which it is saved: d has left d0, and still grows unless frozen
     mode: str = "train"
     dtype: torch.dtype = torch.float32
     without_gradient: tuple[int, ...] = ()
@@ -52,7 +52,7 @@ _TWO: Groups = ((4, {}), (6, {"d_coef": 2.0, "weight_decay": 0.02}))
 _HALVES: Groups = ((4, {}), (6, {}))
 _NO_SF, _NO_STABLE = {"use_schedulefree": False}, {"use_stableadamw": False}
 _SPEED = {"use_speed": True}
-_SOON = {"d0": 1e-3}  # from where few samples, too, make progress that the rounding of p0 does not hide
+_SOON = {"d0": 1e-3}  # so large that even few samples make progress that the rounding of p0 does not hide
 
 SAVED = {
     "2.0_default": Saved("2.0.1"),

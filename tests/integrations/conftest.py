@@ -5,6 +5,6 @@ from tests.integrations.processes import SERVER
 
 @pytest.fixture(scope="session", autouse=True)
 def _server():
-    """One for all of them; it ends with them."""
+    """Stop the server that these tests share, after the last of them."""
     yield
     SERVER.stop()

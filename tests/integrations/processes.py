@@ -1,7 +1,7 @@
-"""Run a test in processes of its own, that have imported the frameworks: importing them takes seconds.
+"""Runs a test in processes of its own that have already imported the frameworks, which takes seconds.
 
-A test that is marked ``@processes(2)`` runs as ranks 0 and 1 of a gloo process group; in pytest's process
-nothing of it runs. Its arguments are fixtures and parameters that JSON can say, or paths.
+A test that is marked ``@processes(2)`` runs as ranks 0 and 1 of a gloo process group, and not in pytest's own
+process. Its arguments are fixtures and parameters that JSON can represent, or paths.
 """
 
 import functools
@@ -15,18 +15,18 @@ import pytest
 from tests.serving import ROOT, Server
 
 FRAMEWORKS = ("transformers", "accelerate", "peft", "trl", "diffusers")
-# No GPU, no hub, one thread.
+# No GPU, no access to the hub, one thread.
 QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
 
 
 def needs(*names):
-    """Skip a test where a framework is not installed, without importing it."""
+    """Skip a test if a framework is not installed, without importing it."""
     missing = [name for name in names if find_spec(name) is None]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
 
 
 class Forking(Server):
-    """The process that they are forked from: see server.py."""
+    """The process that tests' processes are forked from: see server.py."""
 
     def __init__(self):
         super().__init__("tests.integrations.server", {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)})
@@ -51,7 +51,7 @@ SERVER = Forking()
 
 
 def processes(size):
-    """Run a test as ``size`` ranks; one of 1 has no process group."""
+    """Run a test as ``size`` ranks; with 1, there is no process group."""
 
     def decorated(function):
         @functools.wraps(function)

@@ -1,7 +1,7 @@
 """Runs tests in processes that are forked from one that has imported the frameworks: see processes.py.
 
-Each line of the input asks for one: ``{"module", "name", "size", "arguments", "folder"}``. Each rank leaves
-``FOLDER/RANK``: empty if all is well, or else its traceback. Then there is ``FOLDER/done``.
+Each line of its input asks for a test: ``{"module", "name", "size", "arguments", "folder"}``. Each rank
+writes ``FOLDER/RANK``: empty if the test has passed, otherwise its traceback. Last comes ``FOLDER/done``.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import torch.distributed.fsdp
 from tests.integrations.processes import FRAMEWORKS
 from tests.waiting import HANG
 
-# From the first failure of a rank to giving up on the others.
+# From a rank's first failure until giving up on the others, in seconds.
 GRACE = 5.0
 IMPORTED = {
     "transformers": ("transformers.trainer", "transformers.models.llama.modeling_llama"),
@@ -39,14 +39,14 @@ IMPORTED = {
 
 
 def be_rank(rank, module, name, size, arguments, folder):
-    """Run a test as one of ``size`` ranks, and leave its outcome. Returns whether it has failed."""
+    """Run a test as one of ``size`` ranks, and write its outcome; return whether it has failed."""
     faulthandler.dump_traceback_later(HANG, exit=True)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     said = ""
     try:
         if size > 1:
             os.environ.update({key: str(value) for key, value in environment.items()})
-            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29501")  # only for those who look
+            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29501")  # some frameworks read these
             dist.init_process_group(
                 "gloo",
                 init_method=f"file://{folder}/store",
@@ -55,7 +55,7 @@ def be_rank(rank, module, name, size, arguments, folder):
                 timeout=datetime.timedelta(seconds=HANG),
             )
         torch.manual_seed(0)
-        # By module: what the frameworks warn of among themselves is theirs.
+        # Warnings are errors, except those that arise within the frameworks.
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module=rf"({'|'.join((*FRAMEWORKS, 'torch', 'datasets'))})\b")
         getattr(importlib.import_module(module), name).__wrapped__(**arguments)
@@ -98,7 +98,7 @@ def main():
 
 
 def wait_for(children):
-    """Wait for ranks to end; once one has failed, the others may wait for it for ever."""
+    """Wait for ranks to end; after a failure, kill the rest, which may be waiting for it."""
     end = None
     while children:
         child, status = os.waitpid(-1, os.WNOHANG)

@@ -32,7 +32,7 @@ def start(layout, scheduled=None):
 
 
 def train(accelerator, model, optimizer, loader, steps):
-    """Returns the losses of these steps, all of other batches."""
+    """Make these steps, each with the batch of its number; return their losses."""
     optimizer.train()
     losses = []
     for number, batch in enumerate(loader):
@@ -59,7 +59,7 @@ def check(folder, layout):
     accelerator.save_state(str(folder / "state"))
     with ours.averaged_parameters():
         accelerator.save_model(model, str(folder / "model"))
-        evaluated = loss_of(model, held_out)  # leaves FSDP2's root gathered, until it is asked for weights
+        evaluated = loss_of(model, held_out)  # FSDP2's root stays gathered until its weights are asked for
         with pytest.raises(RuntimeError, match="leave the with-block first"):
             optimizer.state_dict()
     accelerator.wait_for_everyone()
@@ -67,8 +67,8 @@ def check(folder, layout):
     assert all(torch.equal(value, saved[key.removeprefix("module.")]) for key, value in x.items())
     fresh = language_model()
     fresh.load_state_dict(saved)
-    assert evaluated == pytest.approx(loss_of(fresh, held_out), rel=2e-6)  # sums of float32 in another order
-    # Neither evaluating nor saving has changed anything.
+    assert evaluated == pytest.approx(loss_of(fresh, held_out), rel=2e-6)  # float32 sums in another order
+    # Neither evaluating nor saving has changed the run.
     assert train(accelerator, model, optimizer, loader, range(3, 6)) == plain[3:]
 
     accelerator, model, optimizer, loader = start(layout)

@@ -1,4 +1,4 @@
-"""Two networks that are trained together, as diffusers' scripts do, and an EMA beside the average."""
+"""Two networks trained together, as in diffusers' scripts, and an EMA besides the average."""
 
 import pytest
 import torch
@@ -46,12 +46,12 @@ def test_two_networks_and_an_ema():
     assert scalars["d/0"] != scalars["d/1"]
     assert [scalars[f"step_size/{k}"] / scalars[f"effective_lr/{k}"] for k in (0, 1)] == pytest.approx(
         [scalars[f"d/{k}"] for k in (0, 1)],
-        rel=1e-6,  # both are float32
+        rel=1e-6,  # both are in float32
     )
-    # To put the EMA in and take it out again changes nothing.
+    # Putting the EMA into the model and taking it out again changes nothing.
     other = trained(ema_between=True)[0]
     assert all(torch.equal(p, q) for p, q in zip(unet.parameters(), other.parameters(), strict=True))
-    # What the guide warns of; if it is ever otherwise, the warning can go.
+    # The guide warns of this. If it ever changes, the warning can go.
     ema.copy_to(unet.parameters())
     optimizer.eval()
     assert not is_ema(unet, ema)

@@ -16,7 +16,7 @@ LAYOUTS = ("one", "ddp", "fsdp2")
 
 
 def arguments(folder, layout="one", **changed):
-    """TrainingArguments of a run of a few steps, with what every user of ours has to set."""
+    """TrainingArguments for a run of a few steps, with what every user of our optimiser must set."""
     from transformers import TrainingArguments
 
     if layout == "fsdp2":
@@ -44,7 +44,7 @@ def trainer(args, *, plain=False, dropout=0.2, **changed):
     from prodigyplus_dist import ShardedProdigyPlusScheduleFree
     from prodigyplus_dist.integrations.huggingface import ProdigyPlusTrainer
 
-    options = {"step_size": "balance", "d0": 1e-3}  # so that a few steps move the weights
+    options = {"step_size": "balance", "d0": 1e-3}  # d0 so large that a few steps move the weights
     if plain:
         changed["optimizer_cls_and_kwargs"] = ShardedProdigyPlusScheduleFree, options
     else:
@@ -54,7 +54,7 @@ def trainer(args, *, plain=False, dropout=0.2, **changed):
 
 
 def whole(model):
-    """All weights of a model, on every rank, under the names that it has where it is not wrapped."""
+    """All weights of a model, on every rank, under the names of the unwrapped model."""
     from torch.distributed.tensor import DTensor
 
     state = model.state_dict()
@@ -68,7 +68,7 @@ def same(one, other):
 
 
 def history(done):
-    """What was logged, but for what the clock says."""
+    """What was logged, without measured times."""
     clock = ("runtime", "per_second")
     return [
         {key: value for key, value in entry.items() if not key.endswith(clock)}
@@ -78,7 +78,7 @@ def history(done):
 
 
 def watch(its):
-    """Note y and x at every step, and the weights that the model has where others hear of it."""
+    """Record y and x at every step, and the model's weights when callbacks see an evaluation or the end."""
     from transformers import TrainerCallback
 
     seen = SimpleNamespace(y={}, x={}, evaluated={}, ended=None, logs=[])
@@ -116,7 +116,7 @@ def test_one_step_size_found_at_lr_1(tmp_path):
     assert {group["step_size"] for group in optimizer.param_groups} == {"balance"}
     d = optimizer.scalars()
     assert d["d/0"] == d["d/1"] != 1e-3
-    # In the trainer's history, and in what reporters get.
+    # d is in the trainer's history, and in what reporters get.
     logged = [entry for entry in its.state.log_history if "loss" in entry]
     assert len(logged) == len([entry for entry in seen.logs if "loss" in entry]) == 8
     for entry, sent in zip(logged, seen.logs, strict=False):
@@ -155,7 +155,7 @@ def test_warm_up_and_rates_that_are_refused(tmp_path):
         trainer(default)
     with pytest.raises(ValueError, match=r"learning_rate=0.001.*Leave learning_rate out"):
         trainer(arguments(tmp_path, learning_rate=1e-3))
-    # Without Schedule-Free a schedule is needed.
+    # Without Schedule-Free a schedule is needed, and allowed.
     options = {"use_schedulefree": False}
     trainer(arguments(tmp_path, lr_scheduler_type="cosine"), optimizer_options=options).train()
 
@@ -164,7 +164,7 @@ def test_warm_up_and_rates_that_are_refused(tmp_path):
         trainer(arguments(tmp_path), optimizers=(Adafactor(model.parameters()), None))
     with pytest.raises(ValueError, match="optimizer_cls_and_kwargs="):
         trainer(arguments(tmp_path), optimizer_cls_and_kwargs=(Adafactor, {}))
-    # The Trainer's groups have a weight decay each, which would hide it.
+    # It would have no effect: the Trainer gives each group a weight decay.
     with pytest.raises(ValueError, match=r"weight_decay=0\.2.*TrainingArguments"):
         trainer(arguments(tmp_path), optimizer_options={"weight_decay": 0.2})
     with pytest.raises(RuntimeError, match=r"has no evaluate.*in this order"):
@@ -180,7 +180,7 @@ def test_warm_up_and_rates_that_are_refused(tmp_path):
 
 
 def test_processes_that_accelerate_does_not_join(monkeypatch):
-    """On CPUs it shards nothing, and without use_cpu each process is alone; it says neither."""
+    """On CPUs accelerate shards nothing, and without use_cpu processes are not joined; it says neither."""
     from prodigyplus_dist.integrations import huggingface
 
     def check(*, fsdp, size):
@@ -228,21 +228,21 @@ def check_kept(folder, layout, strategy):
         save_steps=4,
         load_best_model_at_end=True,
         metric_for_best_model="loss",
-        # So that the best is not the last: the metric is not that which is trained.
+        # The highest loss counts as the best, so that the best step is not the last.
         greater_is_better=True,
     )
     its = trainer(args)
     seen = watch(its)
     its.train()
     its.save_model(str(folder / "final"))
-    its.accelerator.wait_for_everyone()  # for rank 0, which writes under DDP
+    its.accelerator.wait_for_everyone()  # under DDP, rank 0 writes
     last = max(seen.x)
     kept = {int(path.name.partition("-")[2]): path for path in folder.glob("checkpoint-*")}
     assert kept
     model, rows = language_model(), Rows(**HELD_OUT)
     losses = {entry["step"]: entry["eval_loss"] for entry in its.state.log_history if "eval_loss" in entry}
     assert losses.keys() >= kept.keys()
-    # fsdp2's sums are in another order, over a mean of a few hundred float32 losses.
+    # Under FSDP2 sums are in another order; the loss is a mean of a few hundred in float32.
     near = {"rel": 2e-6}
     for step, path in kept.items():
         saved = load_file(path / "model.safetensors")
@@ -291,14 +291,14 @@ def test_without_a_best_the_last_average_is_left(tmp_path):
 
 
 def check_evaluations(folder, layout):
-    """Neither evaluations nor files of the model alone change anything of a run."""
+    """Neither evaluating nor saving only the model changes a run."""
     ends = []
     for number, changed in enumerate(
         ({}, {"eval_strategy": "steps", "eval_steps": 1, "save_only_model": True})
     ):
-        # Without dropout: to read evaluation data draws a number of what dropout draws from.
+        # Without dropout: reading evaluation data draws from the generator that dropout draws from.
         its = trainer(arguments(folder / str(number), layout, max_steps=5, **changed), dropout=0.0)
-        # Not watched, since to ask FSDP2 for its weights lets it go of those that it has gathered.
+        # Without watch(): asking FSDP2 for its weights makes it drop those that it has gathered.
         if changed:
             from transformers import TrainerCallback
 
@@ -329,10 +329,10 @@ def test_evaluating_on_two_processes_changes_nothing(tmp_path, layout):
 
 
 def check_resumed(folder, layout, every, *steps):
-    """A run that goes on from a step is the run that was not stopped, to its end."""
+    """A run that is resumed from a step equals, to its end, the run that was not stopped."""
     changed = {"save_strategy": "steps", "save_steps": every, "eval_strategy": "steps", "eval_steps": 2}
     changed["max_steps"] = 6
-    if layout == "fsdp2":  # as shards here; check_kept has the other kind, which is the default
+    if layout == "fsdp2":  # saved as shards; check_kept has the other kind, which is the default
         changed["fsdp_config"] = {**FSDP, "state_dict_type": "SHARDED_STATE_DICT"}
     straight = trainer(arguments(folder / "straight", layout, **changed))
     seen = watch(straight)
@@ -349,7 +349,7 @@ def check_resumed(folder, layout, every, *steps):
 
 @processes(1)
 def test_a_resumed_run_is_the_same(tmp_path):
-    check_resumed(tmp_path, "one", 2, 2, 4)  # four steps are an epoch
+    check_resumed(tmp_path, "one", 2, 2, 4)  # an epoch has four steps
 
 
 @processes(2)
@@ -360,7 +360,7 @@ def test_a_resumed_run_on_two_processes_is_the_same(tmp_path, layout):
 
 @processes(1)
 def test_the_plain_trainer_goes_on_from_our_checkpoint(tmp_path):
-    """It knows nothing of x in the file, but the optimiser's state does."""
+    """It does not know that the file has x, but the optimiser's state does."""
     its = trainer(arguments(tmp_path, save_strategy="steps", save_steps=4))
     seen = watch(its)
     its.train()
@@ -368,6 +368,6 @@ def test_the_plain_trainer_goes_on_from_our_checkpoint(tmp_path):
     resumed = watch(plain)
     plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert same(resumed.y[8], seen.y[8])
-    # What it leaves is y, and its logs have no d: if it ever does otherwise, the mixin can go.
+    # The plain Trainer leaves y, and logs no d. If that ever changes, the mixin can go.
     assert same(resumed.ended, resumed.y[8])
     assert not any("prodigy" in key for key in plain.state.log_history[-2])

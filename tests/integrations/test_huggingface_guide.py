@@ -1,4 +1,4 @@
-"""What a reader copies: the guide's code, in its order, and the example."""
+"""What a reader copies runs: the guide's code, in order, and the example."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Lightning: what is evaluated and saved is x, and a run that goes on is the run that was not stopped."""
+"""Lightning: x is evaluated and saved, and a resumed run equals the run that was not stopped."""
 
 import copy
 import os
@@ -35,15 +35,15 @@ from tests.single.problems import assert_same  # noqa: E402
 
 pytestmark = [
     pytest.mark.xdist_group("integrations"),
-    # Lightning's own, of small data, of few workers, and of torch's names that it still uses.
+    # Lightning's own warnings: of small data, few workers, and old names of torch that it still uses.
     pytest.mark.filterwarnings("ignore:::lightning"),
     pytest.mark.filterwarnings("ignore:::torch.distributed.checkpoint"),
     pytest.mark.filterwarnings("ignore:::torch.jit"),
 ]
 
-BATCHES = 6  # of an epoch
-TWO = {"prodigyplus/0/d", "prodigyplus/1/d"}  # what is logged of two optimisers
-KINDS = ("ddp", "sharded", "full")  # of two processes; the last two are FSDP2, by their checkpoints
+BATCHES = 6  # in an epoch
+TWO = {"prodigyplus/0/d", "prodigyplus/1/d"}  # what is logged for two optimisers
+KINDS = ("ddp", "sharded", "full")  # on two processes; the last two are FSDP2 with either kind of checkpoint
 
 
 def is_sharded(kind):
@@ -56,7 +56,7 @@ HELD_OUT = torch.utils.data.DataLoader(
 
 
 class Batches:
-    """A loader that a checkpoint takes along, in the midst of an epoch too; each rank has its own."""
+    """A loader whose place a checkpoint keeps, also within an epoch; ranks have different batches."""
 
     def __init__(self):
         self.at = 0
@@ -78,7 +78,7 @@ class Batches:
 
 
 class Module(pl.LightningModule):
-    """Dropout is drawn by the step, since Lightning's checkpoints have no state of the random numbers."""
+    """Seeds dropout by the step, since Lightning's checkpoints do not keep the generator's state."""
 
     def __init__(self, kind="one", options=None, optimizers=1):
         super().__init__()
@@ -128,7 +128,7 @@ class Module(pl.LightningModule):
 
 
 def local(tensors):
-    """Copies of what is here of tensors, by their names."""
+    """Copies of this rank's pieces of tensors, by name."""
     named = tensors.items() if isinstance(tensors, dict) else tensors
     return {
         name: (value.to_local() if isinstance(value, DTensor) else value).detach().clone()
@@ -141,7 +141,7 @@ def equal(one, other):
 
 
 def weights_of(trainer):
-    """What is here of the parameters: FSDP2 has others in their place in a module that it has gathered."""
+    """This rank's pieces of the parameters, from the optimisers: a gathered FSDP2 module has others."""
     return local(
         (f"nets.{index}.{name}", p)
         for index, optimizer in enumerate(trainer.optimizers)
@@ -151,7 +151,7 @@ def weights_of(trainer):
 
 
 def averages(trainer, module, full=False):
-    """x, as the optimisers themselves say."""
+    """x, as the optimisers themselves give it."""
     parts = [
         optimizer.averaged_state_dict(net, full=full)
         for optimizer, net in zip(trainer.optimizers, module.nets, strict=True)
@@ -160,11 +160,11 @@ def averages(trainer, module, full=False):
 
 
 class Recorder(pl.Callback):
-    """What the model holds when, and what is logged."""
+    """Records which weights the model holds at which time, and what is logged."""
 
     def __init__(self, *, whole=False):
         self.x, self.y, self.whole_x, self.losses = {}, {}, {}, {}
-        self.whole = whole  # whether to gather x too
+        self.whole = whole  # whether to gather x, too
         self.evaluated = []  # whether the model held x; whether it held y
         self.trained = []  # whether the model held y
         self.d = {}
@@ -230,11 +230,10 @@ def fit(kind, folder, *, every=0, ckpt_path=None, optimizers=1, known=None, **op
     """Train two epochs.
 
     Args:
-        kind, folder, ckpt_path, options: Of the trainer.
-        every: A checkpoint is saved at every so many steps of the optimisers. 0: at every second, and at
-            all other occasions.
+        kind, folder, ckpt_path, options: For the trainer.
+        every: Save a checkpoint every so many steps. 0: every second step, and on all other occasions.
         optimizers: How many there are.
-        known: The recorder of the run that is gone on with.
+        known: The recorder of the run that is resumed.
     """
     recorder, saved = Recorder(whole=not every), {"save_top_k": -1}
     callbacks = [ScheduleFreeCallback(), recorder]
@@ -247,7 +246,7 @@ def fit(kind, folder, *, every=0, ckpt_path=None, optimizers=1, known=None, **op
             ModelCheckpoint(folder, "val-{step}", every_n_epochs=1, save_on_train_epoch_end=False, **saved),
             ModelCheckpoint(folder, "weights-{step}", every_n_train_steps=4, save_weights_only=True, **saved),
         ]
-    if kind == "ddp" and optimizers > 1:  # each loss has parameters of one net
+    if kind == "ddp" and optimizers > 1:  # each loss depends on the parameters of one net only
         options["strategy"] = "ddp_find_unused_parameters_true"
     trainer = trainer_for(kind, folder, *callbacks, **options)
     module = Module(kind, optimizers=optimizers)
@@ -257,11 +256,11 @@ def fit(kind, folder, *, every=0, ckpt_path=None, optimizers=1, known=None, **op
     return SimpleNamespace(trainer=trainer, module=module, recorder=recorder, folder=Path(folder))
 
 
-# ------------------------------------------------------------------------------------ stories of runs
+# --------------------------------------------------------------------------------- whole runs, as stories
 
 
 def saved_in(kind, path):
-    """The weights and the optimisers' states of a checkpoint, whole."""
+    """The whole weights and optimisers' states of a checkpoint."""
     if kind == "sharded":
         whole = _load_distributed_checkpoint(path)
         states = [whole[key] for key in sorted(whole) if key.startswith("optimizer_")]
@@ -275,7 +274,7 @@ def path_of(run, name):
 
 
 def resumed(kind, run, name, optimizers=1, **options):
-    """What differs in a run that has gone on from a checkpoint of another, and what it evaluated first."""
+    """Resume a run from a checkpoint; return whether it equals that run from there on."""
     step = int(name.partition("=")[2])
     folder = run.folder.with_name(f"{run.folder.name}-{name}")
     options = {"optimizers": optimizers, "known": run.recorder, **options}
@@ -297,7 +296,7 @@ def is_first():
 
 
 def as_rank():
-    """Let Lightning find the processes that are there, as torchrun would tell it."""
+    """Tell Lightning, as torchrun would, which processes there are."""
     warnings.simplefilter("ignore")
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -306,7 +305,7 @@ def as_rank():
 
 
 def story(kind, folder):
-    """A run with all that it leaves, and runs that go on from it; what is to be looked at."""
+    """Make a run, and runs that are resumed from it; return all that the tests below examine."""
     if kind != "one":
         as_rank()
     folder = Path(folder)
@@ -336,7 +335,7 @@ def story(kind, folder):
     fresh = trainer_for(kind, folder, ScheduleFreeCallback())
     other = Module(kind)
     told["alone"] = fresh.validate(other, HELD_OUT, ckpt_path=best.best_model_path, verbose=False)[0]["val"]
-    # In its midst, at its end, after a validation in its midst and at its end; not each on every strategy.
+    # Saved within an epoch and at its end, also after a validation there; not every case for every kind.
     names = {
         "one": ("step=2", "step=6", "val-step=6"),
         "ddp": ("val-step=3", "step=10"),
@@ -375,7 +374,7 @@ def _predicted(seen, kind, step):
 @pytest.fixture(scope="module")
 def pool():
     pool = Pool()
-    # A worker has imported all of it when it is forked.
+    # Workers are forked from a process that has imported all of this.
     pool._context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "lightning.pytorch"])
     yield pool
     pool.close()
@@ -383,7 +382,7 @@ def pool():
 
 @pytest.fixture(scope="module", params=["one", *KINDS])
 def ranks(request, tmp_path_factory):
-    """What the story tells, of each rank."""
+    """What ``story`` returns on each rank."""
     folder = str(tmp_path_factory.mktemp(request.param))
     if request.param == "one":
         return [story("one", folder)]
@@ -509,7 +508,7 @@ def test_an_exception_in_validation(tmp_path):
     assert equal(weights, recorder.x[9])
     assert equal({"": state["state"][0][WEIGHTS]}, {"": recorder.y[9]["nets.0.0.weight"]})
 
-    # Whatever is done with the model next is done at x; and a checkpoint's weights stay what they are.
+    # Whatever is done with the model next is done at x, and testing a checkpoint leaves its weights in place.
     trainer.test(module, HELD_OUT, ckpt_path=tmp_path / "after.ckpt", verbose=False)
     assert equal(weights_of(trainer), recorder.x[9])
 
@@ -523,7 +522,7 @@ def test_going_on_from_what_was_saved_after_the_fit(tmp_path):
     whole = fit_module(Module(), tmp_path, ScheduleFreeCallback(), one, max_epochs=3)
     again = fit_module(Module(), tmp_path, ScheduleFreeCallback(), other, max_epochs=3, ckpt_path=path)
     assert whole.global_step == again.global_step == 18
-    # y is computed of x, and rounded: in float32, of weights of about 1, and 6 steps carry that on.
+    # y is recomputed from x in float32, and 6 more steps amplify its rounding.
     assert other.losses.keys() == set(range(13, 19))
     for step, loss in other.losses.items():
         assert loss == pytest.approx(one.losses[step], rel=1e-4)
@@ -626,7 +625,7 @@ def test_strategies_that_flatten_parameters_are_refused(tmp_path):
 
 
 def warnings_of(module, folder):
-    """What the callback warns of, of all the warnings of a fit."""
+    """The callback's own warnings among all those of a fit."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit_module(module, folder, ScheduleFreeCallback(), max_epochs=1)
@@ -665,7 +664,7 @@ def test_the_package_that_is_in_use(monkeypatch, imported, there, expected):
     assert found == expected
 
 
-# ------------------------------------------------------------------------- what users are to copy
+# ---------------------------------------------------------------------------- what users will copy
 
 ROOT = Path(__file__).parents[2]
 
@@ -675,7 +674,7 @@ def test_the_example(tmp_path, monkeypatch):
     path = ROOT / "examples" / "lightning_autoencoder.py"
     assert len(path.read_text().splitlines()) <= 80
     left = runpy.run_path(str(path), run_name="__main__")
-    assert left["error"] < 0.2  # of the variance, of which a model that has learnt nothing leaves 1
+    assert left["error"] < 0.2  # of the variance; a model that has learnt nothing leaves all of it, 1
 
 
 def test_the_guide(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Adapters by PEFT, on frozen and on quantised bases, and TRL's trainer."""
+"""PEFT's adapters on frozen and on quantised base models, and TRL's trainer."""
 
 import pytest
 import torch
@@ -36,7 +36,8 @@ def logits(model):
         return model(input_ids=Rows(4, seed=9).words).logits
 
 
-# W x + B(A x) beside (W + B A) x: one more rounding of float32 in each of a few layers of sums of 16 to 32.
+# Merging computes (W + BA)x instead of Wx + B(Ax): one more float32 rounding in each of a few layers, whose
+# sums have 16 to 32 terms.
 NEAR = {"rtol": 0, "atol": 1e-5}
 
 
@@ -53,7 +54,7 @@ def test_merging_takes_what_the_model_holds(how):
     if how == "eval":
         optimizer.eval()
     merged = logits(model.merge_and_unload())
-    torch.testing.assert_close(merged, x if how == "eval" else y, **NEAR)  # in train mode y, without a word
+    torch.testing.assert_close(merged, x if how == "eval" else y, **NEAR)  # in train mode y, unwarned
 
 
 @needs("peft", "bitsandbytes")
@@ -98,7 +99,7 @@ def test_trainer_saves_adapters_and_goes_on(tmp_path):
     assert saved
     assert all(torch.equal(value, x[key]) for key, value in saved.items())
     assert history(runs[1][0])[-3:] == history(runs[0][0])[-3:]
-    # What train() leaves is x: merging is right.
+    # train() leaves x in the model, so merging is right.
     at_x = logits(runs[0][0].model)
     torch.testing.assert_close(logits(runs[0][0].model.merge_and_unload()), at_x, **NEAR)
 
@@ -124,7 +125,7 @@ def test_sft_trainer(tmp_path):
         eval_steps=2,
         **plain,
     )
-    assert args.learning_rate not in (5e-5, 1.0)  # TRL's own default, which means lr = 1 as well
+    assert args.learning_rate not in (5e-5, 1.0)  # TRL has its own default, for which we also take lr = 1
     its = Tuner(
         language_model(),
         args,

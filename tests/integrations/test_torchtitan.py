@@ -1,4 +1,4 @@
-"""torchtitan's debug model with our optimiser: what is evaluated, saved and logged, and how a run goes on."""
+"""torchtitan's debug model with our optimiser: what is evaluated, saved and logged, and how runs resume."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ MESHES = {"fsdp2": (2, []), "fsdp2-tp2": (4, ["--tp", "2"])}
 
 @pytest.fixture(scope="module", params=MESHES)
 def ranks(request, tmp_path_factory):
-    """What each rank has written."""
+    """The results that each rank has written."""
     processes, arguments = MESHES[request.param]
     out = tmp_path_factory.mktemp(request.param)
     command = [
@@ -45,7 +45,7 @@ def ranks(request, tmp_path_factory):
 
 @pytest.fixture
 def run(ranks):
-    """What the first rank has written."""
+    """The results that the first rank has written."""
     return ranks[0]
 
 
@@ -54,7 +54,7 @@ def later_than(step, numbers):
 
 
 def test_an_evaluation_changes_nothing_of_the_training(run):
-    # Its forward pass gathers the averaged weights, and what stays gathered would be trained at.
+    # Its forward pass gathers the averaged weights; if they stayed gathered, training would use them.
     assert run["stopped"]["losses"] == {k: v for k, v in run["long"]["losses"].items() if int(k) <= 4}
     assert len(run["stopped"]["validation"]) == 3
 
@@ -87,7 +87,7 @@ def test_saving_the_average_changes_nothing(ranks):
 
 
 def test_what_is_evaluated_is_what_is_saved(run):
-    # By torchtitan's own validation of the saved weights.
+    # Compared with torchtitan's own validation of the saved weights.
     assert run["stopped"]["validation"]["4"] == run["stock validation"]
 
 
@@ -103,13 +103,13 @@ def test_the_step_size_is_logged_and_the_same_on_all_ranks(ranks):
 
 
 def test_groups_are_those_asked_for(run):
-    # Of two layers: five matrices each, one of them fused; five norms, embedding and head.
+    # Two layers with five matrices each, one of them fused; five norms, embedding and head.
     assert run["muon groups"] == [10, 7]
     assert run["groups groups"] == [5, 12]
 
 
 def test_stages_of_a_pipeline_share_one_step_size(ranks):
-    """torchtitan's schedules of pipelines need a torch later than 2.13: of them, the container alone."""
+    """Tests only the container: torchtitan's pipeline schedules need a torch later than 2.13."""
     first = ranks[0]["stages"]
     assert first["d"] > 1e-5
     for rank in ranks:

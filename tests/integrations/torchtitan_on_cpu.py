@@ -1,9 +1,8 @@
-"""Lets torchtitan 0.3 run on a CPU: import this before torchtitan.
+"""Lets torchtitan 0.3 run on a CPU, and without pauses: import this before torchtitan.
 
-It takes an accelerator for granted in six places: the name of the device; the memory that its log shows; the
-attention, FlexAttention, which has no backward pass on a CPU; the reduction of gradients, which NCCL divides
-by 1 and gloo cannot divide; the barrier by which it shortens the time-outs of process groups; and the two
-seconds that it sleeps at the end of each run.
+Six places are patched: the name of the device; the memory that the log shows; FlexAttention, which has no
+backward pass on a CPU; the reduction of gradients, in which NCCL divides by 1 and gloo cannot divide; the
+barrier at which time-outs of process groups are shortened; and two seconds of sleep at the end of each run.
 """
 
 import time
@@ -30,7 +29,7 @@ from torchtitan.models.common.attention import FlexAttention  # noqa: E402
 
 
 def attention(q, k, v, *, block_mask, scale, enable_gqa, **_):
-    """The same attention, by torch's other function."""
+    """The same attention by ``scaled_dot_product_attention``."""
     batch, _, length, _ = q.shape
     mask = create_mask(block_mask.mask_mod, batch, 1, length, length, device="cpu")
     return scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa), None
@@ -43,7 +42,7 @@ set_gradient_divide_factor = FSDPModule.set_gradient_divide_factor
 
 
 def divided_by_one(self, factor):
-    """Gradients are summed, and then divided."""
+    """Sum the gradients first, then divide."""
     set_gradient_divide_factor(self, factor)
     self.set_force_sum_reduction_for_comms(True)
 

@@ -1,8 +1,8 @@
-"""Runs of torchtitan's debug model with our optimiser, on CPUs; test_torchtitan.py reads what comes of them.
+"""Runs torchtitan's debug model with our optimiser, on CPUs; test_torchtitan.py reads the results.
 
     torchrun --standalone --nproc-per-node 4 tests/integrations/torchtitan_run.py --tp 2 --out FOLDER
 
-Every rank writes FOLDER/rank-N.json; checkpoints lie in folders beside it.
+Every rank writes FOLDER/rank-N.json; checkpoints are in folders next to it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MIDDLE, END, LONG = 2, 4, 6
 
 
 def make_assets(folder: Path) -> None:
-    """A tokenizer of bytes, and a dataset of a few pages of text."""
+    """Write a tokenizer of bytes, and a dataset of a few pages of text."""
     (folder / "data").mkdir(parents=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
@@ -50,7 +50,7 @@ def make_assets(folder: Path) -> None:
 
 
 def base(out: Path, arguments: argparse.Namespace):
-    """torchtitan's own configuration of its debug model, small enough for a core."""
+    """torchtitan's own configuration of its debug model, made small enough for one core."""
     config = llama3_debugmodel()
     config.model_spec.model.layers = config.model_spec.model.layers[:2]
     config.hf_assets_path = str(out / "assets")
@@ -67,7 +67,7 @@ def base(out: Path, arguments: argparse.Namespace):
     config.parallelism = replace(
         config.parallelism,
         tensor_parallel_degree=arguments.tp,
-        # FSDP2 lets go of nothing that an evaluation gathers: so the training must not go on with it.
+        # With this FSDP2 keeps what an evaluation has gathered, which training must then not use.
         fsdp_reshard_after_forward="never",
         spmd_backend="partial_dtensor",  # the default, "spmd_types", needs a torch later than 2.13
     )
@@ -76,7 +76,7 @@ def base(out: Path, arguments: argparse.Namespace):
 
 
 class Recorder(BaseLogger):
-    """Keeps what a logger would be sent."""
+    """Keeps what a logger would receive."""
 
     def __init__(self):
         self.losses, self.validation, self.numbers = {}, {}, {}
@@ -90,7 +90,7 @@ class Recorder(BaseLogger):
 
 
 def digest(*trees) -> str:
-    """A hash of the bits of all tensors of this rank, and of all other values."""
+    """A hash of all tensors' bits on this rank, and of all other values."""
     sha = hashlib.sha256()
     for tree in trees:
         for key, value in sorted(tree.items()):
@@ -110,7 +110,7 @@ def built(config):
 
 
 def whole(state):
-    """Every tensor of a state dict, gathered."""
+    """A state dict with every tensor gathered."""
     return {k: v.full_tensor() if isinstance(v, DTensor) else v.clone() for k, v in state.items()}
 
 
@@ -125,7 +125,7 @@ def averages(trainer):
 
 
 def trained(config):
-    """What a run leaves: what was logged, and a hash of its weights and its optimiser's state."""
+    """Make a run; return its trainer, what was logged, and a hash of its weights and optimiser state."""
     trainer = built(config)
     trainer.train()
     record = trainer.metrics_processor.logger
@@ -149,7 +149,7 @@ def equal(one, other) -> bool:
 
 
 def stages(out: Path):
-    """Every rank as a stage of a pipeline, of two model parts, without torchtitan's schedules."""
+    """Let every rank be a pipeline stage of two model parts, without torchtitan's schedules."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
     def parts_of(stage):
@@ -188,7 +188,7 @@ def stages(out: Path):
         "digest": digest(optimizers.state_dict()),
     }
 
-    # A fresh one, loaded; and one that has the parameters of all stages.
+    # A new container that loads the state; and one that has the parameters of all stages.
     parts = [parts_of(stage) for stage in range(ranks)]
     again = container()
     dcp.load({"optimizer": again}, checkpoint_id=out / "stages")
@@ -229,15 +229,15 @@ def main() -> None:
             ),
         )
 
-    # Never interrupted, nor evaluated.
+    # A run that is neither interrupted nor evaluated.
     _, results["long"] = trained(variant("long", steps=LONG, enable=False))
 
-    # With evaluations, and stopped at the end; taken up in the middle, and at the end.
+    # A run with evaluations that stops at END; resumed from the middle, and from the end.
     _, results["stopped"] = trained(variant("stopped", validate=2))
     _, results["from the middle"] = trained(variant("stopped", validate=2, load_step=MIDDLE, load_only=True))
     _, results["from the end"] = trained(variant("stopped", steps=LONG, load_only=True))
 
-    # What is saved as the trained model.
+    # Runs that save the trained model.
     middle = str(out / "stopped" / "checkpoint" / f"step-{MIDDLE}")
     start = {"initial_load_path": middle, "initial_load_model_only": False}
     trainer, results["exported"] = trained(
@@ -271,7 +271,7 @@ def main() -> None:
         ]
         _, results[f"{name} from the middle"] = trained(variant(name, ours, load_step=MIDDLE, load_only=True))
 
-    # torchtitan's own validation of what was saved.
+    # torchtitan's own validation of the saved model.
     config = replace(stock, dump_folder=str(out / "again"))
     config.checkpoint = replace(
         config.checkpoint, enable=True, initial_load_path=str(out / "exported" / "checkpoint" / f"step-{END}")

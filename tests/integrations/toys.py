@@ -1,4 +1,4 @@
-"""Small things to train with the frameworks; nothing is downloaded."""
+"""Small models and data to train with the frameworks; nothing is downloaded."""
 
 import torch
 from torch.utils.data import Dataset
@@ -23,7 +23,7 @@ def language_model(dropout=0.2):
 
 
 class Rows(Dataset):
-    """Rows of words, of which each follows from the one before it, but for some."""
+    """Rows of words; most words follow from the one before, the others are random."""
 
     def __init__(self, rows, seed=0, noise=0.2, length=12):
         generator = torch.Generator().manual_seed(seed)
@@ -53,9 +53,9 @@ def loss_of(model, rows):
 
 
 def shard_on_cpu():
-    """Let accelerate shard here: it does so for devices only, so it is told that it has got several.
+    """Let accelerate shard on CPUs: it does so only for GPUs, so it is told that there are several.
 
-    Their ``fully_shard`` and gloo are what they are; what is not tried is what a device does.
+    ``fully_shard`` and gloo are the real ones; only what a GPU would do is not tested.
     """
     import os
 
@@ -67,7 +67,7 @@ def shard_on_cpu():
 
 
 def tokenizer():
-    """A tokenizer of a few words."""
+    """A tokenizer with a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +80,7 @@ def tokenizer():
 
 
 def text_dataset(rows=16):
-    """Texts of these words, as TRL takes them."""
+    """Texts of these words, in the form that TRL takes."""
     from datasets import Dataset
 
     return Dataset.from_list(
@@ -89,13 +89,13 @@ def text_dataset(rows=16):
 
 
 def batches(steps=8, rows=4):
-    """What a language model is called with, step by step."""
+    """The arguments for a language model, step by step."""
     words = Rows(steps * rows).words.view(steps, rows, -1)
     return [{"input_ids": batch, "labels": batch} for batch in words]
 
 
 def diffusion():
-    """A network that removes noise from small images, and one that reads what they show."""
+    """A network that removes noise from small images, and one that encodes their description."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -138,7 +138,7 @@ def images(steps=8, rows=4):
 
 
 def diffusion_loss(unet, text_encoder, batch):
-    """The loss of guessing the noise that was added to images."""
+    """The loss of predicting the noise that was added to images."""
     from diffusers import DDPMScheduler
 
     pictures, words = batch

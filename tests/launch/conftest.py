@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-# The scripts import each other by plain name, as `torchrun launch/….py` lets them.
+# The scripts import each other by plain names, as they can under `torchrun launch/….py`.
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _heard():
-    """SIGINT, which shells have ignored by what they start in the background, and by all that it starts."""
+    """Let SIGINT be heard: a shell makes background processes, and all that they start, ignore it."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -20,7 +20,7 @@ def _heard():
 
 @pytest.fixture(scope="session", autouse=True)
 def _launcher(_heard):
-    """One for all of them; it ends with them."""
+    """Stop the launcher that these tests share, after the last of them."""
     from tests.launch.running import LAUNCHER
 
     yield

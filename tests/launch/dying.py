@@ -1,7 +1,7 @@
-"""Processes of gpt_fsdp2.py that kill themselves, once.
+"""Makes a process of gpt_fsdp2.py kill itself, once.
 
-A moment is ``step:K:SECONDS``, so long after step K has begun; ``told:K:SECONDS``, the same by SIGTERM; or
-``save:K:PLACE``, a place in the K-th save that the process has a part in.
+A moment is ``step:K:SECONDS``: so long after step K has begun; ``told:K:SECONDS``: the same, but by SIGTERM;
+or ``save:K:PLACE``: at a place in the K-th save that the process takes part in.
 """
 
 import os
@@ -15,7 +15,7 @@ KINDS = {"step": signal.SIGKILL, "told": signal.SIGTERM}
 
 
 def prepare(rank, moment):
-    """Let this process die at a moment if it is of this rank, and has not been started again."""
+    """Let this process die at a moment, if it has this rank and has not been restarted."""
     if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" or os.environ["RANK"] != str(rank):
         return
     kind, number, where = moment.split(":")
@@ -43,7 +43,7 @@ def die_at_step(number, delay, by):
 
 
 def die_in_save(number, place):
-    """Before a file is written, when half of it is, or when some of what makes a checkpoint is there."""
+    """Die before a file is written, when half of it is, or when a checkpoint is partly there."""
     import storage
 
     owner, name = {

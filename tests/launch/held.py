@@ -1,4 +1,4 @@
-"""gpt_fsdp2.py, whose processes wait before a step until a file is there: see test_two_hosts.py.
+"""Runs gpt_fsdp2.py, but its processes wait before a step until a file exists: see test_two_hosts.py.
 
 held.py STEP FILE …
 """

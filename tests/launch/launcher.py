@@ -1,10 +1,10 @@
-"""A launcher that is there already: it starts one run of the scripts after the other. See running.launch().
+"""A long-lived launcher that starts one run of the scripts after another. See ``running.launch()``.
 
     python -m tests.launch.launcher
 
-Each line of its input is a run: a JSON object of the arguments of :func:`run`. Where a run is of several
-processes, what starts them, and all that follows a death, is torchrun's own. But processes are forked from
-one that has imported everything, which takes most of the time otherwise.
+Each line of its input is a run: a JSON object with the arguments of :func:`run`. Runs of several processes
+are started by torchrun's own code, which also handles a death. But the processes are forked from one that
+has imported everything, since importing would take most of the time.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from tests.launch import dying
 
 
 def worker(script, options, folder, death):
-    """One process of a run, which prints into files."""
+    """Be one process of a run, and print into files."""
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
         with (Path(folder) / name).open("a") as file:
             os.dup2(file.fileno(), stream.fileno())
@@ -29,12 +29,12 @@ def worker(script, options, folder, death):
     sys.argv = [script, *options]
     try:
         importlib.import_module(script.removesuffix(".py")).main()
-        if not script.startswith("examples."):  # which have no use for torch's private names
+        if not script.startswith("examples."):  # examples do without torch's private names
             threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-            # One can abort the process as Python ends.
+            # A thread of gloo that is left can abort the process while Python ends.
             assert not any("gloo" in name for name in threads), threads
     except Exception:
-        traceback.print_exc()  # as a script does
+        traceback.print_exc()  # as for a script
         raise
     if os.environ.get("RANK", "0") == "0":
         starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
@@ -45,16 +45,16 @@ def run(number, script, processes, options, folder, death=None, restarts=0):
     """Run a script to its end.
 
     Args:
-        number: Of this run.
-        script: Its name.
-        processes: How many; none: one without torchrun.
-        options: Those of its command line.
-        folder: Where what it prints goes.
+        number: The run's number.
+        script: The script's name.
+        processes: How many; 0: one process without torchrun.
+        options: The script's command-line options.
+        folder: Where its output goes.
         death: ``[RANK, MOMENT]`` of a process that kills itself, once: see dying.py.
-        restarts: How often torchrun may start the processes again.
+        restarts: How often torchrun may restart the processes.
 
     Returns:
-        What a shell would call the status of its command.
+        The exit status that a shell would see.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -80,7 +80,7 @@ def run(number, script, processes, options, folder, death=None, restarts=0):
         elastic_launch(config, worker)(*arguments)
     except ChildFailedError as error:
         with (Path(folder) / "stderr").open("a") as file:
-            file.write(f"{error}\n")  # a process that a signal has ended says nothing itself
+            file.write(f"{error}\n")  # a process that a signal has killed prints nothing itself
         return 1
     return 0
 

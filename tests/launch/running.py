@@ -1,4 +1,4 @@
-"""Start the scripts as a user would, and read what they leave."""
+"""Starting the scripts as a user would, and reading what they leave."""
 
 import json
 import os
@@ -22,9 +22,9 @@ _HAS_TIMEOUT = "--shutdown-timeout" in get_args_parser().format_help()  # not in
 
 
 def command(script, processes, *options):
-    """Without processes, without a launcher."""
+    """The command that runs a script under torchrun; with 0 processes, without torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    if _HAS_TIMEOUT:  # for the processes to save what they have, when told to end
+    if _HAS_TIMEOUT:  # time for the processes to save, when they are told to end
         torchrun += ["--shutdown-timeout", str(HANG)]
     return [sys.executable, *(torchrun if processes else ()), f"launch/{script}", *map(str, options)]
 
@@ -35,11 +35,11 @@ def environment():
 
 
 class Started:
-    """A process, and what it prints; as long as it prints, be it a progress bar, it does not hang.
+    """A process and its output. As long as it prints, even a progress bar, it does not count as hanging.
 
     Args:
-        command: What to start.
-        folder: Where to keep what it prints.
+        command: The command to start.
+        folder: Where to keep its output.
     """
 
     def __init__(self, command, folder):
@@ -60,7 +60,7 @@ class Started:
         return self.process.poll()
 
     def wait_until(self, is_so, what):
-        """Wait until something is so; fail with all that was printed if the process hangs or ends before."""
+        """Wait for a condition; if the process hangs, or ends before that, fail with all its output."""
 
         def over():
             return is_so() or self.returncode is not None
@@ -78,7 +78,7 @@ class Started:
 
 @contextmanager
 def started(command):
-    """A process that does not outlive the block."""
+    """A process that does not outlive the with-block."""
     with TemporaryDirectory() as folder:
         its = Started(command, Path(folder))
         try:
@@ -89,13 +89,13 @@ def started(command):
 
 
 class Launcher(Server):
-    """A launcher of this session: see launcher.py."""
+    """The launcher that a run of pytest shares: see launcher.py."""
 
     def __init__(self):
         super().__init__("tests.launch.launcher", environment())
 
     def run(self, script, processes, options, **how):
-        """Run a script to its end; returns also how often the processes were started."""
+        """Run a script to its end; return it, and how often its processes were started."""
         with TemporaryDirectory() as name:
             folder = Path(name)
             its = {"script": script, "processes": processes, "options": [*map(str, options)], "folder": name}
@@ -121,27 +121,27 @@ LAUNCHER = Launcher()
 
 
 def launch(script, processes, *options):
-    """Run a script to its end, by the launcher that is there; :func:`run` starts one as a user would."""
+    """Run a script to its end, by the shared launcher; :func:`run` runs a command as a user would."""
     done, _ = LAUNCHER.run(script, processes, options)
     return done
 
 
 def run(command):
-    """Run a command to its end; one that hangs fails."""
+    """Run a command to its end; fail if it hangs."""
     with started(command) as its:
         its.wait()
         return subprocess.CompletedProcess(command, its.returncode, its.stdout, its.stderr)
 
 
 def lines(folder, *kinds):
-    """The records of a log, of some kinds or all, but for what the clock says."""
+    """The records of a log, all or only those of some kinds, without measured times."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     chosen = [record for record in records if not kinds or record["kind"] in kinds]
     return [{key: value for key, value in record.items() if key not in TIMED} for record in chosen]
 
 
 def weights(folder):
-    """Those of the trained model."""
+    """The weights of the trained model."""
     return load_file(folder / "model.safetensors")
 
 
@@ -151,7 +151,7 @@ def newest(folder):
 
 
 def contents(checkpoint, scratch):
-    """All that a checkpoint holds: its tensors, and the rest, without what the clock says."""
+    """All that a checkpoint holds: its tensors, and the rest without measured times."""
     dcp_to_torch_save(checkpoint, scratch / "whole.pt")
     state = torch.load(scratch / "whole.pt", weights_only=True)
     run = json.loads((checkpoint / "run.json").read_text())
@@ -163,12 +163,12 @@ def contents(checkpoint, scratch):
 
 
 def assert_same(one, other):
-    """Tensors, or dicts of them, to the bit."""
+    """Assert that tensors, or dicts of them, are equal to the bit."""
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def assert_same_contents(one, other, scratch, kinds=("train", "held out", "test")):
-    """Of two checkpoints; their logs, as far as records are of these kinds."""
+    """Assert that two checkpoints hold the same; in their logs, only records of these kinds count."""
     (tensors, rest), (other_tensors, other_rest) = (contents(path, scratch) for path in (one, other))
     assert_same(tensors, other_tensors)
     for _, run in (rest, other_rest):

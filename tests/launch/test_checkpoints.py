@@ -1,4 +1,4 @@
-"""Checkpoints of the launch scripts, in one process: what is kept, what is refused, what may be unpickled."""
+"""Checkpoints of the launch scripts, in one process: what is kept, what is refused, what is unpickled."""
 
 import argparse
 import errno
@@ -55,7 +55,7 @@ def assert_same_state(one, other):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder with a checkpoint of five steps, and what was saved."""
+    """A folder with a checkpoint after five steps, and the model and optimiser that were saved."""
     out = tmp_path_factory.mktemp("written")
     model, optimizer = fresh()
     learn(model, optimizer, range(5))
@@ -67,7 +67,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def copied(written, tmp_path):
-    """A checkpoint to spoil."""
+    """A copy of the checkpoint, which a test may damage."""
     shutil.copytree(written[0], tmp_path / "out")
     return tmp_path / "out" / "checkpoints" / "00000005"
 
@@ -112,7 +112,7 @@ def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
 
 def test_the_last_few_are_kept(tmp_path):
     folder = tmp_path / "checkpoints"
-    for left in (".00000007.3f0c", ".00000006.removed"):  # by a killed run
+    for left in (".00000007.3f0c", ".00000006.removed"):  # left by a killed run
         (folder / left).mkdir(parents=True)
         (folder / left / "rest").touch()
     of_the_user = [".DS_Store", "00000001.best", "notes"]
@@ -162,11 +162,11 @@ def test_one_too_many_is_no_reason_to_end(tmp_path, monkeypatch):
     assert checkpoints.newest(tmp_path / "checkpoints").name == "00000002"
 
 
-# ------------------------------------------------------------------------------------------ which one
+# --------------------------------------------------------------------- which checkpoint a run goes on from
 
 
 def empty(path, step=0, job=None):
-    """What is taken for a checkpoint until it is loaded."""
+    """Make a folder that passes for a checkpoint until it is loaded."""
     path.mkdir(parents=True)
     (path / "run.json").write_text(
         json.dumps({"step": step, "settings": {"batch_size": 8}, "records": [], "job": job})
@@ -185,7 +185,7 @@ def test_newest_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("resume", [None, True])
 def test_a_checkpoint_without_its_run_is_damaged(tmp_path, resume):
-    """Not one that is not there: a run that began anew would write over it."""
+    """It must not count as missing: a run that started afresh would overwrite it."""
     for step in (10, 20):
         empty(tmp_path / "checkpoints" / f"{step:08}", step)
     damaged = tmp_path / "checkpoints" / "00000020"
@@ -220,7 +220,7 @@ def test_which_to_go_on_from(tmp_path):
     assert (path.name, run.step) == ("00000020", 20)
     with pytest.raises(ValueError, match="is of an earlier run: go on from it with --resume"):
         checkpoints.find(options(tmp_path), {})
-    # The next --resume would take that of step 20.
+    # Going on from another one is refused: the next --resume would take that of step 20.
     for other in ("checkpoints/00000010", "elsewhere"):
         with pytest.raises(ValueError, match=r"is not .*00000020, which would be the one to go on from"):
             checkpoints.find(options(tmp_path, tmp_path / other), {})
@@ -228,7 +228,7 @@ def test_which_to_go_on_from(tmp_path):
 
 
 def test_what_the_same_job_has_written_is_gone_on_from(tmp_path, monkeypatch):
-    """Whatever --resume says, since torchrun starts processes again by the same command."""
+    """Whatever --resume says: torchrun restarts processes with the same command."""
     empty(tmp_path / "checkpoints" / "00000010", 10, job="job 1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
     for resume in (None, True, tmp_path / "elsewhere"):
@@ -240,7 +240,7 @@ def test_what_the_same_job_has_written_is_gone_on_from(tmp_path, monkeypatch):
 
 
 def test_what_is_started_again_goes_on(tmp_path, monkeypatch):
-    """Also where the job has no name: what others have written, the first start has refused."""
+    """Restarted processes go on even if the job has no name: the first start refused other runs' files."""
     empty(tmp_path / "checkpoints" / "00000010", 10)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     with pytest.raises(ValueError, match="is of an earlier run"):
@@ -252,7 +252,7 @@ def test_what_is_started_again_goes_on(tmp_path, monkeypatch):
 def test_a_job_without_a_name_is_no_other(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert checkpoints.job() is None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun calls it
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's name for a job without one
     assert checkpoints.job() is None
 
 
@@ -273,7 +273,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path, capsys):
 
 
 def test_a_killed_run_holds_nothing(tmp_path):
-    """Also where it is started again at once."""
+    """Its lock is released when it dies, and a run that is started meanwhile waits for that."""
     ours, theirs = os.pipe()
     if (killed := os.fork()) == 0:
         try:
@@ -319,7 +319,7 @@ def flip(path, bit):
 
 
 def assert_refused(path, *told):
-    """The error tells of the file, and neither the model nor the optimiser have changed."""
+    """Assert that loading fails and changes neither the model nor the optimiser; return the error."""
     model, optimizer = fresh()
     learn(model, optimizer, range(3))
     expected, expected_optimizer = fresh()
@@ -400,7 +400,7 @@ def test_checkpoint_of_another_optimizer(copied):
 
 
 class Evil:
-    """Would make a file of any name."""
+    """Unpickling it would make a folder."""
 
     def __init__(self, path):
         self._path = path
@@ -410,7 +410,7 @@ class Evil:
 
 
 def sign(path, name):
-    """As an attacker would."""
+    """Correct a file's checksum, as an attacker would."""
     lines = (path / "SHA256SUMS").read_text().splitlines()
     lines = [line for line in lines if not line.endswith(f"  {name}")]
     (path / "SHA256SUMS").write_text(
@@ -440,7 +440,7 @@ def test_only_what_describes_tensors_is_unpickled(module, name):
 
 
 def test_nothing_is_changed_that_is_only_named():
-    """A pickle may set attributes, but not those of classes and functions."""
+    """A pickle may set attributes of objects, but not those of classes and functions."""
     named = pickle.dumps(MetadataIndex)[:-1]
     changed = named + b"N}(" + pickle.dumps("__hash__")[2:-1] + b"Nu\x86b."
     with pytest.raises(pickle.UnpicklingError, match="it sets attributes of MetadataIndex"):

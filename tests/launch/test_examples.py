@@ -1,4 +1,4 @@
-"""The examples, run as they stand."""
+"""The examples, run as they are."""
 
 import re
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_muon_on_fsdp_and_tensor_parallelism():
     printed = run("muon_fsdp_tp", 4, "--steps", 100)
     assert re.search(r"^up.weight +\(128, 96\) +Muon$", printed, re.MULTILINE)
     (loss,) = losses(printed)
-    assert loss < 2.5  # it begins at log 16 = 2.77
+    assert loss < 2.5  # it starts at log 16 = 2.77
 
 
 def test_two_networks(tmp_path):

@@ -1,4 +1,4 @@
-"""The trained model by itself."""
+"""Exporting the trained model: the average is written, and training is not disturbed."""
 
 import json
 
@@ -50,5 +50,5 @@ def test_weights_of_training_are_warned_of(tmp_path):
         save_model(tmp_path, model, optimizer, ALONE, {})
     assert told[0].filename == __file__
     optimizer.eval()
-    save_model(tmp_path, model, optimizer, ALONE, {})  # warnings are errors
+    save_model(tmp_path, model, optimizer, ALONE, {})  # no warning: it would be an error
     save_model(tmp_path, model, torch.optim.AdamW(model.parameters()), ALONE, {})

@@ -16,7 +16,7 @@ from ranks import Ranks
 from tests.launch import running
 from tests.launch.running import assert_same, assert_same_contents, lines, newest, weights
 
-# An evaluation is of 512 windows: the fewer in a batch, the more batches.
+# An evaluation takes 512 windows, so small batches would make many.
 TINY = ["--layers", 2, "--width", 32, "--heads", 4, "--context", 32, "--batch-size", 32, "--log-every", 1]
 STEPS, SAVED = 20, 10
 ALONE = Ranks(0, 1, 0, 1)
@@ -186,7 +186,7 @@ def test_width_must_suit_the_heads():
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """By its optimiser, a run of two processes that was never stopped, with a checkpoint on its way."""
+    """For each optimiser, a run of two processes that is not stopped, and saves a checkpoint on its way."""
 
     @cache
     def whole_run(optimizer):
@@ -207,7 +207,7 @@ def whole(request, whole_run):
 def test_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
     out, optimizer = whole
     saved = out / "checkpoints" / f"{SAVED:08}"
-    # More evaluations, too, leave no trace in the weights.
+    # More frequent evaluations leave no trace in the weights either.
     trained(2, tmp_path, "--optimizer", optimizer, "--eval-every", 3, "--resume", saved)
     assert_same(weights(out), weights(tmp_path))
     assert lines(out, "train") == lines(tmp_path, "train")
@@ -243,7 +243,7 @@ def test_every_mesh_learns_the_same(whole, tmp_path, processes, mesh):
         ("prodigyplus", 4, "fsdp=2,tp=2"),
         ("prodigyplus", 4, "replicate=2,fsdp=2"),
         ("adamw", 0, "fsdp=1"),
-        ("adamw", 4, "fsdp=2,tp=2"),  # weights of several meshes
+        ("adamw", 4, "fsdp=2,tp=2"),  # has weights on several meshes
     ],
     indirect=["whole"],
 )
@@ -261,7 +261,7 @@ def test_run_goes_on_on_any_mesh(whole, tmp_path, processes, mesh):
     "options", [["--option", "use_cautious=True", "--option", "betas=(0.9, 0.95)"], ["--muon"]], ids=str
 )
 def test_options_of_the_optimizer(whole, tmp_path, options):
-    """Whole, fused with the backward pass, and gone on with: the same curve, another than by default."""
+    """A plain run, and one that is fused, stopped and resumed, have the same curve, and not the default's."""
     trained(2, tmp_path / "plain", *options)
     fused = [*options, "--option", "fused_back_pass=True"]
     trained(2, tmp_path / "fused", *fused, "--steps", SAVED)
@@ -289,7 +289,7 @@ def test_run_tells_what_it_does_and_ends_in_time(folder, tmp_path):
     ]
     assert end == f"The trained model is in {out / 'model.safetensors'}"
 
-    # It is the average: it has the loss that was told.
+    # It is the average: its loss is the one that was reported.
     model = GPT(**json.loads((out / "model.json").read_text()))
     model.load_state_dict(weights(out))
     text = corpus.read(corpus.files_in(folder, "*.txt"), 32).held_out
@@ -316,7 +316,7 @@ def test_a_full_disk_ends_the_run_with_a_line(folder, tmp_path, monkeypatch, cap
         gpt_fsdp2.run(gpt_fsdp2.parse(), ALONE)
     assert end.value.code == 1
     told = f"error: {tmp_path / 'out' / 'log.jsonl'} cannot be written: No space left on device\n"
-    assert told in capsys.readouterr().err.split("\r")  # a line by itself, not behind the progress bar
+    assert told in capsys.readouterr().err.split("\r")  # on a line of its own, not after the progress bar
 
 
 def assert_told_once(done, message, out):

@@ -1,4 +1,4 @@
-"""Which signals end a run after a step, and which at once."""
+"""Which signals end a run after the current step, and which at once."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
 def outcome(*numbers):
-    """The status of a process that is sent these signals before its next step, as its parent sees it."""
+    """The exit status, as its parent sees it, of a process that gets these signals within a step."""
     if (child := os.fork()) == 0:
         try:
             with Interruption() as its:
@@ -34,8 +34,8 @@ def test_who_does_not_want_to_wait_need_not(monkeypatch):
     monkeypatch.setattr(interruption, "DUPLICATE_SECONDS", 0)
     assert outcome(INT, INT) == -INT
     assert outcome(TERM, INT) == -INT
-    assert outcome(INT, TERM) == -TERM  # what torchrun makes of a second Ctrl-C
-    assert outcome(TERM, TERM, TERM) == 128 + TERM  # schedulers tell the launcher, and its processes too
+    assert outcome(INT, TERM) == -TERM  # torchrun sends SIGTERM at a second Ctrl-C
+    assert outcome(TERM, TERM, TERM) == 128 + TERM  # schedulers signal both the launcher and its processes
 
 
 def test_one_that_is_passed_on_is_no_second():
@@ -43,7 +43,7 @@ def test_one_that_is_passed_on_is_no_second():
 
 
 def test_what_is_ignored_stays_so():
-    before = signal.signal(INT, signal.SIG_IGN)  # as shells start what goes on in the background
+    before = signal.signal(INT, signal.SIG_IGN)  # as a shell starts background processes
     try:
         assert outcome(INT) == 0
         assert outcome(INT, TERM) == 128 + TERM

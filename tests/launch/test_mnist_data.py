@@ -47,12 +47,12 @@ def write(folder, files):
 
 
 def pickled(content):
-    """Like the package's pickle, which is of an old Python and an old numpy."""
+    """A pickle like the package's, which an old Python and an old numpy have written."""
     return pickle.dumps(content, protocol=3).replace(b"numpy._core", b"numpy.core")
 
 
 def as_pickle(files):
-    """The pickle from which the package's data would give ``files``."""
+    """The pickle that the package would have if its data were ``files``."""
     images, labels, test_images, test_labels = map(mnist_data.decode_idx, files.values())
     pairs = [(images[:3], labels[:3]), (images[3:], labels[3:]), (test_images, test_labels)]
     rows = [(i.reshape(-1, 784).astype(np.float32) / 256, n.astype(np.int64)) for i, n in pairs]
@@ -65,7 +65,7 @@ def test_idx_round_trip(shape):
     decoded = mnist_data.decode_idx(mnist_data.encode_idx(array))
     assert decoded.dtype == np.uint8
     np.testing.assert_array_equal(decoded, array)
-    decoded[...] = 0  # torch wants memory that may be written
+    decoded[...] = 0  # torch needs writable memory
 
 
 def test_idx_is_the_original_format():
@@ -104,7 +104,7 @@ def test_wrong_checksum_names_the_file(files, tmp_path, suffix):
     assert hashlib.sha256(changed).hexdigest() in str(caught.value)
 
 
-PACKED = gzip.compress(bytes(range(256)), mtime=0)  # the tests are named by its bytes
+PACKED = gzip.compress(bytes(range(256)), mtime=0)  # no time in it: its bytes name the tests
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00", PACKED[:-9], PACKED[:10] + b"\xff" * 40])

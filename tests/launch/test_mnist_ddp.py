@@ -37,7 +37,7 @@ def trained_by_a_user(processes, *options):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    # Many processors take long to multiply in bfloat16.
+    # In float32, since many processors are slow to multiply in bfloat16.
     [[], ["--muon", "--option", "muon_fp32=True"], ["--optimizer", "adamw"]],
     ids=str,
 )
@@ -45,7 +45,7 @@ def test_resumed_run_equals_an_uninterrupted_one(mnist, tmp_path, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained("--epochs", 2, *options, "--out", whole)
     trained("--epochs", 1, *options, "--out", parts)
-    # What a run was killed over is not in its checkpoint, and goes.
+    # A line that a killed run has logged after its last checkpoint; it must go.
     with (parts / "log.jsonl").open("a") as log:
         log.write('{"kind": "train", "step": 26}\n')
     trained("--epochs", 2, *options, "--out", parts, "--resume")
@@ -75,7 +75,7 @@ def test_run_tells_what_it_does(mnist, tmp_path):
     ]
     assert end == f"The trained model is in {out / 'model.safetensors'}"
 
-    # It is the average; the checkpoint has the weights of training.
+    # The model is the average; the checkpoint has the training weights.
     saved, _ = contents(newest(out), tmp_path)
     net = mnist_ddp.network()
     net.load_state_dict(saved["model"])

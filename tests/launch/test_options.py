@@ -1,4 +1,4 @@
-"""Command lines that cannot be: the error names the option, its value, and what is allowed."""
+"""Bad command lines: the error names the option, its value, and what is allowed."""
 
 import sys
 

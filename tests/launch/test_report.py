@@ -20,7 +20,7 @@ def test_log_and_picture(tmp_path):
     report = Report(tmp_path, {"seed": 1, "out": tmp_path}, silent=False)
     for step in range(1, 41):
         report.log("train", epoch=step / 40, loss=1 / step, d=1e-3)
-    report.draw(PANELS)  # nothing is tested yet
+    report.draw(PANELS)  # before there are any test results
     first = (tmp_path / "progress.png").read_bytes()
     report.log("test", epoch=1, loss=0.1)
     report.draw(PANELS)

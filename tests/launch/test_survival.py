@@ -1,4 +1,4 @@
-"""Processes that die, saves that are cut short, SIGTERM and SIGINT: the run ends as it would have ended."""
+"""Processes die, saves are cut short, SIGTERM and SIGINT come: the run ends as it would have without them."""
 
 import random
 import signal
@@ -17,25 +17,25 @@ PERIODIC = [*RUN, "--steps", str(STEPS), "--save-every", str(SAVED), "--mesh", "
 
 
 def at_random(seed):
-    """Any process, in the midst of any step but the first."""
+    """The death of a random process, at a random moment of a step other than the first."""
     draw = random.Random(seed)
     return draw.randrange(4), f"step:{draw.randint(2, STEPS - 1)}:{draw.uniform(0, 0.03):.4f}"
 
 
 DEATHS = {f"seed {seed}": at_random(seed) for seed in range(6)}
-# In the second save; rank 0 puts together what all have written.
+# Deaths within the second save; rank 0 completes what all have written.
 IN_SAVE = {
     "before": (3, "save:2:before"),
     "half": (2, "save:2:half"),
     "written": (0, "save:2:written"),
-    "named": (0, "save:4:named"),  # it is the second of two files, twice
+    "named": (0, "save:4:named"),  # counts files, of which each save writes two
     "renamed": (0, "save:2:renamed"),
 }
-TOLD = {"told": (1, f"told:{SAVED + 2}:0")}  # SIGTERM, to one of four
+TOLD = {"told": (1, f"told:{SAVED + 2}:0")}  # SIGTERM to one of four processes
 
 
 def survived(out, death=None):
-    """A run of which a process may die; returns how often its processes began."""
+    """Make a run of which a process may die; return how often its processes were started."""
     options = [*PERIODIC, "--out", out]
     done, starts = running.LAUNCHER.run("gpt_fsdp2.py", 4, options, death=death, restarts=3)
     assert done.returncode == 0, done.stdout + done.stderr[-10_000:]
@@ -60,20 +60,20 @@ def test_run_ends_as_if_nobody_had_died(undisturbed, tmp_path, name):
     assert left == [f"{step:08}" for step in (10, 15, 20)]
     for path in (out / "checkpoints").iterdir():
         storage.check(path)
-    if name not in TOLD:  # which has a line of its own where it ended
+    if name not in TOLD:  # its log has one line more, where it ended
         assert_same_contents(newest(out), newest(undisturbed), tmp_path)
 
 
 @pytest.mark.slow
 def test_the_run_itself_is_what_torchrun_makes(undisturbed, tmp_path):
-    """And so are those of the other tests, which the launcher starts in another way."""
+    """Runs by torchrun itself equal those of the other tests, which the shared launcher starts."""
     done = running.run(running.command("gpt_fsdp2.py", 4, *PERIODIC, "--out", tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert_same_contents(newest(tmp_path / "out"), newest(undisturbed), tmp_path)
 
 
 def interrupted(script, out, number, *options):
-    """A run of two processes that a signal ends soon after it has begun to log; returns the steps it took."""
+    """End a run of two processes by a signal soon after its first line of log; return its steps."""
     with running.started(running.command(script, 2, *options, "--out", out)) as run:
         run.wait_until(
             lambda: (out / "log.jsonl").exists() and lines(out, "train"), "the first line of the log"
@@ -89,7 +89,7 @@ def interrupted(script, out, number, *options):
 
 
 def assert_goes_on(script, out, whole, *options):
-    """To the weights of a run that was never ended; of the log there is a line more where it was."""
+    """Assert that an ended run, when resumed, comes to the weights of a run that was never ended."""
     for folder, resume in ((out, ["--resume"]), (whole, [])):
         done = running.launch(script, 2, *options, *resume, "--out", folder)
         assert done.returncode == 0, done.stderr

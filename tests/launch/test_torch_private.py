@@ -1,4 +1,4 @@
-"""The private names of torch that the scripts use are there, and do what they are used for."""
+"""The private names of torch that the scripts use exist, and do what they are used for."""
 
 import importlib
 import pickle
@@ -64,7 +64,7 @@ def test_released_groups_leave_no_thread():
             pytest.skip("up to torch 2.10, meshes hold no groups")
         (
             distribute_tensor(torch.ones(4), mesh["tp"], [Shard(0)]) * 2
-        ).full_tensor()  # its caches hold the mesh
+        ).full_tensor()  # DTensor's caches now hold the mesh
         assert gloo_threads()
         torch_private.release_groups(mesh)
     finally:

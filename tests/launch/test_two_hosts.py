@@ -1,6 +1,6 @@
-"""The network between two hosts fails for a while: the run ends as one that never saw that.
+"""The network between two hosts fails for a while, and the run ends as if it had not.
 
-A host is a network namespace of this machine, and the two are joined by a cable of their own.
+A host is a network namespace of this machine. A virtual cable joins the two.
 """
 
 import json
@@ -25,10 +25,10 @@ MODEL = "model.safetensors" if SAFETENSORS else "model.pt"
 TINY = ["--layers", 1, "--width", 32, "--context", 32, "--batch-size", 32, "--dropout", 0.1]
 STEPS, SAVED, CUT = 16, 5, 12  # the cable is cut some steps after the second checkpoint
 SPELLS = ["--steps", STEPS, "--save-every", SAVED, "--keep", 3, "--eval-every", 8, "--log-every", 1]
-# Seconds after which processes give up on each other. It is waited for, and no step takes that long, be the
-# machine busy; where one did, the run would start over once more.
+# Seconds after which processes give up on each other. The test waits for that. No step takes so long even on
+# a busy machine; if one did, the run would restart once more.
 SILENCE = 20
-CABLE = "cable0"  # the name of both its ends
+CABLE = "cable0"  # the name of both ends
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -38,7 +38,7 @@ def ip(*arguments):
 
 
 class Host:
-    """A network namespace, and the run on it."""
+    """A network namespace, and the process that runs in it."""
 
     def __init__(self, name, log):
         ip("netns", "add", name)
@@ -70,7 +70,7 @@ class Host:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def remove(self):
-        """With all that runs on it: torchrun gives every process a session, and so a group, of its own."""
+        """Remove it, and kill all that runs in it: torchrun gives every process a session of its own."""
         while pids := ip("netns", "pids", self.name).split():
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -83,7 +83,7 @@ class Host:
 
 @pytest.fixture
 def hosts(tmp_path):
-    """Two that are joined."""
+    """Two hosts that are joined by a cable."""
     with ExitStack() as stack:
         hosts = []
         try:
@@ -103,7 +103,7 @@ def hosts(tmp_path):
 
 @pytest.fixture
 def wait(hosts):
-    """Wait until something is so. A run that fails, or prints no more, is told with all that was printed."""
+    """Wait for a condition; if the run fails or prints no more, fail with all that it has printed."""
 
     def wait(what, is_so):
         def failed():
@@ -119,7 +119,7 @@ def wait(hosts):
 
 
 def records(out):
-    """What the log tells, but for what the clock says."""
+    """The records of the log without measured times."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     clock = {"minutes", "tokens_per_second"}
     return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["kind"] != "run"]
@@ -137,17 +137,17 @@ def test_run_survives_a_cut_between_its_hosts(hosts, wait, tmp_path):
     for host in (one, other):
         launcher = [*TORCHRUN, "--nnodes", 2, "--nproc-per-node", 2, "--max-restarts", 3]
         launcher += ["--rdzv-id", "cut", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{one.address}:29500"]
-        # The namespaces share the name of their machine: it does not tell torchrun which of them it is on.
+        # Both namespaces have their machine's name, so torchrun cannot tell from it which one it is in.
         launcher += ["--local-addr", host.address]
-        # A torchrun ends if the first one's is silent for read_timeout. That goes on after the cut: the time
-        # between TCP's attempts doubles.
+        # A torchrun ends if the first host's is silent for read_timeout. The silence outlasts the cut, since
+        # TCP doubles the time between its attempts.
         launcher += ["--rdzv-conf", f"is_host={int(host is one)},read_timeout={HANG}"]
         script = ["tests/launch/held.py", CUT, is_cut, *training, "--timeout", SILENCE, "--out", cut]
         host.start(
             [*launcher, *script],
             GLOO_SOCKET_IFNAME=CABLE,
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-            LOGLEVEL="INFO",  # torchrun tells of its restarts
+            LOGLEVEL="INFO",  # so that torchrun reports its restarts
         )
     last = cut / "checkpoints" / f"{CUT // SAVED * SAVED:08}"
     wait("the last checkpoint before the cut", last.exists)
@@ -161,12 +161,12 @@ def test_run_survives_a_cut_between_its_hosts(hosts, wait, tmp_path):
     before = failures(one), failures(other), restarts(one)
     other.cable("down")
     is_cut.touch()
-    # The hosts have nothing to do for a while: time for the run that is never cut.
+    # The hosts are idle for a while: time for the run that is never cut.
     done = launch("gpt_fsdp2.py", 4, *training, "--out", whole)
     assert done.returncode == 0, done.stderr
     wait("processes to give up on those of the other host", lambda: failures(one) > before[0])
     wait("processes of the other host to do so", lambda: failures(other) > before[1])
-    # That of the other host asks this one's for news, and does nothing else until it hears some.
+    # The other host's torchrun asks the first one's for news, and does nothing until it gets some.
     wait("torchrun to start over", lambda: restarts(one) > before[2])
     other.cable("up")
     wait("the end of the run", lambda: all(host.ended() == 0 for host in hosts))

@@ -1,4 +1,4 @@
-"""Small problems that the tests of one process share."""
+"""Small problems that the single-process tests share."""
 
 import copy
 import math
@@ -10,16 +10,17 @@ from prodigyplus import ProdigyPlusScheduleFree
 
 
 class Fed:
-    """Parameters of any shapes, with gradients that are drawn, not computed: only the optimiser acts.
+    """Parameters of any shapes, whose gradients are drawn, not computed: only the optimiser is tested.
 
-    They lean one way, so that Prodigy finds progress to make. After ``turns_after`` steps they lean more, one
-    way and the other in turn: what a step does the next undoes, which is what holds balance back.
+    The gradients have a mean of one sign, so that Prodigy finds progress to make. After ``turns_after``
+    steps the mean is larger, and its sign alternates: each step undoes the last, which stops balance's d
+    from growing.
     """
 
     def __init__(self, *shapes, dtype=torch.float32, seed=0, turns_after=None):
         self.lean, self.steps, self.turns_after = 0.5, 0, turns_after
         self.random = torch.Generator().manual_seed(seed)
-        # Weights that p0 holds exactly in bfloat16: what it loses would be displacement to Prodigy.
+        # Exact in bfloat16, so that the problem starts from the same weights in every dtype.
         self.parameters = [nn.Parameter(self._draw(shape).bfloat16().to(dtype)) for shape in shapes]
 
     def _draw(self, shape):
@@ -40,13 +41,13 @@ def run(optimizer, problem, steps):
 
 
 def snapshot(optimizer):
-    """All that a step may change: weights, and the state dict with copies of its tensors."""
+    """Copies of all that a step may change: the weights and the state dict."""
     weights = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
     return weights, copy.deepcopy(optimizer.state_dict())
 
 
 def assert_same(found, expected, path=""):
-    """Equal to the bit, in dtype too, through dicts and lists."""
+    """Assert that two values are equal to the bit, and in dtype; looks into dicts and lists."""
     if isinstance(expected, Tensor):
         assert found.dtype == expected.dtype, path
         torch.testing.assert_close(
@@ -65,7 +66,7 @@ def assert_same(found, expected, path=""):
 
 
 def shapes_for(options, shapes):
-    """What Muon moves are matrices: then with dimensions of 1 where there are fewer than two."""
+    """The shapes; with Muon, padded with dimensions of 1 to at least two, since it needs matrices."""
     if not options.get("use_muon_pp"):
         return shapes
     return [(*shape, *(1,) * (2 - len(shape))) for shape in shapes]

@@ -1,13 +1,13 @@
-"""The formulas of docs/algorithm.md again, straight from them, in numpy and float64.
+"""A second implementation of docs/algorithm.md, in numpy and float64.
 
-Slow, plain and independent: it shares no line with the package, and keeps x where the package keeps y.
+It is slow, plain and independent: it shares no line with the package, and stores x where that stores y.
 """
 
 import math
 
 import numpy as np
 
-# What Newton–Schulz makes of singular values: a s + b s³ + c s⁵, five times.
+# A Newton–Schulz iteration maps each singular value s to a s + b s³ + c s⁵; there are five.
 QUINTIC = [(3.4445, -4.7750, 2.0315)] * 5
 POLAR_EXPRESS = [
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -31,7 +31,7 @@ class Reference:
         } | options  # fmt: skip
         beta3 = self.o["beta3"]
         self.beta3 = math.sqrt(self.o["betas"][1]) if beta3 is None else beta3
-        self.x = [np.array(w, dtype=np.float64) for w in weights]  # without Schedule-Free, the weights
+        self.x = [np.array(w, dtype=np.float64) for w in weights]  # the weights, without Schedule-Free
         self.z = [x.copy() for x in self.x]
         self.p0 = [self.sample(x).copy() for x in self.x]
         self.s = [np.zeros_like(p0) for p0 in self.p0]
@@ -51,7 +51,7 @@ class Reference:
         self.moment[i][key] = beta * self.moment[i].get(key, 0.0) + (1 - beta) * value
 
     def advance_second(self, i, g, base, beta2):
-        """The second moment of d·g, or what FOCUS has in its place."""
+        """Update the second moment of d·g, or with FOCUS the average of the weights."""
         if self.o["use_focus"]:
             self.average(i, "W", self.d**2 * base, beta2)
         elif self.is_factored(g):
@@ -93,7 +93,7 @@ class Reference:
         return np.abs(move) * np.sign(g) if self.o["use_grams"] else move
 
     def orthogonalised(self, g):
-        """Of a matrix, by its singular values; with the rms of Adam's direction."""
+        """A matrix orthogonalised through its singular values, scaled to the rms of Adam's direction."""
         left, s, right = np.linalg.svd(g, full_matrices=False)
         s = s / (np.linalg.norm(s) or 1) / 1.02
         for a, b, c in QUINTIC if self.o["muon_quintic"] else POLAR_EXPRESS:
@@ -138,7 +138,7 @@ class Reference:
         return self.stable(u)
 
     def evidence(self, i, g, base):
-        """The weighted product and the norm that the step size goes by."""
+        """The weighted product and the norm that d is estimated from."""
         o, d = self.o, self.d
         w = o["d0"] * math.sqrt(d) if o["use_speed"] is True else d**2 / math.sqrt(o["d0"])
         g, distance = self.sample(g), self.p0[i] - self.sample(base)
@@ -205,7 +205,7 @@ class Reference:
         adapt(*map(sum, zip(*evidence, strict=True)))
 
     def balance_evidence(self, g, u, lag, dlr):
-        """The tensor's own ratio, weighted; and the weight, times the step."""
+        """The tensor's own ratio times its weight; and its weight times the step size."""
         norm, weight = float((g * u).sum()), float((u**2).sum()) / g.size**0.75
         if norm <= 0:
             return 0.0, 0.0

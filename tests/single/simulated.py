@@ -1,6 +1,6 @@
-"""Ranks without processes: a thread each, whose all-reduce adds up in the order of the ranks.
+"""Ranks without processes: each is a thread, and all-reduce adds up in the order of the ranks.
 
-What is sent is copied when it is sent, and is there when it has been waited for, not before.
+A value is copied when it is sent. The receiver has it only once it has waited for it.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from prodigyplus_dist.layout import MeshLayout, range_if_consecutive
 from prodigyplus_dist.placement import MeshTensors
 
-# A rank that waits longer waits for ever.
+# A rank that has waited this long would wait for ever.
 TIMEOUT_S = 20
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a mesh of ranks holds a tensor: of each of its axes the dimension that it cuts, and how.
+    """How a mesh holds a tensor: for each mesh axis, the dimension that it cuts, and in which way.
 
-    None for an axis of copies. The ways to cut are those of :func:`owners`.
+    None stands for an axis of copies. The ways to cut are those of :func:`owners`.
     """
 
     mesh: tuple[int, ...]
     cuts: tuple[tuple[int, str] | None, ...]
-    backwards: bool = False  # whether the pieces are counted against the order of the ranks
+    backwards: bool = False  # whether the pieces are numbered against the order of the ranks
 
 
 def owners(size: int, count: int, way: str) -> list[int]:
@@ -54,7 +54,7 @@ def owners(size: int, count: int, way: str) -> list[int]:
 
 
 def indices_of(layout: Layout, shape: Sequence[int], whole: Sequence[int] = ()) -> tuple[Tensor, ...]:
-    """The indices of a piece of a global tensor of this shape; uncut in the dimensions ``whole``."""
+    """The global indices that a piece of a tensor holds; all indices along the dimensions ``whole``."""
     ndim = len(shape)
     return tuple(
         torch.tensor(range(size) if dim in whole else layout.indices[dim], dtype=torch.int64).view(
@@ -65,7 +65,7 @@ def indices_of(layout: Layout, shape: Sequence[int], whole: Sequence[int] = ()) 
 
 
 class Ring:
-    """Some ranks, and what is under way among them."""
+    """Some ranks, and the values under way between them."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = tuple(ranks)
@@ -75,14 +75,14 @@ class Ring:
         self._broken = False
 
     def send(self, channel: tuple[Hashable, ...], value: Tensor | tuple[Tensor, ...]) -> None:
-        """Copies; a channel keeps the order."""
+        """Send a copy; the values sent through one channel keep their order."""
         value = value.clone() if isinstance(value, Tensor) else tuple(one.clone() for one in value)
         with self._changed:
             self._sent[channel, self._next("sent", channel)] = value
             self._changed.notify_all()
 
     def receive(self, channel: tuple[Hashable, ...]) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-        """What waits for the next that comes through a channel."""
+        """A function that waits for the channel's next value, and returns it."""
         with self._changed:
             key = channel, self._next("received", channel)
 
@@ -102,7 +102,7 @@ class Ring:
             self._changed.notify_all()
 
     def left(self) -> list[Hashable]:
-        """What was sent, and never received."""
+        """What was sent and never received."""
         return list(self._sent)
 
     def _next(self, what: str, channel: tuple[Hashable, ...]) -> int:
@@ -111,13 +111,13 @@ class Ring:
 
 
 class Seat(NamedTuple):
-    """A rank's place in a ring: what stands for a process group."""
+    """A rank's place in a ring; it takes the part of a process group."""
 
     ring: Ring
     place: int
 
     def exchange(self, name: str, value: Tensor | tuple[Tensor, ...]) -> Callable[[], list]:
-        """Send one value to all, and receive theirs, in the order of the places."""
+        """Send a value to all; the function returned receives theirs, in the order of the places."""
         places = range(len(self.ring.ranks))
         for peer in places:
             self.ring.send((name, self.place, peer), value)
@@ -126,7 +126,7 @@ class Seat(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What stands for :class:`torch.distributed.Work`."""
+    """Takes the part of :class:`torch.distributed.Work`."""
 
     wait: Callable[[], object]
 
@@ -144,7 +144,7 @@ def all_reduce(tensor: Tensor, group: Seat, *, async_op: bool) -> Work:
 
     def finish() -> None:
         values = theirs()
-        assert len({(value.shape, value.dtype) for value in values}) == 1, "ranks that ask for other sums"
+        assert len({(value.shape, value.dtype) for value in values}) == 1, "ranks ask for different sums"
         tensor.copy_(functools.reduce(torch.add, values))
 
     return Work(finish)
@@ -159,7 +159,7 @@ def all_to_all_single(
 
     def wait() -> None:
         for own, parts in zip(torch.split(output, output_sizes), theirs(), strict=True):
-            assert (own.shape, own.dtype) == (parts[group.place].shape, given.dtype), "other sizes"
+            assert (own.shape, own.dtype) == (parts[group.place].shape, given.dtype), "sizes differ"
             own.copy_(parts[group.place])
 
     return Work(wait)
@@ -172,7 +172,7 @@ def broadcast(tensor: Tensor, source: int, group: Seat, *, async_op: bool) -> Wo
 
     def wait() -> None:
         values = theirs()
-        assert len({(value.shape, value.dtype) for value in values}) == 1, "other sizes"
+        assert len({(value.shape, value.dtype) for value in values}) == 1, "sizes differ"
         tensor.copy_(values[group.ring.ranks.index(source)])
 
     return Work(wait)
@@ -180,8 +180,8 @@ def broadcast(tensor: Tensor, source: int, group: Seat, *, async_op: bool) -> Wo
 
 def batch_isend_irecv(operations: Sequence[P2POp]) -> list[Work]:
     assert operations
-    assert all(one.tensor.numel() for one in operations), "nothing to send"
-    assert all(one.group_peer != one.group.place for one in operations), "to itself"
+    assert all(one.tensor.numel() for one in operations), "an empty message"
+    assert all(one.group_peer != one.group.place for one in operations), "a message to itself"
 
     def begin(one: P2POp) -> Work:
         ring, place = one.group
@@ -193,7 +193,7 @@ def batch_isend_irecv(operations: Sequence[P2POp]) -> list[Work]:
 
         def wait() -> None:
             value = arrived()
-            assert (value.shape, value.dtype) == (one.tensor.shape, one.tensor.dtype), "other sizes"
+            assert (value.shape, value.dtype) == (one.tensor.shape, one.tensor.dtype), "sizes differ"
             one.tensor.copy_(value)
 
         return Work(wait)
@@ -202,7 +202,7 @@ def batch_isend_irecv(operations: Sequence[P2POp]) -> list[Work]:
 
 
 class Ranks:
-    """Simulated ranks, as a context: within it the collectives of ``torch.distributed`` are theirs."""
+    """Simulated ranks, as a context in which ``torch.distributed``'s collectives run between them."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -234,20 +234,20 @@ class Ranks:
 
     @property
     def groups(self) -> set[tuple[int, ...]]:
-        """The process groups that somebody has asked for."""
+        """The process groups that have been asked for."""
         return {ranks for kind, ranks in self._rings if kind == "own"}
 
     @property
     def here(self) -> int:
-        """The rank that asks."""
+        """The rank of the calling thread."""
         return self._here.rank
 
     def group(self, ranks: Sequence[int]) -> Seat:
-        """A process group, ascending."""
+        """The process group of these ranks, which are in ascending order."""
         return Seat(self._ring("own", tuple(ranks)), ranks.index(self.here))
 
     def each(self, work: Callable[[int], object]) -> list:
-        """What ``work`` gives for each rank; where it fails on one, the others do not wait for it."""
+        """The results of ``work`` on each rank. If one rank fails, the others stop waiting for it."""
 
         def guarded(rank: int) -> object:
             self._here.rank = rank
@@ -269,7 +269,7 @@ class Ranks:
         return [future.result() for future in futures]
 
     def layouts(self, shape: tuple[int, ...], placement: Placement) -> list[MeshLayout]:
-        """Of a tensor, what each rank holds of it."""
+        """The layout of a tensor on each rank."""
         coordinates = list(itertools.product(*map(range, placement.mesh)))
         assert len(coordinates) == self.count
         found = []
@@ -298,7 +298,7 @@ class Ranks:
                 at for at, cut in zip(coordinate, placement.cuts, strict=True) if (cut is None) == copying
             )
 
-        # A row for each copy, a column for each piece.
+        # One row for each copy, one column for each piece.
         places = [(along(its, copying=True), along(its, copying=False)) for its in coordinates]
         rows = sorted({row for row, _ in places})
         columns = sorted({column for _, column in places}, reverse=placement.backwards)
@@ -330,7 +330,7 @@ class Ranks:
 
 
 class Pieces(MeshTensors):
-    """The placement of plain tensors, each a piece of another."""
+    """The placement of plain tensors, each of which is a piece of a larger one."""
 
     def __init__(self, layouts: dict[Tensor, MeshLayout]) -> None:
         super().__init__(None)
@@ -341,7 +341,7 @@ class Pieces(MeshTensors):
 
 
 class OneRank(ShardedProdigyPlusScheduleFree):
-    """The optimiser of one rank, whose parameters are pieces."""
+    """The sharded optimiser on one rank, with pieces of tensors as its parameters."""
 
     def __init__(self, groups: list[dict], layouts: dict[Tensor, MeshLayout], **options: object) -> None:
         super().__init__(groups, **options)

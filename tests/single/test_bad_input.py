@@ -1,4 +1,4 @@
-"""What cannot be right is refused, in words that name it and say what to do."""
+"""Bad input is refused with a message that names it and says what to do."""
 
 import copy
 import math
@@ -73,7 +73,7 @@ def test_unknown_options():
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float16, torch.float8_e4m3fn])
 def test_parameters_of_other_dtypes(dtype):
     bad = nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)
-    ProdigyPlusScheduleFree([*parameters(), bad])  # frozen, it may be of any
+    ProdigyPlusScheduleFree([*parameters(), bad])  # while frozen, it may have any dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         return
     bad.requires_grad_()
@@ -143,7 +143,7 @@ def test_sparse_gradients():
     ],
 )
 def test_gradients_of_other_dtypes(weight, grad):
-    """float16 would lose the second moment, and a wider one would leave a state that no later one fits."""
+    """State takes the gradient's dtype: float16 would underflow, and a wider one would fit no later step."""
     p = nn.Parameter(torch.ones(4, dtype=weight))
     optimizer = ProdigyPlusScheduleFree([p])
     p.grad_dtype = None
@@ -248,7 +248,7 @@ def test_a_state_dict_with_an_option_out_of_range():
     assert_same(snapshot(optimizer), before)
 
 
-# The first of each option, and of a rate all.
+# The first bad value of each option, but all bad values of lr.
 LATER = {name: values if name == "lr" else values[:1] for name, values in BAD.items()}
 
 
@@ -285,7 +285,7 @@ def test_a_tensor_lr_whose_value_turns_bad(value):
 
 @pytest.mark.parametrize("value", [math.nan, -1.0, math.inf])
 def test_a_tensor_lr_that_the_host_does_not_know(value, monkeypatch):
-    """As on a device: such a step changes nothing, and counts as skipped."""
+    """As on a GPU, nothing can be raised; instead the step changes nothing and counts as skipped."""
     monkeypatch.setattr(options, "_is_on_host", lambda lr: False)
     lr = torch.tensor(1.0)
     problem = Fed((4, 4), (5,))
@@ -306,7 +306,7 @@ def test_a_tensor_lr_that_the_host_does_not_know(value, monkeypatch):
 
 
 class Pair(Sequence):
-    """As OmegaConf's lists are."""
+    """A sequence that is neither a list nor a tuple, like OmegaConf's lists."""
 
     def __getitem__(self, index):
         return (0.8, 0.95)[index]
@@ -317,7 +317,7 @@ class Pair(Sequence):
 
 @pytest.mark.parametrize("later", [False, True])
 def test_options_of_other_types(later):
-    """Of numpy, of configuration files: they are what plain Python values are."""
+    """Values of numpy's types, or from configuration files, act as the plain Python values do."""
     found = {
         "betas": Pair(),
         "lr": np.float32(0.5),
@@ -402,7 +402,7 @@ def test_keys_of_frameworks_and_of_the_owner():
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("kind", ["meta", "float16", "uint8"])
 def test_what_is_frozen_is_not_inspected(kind, first):
-    """As the base of a LoRA is: on no device, or quantised."""
+    """A frozen parameter may be on the meta device or quantised, as the base model of a LoRA."""
     frozen = {
         "meta": torch.empty(8, 8, device="meta"),
         "float16": torch.ones(8, 8, dtype=torch.float16),
@@ -429,7 +429,7 @@ def test_what_is_frozen_is_not_inspected(kind, first):
 
 @pytest.mark.parametrize("options", [{}, {"factored": False}, {"use_schedulefree": False}], ids=str)
 def test_a_parameter_that_was_grown(options):
-    """As Gaussian splats are: with the state of the old one, it does not fit; without it, it starts anew."""
+    """As in Gaussian splatting. With the old parameter's state it is refused; without, it starts afresh."""
     problem, optimizer = pair((50, 3), **options)
     optimizer.param_groups[0]["param_names"] = ["splats"]
     run(optimizer, problem, 3)
@@ -458,7 +458,7 @@ def test_a_parameter_whose_data_were_cut():
 
 
 def test_groups_that_are_removed_and_parameters_that_are_swapped():
-    """Whatever their places, states are still those of their parameters and options."""
+    """Each parameter keeps its own state and options, wherever it now stands."""
     problem = Fed((40, 12), (40, 12), (9,))
     a, b, c = problem.parameters
     optimizer = ProdigyPlusScheduleFree(

@@ -1,7 +1,8 @@
-"""``step_size="balance"``: the step size that it finds, and what it does where there is none to be found.
+"""``step_size="balance"``: which step size it finds, and what it does when there is none to find.
 
-That its numbers are those of docs/algorithm.md, on every mesh and by every backend, is shown where those of
-all options are: ``test_formulas.py``, ``test_exactness.py`` and what else draws from the table of options.
+That its numbers are those of docs/algorithm.md, on every mesh and by every backend, is tested together with
+all other options: in ``test_formulas.py``, ``test_exactness.py`` and the other tests that draw from the
+table of options.
 """
 
 import math
@@ -17,7 +18,7 @@ CLASSES = 4
 
 
 def trained(steps, batch_of, loss_of=nn.functional.mse_loss, outputs=3, **options):
-    """A small network after so many steps; and its optimiser."""
+    """A small network that has been trained for this many steps, and its optimiser."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, outputs))
     groups = options.pop("groups", lambda model: model.parameters())
@@ -42,7 +43,7 @@ def regression(generator):
 
 
 def no_meaning(generator):
-    """Inputs, and labels that have nothing to do with them."""
+    """Inputs, and random labels that have nothing to do with them."""
     return torch.rand(16, 12, generator=generator), torch.randint(CLASSES, (16,), generator=generator)
 
 
@@ -61,7 +62,7 @@ def rate(optimizer):
 
 
 def test_it_finds_a_rate_wherever_it_starts():
-    """From starts over four decades, and with any ``lr``, to rates and losses that are much the same."""
+    """Whether d0 is 1e-8 or 1e-4, and whatever ``lr`` is, the rates and losses end much the same."""
     untrained = evaluated(*trained(0, regression))
     rates, losses = [], []
     for options in ({}, {"d0": 1e-8}, {"d0": 1e-4}, {"lr": 1 / 3}, {"lr": 3.0}):
@@ -74,7 +75,7 @@ def test_it_finds_a_rate_wherever_it_starts():
 
 
 def test_where_there_is_nothing_to_learn_it_does_not_run_away():
-    """Labels that mean nothing: d comes to an end, and falls, and the average says nothing, which is best."""
+    """With random labels d stops growing and falls; the average predicts no class, which is best."""
     loss_of = nn.functional.cross_entropy
     model, optimizer = trained(700, no_meaning, loss_of, CLASSES)
     highest = rate(optimizer)
@@ -85,7 +86,7 @@ def test_where_there_is_nothing_to_learn_it_does_not_run_away():
 
 
 def test_gradients_that_end_leave_the_step_size_as_it_is():
-    """Once nothing is left to learn, and no gradient is left, there is no evidence."""
+    """Gradients of zero are no evidence, so d stays exactly where it was."""
     _, optimizer = trained(50, regression)
     before = rate(optimizer)
     for _ in range(100):
@@ -107,7 +108,7 @@ def in_two(model):
 
 
 def test_groups_share_what_they_find_together():
-    """Two groups are what one is: their evidence is summed, so that both have the d of one."""
+    """By default the groups' evidence is summed, so two groups find the d that one would."""
     (one, of_one), (two, of_two) = trained(60, regression), trained(60, regression, groups=in_two)
     for group in of_two.param_groups:
         assert group["d"].item() == pytest.approx(of_one.param_groups[0]["d"].item(), rel=1e-5)
@@ -146,7 +147,7 @@ def test_what_is_prodigys_is_told():
 
 
 def test_the_rule_as_it_is_derived():
-    """At rest at −½, d falls as 1/√k; with ρ at the target it stays; far above, it grows as k³."""
+    """At ρ = −½ or below, d falls as 1/√k; at the target, −¼, it stays; well above, it grows as k³."""
     d, k = torch.ones(4, dtype=torch.float64), torch.full((4,), 1000)
     rho = torch.tensor([-0.5, -balance.TARGET, balance.TARGET, -5.0], dtype=torch.float64)
     averages = balance.Averages(rho.clone(), torch.ones(4, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Stop, save, load, go on: bit for bit the run that did not stop."""
+"""A run that is saved, loaded and continued equals, to the bit, the run that did not stop."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ def through_a_file(saved):
 
 
 def resumed(problem, optimizer, **options):
-    """A problem and an optimiser that know of the others only what was saved."""
+    """A new problem and optimiser that continue the given ones from what was saved, and nothing else."""
     other = Fed(*(p.shape for p in problem.parameters), dtype=problem.parameters[0].dtype)
     other.random.set_state(problem.random.get_state())
     with torch.no_grad():
@@ -73,14 +73,14 @@ def test_numbers_are_plain_and_exact():
 
 
 def test_numbers_of_a_parameter_are_those_of_the_call():
-    """torch's asynchronous save copies no DTensor without dimensions."""
+    """A state dict holds copies of 0-dim tensors: torch's asynchronous save does not copy 0-dim DTensors."""
     problem, optimizer = pair((40, 12), (), use_speed="relative")
     run(optimizer, problem, 10)
     saved = optimizer.state_dict()["state"]
     numbers = [
         (value, value.clone()) for state in saved.values() for value in state.values() if not value.ndim
     ]
-    assert len(numbers) == 2 * 3 + 2  # of SPEED, and of the scalar: z and its second moment
+    assert len(numbers) == 2 * 3 + 2  # SPEED's three for each parameter; the scalar's z and second moment
     run(optimizer, problem, 10)
     for value, before in numbers:
         assert_same(value, before)
@@ -144,7 +144,7 @@ def test_a_state_with_muon_and_one_without(before):
     run(optimizer, problem, 1)
     saved = optimizer.state_dict()
     other, optimizer_other = pair((40, 12), use_muon_pp=not before)
-    optimizer_other.load_state_dict(saved)  # and goes on as it was saved
+    optimizer_other.load_state_dict(saved)  # its options are now those that were saved
     assert optimizer_other.param_groups[0]["use_muon_pp"] is before
     run(optimizer_other, other, 1)
     saved["param_groups"][0]["use_muon_pp"] = not before
@@ -191,7 +191,7 @@ def model_and_optimizer(**options):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("flatten", [False, True])
 def test_checkpoint_helpers_of_torch(flatten, mode):
-    """They make a step of zero gradients and lr=0; it makes state, and changes nothing."""
+    """They make a step with zero gradients and lr=0, to create state; it must change nothing else."""
     how = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, optimizer = model_and_optimizer()
     weights = [p.detach().clone() for p in model.parameters()]
@@ -230,7 +230,10 @@ def test_weights_loaded_after_state_was_made_are_where_the_run_starts():
 
 
 def test_state_that_is_older_than_the_weights():
-    """Made by a helper, before weights are loaded: these are evaluated, and late parameters start there."""
+    """A helper makes state before weights are loaded. The new weights are what eval() shows.
+
+    A parameter whose first gradient comes late starts from them, too.
+    """
     model, optimizer = model_and_optimizer()
     get_optimizer_state_dict(model, optimizer)
     with torch.no_grad():
@@ -261,7 +264,7 @@ def test_warm_up_from_zero_is_a_step_like_any_other():
 
 
 def named(order, shapes=((4, 4), (4, 4))):
-    """Parameters whose weights tell them apart, in an order of their names."""
+    """An optimiser of parameters in this order of names; each has weights of its own."""
     parameters = {name: nn.Parameter(torch.full(shape, float(i))) for i, (name, shape) in enumerate(
         zip(("a", "b"), shapes, strict=True), 1
     )}  # fmt: skip
@@ -323,7 +326,7 @@ def test_helpers_of_torch_and_names_in_another_order(order):
 
 
 def test_loading_again_and_again_adds_nothing():
-    """torch adds keys of its own optimisers to an optimiser's defaults when it is loaded or copied."""
+    """When an optimiser is loaded or copied, torch adds keys of its own optimisers to the defaults."""
     problem, optimizer = pair((40, 40), (5,))
     run(optimizer, problem, 3)
     keys = optimizer.state_dict()["param_groups"][0].keys()
@@ -388,7 +391,7 @@ def test_a_state_whose_p0_was_kept_in_bfloat16():
 
 
 def test_a_state_dict_of_an_earlier_version():
-    """Which did not have some entries of a group; options that came later have their defaults."""
+    """A state dict that lacks some entries of a group: they get their defaults."""
     problem, optimizer = pair((40, 40), (5,))
     run(optimizer, problem, 3)
     saved = optimizer.state_dict()

@@ -1,6 +1,6 @@
-"""What torch's checkpoint helpers do with frozen parameters, empty groups, and state that comes and goes.
+"""torch's checkpoint helpers with frozen parameters, empty groups, and state that comes and goes.
 
-Where they fail, they fail AdamW too; ``optimizer.state_dict()`` and ``load_state_dict()`` always do.
+Where they fail, they also fail for AdamW. ``optimizer.state_dict()`` and ``load_state_dict()`` always work.
 """
 
 import copy
@@ -27,7 +27,10 @@ LAST, MIDDLE, FIRST = "last", "middle", "first"
 
 
 def model_and_optimizer(make, empty=(), **options):
-    """Frozen parameters among others, a frozen group, and groups without parameters where ``empty`` says."""
+    """A model and an optimiser with a frozen parameter among others, and a frozen group.
+
+    ``empty`` says where to put groups without parameters.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 6), nn.Linear(6, 4))
     model[0].bias.requires_grad_(False)
@@ -48,7 +51,7 @@ def train(model, optimizer, steps=STEPS):
 
 
 def through_helpers(path, trained, fresh, flat=False, full=False):
-    """Save and load with torch's helpers: through a file, in shards, or at once, whole."""
+    """Save and load with torch's helpers: through a sharded file, or with ``full``, in memory."""
     how = StateDictOptions(flatten_optimizer_state_dict=flat, full_state_dict=full)
 
     def states(model, optimizer):
@@ -60,7 +63,7 @@ def through_helpers(path, trained, fresh, flat=False, full=False):
     saved = copy.deepcopy(states(*trained))
     if not full:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that there is one process
+            warnings.simplefilter("ignore", UserWarning)  # that there is only one process
             dcp.save(saved, checkpoint_id=path, no_dist=True)
             saved = states(*fresh)
             dcp.load(saved, checkpoint_id=path, no_dist=True)
@@ -111,9 +114,9 @@ def test_frozen_parameters_and_empty_groups(tmp_path, make, empty, flat, full):
 @pytest.mark.parametrize(
     ("empty", "flat", "error"),
     [
-        ((LAST,), True, IndexError),  # flattened, a group without parameters leaves nothing
+        ((LAST,), True, IndexError),  # a flattened state dict has no trace of an empty group
         ((MIDDLE,), True, IndexError),
-        ((LAST, LAST), False, ValueError),  # and otherwise there may be one
+        ((LAST, LAST), False, ValueError),  # not flattened, one empty group is allowed
     ],
 )
 @pytest.mark.parametrize("make", BOTH)
@@ -130,7 +133,7 @@ def test_flattened_and_full_is_refused_by_torch(tmp_path, make):
 
 @pytest.mark.parametrize("empty", [FIRST, MIDDLE])
 def test_an_empty_group_that_is_not_the_last(tmp_path, empty):
-    """torch takes what is the last group's for the empty one's, and in the end nothing."""
+    """torch's helpers mix up the groups: AdamW silently loses options, our optimiser raises an error."""
     trained, fresh = pair_of(torch.optim.AdamW, (empty,))
     through_helpers(tmp_path, trained, fresh)
     assert any("betas" not in group for group in fresh[1].param_groups)
@@ -147,7 +150,7 @@ def test_state_dict_of_the_optimizer(empty):
 
 
 def frozen_late(make):
-    """Trained, then frozen; and a model and an optimiser of the same parameters, to load it into."""
+    """A trained pair, and a fresh one to load it into; in both, one weight is frozen afterwards."""
     trained, fresh = pair_of(make)
     for model, _ in (trained, fresh):
         model[0].weight.requires_grad_(False)
@@ -169,7 +172,7 @@ def test_torch_drops_the_state_of_what_was_frozen_after_training(tmp_path, make)
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_gradients_that_are_there_while_loading(flat):
-    """torch then makes no state to load into; flattened, AdamW silently starts anew."""
+    """If gradients exist, torch makes no state to load into: a flattened load silently resets AdamW."""
     how = StateDictOptions(flatten_optimizer_state_dict=flat)
 
     def load(make):
@@ -191,7 +194,7 @@ def test_gradients_that_are_there_while_loading(flat):
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("use_speed", [False, "relative"])
 def test_prodigys_state_that_was_freed(tmp_path, use_speed, flat):
-    """A new optimiser has it, and torch fails where the file has not; zeros are in its place."""
+    """Freed entries are saved as zeros: torch fails if a file lacks an entry that a new optimiser has."""
     options = {"prodigy_steps": 5, "use_speed": use_speed}
     trained, fresh = pair_of(ProdigyPlusScheduleFree, **options)
     saved = copy.deepcopy(trained[1].state_dict())
@@ -213,7 +216,7 @@ def test_back_to_a_checkpoint_from_before_it_was_freed(tmp_path, use_speed):
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_run_that_is_rolled_back_again_and_again(tmp_path, flat):
-    """By dcp.load into what the helpers give: of keys that a load had added, the file would know nothing."""
+    """dcp.load fills the state dict that the helpers give, so a load must add no key that the file lacks."""
     how = StateDictOptions(flatten_optimizer_state_dict=flat)
 
     def states(model, optimizer):
@@ -225,7 +228,7 @@ def test_a_run_that_is_rolled_back_again_and_again(tmp_path, flat):
     model, optimizer = model_and_optimizer(ProdigyPlusScheduleFree)
     train(model, optimizer)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process
+        warnings.simplefilter("ignore")  # that there is only one process
         dcp.save(states(model, optimizer), checkpoint_id=tmp_path)
         train(model, optimizer)
         expected = copy.deepcopy(model.state_dict())

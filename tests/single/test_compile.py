@@ -1,4 +1,4 @@
-"""Passes that torch.compile makes one of, and a step that could be captured and played again."""
+"""Passes that torch.compile fuses, and steps that could be captured and replayed."""
 
 import copy
 import itertools
@@ -17,15 +17,15 @@ from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 from tests.watching import Watch
 
-# torch.compile's own import.
+# A warning from torch.compile's own imports.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
-# Compiling takes seconds: what is compiled in one test, with these shapes, is used by the others.
+# Compiling takes seconds. All tests use these shapes, so that each reuses what another has compiled.
 VECTORS = ((60,),) * 3
-MATRICES = ((48, 33),) * 2  # rows by the sixteen, which others are not
+MATRICES = ((48, 33),) * 2  # 48 rows: a multiple of 16, as no other size here
 SHAPES = (*MATRICES, *VECTORS, (50, 45), (), (12, 4, 3, 5))
 
-# A step size that moves the weights by as much as they are.
+# A step size large enough to move the weights by about their own size.
 LARGE = {"d0": 1e-2}
 
 STEPS = 20
@@ -42,27 +42,27 @@ COMPILED = [
 
 
 def graphs():
-    """How many have been compiled so far."""
+    """How many graphs have been compiled so far."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def pairs(*shapes, dtype=torch.float32, **options):
-    """The same problem twice, compiled and not."""
+    """The same problem twice: compiled, and not compiled."""
     return [pair(*shapes, dtype=dtype, compile=compiles, **options) for compiles in (True, False)]
 
 
 def plain(state):
-    """A snapshot that does not say whether it was compiled."""
+    """A snapshot without the option ``compile``."""
     for group in state[1]["param_groups"]:
         del group["compile"]
     return state
 
 
 def assert_close(found, expected, tolerance):
-    """Optimizers whose tensors differ by no more than a share of their norms, and numbers of themselves.
+    """Assert that two optimisers agree: tensors relative to their norms, numbers relative to themselves.
 
-    A step rounds each element a handful of times, by 6e-8 of it at most: in 20 steps, were all of one sign,
-    by some 1e-5, and since they are not, by less than 1e-6.
+    A step rounds each element a handful of times, each time by at most 6e-8 of it. Over 20 steps that would
+    come to some 1e-5 if all errors had one sign; since they have not, it stays below 1e-6.
     """
     (weights, state), (expected_weights, expected_state) = snapshot(found), snapshot(expected)
     tensors = [("weight", pair) for pair in zip(weights, expected_weights, strict=True)]
@@ -100,7 +100,7 @@ def test_the_same_within_rounding(options, shapes):
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"bfloat16_z": True}], ids=str)
 def test_bfloat16_is_rounded_by_the_same_noise(options):
-    """Of other noise, every second element would be another one."""
+    """With different noise, every second element would differ."""
     (problem, optimizer), (problem_eager, eager) = pairs(*MATRICES, **options, **LARGE)
     both = list(zip(problem.parameters, problem_eager.parameters, strict=True))
     for _ in range(5):
@@ -110,12 +110,12 @@ def test_bfloat16_is_rounded_by_the_same_noise(options):
             key = "z" if "z" in eager.state[q] else "z_minus_y"
             for value, other in ((p, q), (optimizer.state[p][key], eager.state[q][key])):
                 if value.dtype == torch.bfloat16:
-                    # A last bit before it may push an element over its noise, once in tens of thousands.
+                    # One last bit may decide how an element is rounded, once in tens of thousands.
                     assert (value != other).sum() <= value.numel() * 1e-3
                 else:
                     assert (value - other).norm() <= 1e-6 * other.norm()
         assert_close(optimizer, eager, 1e-4)
-        with torch.no_grad():  # single steps: each begins where the other does
+        with torch.no_grad():  # compare single steps: both start each step from the same numbers
             for p, q in both:
                 p.copy_(q)
                 for key, value in eager.state[q].items():
@@ -161,7 +161,7 @@ def test_a_bad_gradient_changes_nothing(number, bad):
     for steps in (0, 4):
         run(optimizer, problem, steps)
         problem.backward()
-        if not steps:  # makes state, of the weights as they are
+        if not steps:  # first a step with gradients of zero, which creates the state
             for p in problem.parameters:
                 p.grad.zero_()
             optimizer.step()
@@ -179,7 +179,7 @@ def test_a_bad_gradient_changes_nothing(number, bad):
 
 
 def test_a_compiled_run_goes_on_without():
-    """And the other way about; in eval mode between."""
+    """A compiled run continues uncompiled, and the reverse; the states are saved in eval mode."""
     (problem, optimizer), (problem_eager, eager) = pairs(*MATRICES, *VECTORS, **LARGE)
     run(optimizer, problem, 6)
     run(eager, problem_eager, 6)
@@ -193,7 +193,7 @@ def test_a_compiled_run_goes_on_without():
         compiles = its.param_groups[0]["compile"]
         its.eval()
         its.load_state_dict(other)
-        assert its.param_groups[0]["compile"] == compiles  # is the run's, not the state's
+        assert its.param_groups[0]["compile"] == compiles  # the run's own, not the state dict's
         its.train()
     with torch.no_grad():
         for its, other in ((problem, weights[1]), (problem_eager, weights[0])):
@@ -205,7 +205,7 @@ def test_a_compiled_run_goes_on_without():
 
 
 def test_no_direction_is_written():
-    """Of a parameter only samples are copied, an eleventh of it, of the gradient and of z."""
+    """All that is copied are samples of the gradient and of z, each an eleventh of the parameter."""
     problem, optimizer = pair((608, 501), compile=True)
     run(optimizer, problem, 3)
     problem.backward()
@@ -221,11 +221,11 @@ def test_no_direction_is_written():
 
 
 def test_nothing_is_compiled_again():
-    """Whatever changes from step to step: numbers, members of stacks, where they are, sizes."""
+    """No change between steps compiles anything again: numbers, members of stacks, storages, sizes."""
     problem, optimizer = pair(*SHAPES, compile=True, **LARGE)
     run(optimizer, problem, 1)
     problem.backward()
-    problem.parameters[0].grad = None  # a stack of one, which torch.compile makes a graph for
+    problem.parameters[0].grad = None  # leaves a stack of one, which gets a graph of its own
     optimizer.step()
     with torch.compiler.set_stance("fail_on_recompile"):
         group = optimizer.param_groups[0]
@@ -238,7 +238,8 @@ def test_nothing_is_compiled_again():
             group["lr"].mul_(0.9)
             group["d_coef"] *= 0.9
             run(optimizer, problem, 1)
-        for absent in ((2,), (3,), (0, 4)):  # stacks of two that begin elsewhere, or are copied; one of one
+        # Stacks of two that start elsewhere or must be copied; then also a stack of one.
+        for absent in ((2,), (3,), (0, 4)):
             problem.backward()
             for number in absent:
                 problem.parameters[number].grad = None
@@ -287,7 +288,7 @@ def test_compiling_would_be_seen():
 
 
 def fused_run(*, compiles, bad=None):
-    """An optimizer after ten steps, in which vectors move in the backward pass, then others as a stack."""
+    """An optimiser after ten steps: two vectors move in the backward pass, then three as a stack."""
     torch.manual_seed(0)
     model = nn.ParameterList(nn.Parameter(torch.randn(60)) for _ in range(5))
     optimizer = ProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True, compile=compiles, **LARGE)
@@ -318,15 +319,16 @@ def test_fused(bad):
 
 @torch.no_grad()
 def replay(calls):
-    """Make calls of operators again on the same memory: what a CUDA graph is.
+    """Repeat calls of operators on the same memory, as a CUDA graph does.
 
-    What a call gave stays where it was; its arguments are tensors, or the numbers that they were then.
+    Each result is written where it was before. Tensor arguments are read anew; numbers are those of the
+    recording.
     """
     for call in calls:
         memories = {tensor.untyped_storage().data_ptr() for tensor in call.tensors}
         again = call.func(*call.args, **call.kwargs)
         for old, new in zip(tree_leaves(call.result), tree_leaves(again), strict=True):
-            # A view, or what is changed in place, is there already.
+            # A view, or a tensor changed in place, is up to date already.
             if isinstance(old, Tensor) and old.untyped_storage().data_ptr() not in memories:
                 old.copy_(new)
 
@@ -334,7 +336,7 @@ def replay(calls):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "use_speed": "relative"}], ids=str)
 def test_a_step_played_again_is_the_next_step(options, dtype):
-    """Nothing in a step depends on what the host knows: not d, not the step's number, not what is finite."""
+    """Nothing in a step depends on a value on the host: not d, the step's number or what is finite."""
     shapes = (*SHAPES, (0, 3))
     (problem, optimizer), (again, replayed) = (pair(*shapes, dtype=dtype, **options) for _ in range(2))
     grads = [torch.empty_like(p) for p in again.parameters]
@@ -362,7 +364,7 @@ def test_a_step_played_again_is_the_next_step(options, dtype):
         backward(bad=step == 2)
         optimizer.step()
         replay(watch.calls)
-        for group in replayed.param_groups:  # a count that is kept on the host
+        for group in replayed.param_groups:  # the one count that is kept on the host
             group["calls"] += 1
         assert_same(snapshot(replayed), snapshot(optimizer))
     metrics = optimizer.metrics()[0]
@@ -372,7 +374,7 @@ def test_a_step_played_again_is_the_next_step(options, dtype):
 
 
 def test_what_the_host_knows_is_seen():
-    """A number that it has read is played again as it was."""
+    """Check of ``replay``: a number that the host had read is replayed with its old value."""
     number, result = torch.ones(()), torch.zeros(())
     with Watch() as watch:
         result.copy_(number * number.item())

@@ -1,4 +1,4 @@
-"""Weights that are held in a set: the average obeys, and Prodigy sees how far they have come."""
+"""Weights that are held in a set: their average stays in it, and Prodigy sees the true distance."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from prodigyplus.formulas import schedule_free
 from tests import option_table as table
 from tests.single.problems import assert_same, pair, run, snapshot
 
-# Those that a set meets in the weights, their average and z.
+# The options that change how the weights, their average and z are moved or kept.
 NAMES = ("factored", "weight_decay", "use_cautious", "bfloat16_z", "use_schedulefree")
 OPTIONS = [{}, *table.packed(table.alone(NAMES) + table.together(NAMES), most=3)]
 
@@ -32,7 +32,7 @@ def outside(p, project=clamp):
 
 
 class Pulled:
-    """Weights that are pulled towards targets, most of which are outside the set."""
+    """Weights that are pulled towards targets, most of which lie outside the set."""
 
     def __init__(self, dtype=torch.float32):
         random = torch.Generator().manual_seed(0)
@@ -69,17 +69,17 @@ def test_weights_their_average_and_z_are_in_the_set(options, dtype):
         assert outside(schedule_free.base_iterate(p, state)) <= 2**-8 * (
             options.get("bfloat16_z", False) is True
         )
-    # It has come to where the targets are nearest.
+    # The average has reached the points of the set that are nearest to the targets.
     optimizer.eval()
     assert outside(p) == 0
     reached = (p.float() - problem.target.clamp(-0.5, 0.5)).abs().mean()
     assert reached < (0.05 if dtype == torch.bfloat16 or "weight_decay" in options else 0.01)
-    # No distance within the set is larger than 1.
+    # No distance within the set exceeds 1.
     assert float(optimizer.metrics()[0]["d"]) < 1
 
 
 def test_without_it_z_runs_away():
-    """What the constraint is for: changed behind the optimiser's back, d has no end."""
+    """Why ``constrain`` exists: if the loop clamps the weights, z leaves the set and d keeps growing."""
     problem, optimizer = pulled()
     with pytest.warns(UserWarning, match=r"optimizer\.constrain"):
         changed_after_each_step(optimizer, problem, 300)
@@ -89,7 +89,7 @@ def test_without_it_z_runs_away():
 
 
 def test_x_is_the_average_of_what_z_was():
-    """Projected Schedule-Free: of a convex set, the average of the projected z."""
+    """Projected Schedule-Free: for a convex set, x is the average of the projected z."""
     problem, optimizer = pulled(torch.float64)
     (p,) = problem.parameters
     optimizer.constrain([p], clamp)
@@ -122,7 +122,7 @@ def test_what_holds_already_changes_nothing(options):
 
 
 def test_eval_and_train_of_a_set_that_is_not_convex():
-    """The average of rows of norm 1 is shorter, and from what is made of it y could not be found."""
+    """An average of unit rows is shorter, so eval() projects it; train() must still restore y exactly."""
     problem, optimizer = pair((40, 33), d0=1e-2)
     (p,) = problem.parameters
     optimizer.constrain(p, unit_rows)
@@ -195,7 +195,7 @@ def test_a_projection_that_fails_leaves_all_weights():
         free.grad = torch.ones(3)
         run(optimizer, problem, 1)
     before = [p.detach().clone() for p in (free, *problem.parameters)]
-    optimizer.param_groups.reverse()  # the free one first
+    optimizer.param_groups.reverse()  # the unconstrained one first
     fails = True
     with pytest.raises(MemoryError):
         optimizer.eval()
@@ -225,7 +225,7 @@ def test_weights_z_and_the_average_are_projected_at_once(bfloat16_z, mode):
 
 
 def test_a_skipped_step_changes_nothing():
-    """Projecting rows of norm 1 once more would change their last bits."""
+    """The step must not project either: projecting unit rows once more would change their last bits."""
     problem, optimizer = pulled()
     (p,) = problem.parameters
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_what_cannot_be_constrained():
 
 
 def test_a_clamped_temperature_learns():
-    """CLIP's logit scale, clamped to log 100: benchmarks/constraints.py has it at length, beside others."""
+    """A logit scale like CLIP's, here clamped to log 30; benchmarks/constraints.py compares at length."""
     torch.manual_seed(0)
     latent = torch.randn(128, 8)
     x, y = (latent @ torch.randn(8, 16) + 0.05 * torch.randn(128, 16) for _ in range(2))

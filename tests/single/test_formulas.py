@@ -1,4 +1,4 @@
-"""The package in float64 against an independent transcription of docs/algorithm.md, and its edges."""
+"""The package in float64 against an independent implementation of docs/algorithm.md."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ SHAPES = ((), (7,), (40, 12), (12, 40), (33, 33), (3, 35, 33), (2, 34, 3, 3), (5
 MATRICES = ((1, 1), (40, 12), (1, 40), (12, 40), (9, 9), (3, 7, 5), (2, 4, 3, 3), (2, 3, 6, 5))
 
 
-# What the reference has not got: it neither freezes d nor rounds, and its numbers are plain.
+# All but what the reference lacks: it does not freeze d, and it has no rounding and no other dtypes.
 NAMES = table.named(
     "passes", "numbers", but=("prodigy_steps", "factored_fp32", "stochastic_rounding", "bfloat16_z")
 )
 TOGETHER = table.together(NAMES)
-# A tensor of a rate is what its number is: see test_bad_input.py.
+# A tensor lr acts as a number does: see test_bad_input.py.
 ALONE = [options for options in table.alone(NAMES) if not isinstance(options.get("lr"), torch.Tensor)]
 ADAM = table.without_schedulefree(ALONE + TOGETHER)
 OPTIONS = [
@@ -36,7 +36,7 @@ def test_formulas(options):
     reference = Reference([p.detach().numpy() for p in problem.parameters], **options)
     for step in range(45):
         problem.backward()
-        if 25 <= step < 35:  # back, for a while: no progress to be found
+        if 25 <= step < 35:  # backwards for a while: Prodigy finds no progress
             for p in problem.parameters:
                 p.grad.neg_()
         reference.step([p.grad.numpy() for p in problem.parameters])
@@ -53,7 +53,7 @@ def test_formulas(options):
 
 
 def test_moving_step_size_shrinks():
-    """With beta4 d follows its estimate down; without, it stays."""
+    """With beta4, d follows its estimate down; without, it stays at its largest."""
     sizes = {}
     for beta4 in (0.0, 0.9):
         problem, optimizer = pair((50,), (12, 40), beta4=beta4)

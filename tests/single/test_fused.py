@@ -1,4 +1,4 @@
-"""The update inside the backward pass: the plain step, with each gradient gone as soon as it is there."""
+"""The fused backward pass: the same step as otherwise, with each gradient freed as soon as it is used."""
 
 import copy
 import gc
@@ -15,7 +15,8 @@ from tests.single.problems import assert_same, snapshot
 
 STEPS = 30
 
-# Passes, since what numbers they take is nothing to them; of those in whose steps d moves in either dtype.
+# Only options that change passes: the numbers that passes take are no different when fused. Left out are
+# options with which d does not move in both dtypes.
 NAMES = table.named("passes", but=("prodigy_steps", "stochastic_rounding", "factored_fp32"))
 TOGETHER = ("factored", "weight_decay", "use_adopt", "use_bias_correction", "betas", "use_cautious")
 TOGETHER += (*table.MUON, "use_schedulefree")
@@ -99,7 +100,7 @@ def test_gradients_are_gone_after_backward_without_zero_grad():
 
 
 def test_each_group_for_itself():
-    """One group is fused, the other is not; the same bits as when neither is."""
+    """One group is fused and the other is not: the same bits as when neither is."""
     states = []
     for fused in (False, True):
         torch.manual_seed(0)
@@ -117,7 +118,7 @@ def test_each_group_for_itself():
 
 
 def test_what_backward_has_not_moved_step_moves():
-    """Gradients that somebody has put there: the closing call sees to them, and frees them."""
+    """Gradients that were set by hand are moved by step(), which also frees them."""
     results = []
     for fused in (False, True):
         model, optimizer = model_and_optimizer(fused=fused)
@@ -157,7 +158,7 @@ def test_a_bad_gradient_skips_its_parameter_and_the_step_size():
 
 
 def test_only_bad_gradients_are_a_step_that_did_not_happen():
-    """And no step at all to a group that had no gradient."""
+    """If all of a group's gradients are bad, the step counts as skipped; if it has none, not at all."""
     model = nn.Linear(3, 2, bias=False)
     groups = [{"params": model.parameters()}, {"params": [nn.Parameter(torch.ones(3))]}]
     optimizer = ProdigyPlusScheduleFree(groups, fused_back_pass=True)
@@ -209,7 +210,7 @@ def test_between_backward_and_step_nothing_can_be_saved(call):
     loss_of(model, data.next()).backward()
     with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) first"):
         call(optimizer, saved)
-    optimizer.train()  # is in train mode: free, as every time
+    optimizer.train()  # allowed, since it already is in train mode
     optimizer.step()
     optimizer.state_dict()
 
@@ -232,7 +233,7 @@ def test_a_model_of_somebody_else():
 
 
 def test_one_of_several_processes(monkeypatch):
-    """Whatever will sum their gradients may be wrapped around the model later."""
+    """With several processes it is refused at once: DDP may be wrapped around the model later."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*ShardedProdigyPlusScheduleFree"):
         model_and_optimizer()
@@ -260,7 +261,7 @@ def test_an_optimizer_that_is_gone_moves_nothing():
 
 
 def test_a_step_with_lr_zero_makes_state_only():
-    """As torch's checkpoint helpers make it: gradients put there, not computed."""
+    """torch's checkpoint helpers make such a step, with gradients that no backward pass computed."""
     model, optimizer = model_and_optimizer()
     optimizer.param_groups[0]["lr"] = 0.0
     for p in model.parameters():

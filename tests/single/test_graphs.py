@@ -1,7 +1,7 @@
-"""A step as a CUDA graph has it: what is launched is recorded, and run again without the host.
+"""Steps as in a CUDA graph: what a step launches is recorded, and run again without the host.
 
-Without a GPU, the operators and kernels that a step launches are recorded here, and run again by themselves:
-whatever a step would do on the host alone is missing then, as it is in a graph.
+No GPU is needed: these tests record the operators and kernels that a step launches and run them again.
+Anything that a step does on the host is then missing, just as in a graph.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ SHAPES = ((6, 5), (7,), (6, 5), ())
 
 
 class Recorder(TorchDispatchMode):
-    """Records operators, and the launches of kernels, to be run again on the same memory."""
+    """Records operators and launches of kernels, and runs them again on the same memory."""
 
     def __init__(self):
         super().__init__()
         self._calls = []
-        self._launches = False  # a kernel, whose interpreter has operators of its own
+        self._launches = False  # whether a kernel runs, whose interpreter calls operators of its own
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
             for function, args, kwargs, results in self._calls:
                 again = [x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, torch.Tensor)]
                 for result, value in zip(results, again, strict=True):
-                    if result.data_ptr() != value.data_ptr():  # no view, and not in place
+                    if result.data_ptr() != value.data_ptr():  # neither a view nor changed in place
                         result.copy_(value)
 
 
@@ -131,7 +131,7 @@ def test_nothing_is_made_while_a_graph_is_captured(monkeypatch):
 
 
 def test_what_is_sent_to_a_gpu_is_pinned(monkeypatch):
-    """Else the copy would wait; and it is sent again only where it is another."""
+    """Otherwise the copy would block the host. A table that has not changed is not sent again."""
     captured(monkeypatch, value=False)
     table = mock.Mock()
     sent = tables.SentTable(torch.device("cuda", 0))
@@ -141,7 +141,10 @@ def test_what_is_sent_to_a_gpu_is_pinned(monkeypatch):
 
 
 def test_what_a_graph_sends_is_sent_again_by_the_next_step(monkeypatch):
-    """A table of a graph has its values when it is replayed; and it is kept, with what it is sent from."""
+    """A copy that is captured runs only when the graph is replayed, so the next step must send again.
+
+    The tables that a graph reads are kept alive.
+    """
     table = tables.SentTable(torch.device("cpu"))
     first = table.of(1, lambda: torch.ones(1))
     captured(monkeypatch, value=True)

@@ -1,6 +1,6 @@
-"""What kernels do to the numbers of parameter groups, against the same operator by operator.
+"""The kernels that update the groups' numbers, against the same operator by operator.
 
-Groups of all kinds at once, with numbers as they may be in the middle of a run.
+Groups of all kinds take part at once, with numbers such as they have in the middle of a run.
 """
 
 import random
@@ -41,12 +41,12 @@ KINDS = (
     {"step_size": "balance", "use_adopt": True},
 )
 
-# How groups share a step size.
+# The ways in which groups can share a step size.
 SHARING = ({"split_groups": False}, {"split_groups_mean": False}, {"split_groups_mean": True}, "mixed")
 
 
 def groups_of(sharing, draw):
-    """Two like ones, of all kinds, with numbers drawn, and what a step has found of them."""
+    """Two equal ``Groups`` of all kinds with drawn numbers: the first uses kernels, the second operators."""
     kinds = [dict(kind) for kind in KINDS]
     for index, kind in enumerate(kinds):
         kind |= SHARING[index % 3] if sharing == "mixed" else sharing
@@ -61,7 +61,7 @@ def groups_of(sharing, draw):
     columns["weight_sum"].mul_(torch.tensor([draw.choice((0.0, 1.0, 1.0)) for _ in kinds], device=DEVICE))
     columns["k"].copy_(torch.tensor([draw.choice((0, 1, 3, 29, 30, 31, 500)) for _ in kinds]))
     for index, group in enumerate(optimizer.param_groups):
-        if draw.random() < 0.3:  # not left its start
+        if draw.random() < 0.3:  # d is still where it started
             columns["d"][index] = group["d0"]
         if group["use_adopt"]:
             columns["k"][index] = draw.choice((0, 7))
@@ -77,7 +77,7 @@ def groups_of(sharing, draw):
 
 
 def step(groups, square, present, evidence, *, initializes):
-    """One step of groups; returns all that it has set."""
+    """One step of the groups' numbers; returns everything that it has set."""
     learns = groups.begin(square, present, initializes=initializes)
     found = {"learns": learns.double()}
     for dtype in (torch.float64, torch.float32):
@@ -98,7 +98,7 @@ def step(groups, square, present, evidence, *, initializes):
 @pytest.mark.parametrize("sharing", SHARING, ids=str)
 @pytest.mark.parametrize("seed", range(2))
 def test_as_operator_by_operator(sharing, seed, monkeypatch):
-    # As on a device, where nobody looks what a tensor's value is.
+    # As on a GPU, where the host does not read a tensor's value.
     monkeypatch.setattr(options, "_is_on_host", lambda tensor: False)
     draw = random.Random(seed)
     for square in (1.0, 1.0, 0.0, float("nan"), float("inf")):
@@ -124,12 +124,15 @@ def test_as_operator_by_operator(sharing, seed, monkeypatch):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert not value.isnan().any(), name
-            # Powers are exponentials of logarithms here, and RAdam takes what they leave of 1.
+            # Kernels compute powers as exponentials of logarithms; RAdam subtracts powers of β2 from 1.
             torch.testing.assert_close(found[name], value, rtol=1e-9 if "beta2" in name else 1e-12, atol=0)
 
 
 def test_rates_are_read_where_they_are():
-    """A schedule may change a tensor in place, or a number in the group: the next step goes by it."""
+    """The next step uses a new lr, whether its tensor was changed in place or the group has a new number.
+
+    Options that have not changed are not sent again.
+    """
     rate = torch.tensor(1.0)
     p = torch.nn.Parameter(torch.ones(2, 2, device=DEVICE))
     optimizer = ProdigyPlusScheduleFree([{"params": [p], "lr": rate}], fused=True)
@@ -153,7 +156,7 @@ def test_rates_are_read_where_they_are():
 
 
 def test_every_option_is_known_to_them():
-    """An option that changes the numbers of a group, and is not in the kernels, is a mistake here."""
+    """Fails for a new option until it is listed: in the kernels, or as one that changes no number."""
     in_kernels = {
         *("lr", "betas", "beta3", "beta4", "d0", "d_coef", "d_limiter", "use_speed", "prodigy_steps", "eps"),
         *("weight_decay", "weight_decay_by_lr", "warmup_steps", "use_bias_correction", "use_adopt"),

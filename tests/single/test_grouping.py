@@ -1,4 +1,4 @@
-"""muon_groups: every parameter in the group that practice puts it in, whatever the model looks like."""
+"""muon_groups puts every parameter into the group that practice puts it in, whatever the model."""
 
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ ELEMENTWISE = {"use_muon_pp": False}
 
 
 def model_of(*parts, **named):
-    """A module of submodules and parameters, in the order given."""
+    """A module with these submodules and parameters, in this order."""
     model = nn.Module()
     for name, part in [*((str(i), part) for i, part in enumerate(parts)), *named.items()]:
         setattr(model, name, nn.Parameter(part) if type(part) is torch.Tensor else part)
@@ -30,7 +30,7 @@ def matrix(rows=6, columns=5):
 
 
 def split(model, **declared):
-    """The names in each of the three groups, the absent ones as empty lists; checks what holds of all."""
+    """The names in each of the three groups, [] for an absent one; checks what every split must satisfy."""
     groups = muon_groups(model, **declared)
     names = {"Muon": [], "batched": [], "elementwise": []}
     order = []
@@ -58,7 +58,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, 2)
         self.up = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(3 * width, width)  # as a part of a layer, no head
+        self.output = nn.Linear(3 * width, width)  # part of a layer, so not a head
 
 
 HIDDEN = [
@@ -89,7 +89,7 @@ def test_gpt():
 
 
 def test_the_same_in_other_orders():
-    """A named head is the head wherever it is registered; nothing else is."""
+    """A matrix named as a head is the head even if it is registered first; then the last one is not."""
     model = model_of(lm_head=matrix(11, 4), blocks=gpt().blocks)
     assert split(model).muon == HIDDEN
 
@@ -99,7 +99,7 @@ def test_tied_head(name):
     model = gpt(**{name: matrix(11, 4)})
     getattr(model, name).weight = model.tokens.weight
     groups = split(model)
-    # The unnamed last matrix is the head, and not the one before it, which is hidden.
+    # The head is tied to the embedding. The matrix before it is not taken for a head.
     assert groups.muon == HIDDEN
     assert groups.elementwise[0] == "tokens.weight"
 
@@ -165,7 +165,7 @@ def test_a_head_that_is_not_called_so():
     groups = split(sequential)
     assert groups.muon == ["1.weight", "2.weight"]
     assert groups.elementwise == ["0.weight", "2.bias", "4.weight", "4.bias"]
-    # One score: its weight is a row, and the matrix before it is hidden.
+    # A head with one output: its weight is a row, and the matrix before it is hidden.
     assert split(nn.Sequential(matrix(), matrix(), nn.Linear(5, 1))).muon == ["0.weight", "1.weight"]
     named = OrderedDict(head=matrix(), a=matrix(), b=matrix())
     assert split(nn.Sequential(named)).muon == ["a.weight", "b.weight"]
@@ -204,7 +204,7 @@ def test_several_heads(several):
 class HuggingFace(nn.Module):
     def __init__(self, tell):
         super().__init__()
-        self.decoder = matrix()  # not the name of a head, nor at its place
+        self.decoder = matrix()  # neither named as a head nor placed as one
         self.head = matrix()
         self.encoder = matrix()
         self.tell = tell
@@ -345,7 +345,7 @@ def test_patterns_that_match_nothing(argument, pattern):
         muon_groups(moe(), **good)
     assert repr(pattern) in str(error.value)
     with pytest.raises(ValueError, match=rf"{argument}='\*\.ROUTER\.weight' matches none"):
-        muon_groups(moe(), **{argument: ["*.ROUTER.weight"]})  # case counts, on Windows too
+        muon_groups(moe(), **{argument: ["*.ROUTER.weight"]})  # case matters, on Windows too
 
 
 def test_a_pattern_by_itself_and_patterns_that_can_be_read_once():
@@ -357,7 +357,7 @@ def test_a_pattern_by_itself_and_patterns_that_can_be_read_once():
 def test_exclude():
     model = nn.Sequential(*(matrix() for _ in range(4)))
     assert split(model, exclude=["1.*"]).muon == ["0.weight", "2.weight"]
-    # What is the head does not depend on it.
+    # Excluding a parameter does not change which one is the head.
     assert split(model, exclude=["3.*"]).muon == ["0.weight", "1.weight", "2.weight"]
 
 
@@ -379,7 +379,7 @@ def test_names_of_embeddings(name):
     assert split(model_of(**{name: torch.ones(5, 4)}, **rest)).muon == ["a.weight"]
     assert split(model_of(**{name: matrix()}, **rest)).muon == ["a.weight"]
     assert split(model_of(deep=model_of(**{name: nn.Sequential(matrix())}), **rest)).muon == ["a.weight"]
-    # Of any dimensions; patch embeddings are convolutions.
+    # With any number of dimensions; a patch embedding is a convolution.
     assert split(model_of(**{name: torch.ones(5, 4, 3)}, **rest)).muon == ["a.weight"]
     assert split(model_of(**{name: nn.Conv2d(3, 4, 2)}, **rest)).muon == ["a.weight"]
 
@@ -451,7 +451,7 @@ def test_other_dtypes_and_meta():
 
 
 def test_parametrized_weights():
-    """Weight normalisation splits a matrix into a column and the rest."""
+    """Weight normalisation splits a weight into a column of norms and a matrix of directions."""
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 6)), matrix())
     assert split(model).muon == ["0.parametrizations.weight.original1"]
 
@@ -462,7 +462,7 @@ def test_parameters_not_yet_there():
 
 
 class Ddp(nn.Module):
-    """Named as DistributedDataParallel names it."""
+    """Names the model as DistributedDataParallel does."""
 
     def __init__(self, module):
         super().__init__()
@@ -470,7 +470,7 @@ class Ddp(nn.Module):
 
 
 class Lightning(nn.Module):
-    """A training class of the user's."""
+    """A training class of the user's, around the model."""
 
     def __init__(self, net):
         super().__init__()
@@ -479,7 +479,7 @@ class Lightning(nn.Module):
 
 
 def compiled(module):
-    return torch.compile(module, backend="eager")  # the import of the other one warns, and takes seconds
+    return torch.compile(module, backend="eager")  # importing the default backend warns and is slow
 
 
 @pytest.mark.parametrize(
@@ -491,7 +491,7 @@ def compiled(module):
     ids=lambda wrappers: "-".join(wrapper.__name__ for wrapper in wrappers),
 )  # fmt: skip
 def test_wrapped(wrappers):
-    # Where the top of a model is, tells whether this is the head; it is not the last matrix.
+    # "output" names a head only at the top of a model. It is not the last matrix either.
     plain = moe()
     model = model_of(output=plain.head, embed=plain.embed, layers=plain.layers)
     declared = {"batched": ["layers.*.experts.*"], "exclude": ["layers.0.router.*"]}
@@ -523,7 +523,7 @@ def test_blocks_compiled_by_themselves():
 
 @pytest.fixture
 def two_ranks():
-    """Process groups of two, in which nobody else is there and nothing is sent."""
+    """A mesh of two ranks, of which the other does not exist: nothing is sent."""
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -538,7 +538,7 @@ def test_fully_shard(two_ranks):
 
     def build():
         model = gpt(
-            cut=model_of(a=matrix(2, 8), w=torch.ones(2, 3, 4)),  # a single row of the first here
+            cut=model_of(a=matrix(2, 8), w=torch.ones(2, 3, 4)),  # this rank has one row of the first
             convolution=nn.Conv2d(2, 2, 3),
             table=nn.LayerNorm((2, 4)),
             head=matrix(11, 4),
@@ -599,7 +599,7 @@ def test_describe_groups():
 
     optimizer = torch.optim.AdamW(groups)
     assert describe_groups(optimizer.param_groups) == table
-    assert describe_groups(groups) == table  # of which AdamW has taken the names
+    assert describe_groups(groups) == table  # although AdamW has taken the names out of them
 
 
 def test_describe_other_groups():
@@ -616,7 +616,7 @@ def test_describe_other_groups():
 
 
 def test_a_stage_of_a_pipeline():
-    """Without a head, none is sought; and all stages have the same groups."""
+    """Without a head, none is guessed; with ``keep_empty``, all stages have the same three groups."""
     stage = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6))
     muon, batched, others = muon_groups(stage, has_head=False, keep_empty=True)
     assert [name for name, _ in muon["params"]] == ["0.weight", "1.weight"]
@@ -660,7 +660,7 @@ def test_words_of_embeddings():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.uint8, torch.float32])
 def test_what_is_frozen_need_not_be_clear(dtype):
-    """The base of a LoRA: quantised blocks of any shape, which nobody trains."""
+    """A frozen base model, as with LoRA, may be quantised and of any shape."""
     model = nn.Module()
     model.base = nn.Parameter(torch.zeros(4, 8, 16, dtype=dtype), requires_grad=False)
     model.a, model.b = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)

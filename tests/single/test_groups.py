@@ -1,4 +1,4 @@
-"""Parameter groups: added late, frozen, empty, unused, with options of their own; unusual tensors."""
+"""Parameter groups that are added late, frozen, empty, unused or have their own options; unusual tensors."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ MIXED = [
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_numbers_of_groups_move_together_as_each_for_itself(tensor_lr, monkeypatch):
-    """To the bit, among them what is skipped, and whatever the options."""
+    """Computing all groups' numbers at once gives the same bits as group by group, skipped steps included."""
 
     def act():
         problem = Fed(*[(5,), (40, 33)] * len(MIXED))
@@ -111,7 +111,7 @@ def test_an_operator_moves_the_numbers_of_all_groups_alike():
         problem.backward()
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             optimizer.step()
-        # No rule compares with these: they are of the numbers.
+        # Only updates of the groups' numbers call these two operators; passes do not.
         return sum(event.count for event in seen.key_averages() if event.key in ("aten::maximum", "aten::gt"))
 
     assert count(2) == count(9) > 0
@@ -192,7 +192,7 @@ def test_an_unused_parameter_does_not_disturb_the_count():
 
 
 def test_a_step_without_any_gradient_changes_nothing():
-    """But for the calls, which prodigy_steps counts."""
+    """Only the count of calls changes, which ``prodigy_steps`` goes by."""
     problem, optimizer = pair((40, 40))
     run(optimizer, problem, 5)
     before = snapshot(optimizer)
@@ -206,7 +206,7 @@ def test_a_step_without_any_gradient_changes_nothing():
     "options", [{}, {"factored": False}, {"eps": None, "use_stableadamw": False}], ids=str
 )
 def test_gradients_of_zero(options):
-    """Nothing to learn from: no weight moves, and d stays where it was."""
+    """Gradients of zero move no weight and leave d where it was; later gradients are learnt from."""
     problem, optimizer = pair((40, 40), (3,), **options)
     weights = [p.detach().clone() for p in problem.parameters]
     for p in problem.parameters:
@@ -294,7 +294,7 @@ def test_closure():
 
 @pytest.mark.parametrize("options", [{}, {"factored": False}, {"use_schedulefree": False}], ids=str)
 def test_memory_format_does_not_matter(options):
-    """Channels-last weights and transposed gradients give what contiguous ones give."""
+    """Channels-last weights and transposed gradients give the results of contiguous ones."""
     plain, optimizer_plain = pair((40, 8, 3, 3), (40, 12), **options)
     other = Fed((40, 8, 3, 3), (40, 12))
     conv, matrix = other.parameters
@@ -351,7 +351,7 @@ def test_prodigy_steps_freeze_d_and_free_its_state(split):
     with pytest.warns(UserWarning, match="stays frozen"):
         run(optimizer, problem, 3)
     assert d(optimizer) == [frozen["d"]]
-    for steps in (0, 100):  # and what is saved then is loaded
+    for steps in (0, 100):  # a state dict saved then can be loaded
         optimizer.param_groups[0]["prodigy_steps"] = steps
         optimizer.load_state_dict(optimizer.state_dict())
         run(optimizer, problem, 3)
@@ -390,7 +390,7 @@ def test_metrics_are_of_the_moment_they_were_asked():
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("fused", [None, True])
 def test_a_step_of_fake_tensors_leaves_no_trace(fused):
-    """As tools take one, to foresee the memory of a run in the process that then runs."""
+    """Memory is estimated by such steps, in the process that then trains for real."""
     if fused:
         pytest.importorskip("triton")
         import tests.interpreting  # noqa: F401
@@ -412,7 +412,7 @@ def test_a_step_of_fake_tensors_leaves_no_trace(fused):
 
 
 def regression():
-    """Two layers, and full batches of data that they can fit."""
+    """A model of two layers, and its loss on a full batch of data that it can fit."""
     random = torch.Generator().manual_seed(0)
     data = torch.randn(256, 40, generator=random)
     targets = torch.tanh(data @ torch.randn(40, 8, generator=random))
@@ -431,7 +431,7 @@ IDLE = {
 
 @pytest.mark.parametrize("kind", IDLE)
 def test_a_group_without_evidence_does_not_hold_the_others(kind):
-    """It would hold them to its d0, a thousand and more times below what they find."""
+    """In the harmonic mean, its d0 would hold the others' step size a thousand times or more too low."""
     options, change = IDLE[kind]
     model, loss = regression()
     optimizer = ProdigyPlusScheduleFree(
@@ -470,7 +470,7 @@ def test_a_group_that_has_just_joined_does_not_hold_the_others():
 
 
 def test_groups_that_start_together_count_together():
-    """As ever: of two that have evidence, the mean is the harmonic mean, and a smaller one counts."""
+    """Two groups that have evidence both count in the harmonic mean, the one with the smaller d too."""
     model, loss = regression()
     optimizer = ProdigyPlusScheduleFree([{"params": [*layer.parameters()]} for layer in (model[0], model[2])])
     for _ in range(100):
@@ -487,7 +487,7 @@ def test_groups_that_start_together_count_together():
 @pytest.mark.parametrize("scale", [0.01, 10.0])
 @pytest.mark.parametrize("options", [{}, {"factored": False}, {"bfloat16_z": True}], ids=str)
 def test_noise_is_no_progress(options, scale):
-    """Rounding of p0 once took d a hundredfold here: 400 steps of gradients that say nothing."""
+    """Random gradients must not raise d. When p0 was rounded, d grew a hundredfold in these 400 steps."""
     random = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(100, 60, generator=random).mul_(scale))
     optimizer = ProdigyPlusScheduleFree([p], **options)
@@ -500,7 +500,7 @@ def test_noise_is_no_progress(options, scale):
 @pytest.mark.parametrize("d0", [1e-6, 1e-8])
 @pytest.mark.parametrize("scale", [0.01, 10.0])
 def test_progress_is_seen_whatever_the_weights_scale(scale, d0):
-    """With p0 rounded, d took ten times as long at weights of about 10, or never left a small d0."""
+    """When p0 was rounded, d took ten times as long with weights of about 10, or never left a small d0."""
     random = torch.Generator().manual_seed(0)
     a, start, way = (torch.randn(shape, generator=random) for shape in ((64, 40), (40, 20), (40, 20)))
     p = nn.Parameter(start * scale)
@@ -517,7 +517,7 @@ def test_a_skipped_step_lets_no_group_join_the_mean():
     problem = Fed((5,), (5,), (5,))
     optimizer = ProdigyPlusScheduleFree([{"params": [p]} for p in problem.parameters])
     run(optimizer, problem, 3)
-    # Each is near enough to the mean of those before it to join them, one at a step.
+    # Each group is near enough to the mean of those before it to join; one joins per step.
     for group, d, in_mean in zip(optimizer.param_groups, (1.0, 0.1, 0.05), (1, 0, 0), strict=True):
         for name, value in (("d", d), ("in_mean", in_mean), ("shared_d", 1.0), ("k", 50)):
             group[name].fill_(value)

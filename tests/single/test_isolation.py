@@ -1,4 +1,4 @@
-"""Modes of a caller do not reach into a step: autocast, inference mode, default device, compilation."""
+"""A step is isolated from its caller's modes: autocast, inference mode, default device, compilation."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ def mode(request):
 
 
 def act(options, mode):
-    """All that an optimiser does, in a mode; what it is then."""
+    """Call everything that an optimiser does within a mode; return what results."""
     problem, optimizer = pair((40, 33), (16, 8), **options)
     model = nn.ParameterList(problem.parameters)
     for _ in range(4):
@@ -106,7 +106,7 @@ def test_positions_are_on_the_host():
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_compiles_a_step_leaves_it_as_it_is(whole):
-    """torch.compile of step itself, or of a function around it."""
+    """torch.compile of ``step`` itself, or of a function that calls it."""
 
     def act(compiles):
         torch.manual_seed(0)

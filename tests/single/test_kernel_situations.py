@@ -1,4 +1,4 @@
-"""What users do to weights and gradients between steps: by kernels, as operator by operator."""
+"""What users do to weights and gradients between steps: kernels cope as operator-by-operator steps do."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def linear(rows, columns, generator):
-    """A layer whose weights depend on the generator alone."""
+    """A layer whose weights depend only on the generator."""
     layer = nn.Linear(columns, rows, device=DEVICE)
     with torch.no_grad():
         for p in layer.parameters():
@@ -37,7 +37,7 @@ def give_gradients(parameters, generator):
 )
 @pytest.mark.parametrize("loads", [False, True], ids=["the model", "a new model that loads"])
 def test_weights_become_of_another_dtype(dtypes, loads):
-    """What is kept stays in the dtype it has: p0 of the weights as they were."""
+    """State stays in the dtype it has: p0, for example, in that of the weights at the start."""
     found = []
     for fused in (False, True):
         generator = torch.Generator().manual_seed(1)
@@ -59,7 +59,7 @@ def test_weights_become_of_another_dtype(dtypes, loads):
 
 
 def test_some_states_are_of_another_dtype():
-    """A frozen trunk that is thawed once the model is bfloat16: its state is new, the head's is not."""
+    """A frozen trunk is thawed after the model has become bfloat16: its state is new, the head's is not."""
     found = []
     for fused in (False, True):
         generator = torch.Generator().manual_seed(1)
@@ -101,7 +101,7 @@ def test_a_state_that_kernels_cannot_read_moves_without_them():
 
 @pytest.mark.parametrize("cut", [lambda data: data[:3], lambda data: data.view(4, 6)], ids=["rows", "view"])
 def test_another_shape_at_the_same_address_is_seen(cut):
-    """Its memory is still there, but no longer its own."""
+    """The old memory still exists, but part of it no longer belongs to the parameter."""
     for fused in (False, True):
         p = nn.Parameter(torch.linspace(-1, 1, 24, device=DEVICE).view(6, 4))
         optimizer = optimizer_of([p], fused)
@@ -119,7 +119,7 @@ def test_another_shape_at_the_same_address_is_seen(cut):
 
 @pytest.mark.parametrize("forgets", [False, True], ids=["standing", "found anew"])
 def test_another_dtype_at_the_same_address_is_seen(forgets):
-    """The owner of a flat buffer widens the weights in place."""
+    """As when weights live in a flat buffer, and its owner widens them in place."""
     found = []
     for fused in (False, True):
         buffer = torch.zeros(64, dtype=torch.uint8, device=DEVICE)
@@ -141,7 +141,7 @@ def test_another_dtype_at_the_same_address_is_seen(forgets):
 
 
 def test_negative_gradients():
-    """autograd gives a view with the negative bit where a number is the imaginary part of a conjugate."""
+    """autograd sets the negative bit on the gradient of an imaginary part that is conjugated."""
     found = []
     for fused in (False, True):
         real, imaginary = (nn.Parameter(torch.tensor([value], device=DEVICE)) for value in (0.5, 0.7))
@@ -159,7 +159,7 @@ def test_negative_gradients():
 
 @pytest.mark.parametrize("muon", [False, True], ids=["Adam", "Muon"])
 def test_autograd_sees_that_weights_have_moved(muon):
-    """A second backward pass through weights that have changed since is an error, as for any optimiser."""
+    """As with any optimiser, a second backward pass through weights that have since moved is an error."""
     generator = torch.Generator().manual_seed(1)
     first, second = linear(4, 3, generator), linear(2, 4, generator)
     optimizer = optimizer_of([first.weight, second.weight], True, use_muon_pp=muon)

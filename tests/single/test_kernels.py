@@ -1,7 +1,7 @@
-"""The kernels of ``prodigyplus/device`` against the passes operator by operator, on the CPU.
+"""The kernels of ``prodigyplus/device`` against the same passes operator by operator on the CPU.
 
-On a GPU they run as they are; without one, through Triton's interpreter. Where a sum is taken in another
-order its last bits differ, and nothing else does.
+The kernels run on a GPU where there is one, otherwise in Triton's interpreter. Sums taken in another order
+may differ in their last bits; nothing else may differ.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ if interprets():
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# Without dimensions, of one, more than one tile in both directions, and matrices beside each other in memory.
+# A scalar, a vector, a matrix of several tiles in both directions, and several matrices in one tensor.
 SHAPES = ((), (70,), (33, 70), (3, 33, 10))
 
-# Largest differences, relative to the largest value of a tensor: 2.2e-7 was seen over all options here.
+# Allowed differences, relative to a tensor's largest value; 2.2e-7 is the most seen over all options.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
-# Sums over distances of some 1e-3 that weights of some 1 have come: 2⁻²⁴ of these is 6e-5 of those.
+# Evidence sums distances of about 1e-3 between weights of about 1, whose rounding, 2⁻²⁴, is 6e-5 of that.
 EVIDENCE = 1e-4
 
-# A hundred samples or so, each with such an error: of d, which is their sum, a tenth of it.
+# d comes from some hundred samples with such errors each; relative to their sum, a tenth of it remains.
 NUMBERS = EVIDENCE / 10
 
 
@@ -48,18 +48,18 @@ def is_admitted(options):
 
 ADMITTED = [options for options in option_table.alone() + option_table.together() if is_admitted(options)]
 
-# Of Muon's kernels: two shapes and more than one tile, a convolution, and rows that are read in 16 bytes.
+# For Muon: a matrix of several tiles, twice, a convolution, and rows that are read 16 bytes at a time.
 MATRICES = ((33, 70), (40, 3, 5), (48, 32), (33, 70))
-# What float32 has in last bits bfloat16 may round the other way, and the iterations make much of that.
+# In float32, since differing last bits may be rounded apart in bfloat16, and the iterations amplify that.
 MUON = {"use_muon_pp": True, "muon_fp32": True}
 
 
 def untouched(step, index, p):
-    """Gradients as they are."""
+    """Leaves the gradient as it is."""
 
 
 def play(fused, options, *, shapes=SHAPES, dtype=torch.float32, steps=3, device="cpu", spoil=untouched):
-    """Weights and state after a few steps from gradients that are drawn."""
+    """The optimiser and its parameters after a few steps with drawn gradients."""
     problem = Fed(*shapes, dtype=dtype)
     parameters = [torch.nn.Parameter(p.detach().to(device)) for p in problem.parameters]
     optimizer = ProdigyPlusScheduleFree(parameters, **{"d0": 1e-3, **options, "fused": fused})
@@ -73,7 +73,7 @@ def play(fused, options, *, shapes=SHAPES, dtype=torch.float32, steps=3, device=
 
 
 def assert_close(found, expected, rel=NUMBERS):
-    """Weights, state and numbers (to ``rel``) of two optimisers, of the kernels and of the reference."""
+    """Assert that weights, state and (to ``rel``) numbers agree between the kernels and the reference."""
     for p, q in zip(found[1], expected[1], strict=True):
         ours, theirs = found[0].state[p], expected[0].state[q]
         assert ours.keys() == theirs.keys()
@@ -87,7 +87,7 @@ def assert_close(found, expected, rel=NUMBERS):
     for group, ours, theirs in zip(
         found[0].param_groups, found[0].metrics(), expected[0].metrics(), strict=True
     ):
-        # A sum of terms of both signs, which may be next to nothing beside what it is compared with.
+        # A sum of terms of both signs may almost cancel: it is compared relative to the terms' size.
         small = {}
         if group["step_size"] == "balance":
             small = {"d_hat": rel, "numerator": rel * theirs["denominator"].item()}
@@ -96,7 +96,7 @@ def assert_close(found, expected, rel=NUMBERS):
 
 
 def used_kernels(monkeypatch):
-    """How many parameters each batch had."""
+    """A list that receives the number of parameters of each batch."""
     batches = []
     real = Batch.squares
 
@@ -127,14 +127,14 @@ def test_muon_as_the_plain_passes(options, monkeypatch):
 
 @pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"use_schedulefree": False}], ids=str)
 def test_muon_in_bfloat16(options):
-    """Orthogonalised in it too, of weights in it."""
+    """With bfloat16 weights; on the CPU, the matrices are orthogonalised in bfloat16, too."""
     options = {**options, "use_muon_pp": True, "muon_fp32": DEVICE.type != "cpu"}
     found = play(True, options, shapes=MATRICES, dtype=torch.bfloat16, device=DEVICE, steps=2)
     assert_close(found, play(False, options, shapes=MATRICES, dtype=torch.bfloat16, steps=2), EVIDENCE)
 
 
 def test_matrices_move_as_they_are_orthogonalised(monkeypatch):
-    """Those that are so at once, within the limit, in one batch."""
+    """Matrices that are orthogonalised at once, within ``bucket_bytes``, move as one batch."""
     monkeypatch.setattr(OneProcess, "bucket_bytes", 4 * (48 * 32 + 40 * 15))
     batches = used_kernels(monkeypatch)
     found = play(True, MUON, shapes=MATRICES, device=DEVICE)
@@ -143,7 +143,7 @@ def test_matrices_move_as_they_are_orthogonalised(monkeypatch):
 
 
 def test_directions_that_begin_anywhere(monkeypatch):
-    """What is received from other ranks need not begin where 16 bytes can be read at a time."""
+    """Directions received from other ranks may start at an address that is no multiple of 16 bytes."""
     orthogonalize, launch, fast = OneProcess.orthogonalize, jit.launch, set()
 
     def shifted(self, asked):
@@ -169,7 +169,7 @@ def test_directions_that_begin_anywhere(monkeypatch):
 
 @pytest.mark.parametrize("gradient", [0.0, torch.inf, -torch.inf])
 def test_the_angle_of_nothing_and_of_no_end(gradient):
-    """Where a gradient was always 0, atan2(0, 0) is 0. What is not finite is seen, and changes nothing."""
+    """Where a gradient has always been 0, atan2(0, 0) must be 0. A step with an inf changes nothing."""
 
     def spoil(step, index, p):
         if p.ndim and (gradient == 0 or step == 1):
@@ -209,7 +209,7 @@ def test_bfloat16(options):
 
 
 def test_reads_of_sixteen_bytes():
-    """Shapes whose rows begin at multiples of 16 elements take another way through the kernels."""
+    """Shapes whose rows start at multiples of 16 elements take another branch of the kernels."""
     shapes = ((64, 48), (96,), (2, 32, 16))
     assert_close(play(True, {}, shapes=shapes, device=DEVICE), play(False, {}, shapes=shapes))
 
@@ -257,7 +257,7 @@ def test_a_missing_gradient():
 
 
 def test_inside_backward():
-    """A parameter that is not finite is skipped for itself."""
+    """In a fused backward pass, a parameter whose gradient is not finite is skipped individually."""
 
     def run(fused, device):
         model = torch.nn.ParameterList(p.detach().to(device) for p in Fed((70,), (33, 70)).parameters)
@@ -293,7 +293,7 @@ def test_without_a_gpu_they_are_refused_and_left_alone(monkeypatch):
 
 
 def test_a_launch_serves_all_parameters(monkeypatch):
-    """As many launches for many tensors as for few; no table is sent while tensors stay where they are."""
+    """Many tensors take as many launches as few; no table is sent again while tensors stay in place."""
 
     def count(shapes, options):
         names, tables = [], []
@@ -322,12 +322,12 @@ def test_a_launch_serves_all_parameters(monkeypatch):
     few = count(((64, 48), (33, 70), (70,), (32,)), {})
     many = count(((64, 48), (33, 70), (70,), (32,)) * 3, {})
     assert few == many
-    assert few[0] == 19  # with tiles of all four kinds; of one kind, 10
+    assert few[0] == 19  # with tiles of all four kinds; it would be 10 with one kind
     few, many = (count(((64, 48), (33, 70)) * times, MUON) for times in (1, 3))
     assert few == many
     assert (
         few[0] == 10
-    )  # with tiles of both kinds: three for each, two that add up, two for the groups' numbers
+    )  # with tiles of both kinds: three launches for each, two that add up, two for the groups' numbers
 
 
 COMPILE = """
@@ -359,7 +359,7 @@ def compiled(options, dtype, shapes):
             p.grad = torch.ones_like(p)
         optimizer.step()
         counts.append(len(jit._COMPILED))
-    assert len(set(counts)) == 1  # nothing is compiled for what a later step brings
+    assert len(set(counts)) == 1  # later steps compile nothing more
     made = {}
     for kernel, _ in jit._COMPILED.values():
         made.setdefault(kernel.name, []).append(kernel.asm["ptx"])
@@ -382,10 +382,10 @@ for (options, dtype), shapes in zip(sets, itertools.cycle((fast, slow))):
     if shapes[0] == fast[0]:
         for ptx in made["squares"] + made["sweep"]:
             assert any(read in ptx for read in reads), options
-    # Constants that are no float32 numbers.
+    # Constants that float32 cannot represent are there in float64.
     constants = (2**0.25, 0.975, balance.LOG_LIMIT)
     assert all(struct.pack(">d", value).hex().upper() in made["end"][0] for value in constants)
-    # As of shards that are several runs of their tensors, which one process has none of.
+    # Also as for shards that consist of several runs, which one process never has.
     if not options or dtype == torch.bfloat16:
         for kernel, arguments, constants in sweeps[-4:]:
             launch(kernel, *arguments, **(constants | {"SINGLE": False}))
@@ -393,7 +393,7 @@ for (options, dtype), shapes in zip(sets, itertools.cycle((fast, slow))):
 
 
 def test_they_compile_for_gpus(tmp_path):
-    """What the interpreter takes, neither the compiler need nor what Triton launches by: without a GPU."""
+    """Kernels that the interpreter accepts might not compile or launch; this is checked without a GPU."""
     compile_alone(COMPILE, tmp_path)
 
 
@@ -409,7 +409,7 @@ def test_what_is_on_a_gpu_moves_by_them_unless_it_is_said(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loaded_state_of_other_strides(dtype):
-    """It is put in order, in the tensor that the state has."""
+    """A state tensor that is not contiguous is made so, and its tensor is kept."""
 
     def turned(fused, device):
         p = torch.nn.Parameter(torch.ones(6, 5, dtype=dtype, device=device))
@@ -426,7 +426,7 @@ def test_loaded_state_of_other_strides(dtype):
 
 
 def test_every_entry_of_the_state_is_known_to_them():
-    """A new entry that a step of theirs would not move is a mistake here, not in training."""
+    """Fails for a new entry of the state until it is listed, so that kernels cannot silently ignore it."""
     known = {"z", "z_minus_y", "exp_avg", "exp_avg_sq", "p0", "s", "exp_avg_product", "max_l1", "max_l2"}
     known |= {f"exp_avg_sq_{name}" for name in ("row", "col", "mean")}
     assert known | {"exp_avg_weight"} == set(state.TABLE)

@@ -1,4 +1,4 @@
-"""A layout's samples and positions, on every way to cut a small tensor."""
+"""A layout's samples, positions and runs, for many ways to cut a small tensor."""
 
 import functools
 import itertools
@@ -64,7 +64,7 @@ def test_shards_sample_what_the_whole_samples(shape, cuts, every):
 
 
 def test_indices_with_gaps():
-    """As a dimension that two mesh axes share may have them."""
+    """If two mesh axes cut the same dimension, a shard's indices may have gaps."""
     whole = torch.arange(60).view(10, 6)
     layout = Layout((10, 6), ((0, 1, 5, 6), range(6)))
     local = cut(whole, layout)
@@ -88,7 +88,7 @@ def test_rows_of_shards_are_pieces_of_the_rows_of_the_whole(shape, cuts, every):
     assert rows.shape == samples.rows_shape(shape, every)
     torch.testing.assert_close(samples.collect(rows, layout, every), layout.sample(whole, every))
 
-    sums = {}  # over the pieces of the last dimension
+    sums = {}  # over the pieces along the last dimension
     for piece in all_layouts(shape, cuts):
         mine = samples.spread(piece.sample(cut(whole, piece), every), piece, every)
         sums[piece.indices[:-1]] = sums.get(piece.indices[:-1], 0) + mine

@@ -1,4 +1,4 @@
-"""train() and eval(), and the averaged weights without either."""
+"""train() and eval(), and access to the averaged weights without either."""
 
 import copy
 
@@ -29,7 +29,7 @@ def test_eval_and_train_come_back_to_the_weights(dtype):
 
 
 def test_average_is_the_average_of_z():
-    """x is the mean of every z so far, weighted with dlr²."""
+    """x is the mean of all z so far, weighted by dlr²."""
     problem, optimizer = pair((40, 40), dtype=torch.float64)
     (p,) = problem.parameters
     total, weights = torch.zeros_like(p), 0.0
@@ -52,7 +52,7 @@ def test_step_in_eval_mode_says_what_to_call():
 
 
 def test_a_step_of_checkpoint_helpers_in_eval_mode():
-    """Whatever gradients lie about: with lr=0 it makes state, and changes nothing."""
+    """With lr=0, a step in eval mode is allowed, and changes nothing whatever the gradients are."""
     problem, optimizer = pair((4, 4), (3,))
     run(optimizer, problem, 5)
     optimizer.eval()
@@ -141,7 +141,7 @@ def test_averaged_state_dict(mode, tmp_path):
     before = snapshot(optimizer)
     saved = optimizer.averaged_state_dict(model)
     assert_same(snapshot(optimizer), before)
-    # Each name has a memory of its own: safetensors refuses tensors that share one.
+    # Each name has memory of its own: safetensors refuses tensors that share memory.
     assert saved["2.weight"].data_ptr() != saved["0.weight"].data_ptr()
     assert_same(saved["2.weight"], saved["0.weight"])
     save_file(saved, tmp_path / "model.safetensors")
@@ -153,7 +153,7 @@ def test_averaged_state_dict(mode, tmp_path):
 
 @pytest.mark.parametrize("how", ["eval", "context"])
 def test_an_averaged_state_dict_stays_the_average(how):
-    """Also one that is taken while the model holds x, once the model is trained again."""
+    """One that is taken while the model holds x does not change when the model returns to y."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=1e-2)
     for _ in range(10):
@@ -175,7 +175,7 @@ def test_an_averaged_state_dict_stays_the_average(how):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_averaged_state_dict_of_a_model_whose_hooks_make_tensors(mode):
-    """As of one that saves the parts of a fused matrix: views of the weights, or new tensors."""
+    """Such hooks save a fused matrix in parts, for example: as views of the weight, or as new tensors."""
 
     def take_apart(module, state, prefix, _):
         first, second = state.pop(f"{prefix}weight").chunk(2)
@@ -197,7 +197,7 @@ def test_averaged_state_dict_of_a_model_whose_hooks_make_tensors(mode):
 
 
 def test_within_averaged_parameters_the_model_is_not_to_be_trained_or_gone_on_from():
-    """It would train from the average, or be saved with a state that goes with other weights."""
+    """Training would start from the average; a state dict would belong to other weights than the model's."""
     problem, optimizer = pair((40, 40))
     run(optimizer, problem, 30)
     x = optimizer.averaged_state_dict(nn.ParameterList(problem.parameters))["0"]
@@ -210,7 +210,7 @@ def test_within_averaged_parameters_the_model_is_not_to_be_trained_or_gone_on_fr
         ):
             with pytest.raises(RuntimeError, match="leave the with-block first"):
                 call()
-        # What asks for the average gets it, not the average of the average.
+        # Asking for the average again gives the average, not an average of the average.
         with optimizer.averaged_parameters():
             assert_same(problem.parameters[0].detach(), x)
         assert_same(problem.parameters[0].detach(), x)
@@ -251,7 +251,7 @@ def test_averaged_state_dict_in_full(mode):
 
 
 def test_a_submodule_may_be_called_module():
-    """Only where it is what a wrapper wraps is it left out of the names of the unwrapped model."""
+    """A "module" in a name is removed only where a wrapper has added it."""
     model = nn.Linear(4, 4)
     model.module = nn.Linear(4, 4)
     wrapped = torch.nn.parallel.DataParallel(nn.Sequential(model))
@@ -262,14 +262,14 @@ def test_a_submodule_may_be_called_module():
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_averaged_state_dict_of_another_model(mode):
-    """A copy has the weights of training, and no average."""
+    """The optimiser does not train a copy of the model, so it has no average for it."""
     model = nn.Linear(4, 4)
     optimizer = ProdigyPlusScheduleFree(model.parameters())
     getattr(optimizer, mode)()
     for full in (False, True):
         with pytest.raises(ValueError, match="not a copy of it"):
             optimizer.averaged_state_dict(copy.deepcopy(model), full=full)
-    optimizer.averaged_state_dict(nn.Sequential(model, nn.Linear(4, 4)))  # of a part, it has
+    optimizer.averaged_state_dict(nn.Sequential(model, nn.Linear(4, 4)))  # it trains a part of this one
 
 
 def test_a_group_added_in_eval_mode_is_in_eval_mode():
@@ -288,12 +288,12 @@ def test_a_group_added_in_eval_mode_is_in_eval_mode():
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_schedule_moves_beta1_in_eval_mode(saved):
-    """As OneCycleLR does, stepped after validation: train() goes by the β1 that eval() went by."""
+    """OneCycleLR does so if stepped after validation. train() must use the β1 that eval() used."""
     problem, optimizer = pair((40, 40))
     run(optimizer, problem, 50)
     y = problem.parameters[0].detach().clone()
     optimizer.eval()
-    if saved:  # and so does a run that goes on from there
+    if saved:  # the same in a run that is loaded
         state, other = optimizer.state_dict(), ProdigyPlusScheduleFree(problem.parameters)
         other.load_state_dict(state)
         optimizer = other

@@ -1,4 +1,4 @@
-"""What an optimiser notices of a run, and says once, without waiting for a device."""
+"""What an optimiser notices about a run and warns of, once, without waiting for the device."""
 
 import warnings
 
@@ -14,7 +14,7 @@ from tests.watching import Watch
 
 @pytest.fixture
 def often(monkeypatch):
-    """Look at the numbers at every fifth step."""
+    """Make the monitor look at the numbers every fifth step, and warn after 20 skipped steps."""
     monkeypatch.setattr(monitor, "_NUMBERS_EVERY", 5)
     monkeypatch.setattr(monitor, "_MOST_SKIPPED", 20)
 
@@ -37,14 +37,14 @@ def test_steps_skipped_in_a_row(often):
 
 
 def test_no_gradients_at_all():
-    """As where a model was wrapped after the optimiser had been given its parameters."""
+    """As when a model is wrapped after its parameters were passed to the optimiser."""
     parameters = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4), requires_grad=False)]
     optimizer = ProdigyPlusScheduleFree(parameters)
     for _ in range(9):
         optimizer.step()
     with pytest.warns(UserWarning, match="none of the optimiser's parameters has had a gradient in 10 steps"):
         optimizer.step()
-    for _ in range(20):  # said once
+    for _ in range(20):  # it warns only once
         optimizer.step()
 
 
@@ -66,7 +66,7 @@ def test_the_limit_is_500_steps():
 
 @pytest.mark.parametrize("options", [{}, {"split_groups_mean": False}, {"split_groups": False}], ids=str)
 def test_step_sizes_far_apart(often, options):
-    """Of two groups that share a mean, and both have evidence."""
+    """The monitor warns only of groups that share a mean and both have evidence."""
     problem = Fed((40, 40), (30,))
     groups = [{"params": [p]} for p in problem.parameters]
     optimizer = ProdigyPlusScheduleFree(groups, **options)
@@ -142,7 +142,7 @@ def test_a_rate_for_another_optimiser(lr):
 
 
 def stays(monkeypatch, steps=40, **options):
-    """A run whose gradients are as small as eps."""
+    """A run whose gradients are far smaller than eps."""
     monkeypatch.setattr(monitor, "_STEPS_TO_GROW", 20)
     problem = Fed((4, 4), (4,))
     optimizer = ProdigyPlusScheduleFree([{"params": [p]} for p in problem.parameters], **options)
@@ -207,12 +207,12 @@ def test_an_embedding_with_max_norm():
         train(60)
     optimizer = ProdigyPlusScheduleFree(words.parameters())
     optimizer.constrain(words.weight, lambda w: torch.renorm(w, 2, 0, 1.0))
-    train(60)  # of which there is nothing to tell
+    train(60)  # without a warning
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_the_optimiser_and_its_user_rightly_do(fused):
-    """Evaluations, loading, and a checkpoint or two in mid-run are no reason to warn."""
+    """Evaluations, and a checkpoint that is loaded in mid-run, are no reason to warn."""
     model = nn.Linear(4, 4)
     optimizer = ProdigyPlusScheduleFree(model.parameters(), fused_back_pass=fused)
     if fused:
@@ -231,7 +231,7 @@ def test_what_the_optimiser_and_its_user_rightly_do(fused):
 
 
 def test_nothing_waits_for_a_device(often):
-    """What was sent to the host is read when it has come; on the CPU it is there."""
+    """Numbers are sent to the host, and read at a later step when they have arrived; on the CPU, at once."""
     problem, optimizer = pair((4, 4))
     with Watch(reads=False), warnings.catch_warnings():
         warnings.simplefilter("error")

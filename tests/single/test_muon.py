@@ -1,4 +1,4 @@
-"""Muon: its matrices against their singular vectors, its edges, and that nothing depends on company."""
+"""Muon: its matrices against their singular vectors, edge cases, and independence of other matrices."""
 
 import math
 import warnings
@@ -27,7 +27,7 @@ def coefficients(quintic):
 
 
 def what_becomes_of(values, quintic):
-    """Singular values of a matrix of norm 1, after the iterations in exact arithmetic."""
+    """The singular values of a matrix of norm 1 after the iterations, in exact arithmetic."""
     values = values / 1.02
     for a, b, c in coefficients(quintic):
         values = a * values + b * values**3 + c * values**5
@@ -35,7 +35,7 @@ def what_becomes_of(values, quintic):
 
 
 def best_quintic(low, high):
-    """The odd quintic nearest to 1 on [low, high], by Remez' exchange: one that errs alike at four points."""
+    """The odd quintic nearest to 1 on [low, high], by Remez' exchange: its error is equal at four points."""
     inner, before = np.array([(3 * low + high) / 4, (low + 3 * high) / 4]), math.inf
     while True:
         at = np.array([low, *inner, high])
@@ -48,10 +48,11 @@ def best_quintic(low, high):
 
 
 def test_the_coefficients_are_polar_expresss():
-    """arXiv 2505.16932: each the best for the interval that those before it leave.
+    """arXiv 2505.16932: each polynomial is the best one for the interval that those before it leave.
 
-    In the variant in wide use: from 1e-3 on; made for intervals no wider than 50, and centred again; all but
-    the last made for values 2 % larger.
+    As in the variant that is widely used, the first interval starts at 1e-3. A polynomial is made for an
+    interval whose ends differ by a factor of at most 50, then centred again. All but the last are made for
+    values 2 % larger.
     """
     low, high = 1e-3, 1.0
     for number, (a, b, c) in enumerate(muon.POLAR_EXPRESS):
@@ -77,7 +78,7 @@ def test_the_coefficients_are_polar_expresss():
 def test_what_singular_values_become(quintic, first, low, high):
     found = what_becomes_of(np.geomspace(first, 1, 1_000_001), quintic)
     assert (found.min(), found.max()) == pytest.approx((low, high), abs=1e-6)
-    # Smaller ones: proportional, and at no more than the slope at zero.
+    # Smaller values grow in proportion, by the slope at zero.
     small = np.geomspace(1e-12, 1e-4, 100)
     slope = math.prod(a for a, *_ in coefficients(quintic)) / 1.02
     np.testing.assert_allclose(what_becomes_of(small, quintic), slope * small, rtol=0.01)
@@ -95,8 +96,8 @@ SPECTRA = {
     "deficient": np.geomspace(1, 0.1, SHORT) * (np.arange(SHORT) < SHORT // 2),
 }
 
-# The largest that a singular value that is not 0 is off 1, and the distance from the polar factor relative to
-# its norm, both of exact arithmetic; and what rounding may add to that distance: ``rounding_of`` the dtype.
+# In exact arithmetic: how far a singular value other than 0 is from 1 at most, and the distance from the
+# polar factor, relative to its norm. Then what rounding in each dtype may add, by ``rounding_of``.
 #                          off     distance        float64  float32  bfloat16
 EXPECTED = {
     ("even", False):      (0.1395, 0.0870, {F64: 2e-14, F32: 1e-5, BF16: 0.1}),
@@ -111,7 +112,7 @@ SHAPES = ((SHORT, 40), (40, SHORT), (SHORT, SHORT))
 
 
 class Factored:
-    """A matrix of known singular vectors and values."""
+    """A matrix whose singular vectors and values are known."""
 
     def __init__(self, shape, values, seed=0):
         random = np.random.default_rng(seed)
@@ -123,14 +124,14 @@ class Factored:
         self.polar = self.of(self.values > 0)
 
     def of(self, values):
-        """The matrix of these singular vectors, and other values."""
+        """The matrix with these singular vectors and other values."""
         return self.left * values @ self.right.T
 
 
 def rounding_of(matrix, quintic, dtype, random):
-    """The iterations, with every result off by at most half a last bit of the dtype, at random.
+    """The iterations with random errors, of at most half a last bit of the dtype in every result.
 
-    Sums err by as much, of what accumulates them, as a random walk of their length: float32 for bfloat16.
+    The errors of a sum add up as a random walk of its length; sums for bfloat16 are taken in float32.
     """
     unit = torch.finfo(dtype).eps / 2
     accumulated = min(unit, torch.finfo(F32).eps / 2)
@@ -191,7 +192,7 @@ def test_newton_schulz_is_near_the_polar_factor(spectrum, quintic, shape, dtype)
 
 
 def test_the_docstring_of_newton_schulz():
-    """In float32, of a matrix whose singular values go down to what it names, of the Frobenius norm."""
+    """Its bounds hold in float32, for singular values down to the share of the norm that it names."""
     for quintic, smallest, low, high in ((False, 1.02e-3, 0.85, 1.15), (True, 2e-3, 0.68, 1.21)):
         values = np.geomspace(smallest, 0.1, 59)
         values = np.append(values, math.sqrt(1 - (values**2).sum()))
@@ -202,7 +203,7 @@ def test_the_docstring_of_newton_schulz():
         assert found_values.max() <= high
 
 
-# ------------------------------------------------------------------------------------- what is at the edge
+# --------------------------------------------------------------------------------------------- edge cases
 
 METHODS = list(starmap(Method, product((F32, BF16, F64), (False, True), (True, False))))
 
@@ -249,19 +250,19 @@ def test_nothing_stays_nothing(shape):
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 9), (1, 9, 1)])
 def test_vectors_keep_their_direction(shape, dtype):
-    """All of one is a single singular value, the norm."""
+    """A vector has one singular value, its norm."""
     matrix = drawn(*shape, dtype=dtype)
     for quintic in (False, True):
         expected = what_becomes_of(np.ones(()), quintic) * matrix.double() / matrix.double().norm()
         found = newton_schulz(matrix, quintic=quintic).double()
-        # The norm is rounded in some of the roundings, and what the polynomials' slopes near 1 make of it.
+        # The norm is rounded a few times, and the polynomials' slopes near 1 amplify that.
         assert (found - expected).norm() <= 64 * torch.finfo(dtype).eps
     assert newton_schulz(-matrix).equal(-newton_schulz(matrix))
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_matrix_is_what_it_is_whatever_the_company(method):
-    """To the bit, on the host: alone, in a batch, beside others of its shape, first or last, at any limit."""
+    """On the CPU, to the bit: alone, in a batch, beside others of its shape, first or last, at any limit."""
     matrices = [drawn(count, *shape, seed=number, dtype=method.dtype) for number, (count, shape) in enumerate(
         ((1, (5, 9)), (3, (5, 9)), (1, (9, 5)), (2, (33, 70)), (1, (5, 9)), (4, (33, 70)), (1, (1, 7)))
     )]  # fmt: skip
@@ -281,7 +282,7 @@ def test_a_matrix_is_what_it_is_whatever_the_company(method):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 def test_the_size_of_a_gradient_does_not_matter(dtype):
-    """By powers of 2 to the bit, since nothing but the norm is divided by."""
+    """Powers of 2 change no bit, since the norm is all that is divided by; other factors only round."""
     for shape in ((1, 20, 30), (1, 30, 20)):
         matrix = drawn(*shape, dtype=dtype)
         expected = newton_schulz(matrix)
@@ -295,7 +296,7 @@ def test_the_size_of_a_gradient_does_not_matter(dtype):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_what_is_too_small_to_be_squared(dtype):
-    """The first moment of a parameter without gradients decays through all of these."""
+    """When gradients end, a first moment decays through all of these magnitudes; nothing may overflow."""
     for matrix in (drawn(1, 20, 30), drawn(1, 60, 400)):
         for power in range(-149, -40, 2):
             found = newton_schulz((matrix * 2.0**power).to(dtype)).double()
@@ -307,7 +308,7 @@ def test_what_is_too_small_to_be_squared(dtype):
 @pytest.mark.parametrize("options", [{}, {"muon_fp32": True}, {"muon_batched": True}], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_parameter_whose_gradients_end(dtype, options):
-    """Its first moment decays to nothing, and nothing but finite weights comes of it."""
+    """Its first moment decays to zero, and the weights stay finite."""
     problem, optimizer = pair(
         (8, 12),
         (3, 6, 5),
@@ -337,7 +338,7 @@ def test_what_is_finite_in_float64_moves_weights_of_float64():
 
 
 def test_adam_atan2_is_none_of_muons_business():
-    """It has no denominator for an eps to be in; StableAdamW stays on, and nothing is said."""
+    """Muon has no denominator for eps to be in, so ``eps=None`` neither warns nor turns StableAdamW off."""
     _, optimizer = pair((8, 12), use_muon_pp=True, eps=None)
     assert optimizer.param_groups[0]["use_stableadamw"]
 
@@ -352,7 +353,7 @@ def test_muon_switched_on_for_what_is_no_matrix():
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 def test_matrices_of_one_batch_have_nothing_to_do_with_each_other(dtype):
-    """As an accelerator computes them, at once."""
+    """Matrices of very different sizes may be computed in one batch, as on a GPU."""
     for shape in ((20, 30), (30, 20)):
         matrices = drawn(4, *shape, dtype=dtype) * torch.tensor([1.0, 2.0**-20, 0.0, 2.0**20]).view(
             4, 1, 1
@@ -374,7 +375,7 @@ def test_products_are_of_the_short_side(monkeypatch):
 
 @pytest.mark.parametrize(("limit", "at_once"), [(1, 1), (2 * 48, 2), (3 * 48 - 1, 2), (1000, 5)])
 def test_how_many_are_computed_at_once(monkeypatch, limit, at_once):
-    """On an accelerator: as many as fit the limit, from several batches of a method and a shape."""
+    """On a GPU: as many as fit the limit, from all batches of one method and one shape."""
     sizes = []
     real = muon.orthogonalized
     monkeypatch.setattr(muon, "orthogonalized", lambda x, method: sizes.append(len(x)) or real(x, method))
@@ -387,7 +388,7 @@ def test_how_many_are_computed_at_once(monkeypatch, limit, at_once):
 
 
 def test_equal_shapes_are_computed_where_they_are_gathered():
-    """As an accelerator does: many take the operators that few take, and none brings them together."""
+    """On a GPU, many matrices take the same operators as few, and none of these concatenates them."""
 
     def operators(count):
         method = Method(BF16, quintic=False, stable=True)
@@ -411,7 +412,7 @@ def test_equal_shapes_are_computed_where_they_are_gathered():
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 @pytest.mark.parametrize("shape", [(SHORT, 40), (40, SHORT), (SHORT, SHORT), (1, 9), (1, 1)])
 def test_the_rms_of_a_direction(shape, dtype):
-    """About 1 of the whole; with StableAdamW, at most 1, and what was less as it was."""
+    """It is about 1. StableAdamW takes an rms above 1 to its square root, and leaves a smaller one."""
     for spectrum, values in SPECTRA.items():
         for quintic in (False, True):
             its = Factored(shape, values[: min(shape)])
@@ -425,12 +426,12 @@ def test_the_rms_of_a_direction(shape, dtype):
                 64 * torch.finfo(dtype).eps if spectrum == "even" else EXPECTED[spectrum, quintic][2][dtype]
             )
             assert rms == pytest.approx(exact, abs=rounding)
-            # What StableAdamW divides by: the square root of the rms.
+            # StableAdamW divides by the square root of the rms.
             assert stable_rms == pytest.approx(min(rms, math.sqrt(rms)), rel=torch.finfo(dtype).eps)
 
 
 def test_stableadamw_scales_matrices():
-    """Of a matrix whose rms is above 1: all its singular values are where the polynomials overshoot."""
+    """A matrix whose rms ends above 1, as all its singular values are where the polynomials overshoot."""
     its = Factored((22, 40), np.ones(22))
     given = torch.from_numpy(its.matrix)[None].bfloat16()
     plain, found = (alone(given, Method(BF16, quintic=False, stable=stable)) for stable in (False, True))
@@ -439,7 +440,7 @@ def test_stableadamw_scales_matrices():
     assert_same(found, plain * rms.rsqrt().bfloat16())
 
 
-# -------------------------------------------------------------------------------------------- what is asked
+# ------------------------------------------------------------------------------------- requests and waves
 
 
 def test_sizes():
@@ -450,13 +451,13 @@ def test_sizes():
 
 
 def test_cost_is_that_of_the_products():
-    """Two short², one short: of 2·short²·long and 2·short³ operations, as pairs, five times."""
+    """Five iterations, each of two products of short²·long multiply-adds and one of short³."""
     assert muon.cost(3, 8) == muon.cost(8, 3) == 5 * (3 * 3 * 8 + 3 * 3 * 3 + 3 * 3 * 8)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 10, 24, 25, 100, 10**9])
 def test_waves(limit):
-    """Each within the limit or its largest matrix, or of one alone; none could have taken in the next."""
+    """A wave is within the limit (or its largest matrix), or has one member; the next would not fit in."""
     random = np.random.default_rng(0)
     for _ in range(200):
         matrices = [int(random.integers(0, 30)) for _ in range(random.integers(0, 9))]
@@ -474,7 +475,7 @@ def test_waves(limit):
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_in_one_process(dtype):
-    """Within its limit; changes nothing of what it is given, in whatever order that is in memory."""
+    """It keeps to its limit, and changes no tensor that it is given, whatever its memory format."""
     method = Method(dtype, quintic=False, stable=True)
     tensors = [drawn(*shape, seed=number, dtype=F32) for number, shape in enumerate(
         ((4, 6), (2, 4, 6), (8, 6), (2, 2, 3, 2), (4, 6), (0, 4), (3, 3))
@@ -509,7 +510,7 @@ MUON = {"use_muon_pp": True}
 
 @pytest.mark.parametrize("options", [{}, {"use_schedulefree": False}], ids=str)
 def test_the_first_step_is_along_the_polar_factor(options):
-    """At d0, of z or the weights; the gradient of a first moment has the same direction."""
+    """z or the weights move by d0 along it; a first moment then has the gradient's direction, too."""
     problem, optimizer = pair((SHORT, 40), (40, SHORT), dtype=F64, **MUON, muon_fp32=True, d0=1e-2, **options)
     before = [p.detach().clone() for p in problem.parameters]
     run(optimizer, problem, 1)
@@ -528,7 +529,7 @@ def test_the_first_step_is_along_the_polar_factor(options):
 )
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 def test_a_batch_is_its_matrices(dtype, options):
-    """Of one scale: StableAdamW's too is of each matrix."""
+    """A batched parameter moves as its matrices would by themselves; StableAdamW, too, scales each."""
     options = {**MUON, "slice_p": 1, "stochastic_rounding": False, "d0": 1e-2, **options}
     problem, optimizer = pair((2, 3, 8, 5), dtype=dtype, muon_batched=True, **options)
     batch = problem.parameters[0]
@@ -586,7 +587,7 @@ def test_channels_last_weights(options, dtype):
 
 
 def test_what_is_kept():
-    """No second moments: z or the first moment, 4 bytes a weight, and Prodigy's, 4 + 2 for every 11th."""
+    """No second moment: z or the first moment, 4 bytes per weight; p0 and s, 4 + 2 for every 11th."""
     keys = {"p0", "s"}
     for options, more in (({}, {"z"}), ({"use_schedulefree": False}, {"exp_avg"})):
         problem, optimizer = pair((44, 30), (4, 11, 10), **MUON, **options)
@@ -614,7 +615,7 @@ def test_the_first_moment_is_that_of_d_times_the_gradients():
 @pytest.mark.parametrize("value", [True, False])
 def test_it_holds_from_the_first_step_on(value):
     problem, optimizer = pair((8, 12), use_muon_pp=not value)
-    optimizer.param_groups[0]["use_muon_pp"] = value  # may change before it
+    optimizer.param_groups[0]["use_muon_pp"] = value  # it may still change before the first step
     optimizer.param_groups[0]["use_muon_pp"] = not value
     run(optimizer, problem, 1)
     before = problem.parameters[0].detach().clone()
@@ -679,7 +680,7 @@ def test_exclusions(options, named, left):
 
 
 def test_cautious_and_grams_without_schedulefree():
-    """Of the orthogonalised moment, by the gradient of this step."""
+    """They change the orthogonalised first moment, by the signs of this step's gradient."""
     moves = {}
     for option in (None, "use_cautious", "use_grams"):
         options = {**MUON, "muon_fp32": True, "use_schedulefree": False, "d0": 1e-2}
@@ -727,7 +728,7 @@ def test_a_scale_of_gradients_changes_no_direction():
 
 
 def test_agreement_is_with_the_gradient_itself(monkeypatch):
-    """Not with the first moment, which the direction was made of."""
+    """Cautious compares with the gradient, not with the first moment that the direction is made from."""
     seen = []
     real = variants.cautious_
     monkeypatch.setattr(variants, "cautious_", lambda u, g: seen.append(g.clone()) or real(u, g))
@@ -738,7 +739,7 @@ def test_agreement_is_with_the_gradient_itself(monkeypatch):
 
 
 def test_the_most_expensive_matrices_go_first(monkeypatch):
-    """Equal shapes beside each other."""
+    """They are asked for by falling cost, equal shapes next to each other."""
     shapes = []
     real = muon.in_one_process
     monkeypatch.setattr(

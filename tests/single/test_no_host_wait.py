@@ -8,7 +8,7 @@ from tests import option_table as table
 from tests.single.problems import pair, run, shapes_for
 from tests.watching import Watch
 
-# A rate in a tensor on the host is read there.
+# An lr in a tensor on the CPU may be read.
 ALONE = [options for options in table.alone() if not isinstance(options.get("lr"), torch.Tensor)]
 OPTIONS = [{}, *table.packed(ALONE + table.together(), most=10)]
 
@@ -55,7 +55,7 @@ def test_dispatch_check_can_fail():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=table.text_of)
 def test_step_on_a_device_whose_values_nobody_knows(options):
-    """Tensors without values: reading one, to whatever end, is an error."""
+    """Meta tensors have no values, so that any attempt to read one is an error."""
     shapes = shapes_for(options, ((40, 12), (9,), ()))
     parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     optimizer = ProdigyPlusScheduleFree(parameters, **options)

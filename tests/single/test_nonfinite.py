@@ -34,7 +34,7 @@ def test_one_bad_element_skips_the_step(options, dtype):
     assert int(optimizer.metrics()[0]["step"]) == 31
 
 
-# A step that is skipped counts among prodigy_steps.
+# Without prodigy_steps, which counts the skipped step, too.
 @pytest.mark.parametrize("options", [its for its in OPTIONS if "prodigy_steps" not in its], ids=table.text_of)
 def test_a_bad_first_step(options):
     problem, optimizer = pair((40, 12), (9,), **options)
@@ -64,7 +64,7 @@ def test_a_bad_gradient_in_one_group_stops_all(split):
 
 
 def test_a_gradient_too_large_to_square_is_not_finite():
-    """Its square would be inf in the second moment, for good."""
+    """Its square would leave an inf in the second moment for good."""
     problem, optimizer = pair((40, 12))
     run(optimizer, problem, 10)
     problem.backward()

@@ -1,4 +1,4 @@
-"""The table of options is complete, and what is drawn from it covers what it should."""
+"""The table of options is complete, and the lists drawn from it cover what they should."""
 
 import warnings
 

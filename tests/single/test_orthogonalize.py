@@ -1,4 +1,4 @@
-"""Muon's matrices on simulated ranks: the bits of one process, who owns what, and what is sent."""
+"""Muon's matrices on simulated ranks: the same bits as one process, who owns what, and what is sent."""
 
 import itertools
 import math
@@ -35,14 +35,14 @@ BIG = Method(BF16, quintic=False, stable=True)
 
 WAYS = ("even", "uneven", "strided", "scattered", "last")
 
-# Meshes, and of each axis whether it cuts a tensor or copies it.
+# Meshes, and for each axis whether it cuts tensors; otherwise it copies them.
 MESHES = [((1,), (True,)), ((2,), (False,)), ((3,), (True,)), ((4,), (True,))]
 MESHES += [((2, 2), axes) for axes in itertools.product((True, False), repeat=2)]
 MESHES += [((2, 3), (False, True)), ((3, 2), (False, True)), ((2, 1, 2), (True, True, True))]
 
 
 def placements(mesh, axes, ways):
-    """One for each shape: tensors cut in all dimensions in turn, in all ways in turn."""
+    """A placement for each shape; the dimensions that are cut, and the ways to cut, take turns."""
     turn, of_way = itertools.count(), itertools.cycle(ways)
     return [
         Placement(
@@ -55,7 +55,7 @@ def placements(mesh, axes, ways):
 
 
 def requests(batched):
-    """Whole tensors, and how they are asked for: of two kinds, one more than half of the time."""
+    """Whole tensors, and the method for each: one of two, the first for two thirds of them."""
     methods = [Method(BF16, quintic=False, stable=True), Method(F32, quintic=True, stable=False)]
     random = torch.Generator().manual_seed(0)
     return [
@@ -65,7 +65,7 @@ def requests(batched):
 
 
 class Sharded:
-    """Whole tensors, cut up for simulated ranks; and what each rank's exchange makes of its pieces."""
+    """Tensors cut up for simulated ranks, and an exchange on each rank that orthogonalises them."""
 
     def __init__(self, ranks, placements, whole, limit, *, all_to_all=True):
         self.ranks, self.whole = ranks, whole
@@ -103,7 +103,7 @@ def expected(whole):
 
 
 def assert_the_bits_of_one_process(sharded, whole, results):
-    for _ in range(2):  # as in two steps
+    for _ in range(2):  # as in two successive steps
         for layouts, found in zip(sharded.layouts, sharded.orthogonalize(), strict=True):
             assert [number for number, _ in found] == list(range(len(whole)))
             for number, piece in found:
@@ -132,7 +132,7 @@ def test_the_bits_of_one_process(mesh, axes, ways, all_to_all, batched):
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("ways", list(itertools.product(("even", "scattered"), repeat=2)), ids=str)
 def test_cut_twice(ways, batched):
-    """In any two dimensions, or twice in one; some pieces have a single index of a dimension."""
+    """In any two dimensions, or twice in the same one; some pieces have a single index along a dimension."""
     whole = [Matrices(torch.randn(2, 2, 4, 6), batched, BIG) for _ in range(16)]
     where = [
         Placement((2, 2), tuple(zip(dims, ways, strict=True)))
@@ -152,7 +152,7 @@ def test_a_batch_and_a_matrix_of_one_layout():
 
 
 def test_ranks_whose_copies_are_others():
-    """Of one tensor the rows of a mesh have copies, of another its columns: teams of other ranks."""
+    """One tensor is copied along the mesh's first axis, another along its second: the teams differ."""
     whole = [Matrices(torch.randn(8, 6), batched=False, method=BIG) for _ in range(9)]
     cut, copied = (0, "even"), None
     where = [Placement((2, 2), cuts) for cuts in ((cut, copied), (copied, cut), (cut, cut))] * 3
@@ -164,7 +164,7 @@ def test_ranks_whose_copies_are_others():
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize(("mesh", "axes"), MESHES, ids=str)
 def test_owners(mesh, axes, batched):
-    """All ranks know of the same; every matrix has one, who holds a piece of it; they share evenly."""
+    """All ranks find the same owners, and each matrix has exactly one, which holds a piece of it."""
     with Ranks(math.prod(mesh)) as ranks:
         sharded = Sharded(ranks, placements(mesh, axes, WAYS), requests(batched), 1)
     plans = [[MatrixSharding(layout, batched=batched) for layout in layouts] for layouts in sharded.layouts]
@@ -206,7 +206,7 @@ def loads(shardings):
 
 @pytest.mark.parametrize(("mesh", "axes"), [its for its in MESHES if math.prod(its[0]) > 1], ids=str)
 def test_owners_share_the_work(mesh, axes):
-    """Many of a few shapes: no rank has more than another by more than one of the smallest of them."""
+    """With many matrices of a few shapes, ranks' loads differ by at most one of the smallest matrices."""
     shapes = ((8, 12), (12, 8), (8, 8), (16, 8)) * 12
     where = Placement(mesh, tuple((0, "even") if cuts else None for cuts in axes))
     with Ranks(math.prod(mesh)) as ranks:
@@ -219,7 +219,7 @@ def test_owners_share_the_work(mesh, axes):
 @pytest.mark.parametrize(("mesh", "axes"), [its for its in MESHES if math.prod(its[0]) > 1], ids=str)
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_a_batch_is_shared_among_its_holders(mesh, axes, dim):
-    """In one block for each of them; those that have whole matrices of it keep these, but for the copies."""
+    """Each rank owns one block of equal size. Where ranks hold whole matrices, none travels to its owner."""
     count = 2 * math.prod(mesh)
     where = Placement(mesh, tuple((dim, "even") if cuts else None for cuts in axes))
     with Ranks(math.prod(mesh)) as ranks:
@@ -234,7 +234,7 @@ def test_a_batch_is_shared_among_its_holders(mesh, axes, dim):
 
 
 def test_work_is_counted_for_ranks_that_all_know_of_it():
-    """What is on other ranks, too, is known to these ranks alone: the loads of the others must not differ."""
+    """Only the ranks that hold a tensor know of it, so it must not change how others share their tensors."""
     with Ranks(4) as ranks:
         four = ranks.layouts((8, 8), Placement((2, 2), (None, (0, "even"))))[0]
     assert four.ranks == ((0, 1), (2, 3))
@@ -257,7 +257,7 @@ def test_the_expensive_are_dealt_first():
 
 
 def test_a_block_is_as_expensive_as_all_of_its_matrices():
-    """Two of three, then one of half as many again, then the third."""
+    """The batch of three is split: one rank owns two; the other owns the third and the other matrix."""
     with Ranks(2) as ranks:
         batch = ranks.layouts((3, 8, 8), Placement((2,), ((1, "even"),)))[0]
         other = ranks.layouts((1, 8, 14), Placement((2,), ((1, "even"),)))[0]
@@ -271,7 +271,7 @@ def test_a_block_is_as_expensive_as_all_of_its_matrices():
 
 
 class Sent:
-    """What ranks begin, as a context: by rank, (name, bytes sent, bytes received) in turn."""
+    """Records, as a context, what each rank sends: (name, bytes sent, bytes received), in order."""
 
     def __init__(self, ranks):
         self.ranks = ranks
@@ -317,7 +317,7 @@ def sent(mesh, cuts, shapes, limit, *, batched=False, methods=(BIG,)):
 
 
 def test_a_piece_travels_to_its_owner_and_back():
-    """Of 4 matrices of 8·6 in bfloat16, each of 2 ranks has a half and owns 2: half of 2 goes, and comes."""
+    """Two ranks hold halves of 4 matrices of 96 bytes, and own 2 each: each sends and receives 2 halves."""
     for calls in sent((2,), ((0, "even"),), ((8, 6),) * 4, 1 << 20):
         assert calls == [("swap", 2 * 48, 2 * 48)] * 2
 
@@ -329,16 +329,17 @@ def test_what_one_rank_holds_whole_does_not_travel():
 
 
 def test_copies_share_their_work():
-    """4 matrices of 2·48 bytes: each of two copies owns two, and gives them to the other."""
+    """4 matrices of 96 bytes: each of two copies owns two of them, and sends the results to the other."""
     for rank, calls in enumerate(sent((2,), (None,), ((8, 6),) * 4, 1 << 20)):
-        # One call for each who has some, and in all the bytes of what it owns.
+        # One broadcast from each owner, with all that it owns.
         assert sorted(calls) == [("broadcast", 0, 192), ("broadcast", 192, 0)], rank
 
 
 def test_copies_of_pieces():
     for calls in sent((2, 2), (None, (0, "even")), ((8, 6),) * 4, 1 << 20):
         assert [name for name, *_ in calls] == ["swap", "swap", "broadcast", "broadcast"]
-        # Its row owns two, each rank of it one, of which the other has a half; of the other two, its halves.
+        # A row of the mesh owns two matrices, each rank one, of which the other rank holds a half. Then
+        # each rank sends its halves of the row's two matrices to the other row, and receives as much.
         assert sorted(calls)[2:] == [("swap", 48, 48)] * 2
         assert sorted(calls)[:2] == [("broadcast", 0, 96), ("broadcast", 96, 0)]
 
@@ -354,7 +355,7 @@ def test_one_swap_for_each_dtype(batched):
 
 @pytest.mark.parametrize("limit", [1, 96, 200, 500])
 def test_no_more_is_sent_at_once_than_the_limit(limit):
-    """Or one matrix, of 96 bytes, of which each of 2 ranks has a half."""
+    """The limit, or one matrix if that is larger: 96 bytes here, of which each of 2 ranks has half."""
     for calls in sent((2,), ((0, "even"),), ((8, 6),) * 12, limit):
         assert len(calls) == 2 * -(-12 // (max(limit, 96) // 48))
         assert all(max(out, into) <= max(limit, 96) for _, out, into in calls)
@@ -363,7 +364,7 @@ def test_no_more_is_sent_at_once_than_the_limit(limit):
 
 
 def test_each_copy_owns_its_share_of_a_wave():
-    """Of 12 matrices of 96 bytes, two at a time, one for each copy."""
+    """12 matrices of 96 bytes are computed two at a time, one by each copy."""
     orthogonalize_, counts = muon.orthogonalize_, [[], []]
     whole = [Matrices(torch.randn(8, 6), batched=False, method=BIG) for _ in range(12)]
     with Ranks(2) as ranks:
@@ -389,7 +390,7 @@ def test_each_copy_owns_its_share_of_a_wave():
     ],
 )
 def test_process_groups(mesh, cuts, groups):
-    """One of each ranks that exchange something, for as long as the optimiser lives."""
+    """One for each set of ranks that exchange something; a second step makes no group and no plan."""
     whole = [Matrices(torch.randn(8, 6), batched=False, method=BIG) for _ in range(4)]
     with Ranks(math.prod(mesh)) as ranks:
         sharded = Sharded(ranks, [Placement(mesh, cuts)] * 4, whole, 1)
@@ -404,13 +405,13 @@ def test_process_groups(mesh, cuts, groups):
             sharded.orthogonalize()
             with mock.patch("prodigyplus_dist.orthogonalize.assign_owners") as planned:
                 sharded.orthogonalize()
-        assert not planned.called  # nor who owns what
+        assert not planned.called  # owners are not assigned again
         assert ranks.groups == groups
     assert len(asked) == sum(map(len, groups))
 
 
 def test_one_wave_travels_while_another_is_computed():
-    """Its pieces while the one before is, and its results while the next is."""
+    """A wave's pieces travel while the wave before is computed, its results while the next one is."""
     events = []
     orthogonalize_, swap = muon.orthogonalize_, transport.swap
     whole = [Matrices(torch.randn(8, 6), batched=False, method=BIG) for _ in range(6)]
@@ -441,7 +442,7 @@ def test_one_wave_travels_while_another_is_computed():
             mock.patch.object(muon, "orthogonalize_", computed),
         ):
             sharded.orthogonalize()
-    # Of three waves of two, pieces to the owners are sent as 1, 2 and 4, results as 3, 5 and 6.
+    # Three waves of two: messages 1, 2 and 4 bring pieces to owners; 3, 5 and 6 bring results back.
     assert events == [
         *("begin", "begin"),
         *("end 1", "compute", "begin"),
@@ -455,7 +456,7 @@ def test_one_wave_travels_while_another_is_computed():
 
 @pytest.mark.parametrize("all_to_all", [False, True])
 def test_a_swap_of_uneven_sizes(all_to_all):
-    """Some of nothing, in other dtypes than they are sent in, and not in one piece in memory."""
+    """Some messages are empty; tensors are not contiguous, and of another dtype than they are sent in."""
 
     def given(sender, receiver):
         sizes = [(2, 3), (0, 4), (1, 1), (3, 2)][: (sender + 2 * receiver) % 4]
@@ -471,7 +472,7 @@ def test_a_swap_of_uneven_sizes(all_to_all):
             wait = transport.swap(outgoing, incoming, group, rank, like=like, all_to_all=all_to_all)
             for tensors in outgoing:
                 for tensor in tensors:
-                    tensor.fill_(-1)  # it is copied at once
+                    tensor.fill_(-1)  # swap() has copied it already
             for peer, tensors in enumerate(wait()):
                 assert [tuple(tensor.shape) for tensor in tensors] == incoming[peer]
                 for tensor, expected in zip(tensors, given(peer, rank), strict=True):

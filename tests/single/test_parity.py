@@ -1,4 +1,4 @@
-"""Our numbers against those of the published packages, played by tests/golden/make.py."""
+"""Our numbers against those of the published packages, which tests/golden/make.py has recorded."""
 
 import hashlib
 
@@ -21,12 +21,12 @@ from tests.golden.cases import (
     play,
 )
 
-# One case has a schedule that decays, of which ours warns.
+# One case has a decaying schedule, of which our optimiser warns.
 pytestmark = pytest.mark.filterwarnings("ignore:lr of param_groups.*has fallen:UserWarning")
 
 ALL_CASES = {**CASES, **OPTION_CASES, **PAIR_CASES}
 
-# Pairs of options are played by `make parity`, which CI has too.
+# Pairs of options are left to `make parity`, which CI also runs.
 PLAYED = [pytest.param(name, marks=pytest.mark.slow if name in PAIR_CASES else ()) for name in ALL_CASES]
 
 
@@ -49,7 +49,7 @@ def assert_within_bounds(ours, golden, case, dtype=torch.float32):
 
 
 def test_the_problem_is_the_same_on_every_processor():
-    """Its numbers, and the gradients of weights that move by exact steps, to the last bit."""
+    """Its numbers, and gradients at weights that move by exact steps, are the same to the bit."""
     digest = hashlib.sha256()
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         problem = Problem(dtype)
@@ -74,7 +74,7 @@ def test_oracle(name):
     ("curve", "usual", "cases"), [("d", 1e-5, 60), ("d_numerator", 1e-5, 52), ("d_denom", 1e-4, 52)]
 )
 def test_most_cases_are_held_closely_and_long(curve, usual, cases):
-    """Nearly all steps of all 69 cases are compared, and in most cases half of them or more to ``usual``."""
+    """Nearly all steps of all 69 cases are compared; in most cases, at least half of them to ``usual``."""
     found = {name: floors.bounds(load(name)[f"floor.{curve}"], window=floors.WINDOW) for name in ALL_CASES}
     assert sum(map(len, found.values())) >= 0.95 * sum(case.steps for case in ALL_CASES.values())
     assert sum(np.median(allowed) <= usual for allowed in found.values()) >= cases
@@ -94,9 +94,9 @@ def test_most_weights_are_held_closely():
 
 
 def test_few_runs_that_are_alike_leave_the_bounds():
-    """In two thirds of the cases, each perturbed run is within the bounds that its others give.
+    """In two thirds of the cases, each perturbed run is within the bounds that the other ones give.
 
-    They are off by more last bits than our runs, and jump so much more often: see ``floors.SAFETY``.
+    Perturbed runs differ by more last bits than ours, so they jump more often: see ``floors.SAFETY``.
     """
     assert sum(load(name)["excess"] <= 1 for name in ALL_CASES) >= 45
 
@@ -107,7 +107,7 @@ def test_ancestor(name):
     ours, golden = run(case, torch.float64), load(f"ancestor_{name}")
     assert (ours["d"][-1] > 100 * ours["d"][0]).all()
     if name == "with_eps":
-        # What cases.py says is left over is a part of what eps does at all, while d grows; in most tensors.
+        # eps acts differently while d grows (see cases.py); in most tensors that is a part of its effect.
         without = distances(load("ancestor_default"), golden, case)
         for key, off in distances(ours, golden, case).items():
             assert np.median(off[-1]) <= 0.75 * np.median(without[key][-1]), key
@@ -117,7 +117,7 @@ def test_ancestor(name):
 
 @pytest.mark.parametrize("name", RADAM_CASES)
 def test_radam(name):
-    """use_bias_correction is Schedule-Free's RAdam, where Prodigy does not move the step size."""
+    """``use_bias_correction`` is Schedule-Free's RAdam, as long as Prodigy does not move the step size."""
     theirs, case = RADAM_CASES[name]
     ours = run(case, torch.float64)
     np.testing.assert_allclose(ours["d"], theirs.options["lr"], rtol=1e-12)
@@ -127,7 +127,7 @@ def test_radam(name):
 @pytest.mark.parametrize("at", [20, 60])
 @pytest.mark.parametrize("name", BFLOAT16_CASES)
 def test_oracle_single_steps_in_bfloat16(name, at):
-    """From the oracle's state in mid-run, one step lands within a rounding of where the oracle's lands."""
+    """A step from the oracle's state in mid-run lands within one rounding of where the oracle's lands."""
     golden = np.load(GOLDEN / f"bfloat16_{name}.npz")
     case = BFLOAT16_CASES[name]
 

@@ -1,8 +1,8 @@
-"""Any options, on any tensors, cut in any way: the shards make the steps that one process makes.
+"""With any options, on any tensors, cut in any way, shards make the steps that one process makes.
 
-In float64 the two runs are compared from the first step to the last. In the other dtypes a last bit may
-decide on a sign, or on how a weight is rounded, and from there two runs part. So there one process makes each
-step from where the shards stand, and differs by one step's rounding, or in few elements by such a decision.
+In float64 the two runs are compared from the first step to the last. In other dtypes a last bit may decide a
+sign, or how a weight is rounded, and from there two runs diverge. There, one process starts each step from
+the shards' numbers: it may differ by one step's rounding, and in few elements by such a decision.
 """
 
 import math
@@ -25,20 +25,20 @@ from tests import option_table as table
 from tests.single.problems import Fed
 from tests.single.simulated import OneRank, Placement, Ranks, indices_of
 
-# Hypothesis keeps what it has read of the sources; by default in the working directory.
+# Hypothesis caches what it has read of the sources, by default in the working directory.
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 
 MESHES = {1: ((1,),), 2: ((2,),), 3: ((3,),), 4: ((4,), (2, 2))}
 
-# What sums taken in another order may change of a move, as a share of its largest element. A sum of n squares
-# is off by n·eps at most, and enters under a square root; the largest tensor has 13720 elements, and eps is
-# 1.2e-7, or 2.2e-16: 8e-4, or 1.5e-12, and room for what a run makes of it.
+# How much sums in another order may change a move, as a share of its largest element. A sum of n squares is
+# off by at most n·eps, and its square root is taken. With 13720 elements in the largest tensor, and eps of
+# 1.2e-7 or 2.2e-16, that is 8e-4 or 1.5e-12; float64 has more room, since its runs are not realigned.
 SUMS = {torch.float32: 1e-3, torch.float64: 1e-9}
 
-# What the few operations on an element in a step may change of it, in units of its last bit.
+# How much the few operations on an element in a step may change it, in units of its last bit.
 ROUNDINGS = 4
 
-# The share of all elements that a last bit may have decided on, where it can.
+# The share of all elements that may differ because a last bit decided.
 DECIDED = 1e-3
 
 
@@ -52,37 +52,37 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Step:
-    """What is unusual about the gradients of a step: numbers of parameters, and of elements in them."""
+    """What is unusual about the gradients of a step; pairs are a parameter's number and an element's."""
 
     infinite: tuple[int, int] | None
-    alone: bool  # of the copies of that element, only one is infinite
-    missing: tuple[tuple[int, int | None], ...]  # the pieces with that element have no gradient; None: all
+    alone: bool  # only one copy of that element is infinite
+    missing: tuple[tuple[int, int | None], ...]  # pieces with that element have no gradient; None: all pieces
 
 
 @dataclass(frozen=True)
 class Case:
     ranks: int
     parameters: list[Parameter]  # in the order of their groups
-    groups: list[dict]  # where they are not the defaults
+    groups: list[dict]  # only options other than the defaults
     steps: list[Step]
     bucket_bytes: int
     all_to_all: bool
     seed: int
 
 
-# Where a last bit decides how z is rounded, two runs part: see test_rounding.py.
+# With these a last bit decides how z is rounded, and two runs diverge: see test_rounding.py.
 NOT_DRAWN = ("bfloat16_z",)
 
 
 def drawn(name, default):
-    """The values of an option to draw from, the default first, and twice."""
+    """The values of an option to draw from; the default comes first, twice."""
     if (
         name in NOT_DRAWN or table.TABLE[name].acts_on == "execution"
-    ):  # which needs a backward pass, or compiles
+    ):  # these need a backward pass, or compile
         return (default,)
     values = [options[name] for options in table.alone([name], edges=True)]
-    values = [value for value in values if not isinstance(value, torch.Tensor)]  # of one optimiser alone
-    # β1 of zero is refused with Schedule-Free, and too small a β2 with RAdam's correction.
+    values = [value for value in values if not isinstance(value, torch.Tensor)]  # ranks would share it
+    # With Schedule-Free, β1 = 0 is refused.
     if name == "betas":
         values.remove((0.0, 0.9))
     return (default, default, *values)
@@ -92,7 +92,7 @@ OPTIONS = {name: drawn(name, default) for name, default in table.defaults().item
 
 
 class Draw:
-    """Choices by a string of bytes: by a zero the first, which is the plainest."""
+    """Choices made by a string of bytes: a zero makes the first choice, which is the plainest."""
 
     def __init__(self, entropy):
         self._bytes = iter(entropy)
@@ -121,9 +121,9 @@ class Draw:
     def options(self):
         group = {name: self.of(values) for name, values in OPTIONS.items()}
         if not group["use_schedulefree"]:
-            group["step_size"] = "prodigy"  # the other is refused
+            group["step_size"] = "prodigy"  # balance is refused
         options.resolve_exclusions(group)
-        # Weights that move without a step would be a start that moves.
+        # With lr=0, a decay that lr does not multiply would move the weights that a run starts from.
         group["weight_decay_by_lr"] |= group["lr"] == 0
         return {name: value for name, value in group.items() if value != OPTIONS[name][0]}
 
@@ -163,12 +163,12 @@ class Draw:
         return Step(infinite, self.of((False, True)), tuple(missing))
 
 
-# Of cases drawn choice by choice, Hypothesis would make five of six by copying choices within another.
+# One string of bytes: of cases drawn choice by choice, Hypothesis would make five in six by copying choices.
 CASES = st.binary(min_size=256, max_size=256).map(lambda entropy: Draw(entropy).case())
 
 
 class Both:
-    """A case on one process and, cut up, on simulated ranks."""
+    """A case in one process and, cut up, on simulated ranks."""
 
     def __init__(self, case, ranks):
         self.case, self.ranks = case, ranks
@@ -232,17 +232,17 @@ class Both:
                 weight.grad = None
 
     def _holders(self, number, element):
-        """The ranks that have an element of a parameter."""
+        """The ranks that hold an element of a parameter."""
         elements = torch.arange(self.weights[number].numel()).view(self.weights[number].shape)
         return [
             rank for rank, indices in enumerate(self.indices) if (elements[indices[number]] == element).any()
         ]
 
     def step(self):
-        """A step of both.
+        """Make a step with both.
 
         Returns:
-            The weights and the state dict: of the shards, put together as those of one process, and of it.
+            The weights and the state dict of the shards, put together; and those of one process.
         """
 
         def step_of(rank):
@@ -274,7 +274,7 @@ class Both:
         return self._assembled(number, [other["state"][number][key] for other in saved], shape, whole)
 
     def _assembled(self, number, pieces, shape, whole=()):
-        """A tensor from the ranks' pieces of it, which agree to the bit where they overlap."""
+        """A tensor put together from the ranks' pieces, which must agree to the bit where they overlap."""
         tensor = torch.full(shape, math.nan, dtype=pieces[0].dtype)
         indices = [indices_of(layouts[number], shape, whole) for layouts in self.layouts]
         for its, piece in zip(indices, pieces, strict=True):
@@ -291,10 +291,10 @@ class Both:
 
 
 def assert_numbers_close(found, expected):
-    """Those of groups: they are in float64 whatever the parameters are in, as are the sums they come of.
+    """Assert that the groups' numbers agree: they, and the sums they come from, are always in float64.
 
-    But balance's are sums of rows that were summed in float32, of terms of both signs that are as large as
-    the denominator.
+    Balance is an exception: it adds up rows that were summed in float32, and their terms are of both signs
+    and as large as the denominator.
     """
     for theirs, ours in zip(found, expected, strict=True):
         rel, small = 1e-9, {}
@@ -306,12 +306,12 @@ def assert_numbers_close(found, expected):
 
 
 def compared(number, found, expected, before):
-    """The tensors of a parameter as the shards, one process and, before, both had them, by name."""
+    """A parameter's tensors by name: the shards', one process's, and those before the step."""
     weights, states = zip(
         *((run[0][number], run[1]["state"].get(number, {})) for run in (found, expected, before)), strict=True
     )
     theirs, ours, old = states
-    # What Prodigy kept is freed where there is no gradient too, but by one process not before there is one.
+    # Shards free Prodigy's evidence even without a gradient; one process waits until there is one.
     assert ours.keys() - theirs.keys() <= set(EVIDENCE)
     tensors = {"weight": weights}
     for key in ours.keys() & theirs.keys():
@@ -321,16 +321,16 @@ def compared(number, found, expected, before):
 
 
 def bound(case, parameter, ours, old):
-    """How far each element of a tensor of one process may be off, after a step from ``old``."""
+    """How far each element of a tensor may be off after a step from ``old``."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     share = SUMS[dtype]
     if dtype == torch.float32 and case.groups[parameter.group].get("use_cautious"):
-        share += 2 / max(1, math.prod(parameter.shape))  # an element more or less that agrees
+        share += 2 / max(1, math.prod(parameter.shape))  # one element more or less may agree
     move = (ours - old).abs().amax() if ours.numel() else 0
     return ROUNDINGS * torch.finfo(dtype).eps * (ours.abs() + old.abs()) + share * move
 
 
-# Phase.shrink beside the other makes a plainer case of one that fails, in some minutes.
+# If a case fails, add Phase.shrink: in some minutes it finds a plainer one that fails, too.
 @settings(
     derandomize=True,
     database=None,

@@ -1,4 +1,4 @@
-"""A run of prodigy-plus-schedule-free, saved there, goes on here; saved by tests/golden/make_published.py."""
+"""Runs that prodigy-plus-schedule-free has saved continue here; tests/golden/make_published.py saved them."""
 
 import copy
 import gzip
@@ -30,7 +30,7 @@ def golden(name):
 
 
 def problem_and_optimizer(name, groups=None, **options):
-    """A problem at the step at which the run was saved, with other weights; a new optimiser of its groups."""
+    """The problem at the step at which a run was saved, but with initial weights; and a new optimiser."""
     saved = SAVED[name]
     problem = Problem(saved.dtype, shapes=SHAPES)
     for _ in range(saved.before):
@@ -67,14 +67,14 @@ def go_on(name, problem, optimizer, steps):
 
 
 def bounds(saved, name):
-    """How far "d" may be, at each step that it is held at; or weights after the "first" or "last" step."""
+    """How far off "d" may be at each step that is compared, or weights after the "first" or "last" step."""
     window = floors.WINDOW if name == "d" else 0
     roundings = floors.ROUNDINGS_OF_A_STEP if name == "first" else floors.ROUNDINGS
     return floors.bounds(saved["floor"][name].numpy(), window=window, roundings=roundings)
 
 
 def furthest(problem, expected, without=()):
-    """How far the weights are from those of the run there, of any parameter at most."""
+    """The largest distance of any parameter from the published package's."""
     found = [p.detach().flatten()[::EVERY].float().numpy() for p in problem.parameters]
     return max(
         distance(ours, expected[number].float().numpy())
@@ -97,7 +97,7 @@ def test_2_0_goes_on_as_there(name):
 
 
 def test_2_0_in_bfloat16():
-    """A step from there lands within a rounding of where it landed there."""
+    """One step from the saved state lands within a rounding of where the package's own landed."""
     problem, optimizer, saved, _ = imported("2.0_bfloat16")
     dtypes = {key: value.dtype for state in optimizer.state.values() for key, value in state.items()}
     assert {key for key, dtype in dtypes.items() if dtype == torch.bfloat16} == {"z", "exp_avg_sq", "p0", "s"}
@@ -108,7 +108,7 @@ def test_2_0_in_bfloat16():
 
 @pytest.mark.parametrize("name", ["1.9_groups", "1.9_speed", "1.9_frozen"])
 def test_1_9_where_it_is_the_same_algorithm(name):
-    """For a step; as long as d is frozen, for all. 1.9 shares 2.0.1's way with tall tensors."""
+    """The first step is the same; with d frozen, all are. Tall tensors differ, as they do from 2.0.1."""
     problem, optimizer, saved, _ = imported(name)
     run = go_on(name, problem, optimizer, AFTER)
     next(run)
@@ -127,7 +127,7 @@ def test_1_9_goes_on_well(name):
     first, *_ = go_on(name, problem, optimizer, AFTER)
     assert all(old <= new <= 1.2 * old for old, new in zip(before, first, strict=True))
     assert problem.loss() <= 1.5 * float(saved["loss"][-1]) or name == "1.9_focus"
-    assert problem.loss() <= 0.6 * float(saved["loss"][0]) or name == "1.9_muon"  # which has only begun
+    assert problem.loss() <= 0.6 * float(saved["loss"][0]) or name == "1.9_muon"  # it has only just begun
 
 
 @pytest.mark.parametrize("name", ["1.9_default_eval", "1.9_pooled", "1.9_groups", "1.9_focus", "1.9_frozen"])
@@ -135,9 +135,9 @@ def test_units_of_1_9(name):
     _, optimizer = problem_and_optimizer(name)
     saved = golden(name)["optimizer"]
     if name == "1.9_frozen":
-        saved["param_groups"][0]["d_prev"] /= 2  # left behind, when d was frozen
+        saved["param_groups"][0]["d_prev"] /= 2  # out of date once d is frozen
     if name == "1.9_groups":
-        saved["param_groups"][0]["prodigy_steps"] = 1000  # not yet
+        saved["param_groups"][0]["prodigy_steps"] = 1000  # not reached yet
     exactly = {"rtol": 1e-6, "atol": 0}
     quietly(optimizer, saved)
     for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True):
@@ -201,13 +201,13 @@ def test_numbers_and_options(name):
         elif theirs["params"]:
             assert ours["d_hat"] == pytest.approx(theirs["d_numerator"] / theirs["d_denom"])
     _, another = problem_and_optimizer(name)
-    another.load_state_dict(optimizer.state_dict())  # which has all that it needs
+    another.load_state_dict(optimizer.state_dict())  # its state dict is complete
     assert_same(another.state_dict(), optimizer.state_dict())
 
 
 @pytest.mark.parametrize("factor", [1, 3])
 def test_step_size_in_use(factor):
-    """The groups' mean is taken up as it was; of 1.9, which does not save it, it is the mean of their d."""
+    """The groups' mean continues as it was. 1.9 does not save it; there it is computed from their d."""
     for name in ("2.0_groups", "1.9_groups"):
         _, optimizer = problem_and_optimizer(name)
         saved = golden(name)["optimizer"]
@@ -216,14 +216,14 @@ def test_step_size_in_use(factor):
         mean = 2 / (1 / first["d"] + 1 / second["d"])
         quietly(optimizer, saved)
         assert [group["shared_d"] for group in optimizer.param_groups] == pytest.approx([mean] * 2)
-    second["weight_sum"] = 0.0  # it never moved
+    second["weight_sum"] = 0.0  # as if it had never moved
     quietly(optimizer, saved)
     shared = [group["shared_d"] for group in optimizer.param_groups]
     assert shared == pytest.approx([first["d"], second["d"]], rel=1e-12)
 
 
 def test_a_group_that_never_moved():
-    """It does not hold the others to its d0, which is what 2.0 does."""
+    """Its d0 does not hold the others' step size down, as it does in 2.0."""
     _, optimizer = problem_and_optimizer("2.0_adam_groups")
     saved = golden("2.0_adam_groups")["optimizer"]
     moved, idle = saved["param_groups"]
@@ -278,7 +278,7 @@ def test_keys_of_the_group_itself_stay():
 
 @pytest.mark.parametrize("name", ["2.0_bfloat16", "2.0_default", "1.9_default_eval"])
 def test_state_that_the_package_has_loaded(name):
-    """torch's loader, which it uses, casts all of it to the dtype of the weights."""
+    """The package loads by torch's loader, which casts all state to the dtype of the weights."""
 
     def cast(value):
         if isinstance(value, torch.Tensor):
@@ -312,7 +312,7 @@ def test_nothing_is_shared_or_changed():
 
 
 def changed(group=None, state=None, **entries):
-    """A change of a state dict: entries of its first group, or of the state of a parameter."""
+    """A function that changes entries of a state dict's group, or of a parameter's state."""
 
     def change(saved):
         target = saved["param_groups"][group or 0] if state is None else saved["state"][state]
@@ -507,7 +507,7 @@ def test_the_report_in_the_documentation():
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_the_published_package_beside_this_one_is_told_of(tmp_path, beside):
-    """Both install into the same folder, of which pip says nothing."""
+    """Both install into the same folder, and pip does not warn."""
     if beside:
         info = tmp_path / "prodigy_plus_schedule_free-2.0.1.dist-info"
         info.mkdir()

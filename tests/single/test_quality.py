@@ -1,4 +1,4 @@
-"""The harness of benchmarks/quality: tasks train, what is done is skipped, and what the report says."""
+"""benchmarks/quality: tasks train, runs that exist are skipped, and the report has the right numbers."""
 
 import json
 import math
@@ -19,7 +19,7 @@ pytest.importorskip("numpy")
 
 @pytest.fixture(scope="module")
 def quality():
-    """The package, whose neighbours of the same names must not be found in other tests."""
+    """The package; afterwards, other tests must not find its neighbours' names on the path."""
     before = list(sys.path)
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import quality.report
@@ -52,7 +52,7 @@ TINY = {
 
 
 def tiny(task):
-    """The task with two steps of a small batch, and as small a model as it has."""
+    """The task with two steps of a small batch, and a very small model."""
     scale = task.scales["small"]
     shape = {name: min(TINY[name], value) for name, value in scale.shape.items()}
     return replace(task, scales={"small": replace(scale, steps=2, batch=4, shape=shape)})
@@ -65,7 +65,7 @@ def images(count):
 
 @pytest.fixture
 def small_data(quality, monkeypatch):
-    """Few images, a short text: what the tasks read is tested elsewhere, and MNIST may not be here."""
+    """A few images and a short text: reading data is tested elsewhere, and MNIST may be missing."""
     from quality.tasks import data
 
     sets = data.Images(*images(32)), data.Images(*images(16))
@@ -114,7 +114,7 @@ def test_a_seed_is_the_same_problem_for_all_optimizers(quality, name, tmp_path):
     for draws in (0, 5):
         problem = task.build(setup_of(quality, task, tmp_path))
         torch.rand(draws)
-        torch.manual_seed(1)  # as the loop does for dropout
+        torch.manual_seed(1)  # the training loop does so, for dropout
         problems.append((problem.loss(1).item(), problem.evaluate().loss))
     assert problems[0] == problems[1]
 
@@ -158,7 +158,7 @@ def test_schedules(quality):
     assert factors("adamw-constant") == pytest.approx([0.2, 1, 1, 1])
     assert factors("adamw-wsd") == pytest.approx([0.2, 1, 1, 0.5])
     assert factors("adamw-cosine") == pytest.approx([0.2, 0.99606, 0.5, 0.02447], abs=1e-5)
-    assert factors("schedulefree-adamw") == [1, 1, 1, 1]  # by itself
+    assert factors("schedulefree-adamw") == [1, 1, 1, 1]  # it warms up by itself
 
 
 def test_every_tuned_optimizer_has_seven_rates_with_and_without_warm_up(quality):
@@ -184,7 +184,7 @@ def test_what_is_done_is_skipped(quality, monkeypatch, tmp_path, capsys):
     assert out.read_text() == first
     assert not capsys.readouterr().out
 
-    out.write_text(first[:-20])  # cut short in the midst of a write
+    out.write_text(first[:-20])  # as if the process had died while writing
     quality.run.main([*command, "1"])
     assert len(out.read_text().splitlines()) == 3
 
@@ -232,7 +232,7 @@ def test_the_report(quality, tmp_path):
     assert "| adamw-cosine | 0.001, warm-up (edge of the grid) | 4 ± 1 (2) | 2.000 | 50.00% | 1 |" in text
     assert "| ours | 2 | 2 | 2 | 2 | 2 | 2 |" in text
     assert "| ours | adamw-cosine | 1 of 1 | 1 of 1 |" in text
-    assert "| published | ours | 0 of 1 | 1 of 1 |" in text  # 0.5 above, of a range of 50
+    assert "| published | ours | 0 of 1 | 1 of 1 |" in text  # higher by 0.5, 1 % of the range of 50
     assert "| published | prodigy-cosine | 1 of 1 | 1 of 1 |" in text
     assert (tmp_path / "quality" / "mnist.png").stat().st_size > 10_000
 
@@ -272,7 +272,7 @@ def test_what_sensitivity_tells():
     losses = {("mnist-mlp", name): 1.0 for name in sensitivity.OURS} | {("mnist-mlp", "lr=3"): 1.1}
     of_adamw = zip(sensitivity.RATES, (9, 5, 2, 4, 8, 9), strict=True)
     losses |= {("mnist-mlp", sensitivity.at(rate)): loss for rate, loss in of_adamw}
-    losses |= {("gpt: width 32", "untuned"): 1.5}  # AdamW is still to be run
+    losses |= {("gpt: width 32", "untuned"): 1.5}  # AdamW has not run yet
     lines = list(sensitivity.report(losses))
     assert "| mnist-mlp | 1 | 1 | 1.1 | 1 | 1 | 1 | 1 | 10.0% | 0.0% | 150.0% |" in lines
     assert not any(line.startswith("| 32") for line in lines)

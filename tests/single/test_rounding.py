@@ -1,4 +1,4 @@
-"""bfloat16 weights, and stochastic rounding."""
+"""Stochastic rounding, of bfloat16 weights and of z in bfloat16."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_noise_is_uniform():
 
 
 def test_noise_is_uncorrelated():
-    """Neighbours, consecutive steps, consecutive parameters, the two halves: each pair independent."""
+    """Between neighbours, consecutive steps, consecutive parameters, and the two halves."""
     count = 1 << 18
 
     def centred(values):
@@ -69,7 +69,7 @@ def test_what_needs_no_rounding_is_not_changed():
 def test_same_run_same_bits_and_another_place_other_bits():
     runs = [pair((40, 12), (40, 12), dtype=torch.bfloat16) for _ in range(2)]
     for seed, (problem, optimizer) in enumerate(runs):
-        torch.manual_seed(seed)  # the noise is of the run, not of the process
+        torch.manual_seed(seed)  # the process's random state must not matter
         run(optimizer, problem, 60)
     assert_same(snapshot(runs[0][1]), snapshot(runs[1][1]))
     assert not torch.equal(noise_of(100, parameter=1), noise_of(100, parameter=2))
@@ -123,7 +123,7 @@ def test_z_in_bfloat16_is_less_than_half_the_state():
 
 
 def test_z_in_bfloat16_is_on_average_what_it_is_in_float32():
-    """Steps a hundred times below its last bit; the average of the weights follows."""
+    """The steps are a hundred times smaller than bfloat16's last bit; y, z and the average still follow."""
 
     def moved(**options):
         parameter = torch.nn.Parameter(torch.ones(1 << 14))
@@ -141,11 +141,11 @@ def test_z_in_bfloat16_is_on_average_what_it_is_in_float32():
 
 
 def test_z_in_bfloat16_leaves_weights_as_they_are():
-    """A fine-tuned model keeps its bits where there is nothing to learn, and moves as one in float32."""
+    """A fine-tuned model keeps its bits while gradients are zero, then moves as with z in float32."""
     problem, optimizer = pair((400, 80), bfloat16_z=True)
     (p,) = problem.parameters
     with torch.no_grad():
-        p.mul_(1 + 2**-20 * torch.arange(80))  # of which bfloat16 would keep nothing
+        p.mul_(1 + 2**-20 * torch.arange(80))  # bits that bfloat16 would lose
     before = p.detach().clone()
     reference = torch.nn.Parameter(before.clone())
     other = ProdigyPlusScheduleFree([reference])
@@ -160,7 +160,7 @@ def test_z_in_bfloat16_leaves_weights_as_they_are():
     optimizer.step()
     other.step()
     assert not torch.equal(p, before)
-    # z is off by the rounding of its distance to y, which is far smaller than itself.
+    # z is off by the rounding of z − y, which is far smaller than z.
     torch.testing.assert_close(p, reference, rtol=2**-23, atol=1e-8)
     optimizer.eval()
     other.eval()
@@ -181,7 +181,7 @@ def test_z_in_bfloat16_changes_nothing_in_a_step_that_is_skipped(options):
 
 
 def test_a_state_that_keeps_z_itself_goes_on():
-    """As earlier versions saved it, in bfloat16."""
+    """As earlier versions saved it: z itself, in bfloat16."""
     problem, optimizer = pair((40, 33))
     run(optimizer, problem, 20)
     saved = optimizer.state_dict()

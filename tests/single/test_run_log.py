@@ -1,4 +1,4 @@
-"""Rows of a run: written, read again, drawn and summed up."""
+"""The rows of a run's log: written, read again, drawn and summed up."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Small parameters that are moved as one stack move as each for itself would, to the bit."""
+"""Small parameters that move as one stack move as each would alone, to the bit."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 from tests.watching import Watch
 
-# Several of each, but for one; those of four dimensions are channels_last.
+# Several of each shape, but only one (7,). Those of four dimensions are channels-last.
 SHAPES = (
     *[()] * 3,
     *[(1,)] * 2,
@@ -32,7 +32,7 @@ OPTIONS = [{}, *table.packed(table.elementwise(table.alone() + table.together())
 
 
 class Problem(Fed):
-    """With gradients of their parameters' memory format, as backward makes them."""
+    """Gradients have the memory format of their parameters, as autograd makes them."""
 
     def __init__(self, *shapes, dtype=torch.float32, seed=0):
         super().__init__(*shapes, dtype=dtype, seed=seed)
@@ -47,7 +47,7 @@ class Problem(Fed):
 
 
 def build(shapes=SHAPES, dtype=torch.float32, **options):
-    """Members of every stack in two groups, by turns, of which one has options of its own."""
+    """A problem with every stack's members spread over two groups, the second with its own options."""
     problem = Problem(*shapes, dtype=dtype)
     first, second = (
         [p for number, p in enumerate(problem.parameters) if (number % 4 == 2) == rare]
@@ -58,26 +58,26 @@ def build(shapes=SHAPES, dtype=torch.float32, **options):
 
 
 def memories(optimizer, key="z"):
-    """How many tensors of the state are in how many memories."""
+    """How many tensors the state has under this key, and how many storages they lie in."""
     kept = [state[key] for state in optimizer.state.values() if key in state and state[key].numel()]
     return len(kept), len({value.untyped_storage().data_ptr() for value in kept})
 
 
 def without_texts(value):
-    """What may be compared with a tolerance."""
+    """The value without its strings, so that it can be compared with a tolerance."""
     if isinstance(value, dict):
         return {key: without_texts(its) for key, its in value.items() if not isinstance(its, str)}
     return [without_texts(its) for its in value] if isinstance(value, (list, tuple)) else value
 
 
 def in_both_ways(monkeypatch, act, key="z"):
-    """What ``act`` returns, an optimizer, stacked and not: all that it is, and what it says."""
+    """Snapshots and metrics of the optimiser that ``act`` returns: with stacks, and without."""
     results = []
     for small in (driver.SMALL, -1):
         monkeypatch.setattr(driver, "SMALL", small)
         optimizer = act()
         values, stored = memories(optimizer, key)
-        assert (stored < values) == (small >= 0), "the one is stacked, the other is not"
+        assert (stored < values) == (small >= 0), "only the first run has stacks"
         results.append((*snapshot(optimizer), optimizer.metrics()))
     return results
 
@@ -87,7 +87,7 @@ def in_both_ways(monkeypatch, act, key="z"):
 def test_the_same_bits_as_each_for_itself(options, dtype, monkeypatch):
     def act():
         problem, optimizer = build(dtype=dtype, **options)
-        run(optimizer, problem, 7)  # more than prodigy_steps
+        run(optimizer, problem, 7)  # more steps than prodigy_steps
         return optimizer
 
     key = "z" if options.get("use_schedulefree", True) else "exp_avg"
@@ -96,9 +96,9 @@ def test_the_same_bits_as_each_for_itself(options, dtype, monkeypatch):
     stacked, alone = in_both_ways(monkeypatch, act, key)
     balances = options.get("step_size") == "balance"
     if options.get("use_orthograd") and (dtype == torch.float64 or balances):
-        # Its dots are sums in float64, by torch.bmm(), which for one pair is another kernel than for several,
-        # and sums in another order. The rounding of narrower weights hides it, but not in what d goes by.
-        # A factor of a direction that is rounded the other way is one float32 number off, 6e-8 of it.
+        # OrthoGrad's dot products are torch.bmm() in float64. For one pair that is another kernel than for
+        # several, which sums in another order. Rounding to narrower weights hides this, but d sees it: a
+        # direction's factor that is rounded the other way is off by a last bit of float32, 6e-8.
         close = {"rtol": 1e-6, "atol": 1e-12} if balances else {"rtol": 1e-13, "atol": 1e-16}
         torch.testing.assert_close(without_texts(stacked), without_texts(alone), **close)
     else:
@@ -118,9 +118,10 @@ def test_rounding_to_the_nearest(monkeypatch):
 
 
 def test_members_of_different_strides(monkeypatch):
-    """Some are channels_last, one is transposed; weights stay so. A stack is row-major, and so are its sums.
+    """Some members are channels-last, one is transposed; the weights stay so.
 
-    So not to the bit: it is the rounding of sums.
+    A stack is row-major, and sums its elements in that order. So sums are rounded differently than without
+    stacks, and the runs agree only up to that.
     """
 
     def act():
@@ -151,7 +152,7 @@ def some_without(problem, optimizer):
 
 
 def now_and_then_without_the_first(problem, optimizer):
-    """What is left of a stack is in its memory, but not where that begins."""
+    """The rest of a stack lies in the stack's storage, but not at its start."""
     run(optimizer, problem, 1)
     firsts = {(id(group), p.shape): p for group in optimizer.param_groups for p in group["params"][::-1]}
     for step in range(11):
@@ -164,7 +165,7 @@ def now_and_then_without_the_first(problem, optimizer):
 
 
 def first_seen_late(problem, optimizer):
-    """State of the same shape, but of another age."""
+    """States of one shape that were created at different steps."""
     for step in range(12):
         problem.backward()
         for p in problem.parameters[step + 1 :: 2]:
@@ -194,7 +195,7 @@ def joined_by_a_group(problem, optimizer):
 
 
 def changed_options(problem, optimizer):
-    """A group's own may be changed between steps."""
+    """A group's options may be changed between steps."""
     run(optimizer, problem, 4)
     optimizer.param_groups[0]["use_cautious"] = True
     run(optimizer, problem, 4)
@@ -226,7 +227,7 @@ def loaded_into_a_used_one(problem, optimizer):
     state = optimizer.state_dict()
     kept = copy.deepcopy(state)
     weights = [p.detach().clone() for p in problem.parameters]
-    # Some go on, so that not even their state is where it was.
+    # Steps in which only some take part, so that even the state is elsewhere.
     some_without(problem, optimizer)
     optimizer.load_state_dict(kept)
     with torch.no_grad():
@@ -311,7 +312,7 @@ def test_states_of_many_tensors_that_come_and_go(history, monkeypatch):
 
 
 class Model(nn.Module):
-    """Layers that are alike, of which one is not used, and one is used in every second step only."""
+    """Equal layers; one is never used, and one only in every second step."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -328,13 +329,13 @@ class Model(nn.Module):
 
 
 def trained(dtype, *, fused, bad=None, by_hand=()):
-    """An optimizer after 12 steps.
+    """An optimiser after 12 steps.
 
     Args:
-        dtype: That of the model.
-        fused: Whether it moves weights in the backward pass.
+        dtype: The model's.
+        fused: Whether it moves weights within the backward pass.
         bad: The number of a parameter whose gradient is not finite in step 4.
-        by_hand: The steps in which gradients are put there, and no backward pass is made.
+        by_hand: The steps in which gradients are set by hand, without a backward pass.
     """
     model = Model(dtype)
     optimizer = ProdigyPlusScheduleFree(model.parameters(), fused_back_pass=fused, weight_decay=0.01)
@@ -377,7 +378,7 @@ def test_what_backward_has_left_moves_as_one_but_is_skipped_each_for_itself(bad,
     assert all(weight.isfinite().all() for weight in stacked[0])
 
 
-# --------------------------------------------------------------------------------- one memory
+# --------------------------------------------------------------------------------- one storage
 
 
 def test_states_share_one_memory_and_stay_there():
@@ -438,7 +439,7 @@ def test_a_copy_has_a_memory_of_its_own():
 
 @pytest.mark.parametrize("limit", ["STACK_BYTES", "bucket_bytes"])
 def test_stacks_stay_below_the_limit(limit, monkeypatch):
-    """Ten vectors of 160 bytes, three at a time, and large ones alone."""
+    """Ten vectors of 160 bytes are stacked by threes, and larger ones not at all."""
 
     def act():
         problem, optimizer = pair(*[(40,)] * 10, *[(200,)] * 2)
@@ -457,7 +458,7 @@ def test_stacks_stay_below_the_limit(limit, monkeypatch):
 
 
 def test_the_limit_is_of_the_arithmetic():
-    """Of weights in bfloat16 a direction is float32."""
+    """For bfloat16 weights, too, the limit counts float32 bytes: those of a direction."""
     problem, optimizer = pair(*[(driver.SMALL,)] * 40, dtype=torch.bfloat16)
     run(optimizer, problem, 1)
     sizes = {state["z"].untyped_storage().nbytes() for state in optimizer.state.values()}
@@ -473,7 +474,7 @@ def test_what_is_large_is_moved_alone():
 
 
 def test_what_differs_is_no_stack():
-    """In dtype of weight or gradient's state, in group, in shape."""
+    """Parameters that differ in dtype, group or shape do not share a stack."""
     parameters = [nn.Parameter(torch.ones(6, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16) * 2]
     parameters += [nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(2, 3))]
     optimizer = ProdigyPlusScheduleFree([{"params": parameters[:4]}, {"params": parameters[4:]}])
@@ -488,7 +489,7 @@ def test_what_differs_is_no_stack():
 
 
 def test_states_of_different_dtypes_are_no_stack(monkeypatch):
-    """Every tensor is loaded in the dtype that it was saved in."""
+    """Tensors are loaded in the dtype that they were saved in, so states of one stack may come to differ."""
 
     def act():
         problem, optimizer = pair(*[(40,)] * 4)
@@ -537,7 +538,7 @@ def test_share_moves_tensors_once():
 
 
 def test_neighbours_by_accident():
-    """Two memories, one beside the other, as an allocator may give them out."""
+    """Two storages that an allocator happens to place next to each other are not one stack."""
     memory = bytearray(64)
     tensors = [torch.frombuffer(memory, dtype=torch.float32, count=8, offset=at) for at in (0, 32)]
     assert tensors[1].data_ptr() == tensors[0].data_ptr() + 32

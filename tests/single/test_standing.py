@@ -1,4 +1,4 @@
-"""Batches of kernels that stand from step to step while only gradients change: what makes them anew."""
+"""Batches are reused from step to step while only gradients change; any other change makes new ones."""
 
 import weakref
 
@@ -19,7 +19,7 @@ SHAPES = ((4, 3), (3,), (2, 4))
 
 
 class Pair:
-    """Two like problems: of one the batches may stand, of the other they are found anew at every step."""
+    """Two equal problems: one may reuse its batches, the other makes new ones in every step."""
 
     def __init__(self, **options):
         self._fed = Fed(*SHAPES)
@@ -31,7 +31,7 @@ class Pair:
             )
 
     def step(self, change=lambda parameters, optimizer: None):
-        """A step of both, after a change of both; whether the batches of the first stood."""
+        """Apply a change to both, and step both; return whether the first reused its batches."""
         self._fed.backward()
         found = [optimizer._cache.standing for _, optimizer in self.both]
         for parameters, optimizer in self.both:
@@ -94,7 +94,7 @@ def weight_moved(parameters, optimizer):
 
 
 def weight_turned(parameters, optimizer):
-    """A square one would have kept its shape."""
+    """The same shape and values, with other strides."""
     parameters[0].data = parameters[0].data.t().contiguous().t()
 
 
@@ -123,7 +123,7 @@ CHANGES = (
 
 @pytest.fixture
 def _without_launches(monkeypatch):
-    """What is looked at is which batches there are, not what they do."""
+    """Launch no kernels: these tests look at which batches there are, not at what they compute."""
     monkeypatch.setattr(jit, "launch", lambda *_, **__: None)
 
 
@@ -165,7 +165,7 @@ def test_in_eval_mode_and_back():
 
 @pytest.mark.usefixtures("_without_launches")
 def test_gradients_are_let_go():
-    """What is not needed until the next step is free for the forward pass."""
+    """Batches that are kept for the next step hold no gradients: their memory is free meanwhile."""
     pair = Pair()
     for _ in range(2):
         pair.step()
@@ -178,7 +178,7 @@ def test_gradients_are_let_go():
 
 @pytest.mark.usefixtures("_without_launches")
 def test_not_where_something_else_moves():
-    """A parameter that kernels do not move is looked at in every step, and so are all."""
+    """If kernels do not move one of the parameters, nothing is reused: all are examined in every step."""
     parameters = [
         torch.nn.Parameter(torch.ones(3, device=DEVICE, dtype=dtype))
         for dtype in (torch.float32, torch.float64)
@@ -214,7 +214,7 @@ def test_a_step_that_fails_leaves_nothing_standing(monkeypatch):
 
 @pytest.mark.usefixtures("_without_launches")
 def test_state_that_is_made_in_eval_mode():
-    """As torch's checkpoint helpers make it: nothing has moved then."""
+    """torch's checkpoint helpers make state in this way. Nothing moves, and the batches are not reused."""
     pair = Pair(lr=0.0)
     for _, optimizer in pair.both:
         optimizer.eval()

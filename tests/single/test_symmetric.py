@@ -1,6 +1,6 @@
-"""Products of matrices with their own transposes by a kernel, and Muon's iterations by it.
+"""The kernel for products of matrices with their own transposes, and Muon's iterations with it.
 
-On a GPU it runs as it is; without one, through Triton's interpreter.
+It runs on a GPU where there is one, otherwise in Triton's interpreter.
 """
 
 import numpy as np
@@ -26,10 +26,10 @@ from prodigyplus.device.symmetric import symmetric_product  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# Of a sum and of what is written, relative to the size of the result: a last bit or so.
+# Rounding of sums and of the results, relative to their size: about one last bit.
 TOLERANCE = {torch.float32: 4e-7, torch.bfloat16: 2**-8}
 
-# A part of a block, a whole one, several, and more of them than on a diagonal; several matrices.
+# A part of a block, one whole block, several blocks, also off the diagonal; and several matrices.
 SHAPES = ((1, 1, 1), (3, 5, 3), (1, 16, 16), (2, 40, 20), (1, 50, 33))
 
 
@@ -51,7 +51,7 @@ def places(pairs, down, across, COUNT: tl.constexpr):
 
 
 def test_each_pair_of_blocks_is_found():
-    """Also where a root in float32 is one off: around the diagonal, of matrices of up to 4096 blocks."""
+    """Also near the diagonal, where a root in float32 is one off; matrices of up to 4096 blocks a side."""
     column = torch.arange(1, 4097)
     first = column * (column + 1) // 2
     pairs = torch.cat((first - 1, first, first + 1, first + column // 2)).to(torch.int32)
@@ -66,7 +66,7 @@ def test_each_pair_of_blocks_is_found():
 @pytest.mark.parametrize("dtype", symmetric.DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_and_polynomials(shape, dtype):
-    """In any order of memory, and of parts of it."""
+    """For contiguous matrices, transposed ones, and ones with gaps between their elements."""
     drawn_twice = drawn(*shape[:2], 2 * shape[2], dtype=dtype)
     for x in (drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype).mT, drawn_twice[:, :, ::2]):
         gram = symmetric_product(x)
@@ -85,7 +85,7 @@ def test_products_of_nothing(shape):
 
 
 def test_float32_stays_float32():
-    """A factor with more bits than TensorFloat-32 has, whatever torch may do."""
+    """The matrix has more bits than TensorFloat-32 keeps; the kernel must not use it."""
     x = torch.full((1, 16, 16), 1 + 2.0**-12, device=DEVICE)
     torch.testing.assert_close(symmetric_product(x), x @ x.mT, rtol=1e-6, atol=0)
 
@@ -115,7 +115,7 @@ def _places(first, out, COUNT: tl.constexpr):
 
 @pytest.mark.parametrize("column", [1, 2, 3, 100, 2897, 2898, 4097, 16001])
 def test_which_block_a_program_computes(column):
-    """Also where a root in float32 is one off: about the first of a column."""
+    """Also around the first block of a column, where a root in float32 may be one off."""
     first = column * (column + 1) // 2 - 1
     found = torch.empty(2, 4, dtype=torch.int32, device=DEVICE)
     _places[(1,)](torch.tensor([first], dtype=torch.int32, device=DEVICE), found, COUNT=4)
@@ -132,7 +132,7 @@ def test_which_block_a_program_computes(column):
 @pytest.mark.parametrize("shape", [(SHORT, 40), (40, SHORT)], ids=str)
 @pytest.mark.parametrize(("spectrum", "quintic"), EXPECTED, ids=str)
 def test_newton_schulz_is_near_the_polar_factor(spectrum, quintic, shape, dtype):
-    """As near as by torch's operators."""
+    """As near as with torch's operators."""
     _, _, rounding = EXPECTED[spectrum, quintic]
     several = [Factored(shape, SPECTRA[spectrum], seed) for seed in range(2)]
     given = torch.from_numpy(np.stack([its.matrix * 7.0 for its in several])).to(DEVICE, dtype)
@@ -144,7 +144,7 @@ def test_newton_schulz_is_near_the_polar_factor(spectrum, quintic, shape, dtype)
 
 
 def used(monkeypatch, **options):
-    """How many products of which dtypes a step takes to the kernel, where it is there for all devices."""
+    """The dtypes of the products that a step computes by the kernel, if that is offered on all devices."""
     products = []
 
     def note(x, coefficients):
@@ -159,7 +159,7 @@ def used(monkeypatch, **options):
 
 @pytest.mark.parametrize("options", [{}, {"muon_fp32": True}], ids=str)
 def test_a_step_takes_it(monkeypatch, options):
-    """Two of each of five iterations, of each matrix."""
+    """Two products in each of five iterations, for each of two matrices."""
     dtype = torch.float32 if options else torch.bfloat16
     assert used(monkeypatch, **options) == [dtype] * 20
 
@@ -169,7 +169,7 @@ def test_fused_false_is_without_it(monkeypatch):
 
 
 def test_where_it_is():
-    """On a GPU, of what it multiplies."""
+    """The kernel is offered only on a GPU, and only for dtypes that it can multiply."""
     assert launches.symmetric_product(torch.bfloat16, torch.device("cpu")) is None
     if DEVICE.type == "cuda":
         assert launches.symmetric_product(torch.bfloat16, DEVICE) is symmetric_product
@@ -177,7 +177,7 @@ def test_where_it_is():
 
 
 def test_by_which_products_is_part_of_the_method():
-    """What is orthogonalised otherwise is not orthogonalised with it."""
+    """Matrices with and without the kernel have different methods, so they are never batched together."""
     one = Method(torch.float32, quintic=False, stable=True)
     assert one != one._replace(symmetric_product=symmetric_product)
 
@@ -194,7 +194,7 @@ kernel, types = symmetric.product, {torch.bfloat16: "*bf16", torch.float32: "*fp
 
 def build(capability, dtype, is_product, is_tall):
     block = symmetric._BLOCKS[dtype]
-    # As a launch has them, which makes a constant of a stride that is 1.
+    # As in a launch: Triton makes a constant of a stride that is 1.
     one, other = ("row_stride", "column_stride")[:: 1 if is_tall else -1]
     constants = {"IS_PRODUCT": is_product, "SIDE": block.side, "DEPTH": block.depth, one: 1}
     signature = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
@@ -222,5 +222,5 @@ for dtype, is_product in itertools.product(types, (True, False)):
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_it_compiles_for_gpus(tmp_path, capability):
-    """For the tensor cores of Ampere and Hopper; to machine code, for which no GPU is needed."""
+    """It compiles to machine code for the tensor cores of Ampere and Hopper; no GPU is needed for that."""
     compile_alone(COMPILE, tmp_path, capability)

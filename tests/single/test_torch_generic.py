@@ -1,6 +1,6 @@
-"""What torch's own tests ask of every optimiser: ours is to be one like any other.
+"""What torch's own tests demand of every optimiser, so that ours can be used like any other.
 
-Without ``torch.testing._internal.common_optimizers``: it needs packages that are no dependency here.
+``torch.testing._internal.common_optimizers`` is not used: it needs packages that are no dependency here.
 """
 
 import copy
@@ -22,7 +22,7 @@ OPTIONS = [
     {"lr": torch.tensor(1.0)}, {"lr": torch.tensor([1.0])}, {"split": True},  # a group for each layer
 ]  # fmt: skip
 CASES = [(ProdigyPlusScheduleFree, options) for options in OPTIONS]
-# In one process, of plain tensors, the other class has nothing else to say.
+# In one process, with plain tensors, the sharded class behaves the same: a few cases are enough.
 CASES += [
     (ShardedProdigyPlusScheduleFree, options) for options in ({}, {"use_muon_pp": True}, {"split": True})
 ]
@@ -35,10 +35,10 @@ def cls(request):
 
 
 class Run:
-    """A small regression and its optimiser, whose steps are large enough to be seen."""
+    """A small regression and its optimiser, with steps large enough to matter."""
 
     def __init__(self, cls, options, named=False):
-        options = {"d0": 0.01, **copy.deepcopy(options)}  # a rate in a tensor is each run's own
+        options = {"d0": 0.01, **copy.deepcopy(options)}  # each run has its own lr tensor
         split, bias = options.pop("split", False), not options.get("use_muon_pp")
         random = torch.Generator().manual_seed(1)
         self.inputs = torch.randn(32, 20, generator=random)
@@ -67,7 +67,7 @@ class Run:
         self.optimizer.load_state_dict(through(other.optimizer.state_dict()))
 
 
-@pytest.mark.filterwarnings("ignore:lr of param_groups.*has fallen:UserWarning")  # rightly
+@pytest.mark.filterwarnings("ignore:lr of param_groups.*has fallen:UserWarning")  # it has indeed
 @each
 def test_the_loss_falls_under_schedules(cls, options):
     run = Run(cls, options)
@@ -82,14 +82,14 @@ def test_the_loss_falls_under_schedules(cls, options):
         plateau.step(losses[-1])
     assert losses[-1] < 0.7 * losses[0]
     for group in o.param_groups:
-        assert float(group["lr"]) == pytest.approx(0.9**3 * 0.9**3)  # the steps' and the plateaus'
-    # A tensor is written to, not replaced: whoever holds it, as a captured step does, sees the new rate.
+        assert float(group["lr"]) == pytest.approx(0.9**3 * 0.9**3)  # StepLR's and ReduceLROnPlateau's
+    # A tensor lr is written to, not replaced: who holds it, such as a captured step, sees the new value.
     if isinstance(rate, torch.Tensor) and a_plateau_keeps_tensors():
         assert o.param_groups[-1]["lr"] is rate
 
 
 def a_plateau_keeps_tensors():
-    """Whether torch's ReduceLROnPlateau writes to a rate that is a tensor; in 2.8 it replaces it."""
+    """Whether torch's ReduceLROnPlateau writes to an lr that is a tensor; torch 2.8 replaces it."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(()))], lr=torch.tensor(1.0))
     rate = optimizer.param_groups[0]["lr"]
     reduce = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1.0)
@@ -101,7 +101,7 @@ def a_plateau_keeps_tensors():
 
 @each
 def test_a_step_in_no_grad_is_the_step_outside(cls, options):
-    """With a closure, which gets gradients nevertheless, and without one."""
+    """With a closure, for which gradients are enabled again, and without one."""
     inside, outside = Run(cls, options), Run(cls, options)
     for _ in range(2):
         with torch.no_grad():
@@ -119,7 +119,7 @@ def test_without_gradients_no_weight_moves(cls, options):
     for p in run.model.parameters():
         p.grad = torch.zeros_like(p)
     for group in run.optimizer.param_groups:
-        group["weight_decay"] = 0.0  # which needs no gradient but zero
+        group["weight_decay"] = 0.0  # decay moves weights even if gradients are zero
     run.optimizer.step()
     assert_same(run.weights, before)
 
@@ -145,8 +145,8 @@ def test_names_change_nothing_and_are_saved(cls):
     saved, saved_named = run.optimizer.state_dict(), named.optimizer.state_dict()
     names = [[name for name, _ in group] for group in named.groups]
     assert [group["param_names"] for group in saved_named["param_groups"]] == names
-    named.optimizer.load_state_dict(saved)  # keeps its own
-    run.optimizer.load_state_dict(saved_named)  # takes those over
+    named.optimizer.load_state_dict(saved)  # keeps its own names
+    run.optimizer.load_state_dict(saved_named)  # takes over the saved names
     for optimizer in (named.optimizer, run.optimizer):
         assert_same(optimizer.state_dict(), saved_named)
         optimizer.load_state_dict(saved_named)
@@ -176,7 +176,7 @@ def test_what_is_complex_or_sparse_is_refused(cls):
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch lets none in")
 def test_a_gradient_of_another_dtype(cls):
-    """torch lets one in where it is asked to. AdamW then fails; here it is taken, and bfloat16 holds it."""
+    """torch allows one on request. AdamW then fails; ours accepts bfloat16, which represents 0.5 exactly."""
     p, q = (nn.Parameter(torch.linspace(-1, 1, 800).reshape(20, 40)) for _ in range(2))
     q.grad_dtype = None
     optimizers = cls([p], d0=0.01), cls([q], d0=0.01)
@@ -253,7 +253,7 @@ def test_what_is_no_parameters_state_is_saved_and_loaded(cls):
 
 
 def test_step_hooks(cls):
-    """Each is called once; one before a step may give it another closure."""
+    """Each is called once; a pre-hook may replace the closure."""
     run, calls = Run(cls, {}), []
     o, other = run.optimizer, lambda: calls.append("closure") or 7
     o.register_step_pre_hook(lambda o, args, kwargs: calls.append("before") or ((o, other), kwargs))
@@ -264,7 +264,7 @@ def test_step_hooks(cls):
 
 
 def test_hooks_of_a_state_dict(cls):
-    """Each is called once, in its order; they see what is saved, and may change it or give another."""
+    """Each is called once, in order; it sees what is saved, and may change or replace it."""
     run, calls = Run(cls, {}), []
     run.steps(2)
     o, plain = run.optimizer, run.optimizer.state_dict()

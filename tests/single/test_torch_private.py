@@ -1,4 +1,4 @@
-"""The private names of torch that ``prodigyplus`` uses are there, and do what they are used for."""
+"""The private names of torch that ``prodigyplus`` uses exist, and do what they are used for."""
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ def test_inductor_has_our_options():
     assert torch_private.INDUCTOR_OPTIONS.keys() <= {*torch._inductor.list_options()}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch.compile's own import
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # from torch.compile's imports
 def test_a_function_is_compiled_for_more_kinds_of_arguments_than_torch_would():
-    """And what others compile keeps their limit."""
+    """The recompile limit of other code stays as it is."""
     limit = torch._dynamo.config.recompile_limit
     unsqueeze = torch_private.compiled(lambda x: x.unsqueeze(0))  # a view: nothing to generate code for
     for dims in range(limit + 3):

@@ -1,4 +1,4 @@
-"""What each option is for, where it might go wrong."""
+"""What each variant of the step promises, in the situations where it might go wrong."""
 
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ from tests.single.problems import Fed, assert_same, pair, run, shapes_for
 
 
 def almost_parallel(sine, dtype, size=4096):
-    """A direction at this sine from the weights, both rounded to ``dtype``; then both in float64."""
+    """A direction whose angle to the weights has this sine, and the weights; then both in float64."""
     random = torch.Generator().manual_seed(0)
     w, across = torch.randn(2, size, generator=random, dtype=torch.float64)
     w /= w.norm()
@@ -26,8 +26,10 @@ def almost_parallel(sine, dtype, size=4096):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sine", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
 def test_orthograd_where_the_direction_is_almost_parallel_to_the_weights(sine, dtype):
-    """What is left is off by the rounding of its elements, which grows as 1/sine; and the closed form for its
-    norm by the rounding of the sums, in float64, which grows as 1/sine².
+    """The error stays within rounding.
+
+    What is left of the direction is off by the rounding of its elements, which grows as 1/sine. The closed
+    form of its norm is off by the rounding of the sums, in float64, which grows as 1/sine².
     """
     u, w, u_exact, w_exact = almost_parallel(sine, dtype)
     left = u_exact - (u_exact @ w_exact) / (w_exact @ w_exact) * w_exact
@@ -55,7 +57,7 @@ def test_orthograd_makes_no_step_of_rounding(sine, dtype):
 
 
 def test_orthograd_of_pieces_is_that_of_the_whole():
-    """In shards, and in runs that fit no boundary."""
+    """The sums may be taken in pieces, cut anywhere, as for shards."""
     u, w, *_ = almost_parallel(1e-4, torch.float32, size=(1 << 18) + 4097)
     whole = variants.projection(variants.dots(u[None], w[None]), torch.float32)
     for cut in (1, 1000, 1 << 17):
@@ -85,7 +87,7 @@ def test_orthograd_leaves_one_element_alone():
 
 
 def test_orthograd_of_weights_that_start_at_zero():
-    """After one step z is parallel to that step's direction: the same gradient again has little to add."""
+    """After one step z is parallel to that step's direction, so the same gradient again moves it little."""
     moves = {}
     gradient = torch.randn(64)
     for use_orthograd in (False, True):
@@ -117,7 +119,10 @@ def test_adopt_starts_with_a_step_that_moves_nothing(by_lr):
 @pytest.mark.parametrize("use_schedulefree", [True, False])
 @pytest.mark.parametrize("factored", [True, False])
 def test_adopt_with_what_comes_late(factored, use_schedulefree):
-    """A row of an embedding, and a parameter, whose first gradient comes when the others have a history."""
+    """Rows of an embedding, and a parameter, get their first gradient when the others have a history.
+
+    ADOPT must not divide by a second moment of zero: their first step moves nothing.
+    """
     table, late = nn.Parameter(torch.ones(40, 8)), nn.Parameter(torch.ones(6))
     optimizer = ProdigyPlusScheduleFree(
         [table, late], use_adopt=True, factored=factored, use_schedulefree=use_schedulefree, d0=1e-3
@@ -139,7 +144,7 @@ def test_adopt_with_what_comes_late(factored, use_schedulefree):
 
 
 def test_cautious_moves_nothing_against_the_gradient():
-    """Without Schedule-Free too, where the published package computes its mask and does not use it."""
+    """Also without Schedule-Free, where the published package computes the mask but does not use it."""
     for use_schedulefree in (True, False):
         problem, optimizer = pair((300,), use_cautious=True, use_schedulefree=use_schedulefree, d0=1e-3)
         run(optimizer, problem, 10)
@@ -165,7 +170,7 @@ def test_grams_moves_everything_along_the_gradient():
 
 
 def test_bias_correction_warms_up():
-    """It holds still until the average of squares is long enough, then starts small."""
+    """Weights stay still until the second moment has averaged long enough; then steps start small."""
     problem, optimizer = pair((40, 12), use_bias_correction=True)
     before = problem.parameters[0].detach().clone()
     sizes = []
@@ -203,8 +208,8 @@ def test_speed_does_not_look_at_the_size_of_gradients(use_speed):
 
 
 def test_options_of_each_group():
-    """Groups with options of their own go as they would alone."""
-    # Noise is drawn by the place of a parameter among all.
+    """Groups with different options move as each would in an optimiser of its own."""
+    # Without bfloat16_z: rounding noise depends on a parameter's number among all.
     names = table.named("passes", "numbers", but=("split_groups", "split_groups_mean", "bfloat16_z"))
     every = [{}, *table.packed(table.alone(names) + table.together(names))]
     together = Fed(*(shape for options in every for shape in shapes_for(options, ((40, 12), (9,)))))
