@@ -22,13 +22,13 @@ _VECTOR_BYTES = 16
 # How many values ``add_up`` adds at a time.
 _RUN = 1024
 
-# The kernels' numbers for the kinds of evidence: the values of ``use_speed``, and balance.
-EVIDENCE: dict[object, int] = {False: 0, True: 1, "relative": 2, "balance": 3}
+# The kernels' numbers for the kinds of evidence: see ``Options.evidence``.
+EVIDENCE: dict[str, int] = {"products": 0, "signs": 1, "relative": 2, "balance": 3}
 
 # The names of the sums that ``sweep`` takes for each kind, in the order of its rows of partial sums.
-EVIDENCE_SUMS: dict[object, tuple[str, ...]] = {
-    False: ("product", "norm"),
-    True: ("product", "norm"),
+EVIDENCE_SUMS: dict[str, tuple[str, ...]] = {
+    "products": ("product", "norm"),
+    "signs": ("product", "norm"),
     "relative": ("product", "l1", "l2_square"),
     "balance": ("product", "gu", "uu"),
 }
@@ -94,7 +94,7 @@ class Setup(NamedTuple):
     is_atan2: bool
     is_stable: bool
     decays: bool
-    evidence: object  # a key of ``EVIDENCE``
+    evidence: str  # a key of ``EVIDENCE``
     every: int
     rounds: bool
     direction: torch.dtype | None = None  # the dtype of directions that are read; None if they are computed

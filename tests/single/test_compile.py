@@ -14,7 +14,7 @@ from prodigyplus.engine import compiled
 from prodigyplus.engine.passes import Kind
 from prodigyplus.options import Options
 from tests import option_table as table
-from tests.single.problems import Fed, assert_same, pair, run, snapshot
+from tests.single.problems import assert_same, pair, run, snapshot
 from tests.watching import Watch
 
 # A warning from torch.compile's own imports.
