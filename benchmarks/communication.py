@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from prodigyplus.engine.driver import BUCKET_BYTES
+from prodigyplus.exchange import BUCKET_BYTES
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 WARM_UP = 4  # rounds, in which state is made and processes connect

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from prodigyplus import options
 from prodigyplus import state as states
 from prodigyplus.engine import columns
-from prodigyplus.engine.driver import Asked, Exchange
+from prodigyplus.engine.parameters import stored
+from prodigyplus.exchange import Exchange
 from prodigyplus.formulas import schedule_free
 from prodigyplus.options import Options
-from prodigyplus.parameters import stored
 from prodigyplus.placement import Placement, locations, name_of
 from prodigyplus.reporting import warn_caller
 from prodigyplus.state import StateOptions
 from prodigyplus.terms import samples
 from prodigyplus.terms.isolation import isolated
+from prodigyplus.terms.requests import Asked
 
 Group = Mapping[str, Any]
 """An entry of ``param_groups``."""

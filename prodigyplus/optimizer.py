@@ -17,18 +17,18 @@ from prodigyplus import checkpoint, eval_mode, options
 from prodigyplus import metrics as metrics_
 from prodigyplus.constraints import Constraint, Constraints, Projection
 from prodigyplus.engine.columns import Columns, to_python_numbers_
-from prodigyplus.engine.driver import Exchange, OneProcess
 from prodigyplus.engine.in_backward import Hooks, ParameterHooks, fusable
-from prodigyplus.engine.rule import ParamStep, compute_dtype
+from prodigyplus.engine.param_step import ParamStep, compute_dtype
+from prodigyplus.engine.parameters import Parameters, check_parameter
+from prodigyplus.engine.standing import Standing
 from prodigyplus.engine.step import Step
 from prodigyplus.eval_mode import AverageSwap, View
+from prodigyplus.exchange import Exchange, OneProcess
 from prodigyplus.formulas import schedule_free
 from prodigyplus.monitor import Monitor
 from prodigyplus.options import Options
-from prodigyplus.parameters import Parameters, check_parameter
 from prodigyplus.placement import Location, Placement, WholeTensors, locations, name_of
 from prodigyplus.reporting import is_called_from, warn_caller
-from prodigyplus.standing import Standing
 from prodigyplus.state import StateOptions, restart_
 from prodigyplus.terms.isolation import is_captured, isolated, isolated_from_compiler
 from prodigyplus.terms.scalars import Constants
@@ -45,7 +45,7 @@ class _Cache:
     def __init__(self) -> None:
         self.constants = Constants()
         self.columns: Columns | None = None
-        self.made_for: dict[Tensor, Any] = {}  # see prodigyplus/parameters.py
+        self.made_for: dict[Tensor, Any] = {}  # see engine/parameters.py
         self.monitor = Monitor()
         self.average = AverageSwap()
         self.warned: set[str] = set()

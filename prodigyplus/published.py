@@ -37,7 +37,7 @@ from prodigyplus import checkpoint, options
 from prodigyplus import state as states
 from prodigyplus.checkpoint import Group
 from prodigyplus.engine import columns
-from prodigyplus.engine.rule import compute_dtype
+from prodigyplus.engine.param_step import compute_dtype
 from prodigyplus.formulas import moments, prodigy
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus.options import Options

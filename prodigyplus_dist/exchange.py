@@ -15,16 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prodigyplus.engine.driver import Asked
-from prodigyplus.engine.rule import Answers
 from prodigyplus.terms.layout import Layout
-from prodigyplus.terms.requests import Matrices
+from prodigyplus.terms.requests import Answers, Asked, Matrices
 from prodigyplus_dist.layout import MeshLayout
 from prodigyplus_dist.orthogonalize import Orthogonalizer
 
 
 class MeshExchange:
-    """The :class:`prodigyplus.engine.driver.Exchange` of a process that holds pieces of tensors.
+    """The :class:`prodigyplus.exchange.Exchange` of a process that holds pieces of tensors.
 
     Args:
         process_group: The ranks that share one step size and hold other parameters, as pipeline stages do.

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from prodigyplus.engine import driver
 from prodigyplus.eval_mode import check_model
+from prodigyplus.exchange import BUCKET_BYTES
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus.options import count
 from prodigyplus_dist.exchange import MeshExchange
@@ -64,7 +64,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         params: Iterable[Any],
         *args: Any,
         process_group: dist.ProcessGroup | None = None,
-        bucket_bytes: int = driver.BUCKET_BYTES,
+        bucket_bytes: int = BUCKET_BYTES,
         replicas: dist.ProcessGroup | None = None,
         all_to_all: bool = True,
         **options: Any,

@@ -52,7 +52,7 @@ class Orthogonalizer:
         return {**self.__dict__, "_groups": {}, "_shardings": {}, "_plans": {}}  # caches, filled again
 
     def orthogonalize(self, requests: Sequence[MatrixRequest]) -> Iterator[tuple[list[int], list[Tensor]]]:
-        """Begin to orthogonalise; see :class:`prodigyplus.engine.driver.Exchange`."""
+        """Begin to orthogonalise; see :class:`prodigyplus.exchange.Exchange`."""
         sizes = []
         for layout, matrices in requests:
             self._make_groups(layout, matrices.local.device)

@@ -1,7 +1,7 @@
 """Parameters of any shapes that move as one batch, by the kernels of :mod:`prodigyplus.device`.
 
 On a GPU, a launch costs more than the arithmetic of most tensors, so one launch serves all of them. A batch
-is like a stack (see :mod:`prodigyplus.engine.rule`) but of many layouts, and has the same passes.
+is like a stack (see :mod:`prodigyplus.engine.stack`) but of many layouts, and has the same passes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from prodigyplus.device.launches import Directions, Dtypes, Launches, Setup, til
 from prodigyplus.device.plan import MAX_NUMEL, Plan
 from prodigyplus.engine import passes
 from prodigyplus.engine.groups import GroupStep
+from prodigyplus.engine.param_step import ParamStep, matrices, orthogonalized_in
 from prodigyplus.engine.passes import Kind
-from prodigyplus.engine.rule import Answers, ParamStep, matrices, orthogonalized_in
 from prodigyplus.formulas import moments, muon, prodigy, schedule_free
 from prodigyplus.options import Evidence, Options
 from prodigyplus.state import TABLE, StateOptions, Subject
 from prodigyplus.terms import stacks
-from prodigyplus.terms.requests import Matrices, Requests, Sum
+from prodigyplus.terms.requests import Answers, Matrices, Requests, Sum
 from prodigyplus.terms.scalars import Constants, Scalars
 
 # The values of the fields of a kind that the kernels can move.
@@ -112,7 +112,7 @@ _MEMORY = (nn.Parameter, Tensor)
 
 
 class Batch:
-    """Parameters of one batch key; see :class:`prodigyplus.engine.rule.Stack`."""
+    """Parameters of one batch key; see :class:`prodigyplus.engine.stack.Stack`."""
 
     nbytes = 0  # no direction is kept between passes
 
@@ -194,7 +194,7 @@ class Batch:
 
     @property
     def axes(self) -> tuple[Hashable, ...]:
-        """See :attr:`prodigyplus.engine.rule.Stack.axes`; they are the same for all parameters of a batch."""
+        """See :class:`prodigyplus.engine.rule.Moving`; the same for all parameters of a batch."""
         layout = self.layouts[0]
         return layout.axes(layout.dims, count_replicas=True)
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from prodigyplus.engine import driver
 from prodigyplus.engine.columns import Columns
 from prodigyplus.engine.groups import Groups, GroupStep
-from prodigyplus.engine.rule import Moving, ParamStep
+from prodigyplus.engine.param_step import ParamStep
+from prodigyplus.engine.rule import Moving
+from prodigyplus.exchange import Exchange
 from prodigyplus.terms.scalars import Constants
 
 
@@ -42,7 +44,7 @@ class Step:
         self,
         entries: Sequence[dict[str, Any]],
         columns: Columns,
-        exchange: driver.Exchange,
+        exchange: Exchange,
         constants: Constants,
         *,
         in_backward: bool,

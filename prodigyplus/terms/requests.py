@@ -65,3 +65,9 @@ class Matrices(NamedTuple):
 
 Request = Sum | Matrices
 Requests = Mapping[str, Request]
+
+Asked = Mapping[str, Sum]
+"""The sums that a rule asks for in one round, by name."""
+
+Answers = dict[str, Tensor]
+"""The answers to requests, by name."""

@@ -15,7 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.engine import driver
+from prodigyplus.exchange import OneProcess
 from prodigyplus.formulas import muon
 from prodigyplus.options import Options
 from prodigyplus.terms.requests import Matrices, Method
@@ -98,7 +98,7 @@ def test_one_process_in_small_buckets():
     optimizer = ProdigyPlusScheduleFree(problem.parameters)
     tensors = [p.detach() for p in problem.parameters]
     expected = orthogonalized(optimizer, tensors)
-    optimizer._exchange = driver.OneProcess()
+    optimizer._exchange = OneProcess()
     for limit in (1, 4000):
         optimizer._exchange.bucket_bytes = limit
         assert_same(orthogonalized(optimizer, tensors), expected)

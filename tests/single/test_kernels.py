@@ -14,7 +14,7 @@ from prodigyplus.device import jit
 from prodigyplus.device.jit import interprets
 from prodigyplus.device.launches import Launches
 from prodigyplus.engine.batches import Batch, obstacle
-from prodigyplus.engine.driver import OneProcess
+from prodigyplus.exchange import OneProcess
 from prodigyplus.options import Options
 from tests import option_table
 from tests.compiling import compile_alone

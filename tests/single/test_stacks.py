@@ -9,6 +9,7 @@ from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.engine import driver
+from prodigyplus.exchange import OneProcess
 from prodigyplus.terms import stacks
 from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
@@ -443,7 +444,7 @@ def test_stacks_stay_below_the_limit(limit, monkeypatch):
     def act():
         problem, optimizer = pair(*[(40,)] * 10, *[(200,)] * 2)
         if limit == "bucket_bytes":
-            optimizer._exchange = driver.OneProcess()
+            optimizer._exchange = OneProcess()
             optimizer._exchange.bucket_bytes = 8 * 500
         run(optimizer, problem, 8)
         return optimizer

@@ -7,7 +7,7 @@ import torch
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.device import jit
-from prodigyplus.standing import Standing
+from prodigyplus.engine.standing import Standing
 from tests.single.problems import Fed
 
 pytest.importorskip("triton")

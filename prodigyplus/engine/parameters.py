@@ -16,7 +16,7 @@ from torch import Tensor
 from prodigyplus import state as states
 from prodigyplus.engine.batches import obstacle
 from prodigyplus.engine.groups import GroupStep
-from prodigyplus.engine.rule import ParamStep, compute_dtype
+from prodigyplus.engine.param_step import ParamStep, compute_dtype
 from prodigyplus.options import Options
 from prodigyplus.placement import Location, Placement, name_of
 from prodigyplus.state import StateOptions

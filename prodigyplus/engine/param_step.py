@@ -1,0 +1,93 @@
+"""What a parameter brings to a step, and what follows from it alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus.device import launches
+from prodigyplus.engine.groups import GroupStep
+from prodigyplus.formulas import muon
+from prodigyplus.terms.layout import Layout
+from prodigyplus.terms.requests import Matrices, Method
+
+
+class ParamStep(NamedTuple):
+    """What a parameter brings to a step: plain local tensors, and their layout."""
+
+    weight: Tensor  # y, changed in place
+    grad: Tensor  # of the same shape; zeros if there is none here, but may be on other ranks
+    state: dict[str, Tensor]  # see prodigyplus/state.py; changed in place
+    layout: Layout
+    group: GroupStep
+    number: int  # of the parameter in the optimiser, from 1
+    # Whether this rank has its gradient; None if nobody needs to ask: all shards have one, or none has.
+    present: bool | None
+
+    @property
+    def stack_key(self) -> tuple[object, ...]:
+        """Parameters with equal keys may be stacked; the same on all ranks."""
+        dtypes = [tensor.dtype for tensor in self.state.values()]
+        weight, grad = self.weight, self.grad
+        # Groups and layouts live as long as the step, and equal layouts are one object.
+        return id(self.group), id(self.layout), weight.device, weight.dtype, grad.dtype, *self.state, *dtypes
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether Muon moves it, whose direction needs whole matrices."""
+        return self.group.options.use_muon_pp
+
+    @property
+    def cost(self) -> tuple[int, int, int]:
+        """See :attr:`Moving.cost`."""
+        return cost_of(self.layout, self.group)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its direction on the rank with the largest piece."""
+        return self.layout.max_local_numel * compute_dtype(self.weight).itemsize
+
+    @property
+    def sent_bytes(self) -> int:
+        """The bytes of its direction in the dtype of orthogonalising, on the rank with the largest piece."""
+        dtype = orthogonalized_in(self.group, compute_dtype(self.weight))
+        return self.layout.max_local_numel * dtype.itemsize
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic on a tensor: its own, but at least float32."""
+    return _promoted(tensor.dtype, torch.float32)
+
+
+_promoted = functools.cache(torch.promote_types)  # called for every parameter at every step
+
+
+def cost_of(layout: Layout, group: GroupStep) -> tuple[int, int, int]:
+    """See :attr:`prodigyplus.engine.rule.Moving.cost`."""
+    _, rows, columns = muon.sizes(layout.shape, batched=group.options.muon_batched)
+    return muon.cost(rows, columns), rows, columns
+
+
+def orthogonalized_in(group: GroupStep, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which matrices are orthogonalised; ``dtype`` is that of the arithmetic."""
+    # float64 stays, since its finite values may overflow in bfloat16.
+    return dtype if group.options.muon_fp32 or dtype == torch.float64 else torch.bfloat16
+
+
+def matrices(local: Tensor, group: GroupStep, number: int, dtype: torch.dtype) -> Matrices:
+    """The request to orthogonalise a parameter's matrices.
+
+    Args:
+        local: The local piece of what is orthogonalised: the gradient or the first moment.
+        group: The parameter's group.
+        number: The number of the parameter in the optimiser.
+        dtype: The dtype of the arithmetic.
+    """
+    o, computed_in = group.options, orthogonalized_in(group, dtype)
+    product = None if o.fused is False else launches.symmetric_product(computed_in, local.device)
+    return Matrices(
+        local, o.muon_batched, Method(computed_in, o.muon_quintic, o.use_stableadamw, product), number
+    )
