@@ -116,7 +116,7 @@ def loads_of(shardings: Sequence[MatrixSharding], blocks: Sequence[Block], ranks
     loads = [0.0] * ranks
     for block in blocks:
         its = shardings[block.request]
-        loads[its.layout.ranks[block.row][block.column]] += block.size * muon.cost(its.rows, its.columns)
+        loads[its.layout.ranks[block.copy][block.piece]] += block.size * muon.cost(its.rows, its.columns)
     return loads
 
 
@@ -126,8 +126,8 @@ def sent_in(shardings: Sequence[MatrixSharding], blocks: Sequence[Block], ranks:
     for block in blocks:
         its = shardings[block.request]
         copies = its.layout.ranks
-        owner = copies[block.row][block.column]
-        for column, rank in enumerate(copies[block.row]):
+        owner = copies[block.copy][block.piece]
+        for column, rank in enumerate(copies[block.copy]):
             size = HALF * math.prod(its.piece_shape(block, column))
             if rank != owner:
                 sent[rank] += size

@@ -217,7 +217,7 @@ def checked_states(
 def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str) -> None:
     o, shape = Options.of(group), tuple(p.shape)
     expected = states.entries_of(states.Subject(p.dtype, p.dtype, p.device, shape, StateOptions.of(o)))
-    freed = states.EVIDENCE if group["frozen"] else ()
+    freed = states.EVIDENCE if o.is_frozen(group) else ()
     if set(saved).symmetric_difference(expected) - set(freed):
         raise ValueError(
             f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it was "
@@ -258,7 +258,7 @@ def _kept(
         p, group = location.p, groups[location.group]
         if p in state and last[p] == location.number:
             o, entries = Options.of(group), state[p]
-            if entries and group["frozen"]:
+            if entries and o.is_frozen(group):
                 freed = states.freed_state(placement.local(p), placement.layout(p), StateOptions.of(o))
                 entries = {**entries, **stored(placement, p, freed, o.slice_p)}
             yield _Kept(location.number - 1, p, o.slice_p, entries)
@@ -302,7 +302,7 @@ def loaded_state(
 ) -> dict[str, Tensor]:
     """A parameter's state as the optimiser keeps it, from its saved form: undoes :func:`saved_states`."""
     o = Options.of(group)
-    every, freed = o.slice_p, states.EVIDENCE if group["frozen"] else ()
+    every, freed = o.slice_p, states.EVIDENCE if o.is_frozen(group) else ()
     needed = {key: value for key, value in saved.items() if key not in freed}
     pieces = {key: placement.load(p, value, key, every) for key, value in needed.items()}
     if "p0" in pieces:  # earlier versions kept it in bfloat16

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from prodigyplus.formulas import muon
 from prodigyplus.terms.layout import Layout
-from prodigyplus.terms.requests import Answers, Asked, Matrices
+from prodigyplus.terms.requests import Answers, Asked, Matrices, Method
+from prodigyplus.torch_private import foreach_copy_
 
 # How many bytes of updates may be alive at once, by default.
 BUCKET_BYTES = 64 << 20
@@ -62,7 +64,69 @@ class OneProcess:
         self, asked: Sequence[tuple[Layout, Matrices]]
     ) -> Iterable[tuple[Sequence[int], Sequence[Tensor]]]:
         wholes = [(layout.shape, matrices) for layout, matrices in asked]
-        return muon.in_one_process(wholes, self.bucket_bytes)
+        return in_one_process(wholes, self.bucket_bytes)
 
     def sum_over_stages(self, values: Tensor) -> Tensor:
         return values
+
+
+def in_one_process(
+    asked: Sequence[tuple[tuple[int, ...], Matrices]], limit: int
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Orthogonalise whole tensors.
+
+    Args:
+        asked: Pairs of a tensor's shape and its request.
+        limit: How many bytes of results may be alive at once; a single tensor may have more.
+
+    Yields:
+        Indices into ``asked``, and their results in the shapes of their tensors.
+    """
+    for wave in split_by_bytes([muon.bytes_of(shape, matrices) for shape, matrices in asked], limit):
+        results, batches = _gathered([asked[number][1] for number in wave])
+        muon.orthogonalize_(batches, limit)
+        yield wave, results
+
+
+def _gathered(asked: Sequence[Matrices]) -> tuple[list[Tensor], list[tuple[Tensor, Method]]]:
+    """Copies of whole tensors, as views of batches; and these batches, for :func:`orthogonalize_`."""
+    alike: dict[tuple[tuple[int, int], Method, torch.device], list[int]] = {}
+    counts = []
+    for index, (local, batched, method, _) in enumerate(asked):
+        count, rows, columns = muon.sizes(local.shape, batched=batched)
+        counts.append(count)
+        alike.setdefault(((rows, columns), method, local.device), []).append(index)
+    results: dict[int, Tensor] = {}
+    batches = []
+    for (shape, method, device), indices in alike.items():
+        lengths = [counts[index] for index in indices]
+        batch = torch.empty(sum(lengths), *shape, dtype=method.dtype, device=device)
+        locals_ = [asked[index].local for index in indices]
+        copies = [
+            part.view(local.shape) for part, local in zip(torch.split(batch, lengths), locals_, strict=True)
+        ]
+        foreach_copy_(copies, locals_)
+        results.update(zip(indices, copies, strict=True))
+        batches.append((batch, method))
+    return [results[index] for index in range(len(asked))], batches
+
+
+def split_by_bytes(sizes: Sequence[tuple[int, int]], limit: int) -> Iterator[list[int]]:
+    """Split items into those that are worked on at once: consecutive indices into ``sizes``.
+
+    Args:
+        sizes: For each item, its bytes, and the bytes of its largest matrix.
+        limit: The most bytes at once, or those of the largest matrix among them if these are more. A single
+            item may exceed it.
+    """
+    wave: list[int] = []
+    total, room = 0, limit
+    for number, (size, matrix) in enumerate(sizes):
+        room = max(room, matrix)
+        if wave and total + size > room:
+            yield wave
+            wave, total, room = [], 0, max(limit, matrix)
+        wave.append(number)
+        total += size
+    if wave:
+        yield wave

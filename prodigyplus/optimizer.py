@@ -249,7 +249,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         param_group |= checkpoint.new_entries(values["d0"]) | {"train_mode": not self._view.is_evaluating}
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
-        for note in (*options.resolve_exclusions(group), *options.doubts(group)):
+        for note in (*options.resolve_exclusions_(group), *options.doubts(group)):
             self._warn_once(note)
         try:
             for number, p in enumerate(group["params"]):

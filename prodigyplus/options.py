@@ -120,6 +120,11 @@ class Options:
             return _is_on_host(self.lr) and not self.lr.any()
         return self.lr == 0
 
+    def is_frozen(self, group: Mapping[str, Any]) -> bool:
+        """Whether the next step of a group with these options finds its step size frozen, or freezes it."""
+        # A step with lr=0 is not counted, so it freezes nothing.
+        return bool(group["frozen"] or (self.freezes(group["calls"]) and not self.lr_is_zero))
+
     def freezes(self, calls: int) -> bool:
         """Whether ``d`` is to be frozen in the step that follows ``calls`` earlier ones."""
         return bool(self.prodigy_steps) and calls + 1 >= cast("int", self.prodigy_steps)
@@ -268,7 +273,7 @@ def _resolved(*values: Any) -> Options:
     checked = plain(dict(zip(NAMES, values, strict=True)))
     if isinstance(checked["lr"], Tensor) and checked["lr"].ndim:
         checked["lr"] = checked["lr"].reshape(())  # an alias, which does not follow ``lr.data = …``
-    resolve_exclusions(checked)
+    resolve_exclusions_(checked)
     return Options(**checked)
 
 
@@ -369,7 +374,7 @@ _EXCLUSIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], dict[str, Any], st
 )
 
 
-def resolve_exclusions(group: dict[str, Any]) -> list[str]:
+def resolve_exclusions_(group: dict[str, Any]) -> list[str]:
     """Switch off, in ``group``, what another option of it excludes; say so, a line for each."""
     notes = []
     for excludes, consequence, note in _EXCLUSIONS:

@@ -26,24 +26,24 @@ class MeshLayout(Layout):
 
     Args:
         ranks: The global ranks: a row for each copy of the tensor, a column for each piece of it.
-        coordinate: The row and the column of this rank.
+        own: This rank's copy and piece: its row and column in ``ranks``.
         pieces: Returns the indices of all pieces, in the order of the columns. A function, since a large mesh
             has many.
     """
 
     ranks: tuple[tuple[int, ...], ...] = ((0,),)
-    coordinate: tuple[int, int] = (0, 0)
+    own: tuple[int, int] = (0, 0)
     pieces: Callable[[], Sequence[Indices]] = field(default=lambda: (), repr=False, compare=False)
 
     @property
-    def row(self) -> tuple[int, ...]:
+    def copy_ranks(self) -> tuple[int, ...]:
         """The ranks that hold this rank's copy."""
-        return self.ranks[self.coordinate[0]]
+        return self.ranks[self.own[0]]
 
     @property
-    def column(self) -> tuple[int, ...]:
-        """The ranks that hold the same piece as this one, one of each copy."""
-        return tuple(row[self.coordinate[1]] for row in self.ranks)
+    def piece_ranks(self) -> tuple[int, ...]:
+        """The ranks that hold the same piece as this one, one in each copy."""
+        return tuple(copy[self.own[1]] for copy in self.ranks)
 
 
 def layout_of(tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> MeshLayout:
@@ -62,9 +62,7 @@ def layout_of(tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> Mesh
             return MeshLayout(shape, pieces=lambda: [whole])
         ranks = tuple((rank,) for rank in dist.get_process_group_ranks(replicas))
         own = dist.get_rank(replicas), 0
-        return MeshLayout(
-            shape, replica_axes=(replicas,), ranks=ranks, coordinate=own, pieces=lambda: [whole]
-        )
+        return MeshLayout(shape, replica_axes=(replicas,), ranks=ranks, own=own, pieces=lambda: [whole])
     mesh, placements = tensor.device_mesh, tensor.placements
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a parameter on a mesh that this rank is not part of"
@@ -84,19 +82,19 @@ def layout_of(tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> Mesh
     order = [*replicating_axes, *(axis for axis, _ in sharding_axes)]
     order += [axis for axis in range(mesh.ndim) if axis not in order]
     sizes = [mesh.size(axis) for axis in order]
-    rows = math.prod(sizes[: len(replicating_axes)])
+    copies = math.prod(sizes[: len(replicating_axes)])
     index = 0  # of this rank in the flattened mesh, axes in this order
     for axis, size in zip(order, sizes, strict=True):
         index = index * size + coordinate[axis]
-    columns = math.prod(sizes) // rows
+    per_copy = math.prod(sizes) // copies
     layout = MeshLayout(
         shape,
         tuple(indices),
         tuple((mesh.get_group(axis), dim) for axis, dim in sharding_axes),
         tuple(mesh.get_group(axis) for axis in replicating_axes),
         math.prod(largest),
-        tuple(map(tuple, mesh.mesh.permute(order).reshape(rows, columns).tolist())),
-        divmod(index, columns),
+        tuple(map(tuple, mesh.mesh.permute(order).reshape(copies, per_copy).tolist())),
+        divmod(index, per_copy),
         pieces,
     )
     assert layout.local_shape == tuple(tensor.to_local().shape)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prodigyplus.exchange import split_by_bytes
 from prodigyplus.formulas import muon
 from prodigyplus.terms.requests import Matrices, Method
 from prodigyplus_dist import transport
@@ -60,13 +61,13 @@ class Orthogonalizer:
             # Each copy owns its share.
             sizes.append((_piece_bytes(layout, matrices) // len(layout.ranks), matrix_bytes))
         waves = [
-            MatrixBatch(self, indices, [requests[index] for index in indices])
-            for indices in muon.waves(sizes, self.bucket_bytes)
+            Wave(self, indices, [requests[index] for index in indices])
+            for indices in split_by_bytes(sizes, self.bucket_bytes)
         ]
         waves[0].send()
         return self._finish(waves)
 
-    def _finish(self, waves: Sequence[MatrixBatch]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    def _finish(self, waves: Sequence[Wave]) -> Iterator[tuple[list[int], list[Tensor]]]:
         for index, wave in enumerate(waves):
             if index + 1 < len(waves):
                 waves[index + 1].send()
@@ -87,7 +88,7 @@ class Orthogonalizer:
         sharding_axes = [cast("dist.ProcessGroup", axis) for axis, _ in layout.shard_axes]
         replicating_axes = [cast("dist.ProcessGroup", axis) for axis in layout.replica_axes]
         callers = sum(map(len, layout.ranks))
-        for ranks, axes in ((layout.row, sharding_axes), (layout.column, replicating_axes)):
+        for ranks, axes in ((layout.copy_ranks, sharding_axes), (layout.piece_ranks, replicating_axes)):
             key = tuple(sorted(ranks))
             if key not in self._groups:
                 self._groups[key] = transport.group_across(axes, key, device, callers=callers)
@@ -120,32 +121,36 @@ class ShardGroup:
     def __init__(
         self, layout: MeshLayout, group: dist.ProcessGroup | None, like: Tensor, *, all_to_all: bool
     ) -> None:
-        self._column = layout.coordinate[1]
+        # Each rank is known by the number of its piece.
+        self._own = layout.own[1]
         # In the order of the group, which is that of the ranks.
-        self._columns = sorted(range(len(layout.row)), key=layout.row.__getitem__)
+        self._order = sorted(range(len(layout.copy_ranks)), key=layout.copy_ranks.__getitem__)
         self._group = group
         self._all_to_all = all_to_all
         self._like = like
         self._travels = False
-        # By the column of their owner.
+        # By their owner.
         self._blocks: dict[int, list[tuple[Block, MatrixSharding, Matrices]]] = defaultdict(list)
         self._wait: Callable[[], list[list[Tensor]]]
 
     def add(self, block: Block, sharding: MatrixSharding, matrices: Matrices) -> None:
         """Add matrices that one of the ranks owns."""
-        self._blocks[block.column].append((block, sharding, matrices))
+        self._blocks[block.piece].append((block, sharding, matrices))
         self._travels |= block.travels
 
     def send(self) -> None:
         """Begin to send pieces to owners."""
         self._swap(
             [
-                [sharding.local_piece(block, matrices.local) for block, sharding, matrices in self._blocks[c]]
-                for c in self._columns
+                [
+                    sharding.local_piece(block, matrices.local)
+                    for block, sharding, matrices in self._blocks[holder]
+                ]
+                for holder in self._order
             ],
             [
-                [sharding.piece_shape(block, c) for block, sharding, _ in self._blocks[self._column]]
-                for c in self._columns
+                [sharding.piece_shape(block, holder) for block, sharding, _ in self._blocks[self._own]]
+                for holder in self._order
             ],
         )
 
@@ -153,30 +158,33 @@ class ShardGroup:
         """The whole matrices that this rank owns, of shape (count, rows, columns), with their methods."""
         wholes = []
         for (block, sharding, matrices), pieces in zip(
-            self._blocks[self._column], zip(*self._received(), strict=True), strict=True
+            self._blocks[self._own], zip(*self._received(), strict=True), strict=True
         ):
             whole = self._like.new_empty(block.size, sharding.rows, sharding.columns)
-            sharding.assemble_(whole, zip(self._columns, pieces, strict=True))
+            sharding.assemble_(whole, zip(self._order, pieces, strict=True))
             wholes.append((whole, matrices.method))
         return wholes
 
     def send_back(self, results: Sequence[Tensor]) -> None:
         """Begin to send pieces of the results, in the order of :meth:`receive`, to their holders."""
-        owned = list(zip(self._blocks[self._column], results, strict=True))
+        owned = list(zip(self._blocks[self._own], results, strict=True))
         self._swap(
             [
-                [sharding.piece_of(block, result, c) for (block, sharding, _), result in owned]
-                for c in self._columns
+                [sharding.piece_of(block, result, holder) for (block, sharding, _), result in owned]
+                for holder in self._order
             ],
-            [[sharding.local_shape(block) for block, sharding, _ in self._blocks[c]] for c in self._columns],
+            [
+                [sharding.local_shape(block) for block, sharding, _ in self._blocks[holder]]
+                for holder in self._order
+            ],
         )
 
     def receive_results(self) -> dict[Block, Tensor]:
         """The pieces of the results that this rank holds, by block."""
         return {
             block: piece
-            for column, pieces in zip(self._columns, self._received(), strict=True)
-            for (block, *_), piece in zip(self._blocks[column], pieces, strict=True)
+            for holder, pieces in zip(self._order, self._received(), strict=True)
+            for (block, *_), piece in zip(self._blocks[holder], pieces, strict=True)
         }
 
     def _received(self) -> list[list[Tensor]]:
@@ -189,13 +197,13 @@ class ShardGroup:
             outgoing,
             incoming,
             self._group if self._travels else None,
-            self._columns.index(self._column),
+            self._order.index(self._own),
             like=self._like,
             all_to_all=self._all_to_all,
         )
 
 
-class MatrixBatch:
+class Wave:
     """The tensors of one wave, whose matrices are orthogonalised at once.
 
     Args:
@@ -221,14 +229,14 @@ class MatrixBatch:
         # In the order of the requests, which is the same on all ranks, whatever blocks they own.
         groups: dict[tuple[tuple[int, ...], torch.dtype], ShardGroup] = {}
         for layout, matrices in self._requests:
-            key = layout.row, matrices.method.dtype
+            key = layout.copy_ranks, matrices.method.dtype
             if key not in groups:
-                group, like = orthogonalizer.group(layout.row), _empty(matrices)
+                group, like = orthogonalizer.group(layout.copy_ranks), _empty(matrices)
                 groups[key] = ShardGroup(layout, group, like, all_to_all=orthogonalizer.all_to_all)
         for block in self._blocks:
             layout, matrices = self._requests[block.request]
-            if block.row == layout.coordinate[0]:
-                key = layout.row, matrices.method.dtype
+            if block.copy == layout.own[0]:
+                key = layout.copy_ranks, matrices.method.dtype
                 groups[key].add(block, self._shardings[block.request], matrices)
         self._shard_groups = list(groups.values())
         for shard_group in self._shard_groups:
@@ -253,8 +261,8 @@ class MatrixBatch:
         for block in self._blocks:
             blocks[block.request].append(block)
         sizes = [(_piece_bytes(layout, matrices), 0) for layout, matrices in self._requests]
-        for bucket in muon.waves(sizes, self._orthogonalizer.bucket_bytes):
-            self._broadcast([block for index in bucket for block in blocks[index]], pieces)
+        for bucket in split_by_bytes(sizes, self._orthogonalizer.bucket_bytes):
+            self._broadcast_([block for index in bucket for block in blocks[index]], pieces)
             results = []
             for index in bucket:
                 _, matrices = self._requests[index]
@@ -264,21 +272,21 @@ class MatrixBatch:
                 results.append(result.view(matrices.local.shape))
             yield [self._request_indices[index] for index in bucket], results
 
-    def _broadcast(self, blocks: Sequence[Block], pieces: dict[Block, Tensor]) -> None:
+    def _broadcast_(self, blocks: Sequence[Block], pieces: dict[Block, Tensor]) -> None:
         """Broadcast this rank's pieces to the ranks with the same piece in other copies; add theirs."""
         shared: dict[tuple[tuple[int, ...], int, torch.dtype], list[Block]] = {}
         for block in blocks:
             layout, matrices = self._requests[block.request]
             if len(layout.ranks) > 1:
-                shared.setdefault((layout.column, block.row, matrices.method.dtype), []).append(block)
+                shared.setdefault((layout.piece_ranks, block.copy, matrices.method.dtype), []).append(block)
         under_way = []
-        for (ranks, row, _), together in shared.items():
+        for (ranks, owner, _), together in shared.items():
             group = self._orthogonalizer.group(ranks)
             assert group is not None
             wait = transport.broadcast(
                 [pieces[block] for block in together if block in pieces],
                 [self._shardings[block.request].local_shape(block) for block in together],
-                ranks[row],
+                ranks[owner],
                 group,
                 like=_empty(self._requests[together[0].request][1]),
             )

@@ -24,8 +24,8 @@ class Block(NamedTuple):
     first: int
     end: int
     travels: bool  # whether ranks other than the owner hold pieces of them
-    row: int = 0  # the owner's row in ``MeshLayout.ranks``
-    column: int = 0  # its column there
+    copy: int = 0  # the owner's copy, and
+    piece: int = 0  # its piece: its row and column in ``MeshLayout.ranks``
 
     @property
     def size(self) -> int:
@@ -74,11 +74,11 @@ class MatrixSharding:
 
     def local_shape(self, block: Block) -> tuple[int, int, int]:
         """:meth:`piece_shape` of this rank's piece."""
-        return self.piece_shape(block, self.layout.coordinate[1])
+        return self.piece_shape(block, self.layout.own[1])
 
     def local_piece(self, block: Block, local: Tensor) -> Tensor:
         """The part of a block in this rank's local tensor, of shape :meth:`local_shape`."""
-        matrices, rows, columns = self.pieces[self.layout.coordinate[1]]
+        matrices, rows, columns = self.pieces[self.layout.own[1]]
         local = local.reshape(len(matrices), len(rows), len(columns))
         if not math.prod(self.local_shape(block)):
             return local[:0, :0, :0]
@@ -178,16 +178,16 @@ def assign_owners(shardings: Sequence[MatrixSharding], turn: int = 0) -> list[Bl
     blocks = []
     for work, holders, block in candidates:
         ranks = shardings[block.request].layout.ranks
-        load = loads[frozenset(rank for row in ranks for rank in row)]
+        load = loads[frozenset(rank for copy in ranks for rank in copy)]
         # Among equals go through the copies first, then through the pieces, which spreads the sending too.
-        row, column = min(
+        copy, piece = min(
             (
-                ((row + turn) % len(ranks), holders[(row + shift + turn // len(ranks)) % len(holders)])
+                ((copy + turn) % len(ranks), holders[(copy + shift + turn // len(ranks)) % len(holders)])
                 for shift in range(len(holders))
-                for row in range(len(ranks))
+                for copy in range(len(ranks))
             ),
             key=lambda owner: load[ranks[owner[0]][owner[1]]],
         )
-        load[ranks[row][column]] += work
-        blocks.append(block._replace(row=row, column=column))
+        load[ranks[copy][piece]] += work
+        blocks.append(block._replace(copy=copy, piece=piece))
     return sorted(blocks)

@@ -16,8 +16,7 @@ from prodigyplus.engine.batches import Batch, batch_key
 from prodigyplus.engine.param_step import ParamStep
 from prodigyplus.engine.rule import Moving, Rule, update
 from prodigyplus.engine.stack import Stack
-from prodigyplus.exchange import Exchange
-from prodigyplus.formulas import muon
+from prodigyplus.exchange import Exchange, split_by_bytes
 from prodigyplus.terms.requests import Answers, Asked, Matrices, Requests, Sum
 from prodigyplus.terms.scalars import Constants
 
@@ -106,7 +105,7 @@ def _batch_runs(params: Sequence[ParamStep], indices: list[int], limit: int) -> 
         return
     # In the order in which they are orthogonalised, since they then move.
     ordered = sorted(indices, key=lambda index: params[index].cost, reverse=True)
-    for wave in muon.waves([(params[index].sent_bytes, 0) for index in ordered], limit):
+    for wave in split_by_bytes([(params[index].sent_bytes, 0) for index in ordered], limit):
         yield [ordered[number] for number in wave]
 
 
@@ -169,7 +168,7 @@ def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
     """
     sizes = [one.stack.nbytes for one in running]
     several = sum(sizes) > limit
-    for bucket in muon.waves([(size, 0) for size in sizes], limit // 2 if several else limit):
+    for bucket in split_by_bytes([(size, 0) for size in sizes], limit // 2 if several else limit):
         yield [running[index] for index in bucket]
 
 

@@ -43,9 +43,7 @@ class GroupStep:
         self.entry = entry
         self.options = Options.of(entry)
         self.skips_per_param = False
-        # A step with lr=0 is none that prodigy_steps counts, so it freezes nothing.
-        freezes = self.options.freezes(entry["calls"]) and not self.options.lr_is_zero
-        self.adapts = not (entry["frozen"] or freezes)
+        self.adapts = not self.options.is_frozen(entry)
         self.batch_keys: dict[Hashable, Hashable | None] = {}
         self._numbers: tuple[Packed, ...]
         self._observed: list[tuple[list[int], Tensor, Tensor]] = []

@@ -148,70 +148,8 @@ def _runs(batches: Sequence[Tensor], count: int) -> Iterator[list[Tensor]]:
         yield run
 
 
-def in_one_process(
-    asked: Sequence[tuple[tuple[int, ...], Matrices]], limit: int
-) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Orthogonalise whole tensors.
-
-    Args:
-        asked: Pairs of a tensor's shape and its request.
-        limit: How many bytes of results may be alive at once; a single tensor may have more.
-
-    Yields:
-        Indices into ``asked``, and their results in the shapes of their tensors.
-    """
-    for wave in waves([bytes_of(shape, matrices) for shape, matrices in asked], limit):
-        results, batches = _gathered([asked[number][1] for number in wave])
-        orthogonalize_(batches, limit)
-        yield wave, results
-
-
-def _gathered(asked: Sequence[Matrices]) -> tuple[list[Tensor], list[tuple[Tensor, Method]]]:
-    """Copies of whole tensors, as views of batches; and these batches, for :func:`orthogonalize_`."""
-    alike: dict[tuple[tuple[int, int], Method, torch.device], list[int]] = {}
-    counts = []
-    for index, (local, batched, method, _) in enumerate(asked):
-        count, rows, columns = sizes(local.shape, batched=batched)
-        counts.append(count)
-        alike.setdefault(((rows, columns), method, local.device), []).append(index)
-    results: dict[int, Tensor] = {}
-    batches = []
-    for (shape, method, device), indices in alike.items():
-        lengths = [counts[index] for index in indices]
-        batch = torch.empty(sum(lengths), *shape, dtype=method.dtype, device=device)
-        locals_ = [asked[index].local for index in indices]
-        copies = [
-            part.view(local.shape) for part, local in zip(torch.split(batch, lengths), locals_, strict=True)
-        ]
-        foreach_copy_(copies, locals_)
-        results.update(zip(indices, copies, strict=True))
-        batches.append((batch, method))
-    return [results[index] for index in range(len(asked))], batches
-
-
 def bytes_of(shape: Sequence[int], matrices: Matrices) -> tuple[int, int]:
     """The bytes of a whole tensor and of one of its matrices, in the dtype in which they are sent."""
     count, rows, columns = sizes(shape, batched=matrices.batched)
     matrix = rows * columns * matrices.method.dtype.itemsize
     return count * matrix, matrix
-
-
-def waves(sizes: Sequence[tuple[int, int]], limit: int) -> Iterator[list[int]]:
-    """Split items into waves that are worked on at once: consecutive indices into ``sizes``.
-
-    Args:
-        sizes: For each item, its bytes, and the bytes of its largest matrix.
-        limit: The most bytes of a wave, or those of its largest matrix if these are more. A single item may
-            exceed it.
-    """
-    wave: list[int] = []
-    total, room = 0, limit
-    for number, (size, matrix) in enumerate(sizes):
-        room = max(room, matrix)
-        if wave and total + size > room:
-            yield wave
-            wave, total, room = [], 0, max(limit, matrix)
-        wave.append(number)
-        total += size
-    if wave:
-        yield wave

@@ -225,7 +225,7 @@ def loads_of_owners():
     blocks = assign_owners(shardings)
     for block in blocks:
         its = shardings[block.request]
-        loads[block.column] += block.size * muon.cost(its.rows, its.columns)
+        loads[block.piece] += block.size * muon.cost(its.rows, its.columns)
     return dict(loads), blocks
 
 
@@ -407,7 +407,7 @@ def owners_by_turn():
     optimizer = ShardedProdigyPlusScheduleFree(placed.parameters)
     sharding = MatrixSharding(optimizer._placement.layout(placed.parameters[0]), batched=False)
     return [
-        sharding.layout.ranks[b.row][b.column] for turn in range(4) for b in assign_owners([sharding], turn)
+        sharding.layout.ranks[b.copy][b.piece] for turn in range(4) for b in assign_owners([sharding], turn)
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus import ProdigyPlusScheduleFree, exchange
 from prodigyplus.formulas import muon, variants
 from prodigyplus.formulas.muon import newton_schulz
 from prodigyplus.terms.requests import Matrices, Method
@@ -395,7 +395,7 @@ def test_equal_shapes_are_computed_where_they_are_gathered():
         tensors = [torch.empty(shape, device="meta") for shape in ((4, 6), (6, 4), (2, 3, 2)) * count]
         asked = [(tuple(t.shape), Matrices(t, t.ndim == 3, method)) for t in tensors]
         with Watch() as watch:
-            ((numbers, results),) = muon.in_one_process(asked, 1 << 20)
+            ((numbers, results),) = exchange.in_one_process(asked, 1 << 20)
         assert numbers == list(range(3 * count))
         assert [result.shape for result in results] == [t.shape for t in tensors]
         views = ("view", "slice", "split", "split_with_sizes", "transpose")
@@ -462,7 +462,7 @@ def test_waves(limit):
     for _ in range(200):
         matrices = [int(random.integers(0, 30)) for _ in range(random.integers(0, 9))]
         sizes = [(matrix * int(random.integers(0, 4)), matrix) for matrix in matrices]
-        waves = list(muon.waves(sizes, limit))
+        waves = list(exchange.split_by_bytes(sizes, limit))
         assert [number for wave in waves for number in wave] == list(range(len(sizes)))
         assert all(waves)
         for wave in waves:
@@ -485,7 +485,7 @@ def test_in_one_process(dtype):
     asked = [(tuple(t.shape), Matrices(t, number != 3, method)) for number, t in enumerate(tensors)]
     for limit in (1, 100, 200, 10**6):
         seen = []
-        for numbers, results in muon.in_one_process(asked, limit):
+        for numbers, results in exchange.in_one_process(asked, limit):
             assert len(numbers) == 1 or sum(r.nbytes for r in results) <= max(limit, 8 * 6 * dtype.itemsize)
             for number, result in zip(numbers, results, strict=True):
                 shape, its = asked[number]
@@ -741,9 +741,9 @@ def test_agreement_is_with_the_gradient_itself(monkeypatch):
 def test_the_most_expensive_matrices_go_first(monkeypatch):
     """They are asked for by falling cost, equal shapes next to each other."""
     shapes = []
-    real = muon.in_one_process
+    real = exchange.in_one_process
     monkeypatch.setattr(
-        muon, "in_one_process", lambda asked, n: shapes.extend(s for s, _ in asked) or real(asked, n)
+        exchange, "in_one_process", lambda asked, n: shapes.extend(s for s, _ in asked) or real(asked, n)
     )
     problem, optimizer = pair((4, 6), (8, 6), (2, 3), (6, 8), (4, 6), (8, 6), **MUON)
     run(optimizer, problem, 1)

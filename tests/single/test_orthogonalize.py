@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+from prodigyplus import exchange
 from prodigyplus.formulas import muon
 from prodigyplus.terms.requests import Matrices, Method
 from prodigyplus_dist import transport
@@ -99,7 +100,7 @@ class Sharded:
 
 def expected(whole):
     asked = [(tuple(its.local.shape), its) for its in whole]
-    return [result for _, results in muon.in_one_process(asked, 1) for result in results]
+    return [result for _, results in exchange.in_one_process(asked, 1) for result in results]
 
 
 def assert_the_bits_of_one_process(sharded, whole, results):
@@ -183,10 +184,10 @@ def test_owners(mesh, axes, batched):
     }
     for block in blocks:
         sharding = shardings[block.request]
-        assert 0 <= block.row < len(sharding.layout.ranks)
+        assert 0 <= block.copy < len(sharding.layout.ranks)
         for matrix in range(block.first, block.end):
             holders = sharding.holders(matrix)
-            assert block.column in holders
+            assert block.piece in holders
             assert block.travels == (len(holders) > 1)
             assert holders == tuple(
                 number
@@ -199,7 +200,7 @@ def loads(shardings):
     found = Counter()
     for block in assign_owners(shardings):
         sharding = shardings[block.request]
-        rank = sharding.layout.ranks[block.row][block.column]
+        rank = sharding.layout.ranks[block.copy][block.piece]
         found[rank] += block.size * muon.cost(sharding.rows, sharding.columns)
     return found
 
@@ -225,7 +226,7 @@ def test_a_batch_is_shared_among_its_holders(mesh, axes, dim):
     with Ranks(math.prod(mesh)) as ranks:
         sharding = MatrixSharding(ranks.layouts((count, 24, 24), where)[0], batched=True)
     blocks = assign_owners([sharding])
-    assert {(block.row, block.column) for block in blocks} == {
+    assert {(block.copy, block.piece) for block in blocks} == {
         (row, column) for row, of_row in enumerate(sharding.layout.ranks) for column, _ in enumerate(of_row)
     }
     assert {block.size for block in blocks} == {2}

@@ -122,7 +122,7 @@ class Draw:
         group = {name: self.of(values) for name, values in OPTIONS.items()}
         if not group["use_schedulefree"]:
             group["step_size"] = "prodigy"  # balance is refused
-        options.resolve_exclusions(group)
+        options.resolve_exclusions_(group)
         # With lr=0, a decay that lr does not multiply would move the weights that a run starts from.
         group["weight_decay_by_lr"] |= group["lr"] == 0
         return {name: value for name, value in group.items() if value != OPTIONS[name][0]}
