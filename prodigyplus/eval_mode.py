@@ -4,47 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prodigyplus.constraints import Constraints
 from prodigyplus.formulas import schedule_free
-from prodigyplus.placement import Placement
 from prodigyplus.terms.isolation import isolated
+from prodigyplus.view import View
 
 State = Mapping[str, Tensor]
-
-
-class View(NamedTuple):
-    """The parts of an optimiser that this module works on."""
-
-    groups: Sequence[dict[str, Any]]
-    state: Mapping[Tensor, dict[str, Tensor]]
-    placement: Placement
-    constraints: Constraints
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The parameters of all groups."""
-        return [p for group in self.groups for p in group["params"]]
-
-    @property
-    def is_evaluating(self) -> bool:
-        """Whether some group is in eval mode."""
-        return any(group["use_schedulefree"] and not group["train_mode"] for group in self.groups)
-
-    def in_other_mode(self, *, train: bool) -> list[dict[str, Any]]:
-        """The groups that :meth:`AverageSwap.swap_` has to change."""
-        return [g for g in self.groups if g["use_schedulefree"] and g["train_mode"] != train]
-
-    def averaged(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """The parameters of a group whose average differs from their weights, with their local states."""
-        for p in group["params"]:
-            # Before the first step there may be state, but x is y.
-            if group["calls"] and schedule_free.is_averaged(self.state.get(p, {})):
-                yield p, self.placement.local_state(self.state[p])
 
 
 class AverageSwap:

@@ -7,8 +7,7 @@ have arrived. Each kind of problem is reported once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from prodigyplus.engine.groups import Groups
 from prodigyplus.reporting import warn_caller
 from prodigyplus.terms.isolation import is_captured
 from prodigyplus.torch_private import version_of
+from prodigyplus.view import View
 
 # How many steps apart the groups' numbers are read, and the weights checked for changes by others.
 _NUMBERS_EVERY, _WEIGHTS_EVERY = 50, 10
@@ -37,24 +37,8 @@ _STEPS_TO_A_GRADIENT = 10
 _MOST_CHANGES = 3
 
 
-class Watched(Protocol):
-    """What a monitor asks of an optimiser. Passed to each call: a stored reference would keep it alive."""
-
-    def own_weights(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """The parameters that nothing but the optimiser should change, and their local tensors."""
-        ...
-
-    def name_of(self, p: Tensor) -> str:
-        """What to call a parameter."""
-        ...
-
-    def lacks_gradients(self) -> bool:
-        """Whether there are parameters to train, and none of them has a gradient."""
-        ...
-
-
 class Monitor:
-    """Watches an optimiser's steps, and warns."""
+    """Watches the steps of an optimiser, of which each call is passed a view, and warns."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -69,10 +53,10 @@ class Monitor:
         self._versions: dict[Tensor, int] = {}  # of the weights, as the last step has left them
         self._changes = 0
 
-    def begin(self, watched: Watched) -> None:
+    def begin(self, view: View) -> None:
         """Before a step, check what earlier steps have left."""
         if self._versions:
-            self._compare_versions(watched)
+            self._compare_versions(view)
         if self._sent is not None:
             sent = self._sent
             if sent.event is None or (not is_captured(sent.event.device) and sent.event.query()):
@@ -80,17 +64,17 @@ class Monitor:
                 in_mean, d = sent.sizes.tolist()
                 self._read(sent.counts.tolist(), in_mean, d, sent.d0)
 
-    def end(self, watched: Watched, groups: Groups, *, in_backward: bool) -> None:
+    def end(self, view: View, groups: Groups, *, in_backward: bool) -> None:
         """After a step, note what to check later.
 
         Args:
-            watched: The optimiser.
+            view: The optimiser.
             groups: The groups as the step has left them.
             in_backward: Whether a backward pass has moved parameters, so that their gradients are gone.
         """
         self._steps += 1
         if not self._had_gradients:
-            self._had_gradients = in_backward or not watched.lacks_gradients()
+            self._had_gradients = in_backward or not view.lacks_gradients()
             if not self._had_gradients and self._steps == _STEPS_TO_A_GRADIENT:
                 self._tell(
                     "gradients",
@@ -101,7 +85,7 @@ class Monitor:
                 )
         self._compare_rates(groups)
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:
-            self._versions = {p: version_of(weight) for p, weight in watched.own_weights()}
+            self._versions = {p: version_of(weight) for p, weight in view.own_weights()}
         if self._steps % _NUMBERS_EVERY == 0 and self._sent is None:
             self._sent = _sent_to_host(groups)
 
@@ -114,16 +98,14 @@ class Monitor:
             self._told.add(what)
             warn_caller(message)
 
-    def _compare_versions(self, watched: Watched) -> None:
+    def _compare_versions(self, view: View) -> None:
         versions, self._versions = self._versions, {}
-        changed = [
-            p for p, weight in watched.own_weights() if versions.get(p, now := version_of(weight)) != now
-        ]
+        changed = [p for p, weight in view.own_weights() if versions.get(p, now := version_of(weight)) != now]
         self._changes += bool(changed)
         if changed and self._changes == _MOST_CHANGES:
             self._tell(
                 "weights",
-                f"{watched.name_of(changed[0])} was changed between two steps, several times, and not by the "
+                f"{view.name_of(changed[0])} was changed between two steps, several times, and not by the "
                 f"optimiser ({len(changed)} of its parameters were). What clamp_(), max_norm or a "
                 "renormalisation does to the weights does not reach the average that is evaluated, and "
                 "passes for progress: call optimizer.constrain(parameters, projection) once in its place. "

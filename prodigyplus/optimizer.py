@@ -22,9 +22,8 @@ from prodigyplus.engine.param_step import ParamStep, compute_dtype
 from prodigyplus.engine.parameters import Parameters, check_parameter
 from prodigyplus.engine.standing import Standing
 from prodigyplus.engine.step import Step
-from prodigyplus.eval_mode import AverageSwap, View
+from prodigyplus.eval_mode import AverageSwap
 from prodigyplus.exchange import Exchange, OneProcess
-from prodigyplus.formulas import schedule_free
 from prodigyplus.monitor import Monitor
 from prodigyplus.options import Options
 from prodigyplus.placement import Location, Placement, WholeTensors, locations, name_of
@@ -32,6 +31,7 @@ from prodigyplus.reporting import is_called_from, warn_caller
 from prodigyplus.state import StateOptions, restart_
 from prodigyplus.terms.isolation import is_captured, isolated, isolated_from_compiler
 from prodigyplus.terms.scalars import Constants
+from prodigyplus.view import View
 
 _EVALUATING = (
     "in eval mode: the model holds the averaged weights. Call optimizer.train() before the training "
@@ -311,7 +311,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 )
             if not step.initializes_state:
                 self._hold_(step)
-                self._cache.monitor.end(self, step.groups, in_backward=bool(step.taken))
+                self._cache.monitor.end(self._view, step.groups, in_backward=bool(step.taken))
         for group in fused:
             for p in group["params"]:
                 p.grad = None
@@ -322,7 +322,7 @@ class ProdigyPlusScheduleFree(Optimizer):
 
     def _begin(self, *, in_backward: bool) -> Step:
         self._check_average_is_not_lent()
-        self._cache.monitor.begin(self)
+        self._cache.monitor.begin(self._view)
         constants, columns = self._cache.constants, self._columns()
         if is_captured(columns.device):
             constants.keep_for_graph()
@@ -418,28 +418,6 @@ class ProdigyPlusScheduleFree(Optimizer):
         """Drop what was computed from the weights that the model held before."""
         self._cache.monitor.forget_weights()
         self._placement.forget_copies(self._view.parameters)
-
-    # What a monitor asks; see prodigyplus/monitor.py.
-
-    def own_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (parameter, local tensor) of what only the optimiser should change, since z goes with it."""
-        held = {p for _, p in self._constraints}
-        for p, state in self.state.items():
-            if isinstance(p, Tensor) and p not in held and schedule_free.is_averaged(state):
-                weight = self._placement.local(p)
-                if not weight.is_inference():
-                    yield p, weight
-
-    def name_of(self, p: Tensor) -> str:
-        """What to call a parameter in a message."""
-        return next(
-            self._parameters.name(location) for location in locations(self.param_groups) if location.p is p
-        )
-
-    def lacks_gradients(self) -> bool:
-        """Whether there are parameters to train, and none of them has a gradient."""
-        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        return bool(trained) and all(p.grad is None for p in trained)
 
     # ------------------------------------------------------------------- within the backward pass
 

@@ -59,6 +59,7 @@ WINGS = (
     ("published", "plot"),
     ("optimizer",),
     ("checkpoint", "eval_mode", "metrics", "monitor"),
+    ("view",),
     ("constraints", "muon_groups"),
     ("engine",),
     ("state", "device", "exchange", "placement"),

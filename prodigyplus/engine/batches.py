@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Generator, Hashable, Mapping, Sequence
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +22,17 @@ from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.param_step import ParamStep, matrices, orthogonalized_in
 from prodigyplus.engine.passes import Kind
 from prodigyplus.formulas import moments, muon, prodigy, schedule_free
-from prodigyplus.options import Evidence, Options
+from prodigyplus.options import Options
 from prodigyplus.state import TABLE, StateOptions, Subject
 from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Answers, Matrices, Requests, Sum
 from prodigyplus.terms.scalars import Constants, Scalars
 
 # The values of the fields of a kind that the kernels can move.
-_SWITCH = (False, True)
 _ADMITTED: dict[str, tuple[object, ...]] = {
+    **passes.ADMITTED_BY_ALL,
     "direction": ("adam", "atan2", "muon"),
     "z": (schedule_free.BASE, schedule_free.OFFSET, None),
-    "is_stable": _SWITCH,
-    "decays": _SWITCH,
-    "decays_by_lr": _SWITCH,
-    "evidence": (*get_args(Evidence), None),
 }
 _DTYPES = (torch.float32, torch.bfloat16)
 _DTYPES_OF_STATE = {*_DTYPES, torch.float64}

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar, cast, get_args
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from prodigyplus import torch_private
 from prodigyplus.engine import passes
-from prodigyplus.engine.passes import Kind, Moments, Noise, Samples, State
+from prodigyplus.engine.passes import FactorSums, Kind, Noise, Samples, State
 from prodigyplus.formulas import directions, moments, schedule_free
-from prodigyplus.options import Evidence
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import strided_samples
 from prodigyplus.terms.scalars import Packed
@@ -32,14 +31,10 @@ F = TypeVar("F", bound=Callable[..., object])
 _LANES = 16
 
 # The values of the fields of a kind whose passes can be compiled.
-_SWITCH = (False, True)
 _ADMITTED: dict[str, tuple[object, ...]] = {
+    **passes.ADMITTED_BY_ALL,
     "direction": ("adam", "atan2"),
     "z": (schedule_free.BASE, schedule_free.OFFSET),
-    "is_stable": _SWITCH,
-    "decays": _SWITCH,
-    "decays_by_lr": _SWITCH,
-    "evidence": (*get_args(Evidence), None),
 }
 
 
@@ -82,10 +77,16 @@ def _square_sums(grad: Tensor, outer: int, inner: int, dtype: torch.dtype) -> tu
 
 
 def _measure_(
-    y: Tensor, grad: Tensor, state: State, feed: Moments, samples: Samples | None, n: Packed, kind: Kind
+    y: Tensor,
+    grad: Tensor,
+    state: State,
+    factor_sums: FactorSums | None,
+    samples: Samples | None,
+    n: Packed,
+    kind: Kind,
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """:func:`prodigyplus.engine.passes.measure_`, without keeping the direction."""
-    return passes.measure_(y, grad, state, feed, samples, None, n, kind, keeps_direction=False)
+    return passes.measure_(y, grad, state, factor_sums, samples, None, n, kind, keeps_direction=False)
 
 
 def _move_(
@@ -119,7 +120,7 @@ def measure_and_move_(
     y: Tensor,
     grad: Tensor,
     state: State,
-    feed: Moments,
+    factor_sums: FactorSums | None,
     every: int,
     n: Packed,
     kind: Kind,
@@ -129,7 +130,7 @@ def measure_and_move_(
     """Both passes in one call, for tensors that are whole on this rank: no sums are asked for in between.
 
     Args:
-        y, grad, state, feed, n, kind, noise: As for :func:`measure_` and :func:`move_`.
+        y, grad, state, factor_sums, n, kind, noise: As for :func:`measure_` and :func:`move_`.
         every: The distance between samples; 0 if no samples are needed.
         numel: The number of elements of a tensor.
 
@@ -141,7 +142,7 @@ def measure_and_move_(
     if every:
         samples = Samples.of(lambda stack: strided_samples(stack, dims, 0, every), y, grad, z, kind)
         samples = Samples(*map(_written, samples))
-    sums, roots = _measure_(y, grad, state, feed, samples, n, kind)
+    sums, roots = _measure_(y, grad, state, factor_sums, samples, n, kind)
     scale = directions.stable_scale(sums["uu"], numel) if kind.is_stable else n.across(0).unit
     _move_(y, z, grad, roots, scale, n, kind, noise)
     return sums

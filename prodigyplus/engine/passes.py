@@ -13,7 +13,7 @@ which computes it in both (see :mod:`prodigyplus.engine.compiled`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -37,12 +37,13 @@ Noise = tuple[Sequence[Tensor], Tensor] | None
 """Arguments of :func:`prodigyplus.formulas.stochastic_rounding.noise`; None to round to nearest."""
 
 
-# The options behind values of a kind whose field has another name.
-_OPTION_OF = {
-    "muon": "use_muon_pp=True",
-    "focus": "use_focus=True",
-    "cautious": "use_cautious=True",
-    "grams": "use_grams=True",
+# The options behind fields of a kind that have another name.
+_OPTION_OF: dict[tuple[str, object], str] = {
+    ("direction", "muon"): "use_muon_pp=True",
+    ("direction", "focus"): "use_focus=True",
+    ("mask", "cautious"): "use_cautious=True",
+    ("mask", "grams"): "use_grams=True",
+    ("projects", True): "use_orthograd=True",
 }
 
 
@@ -52,8 +53,7 @@ class Kind(NamedTuple):
     direction: Literal["adam", "atan2", "focus", "muon"] = "adam"
     z: str | None = schedule_free.BASE  # the key in the state of z or of z − y; None without Schedule-Free
     use_adopt: bool = False
-    use_orthograd: bool = False
-    is_single: bool = False  # with OrthoGrad, whether a tensor has one element: it is left alone
+    projects: bool = False  # whether OrthoGrad projects the direction; a tensor of one element is left alone
     mask: Literal["cautious", "grams"] | None = None
     is_stable: bool = True  # StableAdamW
     decays: bool = False
@@ -75,8 +75,7 @@ class Kind(NamedTuple):
             direction="muon" if o.use_muon_pp else "focus" if o.use_focus else direction,
             z=next((key for key in (schedule_free.BASE, schedule_free.OFFSET) if key in state), None),
             use_adopt=o.use_adopt,
-            use_orthograd=o.use_orthograd,
-            is_single=o.use_orthograd and numel <= 1,
+            projects=o.use_orthograd and numel > 1,
             mask="cautious" if o.use_cautious else "grams" if o.use_grams else None,
             is_stable=o.use_stableadamw,
             decays=o.weight_decay > 0,
@@ -94,13 +93,8 @@ class Kind(NamedTuple):
         """
         for name, value, default in zip(self._fields, self, Kind(), strict=True):
             if value not in admitted.get(name, (default,)):
-                return _OPTION_OF.get(str(value), f"{name}={value!r}")
+                return _OPTION_OF.get((name, value), f"{name}={value!r}")
         return None
-
-    @property
-    def projects(self) -> bool:
-        """Whether OrthoGrad projects the direction."""
-        return self.use_orthograd and not self.is_single
 
     @property
     def is_balanced(self) -> bool:
@@ -123,10 +117,21 @@ class Kind(NamedTuple):
         return self.z is None
 
 
-class Moments(NamedTuple):
+_SWITCH = (False, True)
+
+# The fields of a kind that every backend admits, whatever their values.
+ADMITTED_BY_ALL: dict[str, tuple[object, ...]] = {
+    "is_stable": _SWITCH,
+    "decays": _SWITCH,
+    "decays_by_lr": _SWITCH,
+    "evidence": (*get_args(Evidence), None),
+}
+
+
+class FactorSums(NamedTuple):
     """What updates a factored second moment."""
 
-    squares: State  # sums of g² per row, column and matrix of whole tensors; empty if it is not factored
+    squares: State  # sums of g² per row, column and matrix of whole tensors
     sizes: tuple[int, int]  # the numbers of rows and columns of a tensor
 
 
@@ -176,7 +181,7 @@ def measure_(
     y: Tensor,
     grad: Tensor,
     state: State,
-    feed: Moments,
+    factor_sums: FactorSums | None,
     samples: Samples | None,
     momentum: Tensor | None,
     n: Numbers,
@@ -188,7 +193,7 @@ def measure_(
 
     Args:
         y, grad, state, kind: As for :func:`momentum_`.
-        feed: What updates a factored second moment.
+        factor_sums: What updates a factored second moment; None if it is not factored.
         samples: The samples for Prodigy's evidence; None if it takes none.
         momentum: The first result of :func:`momentum_`, overwritten; None with Schedule-Free.
         n: The numbers of the step.
@@ -210,9 +215,9 @@ def measure_(
             if momentum is None:
                 by = _denominator(_roots(state, across, kind), across, kind)
                 u = _normalised(wide, by, y, state, across, kind)
-            _advance_second_(y, wide, state, feed, across, kind)
+            _advance_second_(y, wide, state, factor_sums, across, kind)
         else:
-            _advance_second_(y, wide, state, feed, across, kind)
+            _advance_second_(y, wide, state, factor_sums, across, kind)
             kept = _roots(state, across, kind)
             u = _normalised(u, _denominator(kept, across, kind), y, state, across, kind)
         if momentum is None:
@@ -386,11 +391,13 @@ def _roots(state: State, n: Scalars, kind: Kind) -> tuple[Tensor, ...]:
     return moments.roots(state, n.d, n.d.dtype)
 
 
-def _advance_second_(y: Tensor, grad: Tensor, state: State, feed: Moments, n: Scalars, kind: Kind) -> None:
+def _advance_second_(
+    y: Tensor, grad: Tensor, state: State, factor_sums: FactorSums | None, n: Scalars, kind: Kind
+) -> None:
     if kind.direction == "focus":
         moments.advance_weight_(state, base(y, state, kind).to(grad.dtype), n)
-    elif feed.squares:
-        moments.advance_factors_(state, feed.squares, feed.sizes, n)
+    elif factor_sums is not None:
+        moments.advance_factors_(state, factor_sums.squares, factor_sums.sizes, n)
     else:
         moments.advance_full_(state, grad, n)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from prodigyplus.engine import compiled, passes
 from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.param_step import ParamStep, compute_dtype, cost_of, matrices
-from prodigyplus.engine.passes import Kind, Moments, Noise, Samples
+from prodigyplus.engine.passes import FactorSums, Kind, Noise, Samples
 from prodigyplus.engine.rule import Work
 from prodigyplus.formulas import balance, moments, muon, prodigy, stochastic_rounding, variants
 from prodigyplus.terms import stacks
@@ -129,10 +129,10 @@ class _PlainWork:
         self.state = {key: stacks.stack_view([state[key] for state in stack.states]) for key in keys}
         self.y = stacks.stack_copy(stack.weights)
         self.z = None if kind.z is None else self.state[kind.z]
-        self.feed = Moments({}, (0, 0))
+        self.factor_sums: FactorSums | None = None
         if moments.is_factored(self.state):
             sums = {key: squares[key] for key in moments.FACTORS}
-            self.feed = Moments(sums, moments.factored_sizes(stack.layout))
+            self.factor_sums = FactorSums(sums, moments.factored_sizes(stack.layout))
         self._grad: Tensor | None = None  # kept from the first pass that reads it to the last
         self._masked: Tensor | None = None  # what scale_up_() scales
         self._kept: tuple[Tensor, ...] = ()  # see passes.measure_
@@ -174,7 +174,7 @@ class _PlainWork:
             self.y,
             self.grad(),
             self.state,
-            self.feed,
+            self.factor_sums,
             self.samples(),
             momentum,
             self.n,
@@ -264,13 +264,20 @@ class _CompiledWork(_PlainWork):
         stack, packed = self.stack, self.n.packed
         if stack.layout.shard_axes:
             samples = self.samples()
-            arguments = self.y, self.grad(), self.state, self.feed, samples, packed, self.kind
+            arguments = self.y, self.grad(), self.state, self.factor_sums, samples, packed, self.kind
             sums, self._kept = compiled.measure_(*arguments)
             self._grad = None
         else:  # there is nothing to wait for: move in the same call
-            state, feed, numel = self.state, self.feed, stack.layout.numel
             sums = compiled.measure_and_move_(
-                self.y, self.grad(), state, feed, self.sampled_every, packed, self.kind, numel, self.noise
+                self.y,
+                self.grad(),
+                self.state,
+                self.factor_sums,
+                self.sampled_every,
+                packed,
+                self.kind,
+                stack.layout.numel,
+                self.noise,
             )
         return self._sums(sums)
 
