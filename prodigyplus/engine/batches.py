@@ -18,9 +18,9 @@ from prodigyplus.device import jit
 from prodigyplus.device.launches import Directions, Dtypes, Launches, Setup, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
 from prodigyplus.engine import passes
-from prodigyplus.engine.groups import GroupStep
+from prodigyplus.engine.group_step import GroupStep
+from prodigyplus.engine.kind import ADMITTED_BY_ALL, Kind
 from prodigyplus.engine.param_step import ParamStep, matrices, orthogonalized_in
-from prodigyplus.engine.passes import Kind
 from prodigyplus.formulas import moments, muon, prodigy, schedule_free
 from prodigyplus.options import Options
 from prodigyplus.state import TABLE, StateOptions, Subject
@@ -30,7 +30,7 @@ from prodigyplus.terms.scalars import Constants, Scalars
 
 # The values of the fields of a kind that the kernels can move.
 _ADMITTED: dict[str, tuple[object, ...]] = {
-    **passes.ADMITTED_BY_ALL,
+    **ADMITTED_BY_ALL,
     "direction": ("adam", "atan2", "muon"),
     "z": (schedule_free.BASE, schedule_free.OFFSET, None),
 }

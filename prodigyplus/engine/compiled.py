@@ -19,7 +19,8 @@ from torch import Tensor
 
 from prodigyplus import torch_private
 from prodigyplus.engine import passes
-from prodigyplus.engine.passes import FactorSums, Kind, Noise, Samples, State
+from prodigyplus.engine.kind import ADMITTED_BY_ALL, Kind
+from prodigyplus.engine.passes import FactorSums, Noise, Samples, State
 from prodigyplus.formulas import directions, moments, schedule_free
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import strided_samples
@@ -32,7 +33,7 @@ _LANES = 16
 
 # The values of the fields of a kind whose passes can be compiled.
 _ADMITTED: dict[str, tuple[object, ...]] = {
-    **passes.ADMITTED_BY_ALL,
+    **ADMITTED_BY_ALL,
     "direction": ("adam", "atan2"),
     "z": (schedule_free.BASE, schedule_free.OFFSET),
 }

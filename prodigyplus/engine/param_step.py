@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.device import launches
-from prodigyplus.engine.groups import GroupStep
+from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.formulas import muon
 from prodigyplus.terms.layout import Layout
 from prodigyplus.terms.requests import Matrices, Method

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prodigyplus import state as states
 from prodigyplus.engine.batches import obstacle
-from prodigyplus.engine.groups import GroupStep
+from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.engine.param_step import ParamStep, compute_dtype
 from prodigyplus.options import Options
 from prodigyplus.placement import Location, Placement, name_of

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prodigyplus.engine.groups import GroupStep
-from prodigyplus.engine.passes import Kind
+from prodigyplus.engine.group_step import GroupStep
+from prodigyplus.engine.kind import Kind
 from prodigyplus.terms.layout import Layout
 from prodigyplus.terms.requests import Answers, Requests, Sum
 from prodigyplus.terms.scalars import Constants, Scalars

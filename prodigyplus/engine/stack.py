@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from prodigyplus.engine import compiled, passes
-from prodigyplus.engine.groups import GroupStep
+from prodigyplus.engine.group_step import GroupStep
+from prodigyplus.engine.kind import Kind
 from prodigyplus.engine.param_step import ParamStep, compute_dtype, cost_of, matrices
-from prodigyplus.engine.passes import FactorSums, Kind, Noise, Samples
+from prodigyplus.engine.passes import FactorSums, Noise, Samples
 from prodigyplus.engine.rule import Work
 from prodigyplus.formulas import balance, moments, muon, prodigy, stochastic_rounding, variants
 from prodigyplus.terms import stacks

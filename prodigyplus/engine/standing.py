@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from prodigyplus.engine.batches import Batch
-from prodigyplus.engine.groups import GroupStep
+from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.engine.rule import Moving
 from prodigyplus.placement import Location, Placement
 

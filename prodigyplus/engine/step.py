@@ -10,7 +10,8 @@ from torch import Tensor
 
 from prodigyplus.engine import driver
 from prodigyplus.engine.columns import Columns
-from prodigyplus.engine.groups import Groups, GroupStep
+from prodigyplus.engine.group_step import GroupStep
+from prodigyplus.engine.groups import Groups
 from prodigyplus.engine.param_step import ParamStep
 from prodigyplus.engine.rule import Moving
 from prodigyplus.exchange import Exchange

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.engine import compiled
-from prodigyplus.engine.passes import Kind
+from prodigyplus.engine.kind import Kind
 from prodigyplus.options import Options
 from tests import option_table as table
 from tests.single.problems import assert_same, pair, run, snapshot

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.engine.groups import GroupBatch
+from prodigyplus.engine.alike_groups import AlikeGroups
 from tests import option_table as table
 from tests.single.problems import Fed, assert_same, pair, run, snapshot
 
@@ -96,9 +96,9 @@ def test_numbers_of_groups_move_together_as_each_for_itself(tensor_lr, monkeypat
 
     together = act()
     monkeypatch.setattr(
-        GroupBatch,
+        AlikeGroups,
         "split",
-        lambda groups, *of_all: [GroupBatch([group], *of_all) for group in groups],
+        lambda groups, *of_all: [AlikeGroups([group], *of_all) for group in groups],
     )
     assert_same(act(), together)
 

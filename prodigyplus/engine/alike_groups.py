@@ -1,0 +1,261 @@
+"""The numbers of parameter groups that the same operators compute, all of them at once.
+
+Decisions are made by ``torch.where``, so that no step waits for the device. In a group that must not change,
+the step runs with the numbers of a no-op (see :class:`prodigyplus.terms.scalars.Scalars`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prodigyplus.engine.columns import Columns
+from prodigyplus.engine.group_step import GroupStep
+from prodigyplus.formulas import balance, prodigy, radam, schedule_free, variants
+from prodigyplus.options import Evidence, Options
+from prodigyplus.terms.scalars import VALUES, Constants, Packed
+from prodigyplus.torch_private import foreach_copy_
+
+
+class _Branches(NamedTuple):
+    """The options of a group that decide which operators compute its numbers; others are only operands."""
+
+    use_schedulefree: bool
+    use_bias_correction: bool
+    use_adopt: bool
+    evidence: Evidence
+    weight_decay_by_lr: bool
+    d_limiter: bool
+    scales_c: bool
+    averages_d: bool
+    warms_up: bool
+
+    @classmethod
+    def of(cls, o: Options) -> _Branches:
+        of_step = o.use_schedulefree, o.use_bias_correction, o.use_adopt
+        of_d = o.evidence, o.weight_decay_by_lr, o.d_limiter
+        return cls(*of_step, *of_d, o.schedulefree_c > 0, o.d_beta > 0, o.warmup_steps > 0)
+
+
+class Opened(NamedTuple):
+    """Results of :meth:`AlikeGroups.open` that :meth:`AlikeGroups.commit` needs; shapes (groups,)."""
+
+    weight_sum: Tensor
+    effective_lr: Tensor
+    valid: Tensor | None  # bool: whether lr is valid; None if the host has checked it
+
+
+class AlikeGroups:
+    """Groups whose options take the same branches, so that one operator computes the numbers of all.
+
+    Args:
+        groups: The groups.
+        columns: The numbers of all groups of the optimiser.
+        constants: The optimiser's.
+    """
+
+    def __init__(self, groups: Sequence[GroupStep], columns: Columns, constants: Constants) -> None:
+        self._groups = groups
+        self._columns = columns
+        self._branches = _Branches.of(groups[0].options)
+        rows = [group.index for group in groups]
+        self._rows = None if len(rows) == len(columns) else constants.on(columns.device, rows)
+
+    @classmethod
+    def split(cls, groups: Sequence[GroupStep], columns: Columns, constants: Constants) -> list[AlikeGroups]:
+        """Split ``groups`` into batches of equal branches; the other arguments are those of the class."""
+        batches: dict[_Branches, list[GroupStep]] = {}
+        for group in groups:
+            batches.setdefault(_Branches.of(group.options), []).append(group)
+        return [cls(batch, columns, constants) for batch in batches.values()]
+
+    def select(self, values: Tensor) -> Tensor:
+        """The values of this batch's groups, from ``values`` of all groups of the optimiser."""
+        return values if self._rows is None else values.index_select(0, self._rows)
+
+    def open(self, moves: Tensor) -> Opened:
+        """Set this step's numbers.
+
+        Args:
+            moves: Whether each group of the optimiser moves: where False, a no-op. bool, (groups,).
+
+        Returns:
+            What :meth:`commit` needs.
+        """
+        do, moves = self._branches, self.select(moves)
+        d, shared_d, k = self._read("d"), self._read("shared_d"), self._read("k")
+        step, one = k + 1, torch.ones_like(d)
+        beta1, beta2 = one * self._option(lambda o: o.betas[0]), one * self._option(lambda o: o.betas[1])
+        lr, valid = self._lr(one)
+        moves = _and(moves, valid)
+        dlr, unit, rate = shared_d * lr, one, one * lr
+        beta3, observes = one * self._option(lambda o: o.prodigy_beta), torch.ones_like(moves)
+        if do.evidence == "balance":
+            evidence_weight = 1 / beta1  # the product is β1⟨g, x − z⟩
+        else:
+            evidence_weight = prodigy.evidence_weight(
+                d, self._option(lambda o: o.d0), self._option(lambda o: math.sqrt(o.d0)), do.evidence
+            )
+        if do.use_bias_correction:
+            rectification, beta2 = radam.rectified(step, beta2)
+            dlr, rate = dlr * rectification, rate * rectification
+        if do.warms_up:
+            warmup = (step.to(d.dtype) / self._option(lambda o: o.warmup_steps)).clamp_(max=1)
+            dlr, rate = dlr * warmup, rate * warmup
+        if do.use_adopt:
+            observes = variants.adopt_observes(step)
+            dlr, unit, rate, beta2, evidence_weight = (
+                torch.where(observes, value, 0) for value in (dlr, unit, rate, beta2, evidence_weight)
+            )
+            beta3 = torch.where(observes, beta3, 1)
+        weight_sum, c = self._averaging(dlr.square(), beta1)
+        y_fraction = schedule_free.y_fraction(beta1, c)
+        values = {
+            "beta1": beta1,
+            "beta2": beta2,
+            "beta3": beta3,
+            "grad_weight": (1 - beta1) * d * unit,
+            "sq_weight": (1 - beta2) * d.square(),
+            "evidence_weight": evidence_weight,
+            "unit": unit,
+            "dlr": dlr,
+            "decay": (dlr if do.weight_decay_by_lr else unit) * self._option(lambda o: o.weight_decay),
+            "c": c,
+            "y_fraction": y_fraction,
+            "d": d,
+            "eps": one * self._option(lambda o: o.eps or 0.0),
+            "ema_weight": step.to(d.dtype) ** -0.75,
+            "adopt_clip": step.to(d.dtype) ** 0.25,
+        }
+        in_order = torch.stack([values[name] for name in VALUES])
+        numbers = Packed(in_order, torch.full_like(step, -1), observes, step).where(moves)
+        of_groups = each_group(numbers._replace(values=numbers.values.t().contiguous()))
+        for group, of_group in zip(self._groups, of_groups, strict=True):
+            group.set_numbers(of_group)
+        return Opened(weight_sum, rate * y_fraction if do.use_schedulefree else rate, valid)
+
+    def _averaging(self, weight: Tensor, beta1: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the weights of all steps, including this one, in the average x; and c."""
+        weight_sum = self._read("weight_sum") + weight
+        strength = self._option(lambda o: o.schedulefree_c) if self._branches.scales_c else None
+        return weight_sum, schedule_free.averaging_weight(weight, weight_sum, beta1, strength)
+
+    def _lr(self, one: Tensor) -> tuple[float | Tensor, Tensor | None]:
+        """The groups' ``lr``; and whether it is valid (bool), or None if the host has checked it."""
+        lr = self._option(lambda o: o.lr)
+        if not isinstance(lr, Tensor):
+            return lr, None
+        # The host refuses an invalid lr, but does not know the value of a tensor on a device.
+        valid = torch.isfinite(lr * one) & (lr * one >= 0)
+        return torch.where(valid, lr, 0.0), valid
+
+    def commit(self, opened: Opened, moves: Tensor, skips: Tensor, learns: Tensor) -> Tensor:
+        """Count the step.
+
+        Args:
+            opened: The result of :meth:`open`.
+            moves, skips, learns: For each group of the optimiser: whether anything in it moved; whether the
+                step was skipped for a gradient that is not finite; and whether its evidence updates ``d``.
+                bool, (groups,).
+
+        Returns:
+            ``learns`` of this batch, False where ``lr`` is invalid.
+        """
+        moves, skips, learns = self.select(moves), self.select(skips), self.select(learns)
+        if opened.valid is not None:
+            skips = skips | (moves & ~opened.valid)
+        moves, learns = _and(moves, opened.valid), _and(learns, opened.valid)
+        self._write_(moves, weight_sum=opened.weight_sum, effective_lr=opened.effective_lr)
+        for name, counts in (("k", moves), ("skipped", skips)):
+            self.scatter_(self._columns[name], self._read(name) + counts)
+        return learns
+
+    def scatter_(self, target: Tensor, values: Tensor) -> None:
+        """Write the ``values`` of this batch's groups into ``target``, of all groups of the optimiser."""
+        if self._rows is None:
+            target.copy_(values)
+        else:
+            target.index_copy_(0, self._rows, values)
+
+    def adapt_(self, totals: Tensor, learns: Tensor) -> None:
+        """Update ``d`` from the sums of the step.
+
+        Args:
+            totals: The weighted sums of all groups of the optimiser, products and norms; (groups, 2).
+            learns: Which groups to update; bool, (groups,).
+        """
+        product, norm = self.select(totals).unbind(1)
+        if self._branches.evidence == "balance":
+            self._balance_(balance.Averages(product, norm), self.select(learns))
+            return
+        d, d_hat = self._read("d"), self._read("d_hat")
+        evidence = prodigy.Evidence(self._read("d_numerator"), self._read("max_d_numerator"), product, norm)
+        d, estimate, numerator = prodigy.next_d(d, evidence, self._estimator)
+        self._write_(
+            self.select(learns),
+            d=d,
+            d_hat=torch.where(norm > 0, estimate, d_hat),
+            d_numerator=numerator,
+            max_d_numerator=torch.maximum(numerator, evidence.largest),
+            d_denom=norm,
+        )
+
+    def _balance_(self, now: balance.Averages, learns: Tensor) -> None:
+        before = balance.Averages(self._read("d_numerator"), self._read("d_denom"))
+        d, rho, averages = balance.next_d(self._read("d"), self._read("k"), before, now)
+        numerator, denominator = averages
+        self._write_(learns, d=d, d_hat=rho, d_numerator=numerator, d_denom=denominator)
+
+    @property
+    def _estimator(self) -> prodigy.Estimator:
+        return prodigy.Estimator(
+            d0=self._option(lambda o: o.d0),
+            d_coef=self._option(lambda o: o.d_coef),
+            beta3=self._option(lambda o: o.prodigy_beta),
+            beta4=self._option(lambda o: o.d_beta) if self._branches.averages_d else None,
+            kind=self._branches.evidence,
+            limits=self._branches.d_limiter,
+            limit=self._option(lambda o: prodigy.Estimator.limit_of(o.d_coef)),
+            speed_coef=self._option(lambda o: prodigy.Estimator.speed_coef_of(o.d_coef)),
+        )
+
+    def shared_d(self) -> tuple[Tensor, Tensor]:
+        """The step sizes in use of this batch, whose groups share one; see ``prodigy.shared_d``."""
+        numbers = (self._read(name) for name in ("weight_sum", "k", "in_mean"))
+        return prodigy.shared_d(self._read("d"), self._option(lambda o: o.d0), *numbers)
+
+    def _option(self, value: Callable[[Options], float | Tensor]) -> float | Tensor:
+        """``value(options)``: a number if it is the same for all groups, else a tensor of shape (groups,)."""
+        values = [value(group.options) for group in self._groups]
+        first = values[0]
+        if len(values) == 1 or not any(isinstance(v, Tensor) or v != first for v in values):
+            return first
+        # Made on the device: a copy from the host would synchronise.
+        one = torch.ones_like(self._columns["d"][0])
+        return torch.stack([one * v for v in values])
+
+    def _read(self, name: str) -> Tensor:
+        return self.select(self._columns[name])
+
+    def _write_(self, condition: Tensor, **values: Tensor) -> None:
+        """Set columns, all of one dtype, where ``condition`` (bool) holds."""
+        before = torch.stack([self._read(name) for name in values])
+        after = torch.where(condition, torch.stack(list(values.values())), before)
+        if self._rows is None:
+            foreach_copy_([self._columns[name] for name in values], after.unbind())
+        else:
+            for name, value in zip(values, after.unbind(), strict=True):
+                self.scatter_(self._columns[name], value)
+
+
+def each_group(numbers: Packed) -> list[Packed]:
+    """Split the numbers of all groups, of shapes (groups, …), into those of each."""
+    return list(map(Packed, *(column.unbind() for column in numbers)))
+
+
+def _and(condition: Tensor, also: Tensor | None) -> Tensor:
+    return condition if also is None else condition & also

@@ -1,0 +1,99 @@
+"""One parameter group during one step: its options, its numbers, and what its parameters have observed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prodigyplus.options import Options
+from prodigyplus.state import StateOptions
+from prodigyplus.terms.scalars import Constants, Packed, Scalars
+
+
+class GroupStep:
+    """One parameter group during one step.
+
+    Args:
+        index: Its index in ``param_groups``.
+        entry: Its entry there; the numbers are views of the columns.
+
+    Attributes:
+        skips_per_param: Whether each parameter is skipped individually, instead of all together.
+        adapts: Whether its step size adapts; False once ``prodigy_steps`` have passed.
+        batch_keys: A cache of its parameters' batch keys, by what they depend on; see ``engine/batches.py``.
+    """
+
+    def __init__(self, index: int, entry: dict[str, Any]) -> None:
+        self.index = index
+        self.entry = entry
+        self.options = Options.of(entry)
+        self.skips_per_param = False
+        self.adapts = not self.options.is_frozen(entry)
+        self.batch_keys: dict[Hashable, Hashable | None] = {}
+        self._numbers: tuple[Packed, ...]
+        self._observed: list[tuple[list[int], Tensor, Tensor]] = []
+        self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}
+
+    @functools.cached_property
+    def state_options(self) -> StateOptions:
+        """Those of its options that determine which state its parameters have."""
+        return StateOptions.of(self.options)
+
+    def set_numbers(self, *numbers: Packed) -> None:
+        """Set the numbers of this step, in one or more dtypes."""
+        self._numbers = numbers
+        self._scalars.clear()
+
+    def scalars(self, device: torch.device, dtype: torch.dtype) -> Scalars:
+        """The numbers of this step on ``device``, floating-point ones in ``dtype``; cached."""
+        key = device, dtype
+        if key not in self._scalars:
+            numbers = next(
+                (given for given in self._numbers if given.values.dtype == dtype), self._numbers[0]
+            )
+            self._scalars[key] = numbers.to(device, dtype).across(0)
+        return self._scalars[key]
+
+    def observe(self, parameters: list[int], products: Tensor, norms: Tensor) -> None:
+        """Record the evidence of the parameters with these numbers: products and norms, (count,)."""
+        self._observed.append((parameters, products, norms))
+
+    @property
+    def evidence_weight(self) -> Tensor:
+        """The weight of the products in this step's evidence; 0-dim."""
+        return self._numbers[0].across(0).evidence_weight
+
+    @property
+    def norm_weight(self) -> Tensor:
+        """The weight of the norms in this step's evidence; 0-dim."""
+        dlr = self._numbers[0].across(0).dlr
+        return dlr if self.options.evidence == "balance" else torch.ones_like(dlr)
+
+    def totals(self, constants: Constants) -> Tensor:
+        """The sums of this step over the group: products and norms, not weighted yet; shape (2,)."""
+        d: Tensor = self.entry["d"]
+        if not self._observed:
+            return d.new_zeros(2)
+        parameters, *pairs = zip(*self._observed, strict=True)
+        # Sum in the order of the parameters, not of arrival: the last bits of a sum depend on its order.
+        came = tuple(map(tuple, parameters))
+        rows = constants.made(d.device, ("order", came), lambda: _order(came, d.device))
+        sums = []
+        for values in pairs:
+            wide = [value.to(d.device, d.dtype) for value in values]
+            whole = torch.cat(wide) if len(wide) > 1 else wide[0]
+            sums.append((whole if rows is None else whole.index_select(0, rows)).sum())
+        return torch.stack(sums)
+
+
+def _order(numbers: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:
+    """The indices that sort ``numbers``, concatenated; None if they are in order already."""
+    every = [number for run in numbers for number in run]
+    order = sorted(range(len(every)), key=every.__getitem__)
+    if order == list(range(len(order))):
+        return None
+    return torch.tensor(order, device="cpu").to(device, non_blocking=True)
