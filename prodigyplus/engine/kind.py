@@ -16,7 +16,6 @@ _OPTION_OF: dict[tuple[str, object], str] = {
     ("direction", "focus"): "use_focus=True",
     ("mask", "cautious"): "use_cautious=True",
     ("mask", "grams"): "use_grams=True",
-    ("projects", True): "use_orthograd=True",
 }
 
 
@@ -26,7 +25,8 @@ class Kind(NamedTuple):
     direction: Literal["adam", "atan2", "focus", "muon"] = "adam"
     z: str | None = schedule_free.BASE  # the key in the state of z or of z − y; None without Schedule-Free
     use_adopt: bool = False
-    projects: bool = False  # whether OrthoGrad projects the direction; a tensor of one element is left alone
+    use_orthograd: bool = False
+    is_single: bool = False  # with OrthoGrad, whether a tensor has one element: it is left alone
     mask: Literal["cautious", "grams"] | None = None
     is_stable: bool = True  # StableAdamW
     decays: bool = False
@@ -48,7 +48,8 @@ class Kind(NamedTuple):
             direction="muon" if o.use_muon_pp else "focus" if o.use_focus else direction,
             z=next((key for key in (schedule_free.BASE, schedule_free.OFFSET) if key in state), None),
             use_adopt=o.use_adopt,
-            projects=o.use_orthograd and numel > 1,
+            use_orthograd=o.use_orthograd,
+            is_single=o.use_orthograd and numel <= 1,
             mask="cautious" if o.use_cautious else "grams" if o.use_grams else None,
             is_stable=o.use_stableadamw,
             decays=o.weight_decay > 0,
@@ -68,6 +69,11 @@ class Kind(NamedTuple):
             if value not in admitted.get(name, (default,)):
                 return _OPTION_OF.get((name, value), f"{name}={value!r}")
         return None
+
+    @property
+    def projects(self) -> bool:
+        """Whether OrthoGrad projects the direction."""
+        return self.use_orthograd and not self.is_single
 
     @property
     def is_balanced(self) -> bool:

@@ -20,7 +20,7 @@ from prodigyplus.engine.rule import Work
 from prodigyplus.formulas import balance, moments, muon, prodigy, stochastic_rounding, variants
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import Layout
-from prodigyplus.terms.requests import Answers, Matrices, Requests, Sum
+from prodigyplus.terms.requests import Answers, Requests
 from prodigyplus.terms.scalars import Constants, Scalars
 
 
@@ -76,7 +76,8 @@ class Stack:
         )
 
     def work(self, squares: Answers, n: Scalars, constants: Constants) -> Work:
-        return (_CompiledWork if self.compiles else _PlainWork)(self, squares, n, constants)
+        kind = _MuonWork if self.is_matrix else _CompiledWork if self.compiles else _PlainWork
+        return kind(self, squares, n, constants)
 
     @property
     def axes(self) -> tuple[Hashable, ...]:
@@ -137,7 +138,6 @@ class _PlainWork:
         self._grad: Tensor | None = None  # kept from the first pass that reads it to the last
         self._masked: Tensor | None = None  # what scale_up_() scales
         self._kept: tuple[Tensor, ...] = ()  # see passes.measure_
-        self._late: dict[str, Tensor] = {}  # see late_sums()
         self._rest: Callable[[], object] | None = None  # finishes a move that is masked
 
     def grad(self) -> Tensor:
@@ -182,30 +182,16 @@ class _PlainWork:
             self.kind,
             keeps_direction=True,
         )
-        requests = self._sums(sums)
-        if self.kind.direction == "muon":
-            return {**requests, "matrices": self._matrices()}
         self._grad = None  # a copy, if the stack is of several
-        return requests
+        return self._sums(sums)
 
-    def _sums(self, sums: Mapping[str, Tensor]) -> dict[str, Sum | Matrices]:
+    def _sums(self, sums: Mapping[str, Tensor]) -> Requests:
         layout = self.stack.layout
         return {name: layout.sum(value, layout.dims) for name, value in sums.items()}
-
-    def _matrices(self) -> Matrices:
-        stack = self.stack
-        moved_by = self.state["exp_avg"] if self.kind.has_momentum else self.grad()
-        assert len(moved_by) == 1, "matrices are stacked by whoever orthogonalises them"
-        return matrices(moved_by[0], stack.group, stack.numbers[0], stack.dtype)
 
     def move_(self, answers: Answers) -> Tensor | None:
         y, z, n, kind, noise = self.y, self.z, self.across, self.kind, self.noise
         u, scale = self._direction(answers)
-        if kind.direction == "muon" and kind.has_momentum and kind.mask:
-            # Here the direction is masked, which Muon knows only now.
-            self._masked, agreeing = passes.mask_(u, n.gated(self.grad().to(u.dtype)), kind)
-            self._rest = lambda: passes.move_(y, z, u, scale, n, kind, noise)
-            return agreeing
         proposed = passes.move_(y, z, u, scale, n, kind, noise)
         if proposed is None:
             return None
@@ -216,33 +202,19 @@ class _PlainWork:
 
     def _direction(self, answers: Answers) -> tuple[Tensor, Tensor]:
         """The direction, and its factor, which broadcasts; drops what was kept for it."""
-        n, kind = self.across, self.kind
-        kept, self._kept = self._kept, ()
-        if kind.direction == "muon":
-            u = n.gated(answers.pop("matrices").unsqueeze(0).to(self.stack.dtype))
-            if kind.is_late:
-                self._late = {"gu": balance.dot(u, self.grad()), "uu": stacks.square_total(u)}
-            return u, n.unit * self._unit_rms
-        (u,), (along, factor) = kept, self._scales(answers)
+        unit = self.across.unit
+        (u,), self._kept = self._kept, ()
+        along, factor = self._scales(answers)
         if along is not None:
-            base = passes.base(self.y, self.state, kind).to(u.dtype)
+            base = passes.base(self.y, self.state, self.kind).to(u.dtype)
             u.addcmul_(base, stacks.across(along, u), value=-1)
-        return u, n.unit if factor is None else n.unit * stacks.across(factor, u)
-
-    @property
-    def _unit_rms(self) -> float:
-        """The factor that gives orthogonalised matrices an rms of 1."""
-        stack = self.stack
-        _, rows, columns = muon.sizes(stack.layout.shape, batched=stack.group.options.muon_batched)
-        return muon.unit_rms(rows, columns)
+        return u, unit if factor is None else unit * stacks.across(factor, u)
 
     def _scales(self, answers: Answers) -> passes.Scales:
-        if self.kind.direction == "muon":
-            return passes.Scales(None, self.n.unit * self._unit_rms)
         return passes.scales(answers, self.stack.layout.numel, self.stack.dtype, self.kind)
 
     def late_sums(self) -> Requests:
-        return self._sums(self._late)
+        return {}
 
     def evidence_(self, answers: Answers) -> tuple[Tensor, Tensor]:
         if self.kind.is_balanced:
@@ -291,3 +263,44 @@ class _CompiledWork(_PlainWork):
                 self.y, self.z, self.grad(), self._kept, scale, self.n.packed, self.kind, self.noise
             )
         return None
+
+
+class _MuonWork(_PlainWork):
+    """The passes of one parameter that Muon moves, whose matrices are orthogonalised between two of them."""
+
+    _late: dict[str, Tensor]  # see late_sums()
+
+    def measure_(self) -> Requests:
+        stack, requests = self.stack, super().measure_()
+        moved_by = self.state["exp_avg"] if self.kind.has_momentum else self.grad()
+        assert len(moved_by) == 1, "matrices are stacked by whoever orthogonalises them"
+        return {**requests, "matrices": matrices(moved_by[0], stack.group, stack.numbers[0], stack.dtype)}
+
+    def move_(self, answers: Answers) -> Tensor | None:
+        y, z, n, kind, noise = self.y, self.z, self.across, self.kind, self.noise
+        if not (kind.has_momentum and kind.mask):
+            return super().move_(answers)
+        # The direction is masked, not the first moment that it is made from.
+        u, scale = self._direction(answers)
+        self._masked, agreeing = passes.mask_(u, n.gated(self.grad().to(u.dtype)), kind)
+        self._rest = lambda: passes.move_(y, z, u, scale, n, kind, noise)
+        return agreeing
+
+    def _direction(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        u = self.across.gated(answers.pop("matrices").unsqueeze(0).to(self.stack.dtype))
+        if self.kind.is_late:
+            self._late = {"gu": balance.dot(u, self.grad()), "uu": stacks.square_total(u)}
+        return u, self.across.unit * self._unit_rms
+
+    @property
+    def _unit_rms(self) -> float:
+        """The factor that gives orthogonalised matrices an rms of 1."""
+        stack = self.stack
+        _, rows, columns = muon.sizes(stack.layout.shape, batched=stack.group.options.muon_batched)
+        return muon.unit_rms(rows, columns)
+
+    def _scales(self, answers: Answers) -> passes.Scales:
+        return passes.Scales(None, self.n.unit * self._unit_rms)
+
+    def late_sums(self) -> Requests:
+        return self._sums(self._late)
