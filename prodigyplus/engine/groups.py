@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from prodigyplus.device import jit
-from prodigyplus.device.groups import GroupNumbers, GroupOptions, table_of
-from prodigyplus.device.launches import EVIDENCE
+from prodigyplus.device.groups import GroupNumbers, table_of
+from prodigyplus.device.tables import EVIDENCE, POOLS, GroupOptions
 from prodigyplus.engine.columns import Columns
 from prodigyplus.formulas import balance, prodigy, radam, schedule_free, variants
 from prodigyplus.options import Options
@@ -103,10 +103,6 @@ class GroupStep:
         return torch.stack(sums)
 
 
-# The kernels' numbers for the pools: groups of one pool have one d.
-_POOLS = {None: 0, "prodigy": 1, "balance": 2}
-
-
 def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
     """The options of a group for kernels; ``shares``: whether it moves by the mean of several groups."""
     o = group.options
@@ -131,7 +127,7 @@ def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
         weight_decay_by_lr=o.weight_decay_by_lr,
         d_limiter=o.d_limiter,
         adapts=group.adapts,
-        pool=_POOLS[o.pool],
+        pool=POOLS[o.pool],
         shares=shares,
     )
 
