@@ -82,7 +82,7 @@ class Constraint(NamedTuple):
             _write_(offset, offset + (change - (local(y) - local(p))), happens)
         _write_(local(p), local(y), happens)
 
-    def put_in_(self, p: Tensor, state: Mapping[str, Tensor], placement: Placement, beta1: float) -> None:
+    def put_in_(self, p: Tensor, state: dict[str, Tensor], placement: Placement, beta1: float) -> None:
         """Put a parameter, its base iterate and their average into the set, however far outside they are.
 
         Args:

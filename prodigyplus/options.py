@@ -20,6 +20,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+Evidence = Literal["products", "signs", "relative", "balance"]
+"""The kinds of evidence for the step size."""
+
+# Prodigy's, by ``use_speed``.
+_PRODIGYS: dict[object, Evidence] = {False: "products", True: "signs", "relative": "relative"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -92,15 +98,15 @@ class Options:
         return self.betas[1] if self.beta4 is None else self.beta4
 
     @property
-    def is_balanced(self) -> bool:
-        """Whether the step size is that of Schedule-Free's equilibrium, not Prodigy's."""
-        return self.step_size == "balance"
+    def evidence(self) -> Evidence:
+        """What the step size goes by; of Prodigy's kinds, see :mod:`prodigyplus.formulas.prodigy`."""
+        return "balance" if self.step_size == "balance" else _PRODIGYS[self.use_speed]
 
     @property
     def pool(self) -> str | None:
         """With which groups it has one step size, found from the sums of all; None: with none."""
         # A mean of step sizes is none that any group is in balance at.
-        is_pooled = not self.split_groups or (self.is_balanced and self.split_groups_mean)
+        is_pooled = not self.split_groups or (self.step_size == "balance" and self.split_groups_mean)
         return self.step_size if is_pooled else None
 
     def wants_kernels(self, device: torch.device) -> bool:

@@ -71,7 +71,7 @@ N_EMA_WEIGHT = tl.constexpr(VALUES.index("ema_weight"))
 N_ADOPT_CLIP = tl.constexpr(VALUES.index("adopt_clip"))
 
 # Options are float64, numbers of kinds too.
-SIGNS = tl.constexpr(float(EVIDENCE[True]))
+SIGNS = tl.constexpr(float(EVIDENCE["signs"]))
 RELATIVE = tl.constexpr(float(EVIDENCE["relative"]))
 BALANCE = tl.constexpr(float(EVIDENCE["balance"]))
 LAST_POOL = tl.constexpr(max(POOLS.values()))

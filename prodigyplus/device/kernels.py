@@ -64,7 +64,7 @@ N_D = tl.constexpr(VALUES.index("d"))
 N_EPS = tl.constexpr(VALUES.index("eps"))
 
 # The kinds of evidence.
-SIGNS = tl.constexpr(tables.EVIDENCE[True])
+SIGNS = tl.constexpr(tables.EVIDENCE["signs"])
 RELATIVE = tl.constexpr(tables.EVIDENCE["relative"])
 BALANCE = tl.constexpr(tables.EVIDENCE["balance"])
 

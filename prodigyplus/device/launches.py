@@ -28,9 +28,9 @@ _VECTOR_BYTES = 16
 _RUN = 1024
 
 # The names of the sums that ``sweep`` takes for each kind, in the order of its rows of partial sums.
-EVIDENCE_SUMS: dict[object, tuple[str, ...]] = {
-    False: ("product", "norm"),
-    True: ("product", "norm"),
+EVIDENCE_SUMS: dict[str, tuple[str, ...]] = {
+    "products": ("product", "norm"),
+    "signs": ("product", "norm"),
     "relative": ("product", "l1", "l2_square"),
     "balance": ("product", "gu", "uu"),
 }
@@ -70,7 +70,7 @@ class Setup(NamedTuple):
     is_atan2: bool
     is_stable: bool
     decays: bool
-    evidence: object  # a key of ``EVIDENCE``
+    evidence: str  # a key of ``EVIDENCE``
     every: int
     rounds: bool
     direction: torch.dtype | None = None  # the dtype of directions that are read; None if they are computed

@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-# The kernels' numbers for the kinds of evidence: the values of ``use_speed``, and balance.
-EVIDENCE: dict[object, int] = {False: 0, True: 1, "relative": 2, "balance": 3}
+# The kernels' numbers for the kinds of evidence: see ``Options.evidence``.
+EVIDENCE: dict[str, int] = {"products": 0, "signs": 1, "relative": 2, "balance": 3}
 
 # The kernels' numbers for the pools: groups of one pool have one d.
 POOLS: dict[str | None, int] = {None: 0, "prodigy": 1, "balance": 2}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Generator, Hashable, Mapping, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from prodigyplus.engine.groups import GroupStep
 from prodigyplus.engine.passes import Kind
 from prodigyplus.engine.rule import Answers, ParamStep, matrices, orthogonalized_in
 from prodigyplus.formulas import moments, muon, prodigy, schedule_free
-from prodigyplus.options import Options
+from prodigyplus.options import Evidence, Options
 from prodigyplus.state import TABLE, StateOptions, Subject
 from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Matrices, Requests, Sum
@@ -35,8 +36,7 @@ _ADMITTED: dict[str, tuple[object, ...]] = {
     "is_stable": _SWITCH,
     "decays": _SWITCH,
     "decays_by_lr": _SWITCH,
-    "use_speed": (*_SWITCH, "relative"),
-    "is_balanced": _SWITCH,
+    "evidence": (*get_args(Evidence), None),
 }
 _DTYPES = (torch.float32, torch.bfloat16)
 _DTYPES_OF_STATE = {*_DTYPES, torch.float64}
@@ -117,7 +117,7 @@ class Batch:
 
     def __init__(self, params: Sequence[ParamStep]) -> None:
         first = params[0]
-        self.is_matrix, self.adapts = first.is_matrix, first.adapts
+        self.is_matrix = first.is_matrix
         self.cost = first.cost if first.is_matrix else (0, 0, 0)
         self.matrix_names = [f"matrices {param.number}" for param in params]
         self.weights = [param.weight for param in params]
@@ -224,7 +224,7 @@ class Batch:
             is_atan2=kind.direction == "atan2",
             is_stable=kind.is_stable and not self.is_matrix,  # matrices have been scaled already
             decays=kind.decays,
-            evidence="balance" if kind.is_balanced else kind.use_speed,
+            evidence=o.evidence,
             every=o.slice_p,
             rounds=o.stochastic_rounding and torch.bfloat16 in (dtypes.weight, dtypes.base),
             direction=orthogonalized_in(self.group, self.dtype) if self.is_matrix else None,
@@ -267,7 +267,7 @@ class _KernelWork:
 
     def __init__(self, batch: Batch, squares: Mapping[str, Tensor], n: Scalars, constants: Constants) -> None:
         self.batch, self.kind, self.n = batch, batch.kind, n
-        keys = prodigy.AVERAGES if self.kind.use_speed == "relative" and batch.adapts else ()
+        keys = prodigy.AVERAGES if self.kind.evidence == "relative" else ()
         self._averages = {key: stacks.stack_view([state[key] for state in batch.states]) for key in keys}
         self._launches, self._sums, self._constants = batch.launches(constants), squares, constants
         self._moves_at_once = not (batch.is_sharded or batch.is_matrix)
@@ -287,7 +287,7 @@ class _KernelWork:
         squares = [self._sums[f"squares {index}"] for index in range(len(self._launches.plan.sum_pieces))]
         if squares:
             self._launches.factors_(squares[0] if len(squares) == 1 else torch.cat(squares), setup, n)
-        takes = batch.adapts
+        takes = self.kind.evidence is not None
         norms, sums = self._launches.measure_(setup, n, takes_evidence=takes and not self._moves_at_once)
         if self._moves_at_once:
             sums = self._move_(norms, takes_evidence=takes)
@@ -308,7 +308,8 @@ class _KernelWork:
     def evidence_(self, answers: Answers) -> tuple[Tensor, Tensor]:
         kind, numels = self.kind, self._launches.plan.numels
         if not kind.is_balanced:
-            return prodigy.evidence_(answers, self._averages, kind.use_speed, self.n)
+            assert kind.evidence is not None
+            return prodigy.evidence_(answers, self._averages, kind.evidence, self.n)
         if self.batch.is_matrix:
             scales = passes.Scales(None, self.n.unit * self.batch.scales(self._constants))
         else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from prodigyplus import torch_private
 from prodigyplus.engine import passes
 from prodigyplus.engine.passes import Kind, Moments, Noise, Samples, State
 from prodigyplus.formulas import directions, moments, schedule_free
+from prodigyplus.options import Evidence
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import strided_samples
 from prodigyplus.terms.scalars import Packed
@@ -38,8 +39,7 @@ _ADMITTED: dict[str, tuple[object, ...]] = {
     "is_stable": _SWITCH,
     "decays": _SWITCH,
     "decays_by_lr": _SWITCH,
-    "use_speed": (*_SWITCH, "relative"),
-    "is_balanced": _SWITCH,
+    "evidence": (*get_args(Evidence), None),
 }
 
 

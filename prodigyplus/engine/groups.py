@@ -19,7 +19,7 @@ from prodigyplus.device.groups import GroupNumbers, table_of
 from prodigyplus.device.tables import EVIDENCE, POOLS, GroupOptions
 from prodigyplus.engine.columns import Columns
 from prodigyplus.formulas import balance, prodigy, radam, schedule_free, variants
-from prodigyplus.options import Options
+from prodigyplus.options import Evidence, Options
 from prodigyplus.state import StateOptions
 from prodigyplus.terms.scalars import VALUES, Constants, Packed, Scalars
 from prodigyplus.torch_private import foreach_copy_
@@ -84,7 +84,7 @@ class GroupStep:
     def norm_weight(self) -> Tensor:
         """The weight of the norms in this step's evidence; 0-dim."""
         dlr = self._numbers[0].across(0).dlr
-        return dlr if self.options.is_balanced else torch.ones_like(dlr)
+        return dlr if self.options.evidence == "balance" else torch.ones_like(dlr)
 
     def totals(self, constants: Constants) -> Tensor:
         """The sums of this step over the group: products and norms, not weighted yet; shape (2,)."""
@@ -123,7 +123,7 @@ def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
         use_schedulefree=o.use_schedulefree,
         use_bias_correction=o.use_bias_correction,
         use_adopt=o.use_adopt,
-        evidence=EVIDENCE["balance" if o.is_balanced else o.use_speed],
+        evidence=EVIDENCE[o.evidence],
         weight_decay_by_lr=o.weight_decay_by_lr,
         d_limiter=o.d_limiter,
         adapts=group.adapts,
@@ -138,8 +138,7 @@ class _Branches(NamedTuple):
     use_schedulefree: bool
     use_bias_correction: bool
     use_adopt: bool
-    use_speed: object
-    is_balanced: bool
+    evidence: Evidence
     weight_decay_by_lr: bool
     d_limiter: bool
     scales_c: bool
@@ -149,8 +148,8 @@ class _Branches(NamedTuple):
     @classmethod
     def of(cls, o: Options) -> _Branches:
         of_step = o.use_schedulefree, o.use_bias_correction, o.use_adopt
-        of_d = o.is_balanced, o.weight_decay_by_lr, o.d_limiter
-        return cls(*of_step, o.use_speed, *of_d, o.schedulefree_c > 0, o.d_beta > 0, o.warmup_steps > 0)
+        of_d = o.evidence, o.weight_decay_by_lr, o.d_limiter
+        return cls(*of_step, *of_d, o.schedulefree_c > 0, o.d_beta > 0, o.warmup_steps > 0)
 
 
 class _Opened(NamedTuple):
@@ -206,11 +205,11 @@ class GroupBatch:
         moves = _and(moves, valid)
         dlr, unit, rate = shared_d * lr, one, one * lr
         beta3, observes = one * self._option(lambda o: o.prodigy_beta), torch.ones_like(moves)
-        if do.is_balanced:
+        if do.evidence == "balance":
             evidence_weight = 1 / beta1  # the product is β1⟨g, x − z⟩
         else:
             evidence_weight = prodigy.evidence_weight(
-                d, self._option(lambda o: o.d0), self._option(lambda o: math.sqrt(o.d0)), do.use_speed
+                d, self._option(lambda o: o.d0), self._option(lambda o: math.sqrt(o.d0)), do.evidence
             )
         if do.use_bias_correction:
             rectification, beta2 = radam.rectified(step, beta2)
@@ -301,7 +300,7 @@ class GroupBatch:
             learns: Which groups to update; bool, (groups,).
         """
         product, norm = self.select(totals).unbind(1)
-        if self._branches.is_balanced:
+        if self._branches.evidence == "balance":
             self._balance_(balance.Averages(product, norm), self.select(learns))
             return
         d, d_hat = self._read("d"), self._read("d_hat")
@@ -329,7 +328,7 @@ class GroupBatch:
             d_coef=self._option(lambda o: o.d_coef),
             beta3=self._option(lambda o: o.prodigy_beta),
             beta4=self._option(lambda o: o.d_beta) if self._branches.averages_d else None,
-            use_speed=self._branches.use_speed,
+            kind=self._branches.evidence,
             limits=self._branches.d_limiter,
             limit=self._option(lambda o: prodigy.Estimator.limit_of(o.d_coef)),
             speed_coef=self._option(lambda o: prodigy.Estimator.speed_coef_of(o.d_coef)),
@@ -479,7 +478,7 @@ class Groups:
             return
         products, norms = totals.unbind(1)
         products = products * torch.stack([step.evidence_weight for step in self.steps])
-        if any(step.options.is_balanced for step in self.steps):
+        if any(step.options.evidence == "balance" for step in self.steps):
             norms = norms * torch.stack([step.norm_weight for step in self.steps])
         totals = torch.stack((products, norms), 1)
         # Groups of one pool have one d: the first of them updates it from the sums of all.

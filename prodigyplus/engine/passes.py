@@ -27,7 +27,7 @@ from prodigyplus.formulas import (
     stochastic_rounding,
     variants,
 )
-from prodigyplus.options import Options
+from prodigyplus.options import Evidence, Options
 from prodigyplus.terms import stacks
 from prodigyplus.terms.scalars import Numbers, Scalars
 
@@ -58,8 +58,7 @@ class Kind(NamedTuple):
     is_stable: bool = True  # StableAdamW
     decays: bool = False
     decays_by_lr: bool = True
-    use_speed: object = False
-    is_balanced: bool = False  # whether balance needs evidence of this stack
+    evidence: Evidence | None = "products"  # None: none is taken
 
     @classmethod
     def of(cls, o: Options, state: State, numel: int, *, adapts: bool = True) -> Kind:
@@ -69,7 +68,7 @@ class Kind(NamedTuple):
             o: Its group's options.
             state: The state of one of its parameters.
             numel: The number of elements of a whole tensor.
-            adapts: Whether the step size adapts.
+            adapts: Whether its group's step size adapts.
         """
         direction: Literal["adam", "atan2", "focus", "muon"] = "atan2" if o.eps is None else "adam"
         return cls(
@@ -82,8 +81,8 @@ class Kind(NamedTuple):
             is_stable=o.use_stableadamw,
             decays=o.weight_decay > 0,
             decays_by_lr=o.weight_decay_by_lr,
-            use_speed=o.use_speed,
-            is_balanced=o.is_balanced and adapts,
+            # Without p0, Prodigy has nothing to go by: it is freed with the rest of the evidence.
+            evidence=o.evidence if adapts and (o.evidence == "balance" or "p0" in state) else None,
         )
 
     def refused_by(self, admitted: Mapping[str, tuple[object, ...]]) -> str | None:
@@ -102,6 +101,11 @@ class Kind(NamedTuple):
     def projects(self) -> bool:
         """Whether OrthoGrad projects the direction."""
         return self.use_orthograd and not self.is_single
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether the evidence is balance's."""
+        return self.evidence == "balance"
 
     @property
     def is_late(self) -> bool:
@@ -229,9 +233,10 @@ def measure_(
         z, dtype = state[kind.z], across.d.dtype
         sums["product"] = balance.product_sum(grad, y, z, dtype, is_offset=kind.is_offset)
     if samples is not None:
+        assert kind.evidence is not None
         over = n.across(1)
         of_grad = over.gated(samples.grad.to(over.d.dtype))
-        sums |= prodigy.evidence_sums_(of_grad, samples.base, state, kind.use_speed, over)
+        sums |= prodigy.evidence_sums_(of_grad, samples.base, state, kind.evidence, over)
     return sums, kept
 
 

@@ -58,11 +58,6 @@ class ParamStep(NamedTuple):
         return self.group.options.use_muon_pp
 
     @property
-    def adapts(self) -> bool:
-        """Whether its gradients are evidence for the step size; False once the state for that is freed."""
-        return self.group.adapts and (self.group.options.is_balanced or "p0" in self.state)
-
-    @property
     def cost(self) -> tuple[int, int, int]:
         """See :attr:`Moving.cost`."""
         return _cost(self.layout, self.group)
@@ -88,7 +83,6 @@ class Moving(Protocol):
     present: list[bool] | None  # for each, as ``ParamStep.present``; None if nobody needs to ask
     nbytes: int  # bytes of directions that are alive while sums are completed
     is_matrix: bool
-    adapts: bool  # whether their gradients are evidence for the step size
 
     def squares(self, constants: Constants) -> Requests:
         """Requests for sums of the raw gradients' squares; among them ``total``, one for each parameter."""
@@ -137,7 +131,6 @@ class Stack:
     present: list[bool] | None
     nbytes: int
     is_matrix: bool
-    adapts: bool
     kind: Kind  # which operators its passes consist of
 
     @classmethod
@@ -154,7 +147,6 @@ class Stack:
             None if first.present is None else [bool(param.present) for param in params],
             len(params) * first.nbytes,
             first.is_matrix,
-            first.adapts,
             Kind.of(first.group.options, first.state, first.layout.numel, adapts=first.group.adapts),
         )
 
@@ -265,10 +257,11 @@ def update(stack: Moving, constants: Constants) -> Rule:
     if work.kind.has_momentum:
         yield from work.scale_up_(work.momentum_())
     answers = yield from _asked(work.measure_())
-    evidence = work.evidence_(answers) if stack.adapts and not work.kind.is_late else None
+    takes_evidence, is_late = work.kind.evidence is not None, work.kind.is_late
+    evidence = work.evidence_(answers) if takes_evidence and not is_late else None
     if (agreeing := work.move_(answers)) is not None:
         yield from work.scale_up_(agreeing)
-    if stack.adapts and work.kind.is_late:
+    if is_late:
         answers |= yield from _asked(work.late_sums())
         evidence = work.evidence_(answers)
     if evidence is not None:
@@ -371,11 +364,16 @@ class _PlainWork:
             self._grad = stacks.stack_copy(self.stack.grads)
         return self._grad
 
+    @property
+    def sampled_every(self) -> int:
+        """The distance between samples; 0 if none are taken."""
+        return self.stack.group.options.slice_p if self.kind.evidence not in (None, "balance") else 0
+
     def samples(self) -> Samples | None:
         """The samples for Prodigy's evidence; None if it takes none."""
-        if not self.stack.adapts or self.kind.is_balanced:
+        if not (every := self.sampled_every):
             return None
-        layout, every = self.stack.layout, self.stack.group.options.slice_p
+        layout = self.stack.layout
         return Samples.of(lambda stack: layout.sample(stack, every), self.y, self.grad(), self.z, self.kind)
 
     def momentum_(self) -> Tensor | None:
@@ -467,7 +465,8 @@ class _PlainWork:
     def evidence_(self, answers: Answers) -> tuple[Tensor, Tensor]:
         if self.kind.is_balanced:
             return passes.balance_evidence(answers, self._scales(answers), self.stack.layout.numel, self.n)
-        return prodigy.evidence_(answers, self.state, self.kind.use_speed, self.n)
+        assert self.kind.evidence is not None
+        return prodigy.evidence_(answers, self.state, self.kind.evidence, self.n)
 
     def finish_(self) -> None:
         if self._rest is not None:
@@ -488,10 +487,9 @@ class _CompiledWork(_PlainWork):
             sums, self._kept = compiled.measure_(*arguments)
             self._grad = None
         else:  # there is nothing to wait for: move in the same call
-            every = 0 if self.kind.is_balanced or not stack.adapts else stack.group.options.slice_p
             state, feed, numel = self.state, self.feed, stack.layout.numel
             sums = compiled.measure_and_move_(
-                self.y, self.grad(), state, feed, every, packed, self.kind, numel, self.noise
+                self.y, self.grad(), state, feed, self.sampled_every, packed, self.kind, numel, self.noise
             )
         return self._sums(sums)
 

@@ -1,13 +1,13 @@
 """Prodigy (arXiv 2306.06101, algorithm 4): the step size ``d``, and its evidence.
 
 Prodigy divides a sum of ⟨g, p0 − z⟩ over the steps by a norm of the sum of the gradients, both on samples:
-every ``slice_p``-th element. ``use_speed`` changes what each step adds:
+every ``slice_p``-th element. What each step adds depends on the kind of evidence, which ``use_speed`` sets:
 
 ================  ==========================================  =============================================
-``use_speed``     product                                     norm
+kind              product                                     norm
 ================  ==========================================  =============================================
-``False``         ⟨g, p0 − z⟩                                 ‖s‖₁, with ``s ← β3 s + w·g``
-``True``          the sign of ⟨g, p0 − z⟩                     ‖s‖₁, with ``s ← β3 s + w·sign(g)``
+``"products"``    ⟨g, p0 − z⟩                                 ‖s‖₁, with ``s ← β3 s + w·g``
+``"signs"``       the sign of ⟨g, p0 − z⟩                     ‖s‖₁, with ``s ← β3 s + w·sign(g)``
 ``"relative"``    its average ``m ← (1−k^-¾) m + k^-¾ ⟨…⟩``,  ‖p0 − z‖₂, the largest so far; only reported
                   divided by the largest ‖p0 − z‖₁ so far and
                   by ``(1 + ‖p0 − z‖₂)²``, also the largest
@@ -47,7 +47,7 @@ AVERAGES = ("exp_avg_product", "max_l1", "max_l2")
 
 
 def evidence_sums_(
-    grad: Tensor, base: Tensor, state: Mapping[str, Tensor], use_speed: object, n: Scalars
+    grad: Tensor, base: Tensor, state: Mapping[str, Tensor], kind: str, n: Scalars
 ) -> dict[str, Tensor]:
     """Update ``s`` in ``state``, and return the local sums that :func:`evidence_` needs.
 
@@ -58,36 +58,36 @@ def evidence_sums_(
         grad: Samples of a stack's raw gradients, in the dtype of the numbers, gated; (count, samples).
         base: Samples of z, or without Schedule-Free of y; the same shape.
         state: The stack's state.
-        use_speed: The option.
+        kind: The kind of the evidence.
         n: The numbers of the step.
 
     Returns:
         Sums by name; shapes (count,), float64.
     """
     distance = state["p0"].to(grad.dtype, copy=True).sub_(base)
-    if use_speed == "relative":
+    if kind == "relative":
         distances = {"l1": distance.abs(), "l2_square": distance.square(), "product": distance.mul_(grad)}
         return {name: stacks.total(values, wide_dtype(grad.device)) for name, values in distances.items()}
     product = stacks.total(distance.mul_(grad), wide_dtype(grad.device))
     s = state["s"]
     # On a GPU, bfloat16 times a 0-dim tensor would round that number to bfloat16 first.
     s.copy_(s.to(grad.dtype).mul_(n.beta3))
-    s.add_((grad.sign() if use_speed else grad) * n.evidence_weight)
+    s.add_((grad.sign() if kind == "signs" else grad) * n.evidence_weight)
     return {"product": product, "norm": stacks.total(s.abs(), wide_dtype(grad.device))}
 
 
 def evidence_(
-    sums: Mapping[str, Tensor], state: Mapping[str, Tensor], use_speed: object, n: Scalars
+    sums: Mapping[str, Tensor], state: Mapping[str, Tensor], kind: str, n: Scalars
 ) -> tuple[Tensor, Tensor]:
     """Products and norms (see the module docstring) from sums over whole tensors; shapes (count,).
 
     They are zero where the gradient does not count. SPEED "relative" updates its averages in ``state``.
     """
-    if use_speed == "relative":
+    if kind == "relative":
         product, norm = _relative_(sums, state, n)
     else:
         product, norm = sums["product"], sums["norm"]
-    if use_speed is True:
+    if kind == "signs":
         product = product.sign()
     return torch.where(n.observes, product, 0), torch.where(n.observes, norm, 0)
 
@@ -106,9 +106,9 @@ def _relative_(sums: Mapping[str, Tensor], state: Mapping[str, Tensor], n: Scala
     return average / (l1 * (1 + l2).square()), l2
 
 
-def evidence_weight(d: Tensor, d0: float | Tensor, sqrt_d0: float | Tensor, use_speed: object) -> Tensor:
-    """A step's weight in Prodigy's statistics: d²/sqrt(d0), or sqrt(d)·d0 with ``use_speed=True``."""
-    return d.sqrt() * d0 if use_speed is True else d.square() / sqrt_d0
+def evidence_weight(d: Tensor, d0: float | Tensor, sqrt_d0: float | Tensor, kind: str) -> Tensor:
+    """A step's weight in Prodigy's statistics: d²/sqrt(d0); of signs, sqrt(d)·d0."""
+    return d.sqrt() * d0 if kind == "signs" else d.square() / sqrt_d0
 
 
 class Evidence(NamedTuple):
@@ -134,7 +134,7 @@ class Estimator(NamedTuple):
         d_coef: Multiplies the estimate.
         beta3: Decay of the numerator.
         beta4: Decay of ``d`` itself, which can then shrink too; None if ``d`` never shrinks.
-        use_speed: The option.
+        kind: The kind of the evidence.
         limits: Whether the limiter applies, the option ``d_limiter``.
         limit, speed_coef: Derived from ``d_coef``, see :meth:`limit_of` and :meth:`speed_coef_of`.
     """
@@ -143,7 +143,7 @@ class Estimator(NamedTuple):
     d_coef: float | Tensor
     beta3: float | Tensor
     beta4: float | Tensor | None
-    use_speed: object
+    kind: str
     limits: bool
     limit: float | Tensor
     speed_coef: float | Tensor
@@ -177,13 +177,13 @@ def next_d(d: Tensor, evidence: Evidence, by: Estimator) -> tuple[Tensor, Tensor
     numerator = numerator * by.beta3
     # Until d has grown, negative products would only hold it down.
     numerator = torch.where((d > by.d0) | (product > 0), numerator + product, numerator)
-    if by.use_speed == "relative":
+    if by.kind == "relative":
         grows = (numerator >= largest) & (numerator > 0) & (before > 0)
         d_hat = torch.where(grows, d * (numerator / before).sqrt().clamp(max=LIMIT), d)
         estimate = torch.where(grows, d_hat * by.speed_coef, d)
     else:
         d_hat = numerator / norm
-        if by.use_speed:
+        if by.kind == "signs":
             estimate = torch.minimum(d_hat * by.d_coef, d**SPEED_LIMIT)
         else:
             estimate = (torch.minimum(d_hat, d * by.limit) if by.limits else d_hat) * by.d_coef

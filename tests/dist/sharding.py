@@ -56,6 +56,6 @@ def place(name, model, units=True):
         for block in model.blocks if units else ():
             fully_shard(block, mesh=data_mesh)
         fully_shard(model, mesh=data_mesh)
-        number = data_mesh.get_rank() if data_mesh.ndim == 1 else dist.get_rank()
-        return model, model, data_mesh.get_local_rank() if data_mesh.ndim == 1 else number, data_mesh.size()
+        number = data_mesh.get_local_rank() if data_mesh.ndim == 1 else dist.get_rank()
+        return model, model, number, data_mesh.size()
     return model, model, 0, 1

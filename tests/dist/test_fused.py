@@ -90,7 +90,6 @@ def moved_in_backward():
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=0.05)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True, d0=1e-3)
     optimizer.fuse_backward(wrapped)
-    before = [p.detach().clone() for p in model.parameters()]
     data = Walks()
     train(wrapped, optimizer, dist.get_rank(), 2, 2, data)  # DDP rearranges its buckets after one step
     before = [p.detach().clone() for p in model.parameters()]

@@ -14,7 +14,7 @@ from prodigyplus.engine import compiled
 from prodigyplus.engine.passes import Kind
 from prodigyplus.options import Options
 from tests import option_table as table
-from tests.single.problems import Fed, assert_same, pair, run, snapshot
+from tests.single.problems import assert_same, pair, run, snapshot
 from tests.watching import Watch
 
 # A warning from torch.compile's own imports.
@@ -381,4 +381,3 @@ def test_what_the_host_knows_is_seen():
     number.fill_(3)
     replay(watch.calls)
     assert result == 3
-    assert isinstance(Fed(()).parameters[0], nn.Parameter)
