@@ -28,8 +28,11 @@ ROOT = Path(__file__).parents[1]
 DEVICE = Path("prodigyplus/device")
 COPIED = ("benchmarks", "prodigyplus", "prodigyplus_dist", "tests")
 # The tests of each source, the one that catches most first.
+_OF_PASSES = "tests/single/test_kernels.py", "tests/dist/test_kernels.py"
 TESTS = {
-    "kernels": ("tests/single/test_kernels.py", "tests/dist/test_kernels.py"),
+    "kernels": _OF_PASSES,
+    "square_kernels": _OF_PASSES,
+    "tiles": _OF_PASSES,
     "group_kernels": ("tests/single/test_group_kernels.py",),
     "symmetric": ("tests/single/test_symmetric.py",),
 }
@@ -79,9 +82,12 @@ _CALLS = {"tl.maximum": "tl.minimum", "tl.minimum": "tl.maximum", "tl.sqrt": "",
 _NO_GROUP = "of lanes that no group has"
 _NEAREST = "a root that is rounded to the nearest, as the interpreter's, needs no correction"
 UNSEEN: dict[tuple[str, str], str] = {
-    ("_rates", "rectifies = _row(options, RECTIFIES, count, group, 1.0) > 0"): _NO_GROUP,
-    ("_next_d", "evidence = _row(options, EVIDENCE, count, group, 1.0)"): _NO_GROUP,
-    ("end", "weight = tl.load(values + group * NUMBERS + WEIGHT, mask=exists, other=1.0)"): _NO_GROUP,
+    ("_rates", "rectifies = _row(settings, O_USE_BIAS_CORRECTION, count, group, 1.0) > 0"): _NO_GROUP,
+    ("_next_d", "evidence = _row(settings, O_EVIDENCE, count, group, 1.0)"): _NO_GROUP,
+    (
+        "end",
+        "weight = tl.load(values + group * NUMBERS + N_EVIDENCE_WEIGHT, mask=exists, other=1.0)",
+    ): _NO_GROUP,
     (
         "_share",
         "counting = moved & ((in_mean > 0) | ((d >= LEAST_GROWTH * d0) & (is_early | is_near)))",
@@ -116,15 +122,17 @@ class Finder:
         self._lines = [0]
         for line in source.splitlines(keepends=True):
             self._lines.append(self._lines[-1] + len(line))
-        self._families: dict[str, str] = {}  # of a field's name, the next one's in its table
+        self._next_index: dict[str, str] = {}  # of an index in a table, the next one in the same table
 
     def mutants(self) -> Iterator[Mutant]:
         """Those of each function, in the order of the source."""
         tree = ast.parse(self._source)
+        names: dict[str, list[str]] = {}
         for node in tree.body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
-                names = [name.id for name in node.targets[0].elts if isinstance(name, ast.Name)]
-                self._families |= dict(zip(names, (*names[1:], names[0]), strict=True))
+            if isinstance(node, ast.Assign) and (table := _table(node.value)):
+                names.setdefault(table, []).append(ast.unparse(node.targets[0]))
+        for of_table in names.values():
+            self._next_index |= dict(zip(of_table, (*of_table[1:], of_table[0]), strict=True))
         for node in tree.body:
             if isinstance(node, ast.FunctionDef):
                 for statement in node.body:
@@ -157,8 +165,11 @@ class Finder:
         elif isinstance(node, ast.Constant) and type(node.value) is int:
             yield (*self._span(node), repr(node.value + 1))
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            others = self._families.get(node.id), _PARTNERS.get(node.id)
-            yield from ((*self._span(node), other) for other in others if other)
+            others = self._next_index.get(node.id), _PARTNERS.get(node.id)
+            yield from ((*self._span(node), other) for other in others if other and other != node.id)
+        elif isinstance(node, ast.Attribute) and node.attr in _PARTNERS:
+            end = self._span(node)[1]
+            yield end - len(node.attr), end, _PARTNERS[node.attr]
 
     def _call(self, node: ast.Call) -> Iterator[tuple[int, int, str]]:
         name = ast.unparse(node.func)
@@ -189,6 +200,17 @@ class Finder:
         return self._source[slice(*self._span(node))].decode()
 
 
+def _table(value: ast.expr) -> str | None:
+    """The table that a constant is an index in, as ``tl.constexpr(table.index("name"))``; None for others."""
+    if isinstance(value, ast.Subscript):
+        return ast.unparse(value.value)
+    if not isinstance(value, ast.Call):
+        return None
+    if isinstance(value.func, ast.Attribute) and value.func.attr == "index":
+        return ast.unparse(value.func.value)
+    return _table(value.args[0]) if ast.unparse(value.func) in ("tl.constexpr", "float") else None
+
+
 def outcome(tree: Path, arguments: list[str], limit: float) -> str:
     """How the tests end in this tree: "seen", "unseen", or "hangs"."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
@@ -208,7 +230,7 @@ def try_(mutant: Mutant, tree: Path, source: str, limit: float) -> str:
     """The outcome of the tests for an edit of a source."""
     (tree / DEVICE / f"{source}.py").write_bytes(mutant.source)
     found = "unseen"
-    if source == "kernels":
+    if TESTS[source] == _OF_PASSES:
         first = [TESTS[source][0], "-k", FIRST.get(mutant.function, OTHERS_FIRST)]
         found = outcome(tree, first, limit)
     return outcome(tree, list(TESTS[source]), limit) if found == "unseen" else found

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from prodigyplus import options
 from prodigyplus import state as states
-from prodigyplus.engine import columns
 from prodigyplus.engine.parameters import stored
 from prodigyplus.exchange import Exchange
 from prodigyplus.formulas import schedule_free
@@ -19,6 +18,7 @@ from prodigyplus.placement import Placement, locations, name_of
 from prodigyplus.reporting import warn_caller
 from prodigyplus.state import StateOptions
 from prodigyplus.terms import samples
+from prodigyplus.terms.group_numbers import NUMBERS, first_numbers
 from prodigyplus.terms.isolation import isolated
 from prodigyplus.terms.requests import Asked
 
@@ -36,14 +36,14 @@ def new_entries(d0: float) -> dict[str, Any]:
     """The entries of a group that has made no step, other than its parameters and options.
 
     ==================  ==========================================================================
-    the numbers         of :func:`prodigyplus.engine.columns.first_numbers`
+    the numbers         of :func:`prodigyplus.terms.group_numbers.first_numbers`
     ``calls``           calls of ``step`` so far, except those with ``lr=0``
     ``frozen``          whether ``prodigy_steps`` has passed
     ``train_mode``      whether the model holds y, not its average x
     ``average_beta1``   in eval mode, the β1 with which x was computed from y
     ==================  ==========================================================================
     """
-    numbers = columns.first_numbers(d0)
+    numbers = first_numbers(d0)
     return {**numbers, "calls": 0, "frozen": False, "train_mode": True, "average_beta1": None}
 
 
@@ -95,7 +95,7 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
                 f"optimiser's {len(ours['params'])}: build the optimiser with the parameters that it was "
                 "saved with."
             )
-        if missing := {"d0", *columns.NUMBERS} - _LATER_ENTRIES.keys() - theirs.keys():
+        if missing := {"d0", *NUMBERS} - _LATER_ENTRIES.keys() - theirs.keys():
             why = (
                 "it is not of this optimiser."
                 if theirs["params"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from prodigyplus.engine.columns import NUMBERS, as_tensor, to_python_numbers_
+from prodigyplus.engine.columns import as_tensor, to_python_numbers_
+from prodigyplus.terms.group_numbers import NUMBERS
 from prodigyplus.terms.isolation import isolated
 
 

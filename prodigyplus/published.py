@@ -36,7 +36,6 @@ from torch import Tensor
 from prodigyplus import checkpoint, options
 from prodigyplus import state as states
 from prodigyplus.checkpoint import Group
-from prodigyplus.engine import columns
 from prodigyplus.engine.param_step import compute_dtype
 from prodigyplus.formulas import moments, prodigy
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
@@ -44,6 +43,7 @@ from prodigyplus.options import Options
 from prodigyplus.placement import name_of
 from prodigyplus.state import StateOptions
 from prodigyplus.terms import samples
+from prodigyplus.terms.group_numbers import first_numbers
 from prodigyplus.terms.layout import Layout, wide_dtype
 
 Unit = Literal["group", "parameter"]
@@ -383,7 +383,7 @@ def _group(
 
 
 def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict[str, float | int]:
-    """Our numbers of a group (see :func:`prodigyplus.engine.columns.first_numbers`), from the package's."""
+    """Our numbers of a group, see ``terms/group_numbers.py``, from the package's."""
 
     def read(name: str, default: float = 0.0) -> float:
         value = float(theirs.get(name, default))
@@ -399,7 +399,7 @@ def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict
     tally.add(Outcome.EXACT, *exact, unit="group")
     tally.add_scaled(statistic, "d_numerator", "d_denom", unit="group", note=_WEIGHTED)
     tally.add(Outcome.CONVERTED, "k", unit="group", note="the number of steps made, not of the next")
-    return columns.first_numbers(d) | {
+    return first_numbers(d) | {
         "d_hat": numerator / norm if norm > 0 and not theirs["use_speed"] else d,
         "d_numerator": numerator,
         "max_d_numerator": read("max_d_numerator", max(0.0, numerator)),

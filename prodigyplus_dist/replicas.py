@@ -84,8 +84,8 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
     - A parameter's shape, dtype, placements and kinds of state are equal on all ranks that hold it, shard or
       copy.
     - Options and numbers of every group (``d``, the counts of steps and the others of
-      :mod:`prodigyplus.engine.columns`) are equal on all ranks that share a mesh, replicas or the optimiser's
-      ``process_group``.
+      :mod:`prodigyplus.terms.group_numbers`) are equal on all ranks that share a mesh, replicas or the
+      optimiser's ``process_group``.
 
     Costs one all-reduce of 8 KiB over the default process group, a wait for the device at the end, and a read
     of all tensors that have copies, in 12 MiB of memory. Changes nothing. If some ranks differ, all gather

@@ -38,7 +38,10 @@ def test_one_process_knows_nothing_of_many():
 
 # Packages that are imported only when used, and where: Triton for kernels on a GPU, matplotlib to draw.
 WHEN_USED = {
-    "triton": ("kernels.py", "group_kernels.py", "jit.py", "launches.py", "symmetric.py"),
+    "triton": (
+        *("kernels.py", "square_kernels.py", "group_kernels.py", "tiles.py", "symmetric.py"),
+        *("jit.py", "launches.py"),
+    ),
     "matplotlib": ("plot.py",),
 }
 

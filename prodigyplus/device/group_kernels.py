@@ -10,25 +10,71 @@ import triton
 import triton.language as tl
 
 from prodigyplus.device.jit import kernel
+from prodigyplus.device.tables import EVIDENCE, POOLS, GroupOptions
+from prodigyplus.terms.group_numbers import COUNTS, FLOATS
+from prodigyplus.terms.scalars import VALUES
 
-# The rows of ``floats`` and of ``counts``, the numbers of groups; see ``prodigyplus.engine.columns``.
-D, SHARED_D, D_HAT, IN_MEAN, NUMERATOR, LARGEST, DENOMINATOR, WEIGHT_SUM, EFFECTIVE_LR = map(
-    tl.constexpr, range(9)
-)
-K, SKIPPED = map(tl.constexpr, range(2))
+# The rows of ``floats`` and of ``counts``, the numbers that groups keep.
+F_D = tl.constexpr(FLOATS.index("d"))
+F_SHARED_D = tl.constexpr(FLOATS.index("shared_d"))
+F_D_HAT = tl.constexpr(FLOATS.index("d_hat"))
+F_IN_MEAN = tl.constexpr(FLOATS.index("in_mean"))
+F_D_NUMERATOR = tl.constexpr(FLOATS.index("d_numerator"))
+F_MAX_D_NUMERATOR = tl.constexpr(FLOATS.index("max_d_numerator"))
+F_D_DENOM = tl.constexpr(FLOATS.index("d_denom"))
+F_WEIGHT_SUM = tl.constexpr(FLOATS.index("weight_sum"))
+F_EFFECTIVE_LR = tl.constexpr(FLOATS.index("effective_lr"))
+C_K = tl.constexpr(COUNTS.index("k"))
+C_SKIPPED = tl.constexpr(COUNTS.index("skipped"))
 
-# The rows of the table of options, in the order of ``prodigyplus.device.groups.GroupOptions``. The argument
-# is called ``settings``, since Triton's launcher has an argument ``options`` of its own.
-LR, BETA1, BETA2, BETA3, BETA4, D0, D_COEF, LIMIT, SPEED_COEF, WARMUP, STRENGTH, DECAY, EPS = map(
-    tl.constexpr, range(13)
-)
-AVERAGES, RECTIFIES, ADOPTS, EVIDENCE, DECAYS_BY_LR, LIMITS, ADAPTS, POOL, SHARES = map(
-    tl.constexpr, range(13, 22)
-)
+# The rows of the table of options. The argument is called ``settings``, since Triton's launcher has an
+# argument ``options`` of its own.
+O_LR = tl.constexpr(GroupOptions._fields.index("lr"))
+O_BETA1 = tl.constexpr(GroupOptions._fields.index("beta1"))
+O_BETA2 = tl.constexpr(GroupOptions._fields.index("beta2"))
+O_BETA3 = tl.constexpr(GroupOptions._fields.index("beta3"))
+O_BETA4 = tl.constexpr(GroupOptions._fields.index("beta4"))
+O_D0 = tl.constexpr(GroupOptions._fields.index("d0"))
+O_D_COEF = tl.constexpr(GroupOptions._fields.index("d_coef"))
+O_LIMIT = tl.constexpr(GroupOptions._fields.index("limit"))
+O_SPEED_COEF = tl.constexpr(GroupOptions._fields.index("speed_coef"))
+O_WARMUP_STEPS = tl.constexpr(GroupOptions._fields.index("warmup_steps"))
+O_SCHEDULEFREE_C = tl.constexpr(GroupOptions._fields.index("schedulefree_c"))
+O_WEIGHT_DECAY = tl.constexpr(GroupOptions._fields.index("weight_decay"))
+O_EPS = tl.constexpr(GroupOptions._fields.index("eps"))
+O_USE_SCHEDULEFREE = tl.constexpr(GroupOptions._fields.index("use_schedulefree"))
+O_USE_BIAS_CORRECTION = tl.constexpr(GroupOptions._fields.index("use_bias_correction"))
+O_USE_ADOPT = tl.constexpr(GroupOptions._fields.index("use_adopt"))
+O_EVIDENCE = tl.constexpr(GroupOptions._fields.index("evidence"))
+O_WEIGHT_DECAY_BY_LR = tl.constexpr(GroupOptions._fields.index("weight_decay_by_lr"))
+O_D_LIMITER = tl.constexpr(GroupOptions._fields.index("d_limiter"))
+O_ADAPTS = tl.constexpr(GroupOptions._fields.index("adapts"))
+O_POOL = tl.constexpr(GroupOptions._fields.index("pool"))
+O_SHARES = tl.constexpr(GroupOptions._fields.index("shares"))
 
-# The kinds of evidence, as ``prodigyplus.device.launches`` numbers them, and how many pools there may be.
-SIGNS, RELATIVE, BALANCE = tl.constexpr(1.0), tl.constexpr(2.0), tl.constexpr(3.0)
-POOLS = tl.constexpr(2)
+# The columns of ``values``, the numbers of a step.
+NUMBERS = tl.constexpr(len(VALUES))
+N_BETA1 = tl.constexpr(VALUES.index("beta1"))
+N_BETA2 = tl.constexpr(VALUES.index("beta2"))
+N_BETA3 = tl.constexpr(VALUES.index("beta3"))
+N_GRAD_WEIGHT = tl.constexpr(VALUES.index("grad_weight"))
+N_SQ_WEIGHT = tl.constexpr(VALUES.index("sq_weight"))
+N_EVIDENCE_WEIGHT = tl.constexpr(VALUES.index("evidence_weight"))
+N_UNIT = tl.constexpr(VALUES.index("unit"))
+N_DLR = tl.constexpr(VALUES.index("dlr"))
+N_DECAY = tl.constexpr(VALUES.index("decay"))
+N_C = tl.constexpr(VALUES.index("c"))
+N_Y_FRACTION = tl.constexpr(VALUES.index("y_fraction"))
+N_D = tl.constexpr(VALUES.index("d"))
+N_EPS = tl.constexpr(VALUES.index("eps"))
+N_EMA_WEIGHT = tl.constexpr(VALUES.index("ema_weight"))
+N_ADOPT_CLIP = tl.constexpr(VALUES.index("adopt_clip"))
+
+# Options are float64, numbers of kinds too.
+SIGNS = tl.constexpr(float(EVIDENCE["signs"]))
+RELATIVE = tl.constexpr(float(EVIDENCE["relative"]))
+BALANCE = tl.constexpr(float(EVIDENCE["balance"]))
+LAST_POOL = tl.constexpr(max(POOLS.values()))
 
 
 @triton.jit
@@ -38,7 +84,7 @@ def _row(table, row: tl.constexpr, count, group, other):
 
 
 @triton.jit
-def _store_number(values, values32, number: tl.constexpr, group, NUMBERS: tl.constexpr, exists, value):
+def _store_number(values, values32, number: tl.constexpr, group, exists, value):
     """Write one number of a step, for all groups, in float64 and float32."""
     index = group * NUMBERS + number
     tl.store(values + index, value, mask=exists)
@@ -61,12 +107,12 @@ def _rectified(step, beta2):
 @triton.jit
 def _rates(settings, count, group, lr, step, shared_d, beta2):
     """``dlr``, and the same without d, with RAdam and warm-up; and β2, which RAdam corrects."""
-    rectifies = _row(settings, RECTIFIES, count, group, 0.0) > 0
+    rectifies = _row(settings, O_USE_BIAS_CORRECTION, count, group, 0.0) > 0
     rectification, corrected = _rectified(step, beta2)
     beta2 = tl.where(rectifies, corrected, beta2)
     factor = tl.where(rectifies, rectification, 1.0)
     dlr, rate = shared_d * lr * factor, lr * factor
-    warmup = _row(settings, WARMUP, count, group, 0.0)
+    warmup = _row(settings, O_WARMUP_STEPS, count, group, 0.0)
     factor = tl.where(warmup > 0, tl.minimum(step / tl.maximum(warmup, 1.0), 1.0), 1.0)
     return dlr * factor, rate * factor, beta2
 
@@ -75,7 +121,7 @@ def _rates(settings, count, group, lr, step, shared_d, beta2):
 def _averaging(settings, count, group, weight, weight_sum, beta1):
     """Schedule-Free's c, and the fraction of z's step that y makes."""
     c = tl.where(weight_sum > 0, weight / tl.where(weight_sum > 0, weight_sum, 1.0), 0.0)
-    strength = _row(settings, STRENGTH, count, group, 0.0)
+    strength = _row(settings, O_SCHEDULEFREE_C, count, group, 0.0)
     c = tl.where(strength > 0, tl.minimum(c * ((1.0 - beta1) * strength), 1.0), c)
     return c, 1.0 - beta1 * (1.0 - c)
 
@@ -84,17 +130,16 @@ def _averaging(settings, count, group, weight, weight_sum, beta1):
 def begin(
     floats, counts, settings, square, present,
     values, values32, gates, gates32, observes, steps, learns, count,
-    INITIALIZES: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    INITIALIZES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Set the numbers of a step, and count it; see :meth:`prodigyplus.engine.groups.Groups.begin`.
 
-    ``values`` and ``values32`` are of shape (groups, ``NUMBERS``), in the order of
-    :data:`prodigyplus.terms.scalars.VALUES`.
+    ``values`` and ``values32`` are of shape (groups, ``NUMBERS``), in the order of ``VALUES``.
     """
     group = tl.arange(0, BLOCK)
     exists = group < count
     total = tl.load(square + group * 0)
-    lr = _row(settings, LR, count, group, 0.0)
+    lr = _row(settings, O_LR, count, group, 0.0)
     infinity = float("inf")
     is_finite = tl.abs(total) < infinity  # False for NaN too
     has_gradients = exists & (tl.load(present + group, mask=exists, other=0.0) > 0)
@@ -105,62 +150,62 @@ def begin(
     skips = has_gradients & (is_finite == 0)
     skips = skips | (has_gradients & happens & (valid == 0))
 
-    d = _row(floats, D, count, group, 1.0)
-    shared_d = _row(floats, SHARED_D, count, group, 1.0)
-    weight_sum = _row(floats, WEIGHT_SUM, count, group, 0.0)
-    old_rate = _row(floats, EFFECTIVE_LR, count, group, 0.0)
-    k = _row(counts, K, count, group, 0)
-    skipped = _row(counts, SKIPPED, count, group, 0)
-    beta1 = _row(settings, BETA1, count, group, 0.5)
-    beta2 = _row(settings, BETA2, count, group, 0.9)
-    beta3 = _row(settings, BETA3, count, group, 0.9)
-    d0 = _row(settings, D0, count, group, 1.0)
-    evidence = _row(settings, EVIDENCE, count, group, 0.0)
+    d = _row(floats, F_D, count, group, 1.0)
+    shared_d = _row(floats, F_SHARED_D, count, group, 1.0)
+    weight_sum = _row(floats, F_WEIGHT_SUM, count, group, 0.0)
+    old_rate = _row(floats, F_EFFECTIVE_LR, count, group, 0.0)
+    k = _row(counts, C_K, count, group, 0)
+    skipped = _row(counts, C_SKIPPED, count, group, 0)
+    beta1 = _row(settings, O_BETA1, count, group, 0.5)
+    beta2 = _row(settings, O_BETA2, count, group, 0.9)
+    beta3 = _row(settings, O_BETA3, count, group, 0.9)
+    d0 = _row(settings, O_D0, count, group, 1.0)
+    evidence = _row(settings, O_EVIDENCE, count, group, 0.0)
 
     step = (k + 1).to(tl.float64)
     evidence_weight = tl.where(evidence == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
     evidence_weight = tl.where(evidence == BALANCE, 1.0 / beta1, evidence_weight)
     dlr, rate, beta2 = _rates(settings, count, group, lr, step, shared_d, beta2)
     # ADOPT's first gradient only starts the second moment.
-    counts_evidence = (_row(settings, ADOPTS, count, group, 0.0) == 0) | (step > 1)
+    counts_evidence = (_row(settings, O_USE_ADOPT, count, group, 0.0) == 0) | (step > 1)
     unit = tl.where(counts_evidence, 1.0, 0.0)
     dlr, rate, beta2 = dlr * unit, rate * unit, tl.where(counts_evidence, beta2, 0.0)
     evidence_weight, beta3 = evidence_weight * unit, tl.where(counts_evidence, beta3, 1.0)
     new_sum = weight_sum + dlr * dlr
     c, y_fraction = _averaging(settings, count, group, dlr * dlr, new_sum, beta1)
-    rate = tl.where(_row(settings, AVERAGES, count, group, 0.0) > 0, rate * y_fraction, rate)
-    by_lr = _row(settings, DECAYS_BY_LR, count, group, 0.0) > 0
-    decay = tl.where(by_lr, dlr, unit) * _row(settings, DECAY, count, group, 0.0)
-    eps = _row(settings, EPS, count, group, 0.0)
+    rate = tl.where(_row(settings, O_USE_SCHEDULEFREE, count, group, 0.0) > 0, rate * y_fraction, rate)
+    by_lr = _row(settings, O_WEIGHT_DECAY_BY_LR, count, group, 0.0) > 0
+    decay = tl.where(by_lr, dlr, unit) * _row(settings, O_WEIGHT_DECAY, count, group, 0.0)
+    eps = _row(settings, O_EPS, count, group, 0.0)
     fourth_root = tl.sqrt(tl.sqrt(step))
 
     # In a no-op, weights that keep something are 1, and weights that add something are 0.
     added = tl.where(moves, 1.0, 0.0)
-    _store_number(values, values32, 0, group, NUMBERS, exists, tl.where(moves, beta1, 1.0))
-    _store_number(values, values32, 1, group, NUMBERS, exists, tl.where(moves, beta2, 1.0))
-    _store_number(values, values32, 2, group, NUMBERS, exists, tl.where(moves, beta3, 1.0))
-    _store_number(values, values32, 3, group, NUMBERS, exists, (1.0 - beta1) * d * unit * added)
-    _store_number(values, values32, 4, group, NUMBERS, exists, (1.0 - beta2) * (d * d) * added)
-    _store_number(values, values32, 5, group, NUMBERS, exists, evidence_weight * added)
-    _store_number(values, values32, 6, group, NUMBERS, exists, unit * added)
-    _store_number(values, values32, 7, group, NUMBERS, exists, dlr * added)
-    _store_number(values, values32, 8, group, NUMBERS, exists, decay * added)
-    _store_number(values, values32, 9, group, NUMBERS, exists, c * added)
-    _store_number(values, values32, 10, group, NUMBERS, exists, y_fraction)
-    _store_number(values, values32, 11, group, NUMBERS, exists, d)
-    _store_number(values, values32, 12, group, NUMBERS, exists, eps)
-    _store_number(values, values32, 13, group, NUMBERS, exists, 1.0 / (fourth_root * tl.sqrt(step)))
-    _store_number(values, values32, 14, group, NUMBERS, exists, fourth_root)
+    _store_number(values, values32, N_BETA1, group, exists, tl.where(moves, beta1, 1.0))
+    _store_number(values, values32, N_BETA2, group, exists, tl.where(moves, beta2, 1.0))
+    _store_number(values, values32, N_BETA3, group, exists, tl.where(moves, beta3, 1.0))
+    _store_number(values, values32, N_GRAD_WEIGHT, group, exists, (1.0 - beta1) * d * unit * added)
+    _store_number(values, values32, N_SQ_WEIGHT, group, exists, (1.0 - beta2) * (d * d) * added)
+    _store_number(values, values32, N_EVIDENCE_WEIGHT, group, exists, evidence_weight * added)
+    _store_number(values, values32, N_UNIT, group, exists, unit * added)
+    _store_number(values, values32, N_DLR, group, exists, dlr * added)
+    _store_number(values, values32, N_DECAY, group, exists, decay * added)
+    _store_number(values, values32, N_C, group, exists, c * added)
+    _store_number(values, values32, N_Y_FRACTION, group, exists, y_fraction)
+    _store_number(values, values32, N_D, group, exists, d)
+    _store_number(values, values32, N_EPS, group, exists, eps)
+    _store_number(values, values32, N_EMA_WEIGHT, group, exists, 1.0 / (fourth_root * tl.sqrt(step)))
+    _store_number(values, values32, N_ADOPT_CLIP, group, exists, fourth_root)
     gate = tl.where(moves, -1, 0)
     tl.store(gates + group, gate.to(tl.int64), mask=exists)
     tl.store(gates32 + group, gate, mask=exists)
     tl.store(observes + group, counts_evidence & moves, mask=exists)
     tl.store(steps + group, k + 1, mask=exists)
     tl.store(learns + group, moves, mask=exists)
-    tl.store(floats + WEIGHT_SUM * count + group, tl.where(moves, new_sum, weight_sum), mask=exists)
-    tl.store(floats + EFFECTIVE_LR * count + group, tl.where(moves, rate, old_rate), mask=exists)
-    tl.store(counts + K * count + group, k + moves.to(tl.int64), mask=exists)
-    tl.store(counts + SKIPPED * count + group, skipped + skips.to(tl.int64), mask=exists)
+    tl.store(floats + F_WEIGHT_SUM * count + group, tl.where(moves, new_sum, weight_sum), mask=exists)
+    tl.store(floats + F_EFFECTIVE_LR * count + group, tl.where(moves, rate, old_rate), mask=exists)
+    tl.store(counts + C_K * count + group, k + moves.to(tl.int64), mask=exists)
+    tl.store(counts + C_SKIPPED * count + group, skipped + skips.to(tl.int64), mask=exists)
 
 
 @triton.jit
@@ -169,15 +214,15 @@ def _next_d(
     LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
 ):  # fmt: skip
     """:func:`prodigyplus.formulas.prodigy.next_d`: the next ``d``, the estimate, and the next numerator."""
-    d0 = _row(settings, D0, count, group, 1.0)
-    d_coef = _row(settings, D_COEF, count, group, 1.0)
-    limit = _row(settings, LIMIT, count, group, 1.0)
-    speed_coef = _row(settings, SPEED_COEF, count, group, 1.0)
-    evidence = _row(settings, EVIDENCE, count, group, 0.0)
-    limits = _row(settings, LIMITS, count, group, 0.0) > 0
-    beta4 = _row(settings, BETA4, count, group, 0.0)
+    d0 = _row(settings, O_D0, count, group, 1.0)
+    d_coef = _row(settings, O_D_COEF, count, group, 1.0)
+    limit = _row(settings, O_LIMIT, count, group, 1.0)
+    speed_coef = _row(settings, O_SPEED_COEF, count, group, 1.0)
+    evidence = _row(settings, O_EVIDENCE, count, group, 0.0)
+    limits = _row(settings, O_D_LIMITER, count, group, 0.0) > 0
+    beta4 = _row(settings, O_BETA4, count, group, 0.0)
     before = numerator
-    numerator = numerator * _row(settings, BETA3, count, group, 0.0)
+    numerator = numerator * _row(settings, O_BETA3, count, group, 0.0)
     numerator = tl.where((d > d0) | (product > 0), numerator + product, numerator)
     grows = (numerator >= largest) & (numerator > 0) & (before > 0)
     growth = tl.sqrt(tl.where(grows, numerator, 1.0) / tl.where(grows, before, 1.0))
@@ -236,12 +281,12 @@ def _share(
     LEAST_GROWTH: tl.constexpr, NEAR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Set the step sizes in use; groups may share one, see :func:`prodigyplus.formulas.prodigy.shared_d`."""
-    shares = exists & (_row(settings, SHARES, count, group, 0.0) > 0)
-    weight_sum = _row(floats, WEIGHT_SUM, count, group, 0.0)
-    k = _row(counts, K, count, group, 0)
-    in_mean = _row(floats, IN_MEAN, count, group, 0.0)
-    shared_d = _row(floats, SHARED_D, count, group, 1.0)
-    d0 = _row(settings, D0, count, group, 1.0)
+    shares = exists & (_row(settings, O_SHARES, count, group, 0.0) > 0)
+    weight_sum = _row(floats, F_WEIGHT_SUM, count, group, 0.0)
+    k = _row(counts, C_K, count, group, 0)
+    in_mean = _row(floats, F_IN_MEAN, count, group, 0.0)
+    shared_d = _row(floats, F_SHARED_D, count, group, 1.0)
+    d0 = _row(settings, O_D0, count, group, 1.0)
     moved = shares & (weight_sum > 0)
     is_early = (k == tl.max(tl.where(shares, k, 0), 0)) & (k <= EARLY)
     is_near = d * NEAR >= _harmonic_mean(d, moved & (in_mean > 0))
@@ -250,8 +295,8 @@ def _share(
     over = tl.where(tl.max(over.to(tl.int32), 0) + group * 0 > 0, over, moved)
     mean = tl.where(moved, _harmonic_mean(d, over), d)
     next_in_mean = tl.where(shares, counting.to(tl.float64), in_mean)
-    tl.store(floats + SHARED_D * count + group, tl.where(happens, mean, shared_d), mask=exists)
-    tl.store(floats + IN_MEAN * count + group, tl.where(happens, next_in_mean, in_mean), mask=exists)
+    tl.store(floats + F_SHARED_D * count + group, tl.where(happens, mean, shared_d), mask=exists)
+    tl.store(floats + F_IN_MEAN * count + group, tl.where(happens, next_in_mean, in_mean), mask=exists)
 
 
 @kernel
@@ -260,28 +305,28 @@ def end(
     LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
     LEAST_GROWTH: tl.constexpr, NEAR: tl.constexpr, EARLY: tl.constexpr,
     TARGET: tl.constexpr, GROWTH: tl.constexpr, LOG_LIMIT: tl.constexpr, WINDOW: tl.constexpr,
-    WEIGHT: tl.constexpr, RATE: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update ``d`` and the step sizes in use; see :meth:`prodigyplus.engine.groups.Groups.close`.
 
-    ``totals`` are not weighted yet: the weight of products is at index ``WEIGHT`` of ``values``, and that of
-    norms, with balance, at index ``RATE``.
+    ``totals`` are not weighted yet: the weights of products, and of norms with balance, are in ``values``,
+    which :func:`begin` has set.
     """
     group = tl.arange(0, BLOCK)
     exists = group < count
-    weight = tl.load(values + group * NUMBERS + WEIGHT, mask=exists, other=0.0)
+    weight = tl.load(values + group * NUMBERS + N_EVIDENCE_WEIGHT, mask=exists, other=0.0)
     product = tl.load(totals + group * 2, mask=exists, other=0.0) * weight
     norm = tl.load(totals + group * 2 + 1, mask=exists, other=0.0)
-    is_balanced = _row(settings, EVIDENCE, count, group, 0.0) == BALANCE
-    rate = tl.load(values + group * NUMBERS + RATE, mask=exists, other=0.0)
+    is_balanced = _row(settings, O_EVIDENCE, count, group, 0.0) == BALANCE
+    rate = tl.load(values + group * NUMBERS + N_DLR, mask=exists, other=0.0)
     norm = tl.where(is_balanced, norm * rate, norm)
     learning = exists & tl.load(learns + group, mask=exists, other=0).to(tl.int1)
     happens = tl.max(learning.to(tl.int32), 0) + group * 0 > 0
-    adapts = _row(settings, ADAPTS, count, group, 0.0) > 0
+    adapts = _row(settings, O_ADAPTS, count, group, 0.0) > 0
     # Groups of one pool have one d: the first of them updates it from the sums of all.
-    pool = _row(settings, POOL, count, group, 0.0)
+    pool = _row(settings, O_POOL, count, group, 0.0)
     follows = exists & (pool > 0)
-    for number in tl.static_range(1, POOLS + 1):
+    for number in tl.static_range(1, LAST_POOL + 1):
         pooled = exists & (pool == number)
         leads = group == tl.min(tl.where(pooled, group, BLOCK), 0)
         product = tl.where(leads, tl.sum(tl.where(pooled, product, 0.0), 0), product)
@@ -290,15 +335,15 @@ def end(
         learning = tl.where(leads, pool_learns, learning.to(tl.int32)) > 0
         follows = follows & (leads == 0)
 
-    d = _row(floats, D, count, group, 1.0)
-    d_hat = _row(floats, D_HAT, count, group, 1.0)
-    numerator = _row(floats, NUMERATOR, count, group, 0.0)
-    largest = _row(floats, LARGEST, count, group, 0.0)
-    denominator = _row(floats, DENOMINATOR, count, group, 0.0)
+    d = _row(floats, F_D, count, group, 1.0)
+    d_hat = _row(floats, F_D_HAT, count, group, 1.0)
+    numerator = _row(floats, F_D_NUMERATOR, count, group, 0.0)
+    largest = _row(floats, F_MAX_D_NUMERATOR, count, group, 0.0)
+    denominator = _row(floats, F_D_DENOM, count, group, 0.0)
     next_d, estimate, next_numerator = _next_d(
         d, numerator, largest, product, norm, settings, group, count, LIMIT_OF_SPEED, LARGEST_FACTOR
     )
-    k = _row(counts, K, count, group, 0)
+    k = _row(counts, C_K, count, group, 0)
     balanced_d, rho, average, next_denominator = _next_balanced(
         d, k, numerator, denominator, product, norm, TARGET, GROWTH, LOG_LIMIT, WINDOW
     )
@@ -313,16 +358,16 @@ def end(
     numerator = tl.where(writes, next_numerator, numerator)
     largest = tl.where(writes, next_largest, largest)
     denominator = tl.where(writes, next_denominator, denominator)
-    for number in tl.static_range(1, POOLS + 1):
+    for number in tl.static_range(1, LAST_POOL + 1):
         pooled = exists & (pool == number)
         leads = pooled & (follows == 0)
         d, d_hat = _led(d, leads, pooled), _led(d_hat, leads, pooled)
         numerator, denominator = _led(numerator, leads, pooled), _led(denominator, leads, pooled)
         largest = _led(largest, leads, pooled)
-    tl.store(floats + D * count + group, d, mask=exists)
-    tl.store(floats + D_HAT * count + group, d_hat, mask=exists)
-    tl.store(floats + NUMERATOR * count + group, numerator, mask=exists)
-    tl.store(floats + LARGEST * count + group, largest, mask=exists)
-    tl.store(floats + DENOMINATOR * count + group, denominator, mask=exists)
+    tl.store(floats + F_D * count + group, d, mask=exists)
+    tl.store(floats + F_D_HAT * count + group, d_hat, mask=exists)
+    tl.store(floats + F_D_NUMERATOR * count + group, numerator, mask=exists)
+    tl.store(floats + F_MAX_D_NUMERATOR * count + group, largest, mask=exists)
+    tl.store(floats + F_D_DENOM * count + group, denominator, mask=exists)
 
     _share(floats, counts, settings, group, count, exists, d, happens, LEAST_GROWTH, NEAR, EARLY)

@@ -4,44 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prodigyplus.device import jit
+from prodigyplus.device.tables import GroupOptions
 from prodigyplus.formulas import balance, prodigy
 from prodigyplus.terms.scalars import VALUES, Packed
 from prodigyplus.terms.tables import SentTable
-
-_WEIGHT, _RATE = VALUES.index("evidence_weight"), VALUES.index("dlr")
-
-
-class GroupOptions(NamedTuple):
-    """A group's options as the kernels take them; switches are 0 or 1, ``lr`` is 0 if it is a tensor."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    beta3: float
-    beta4: float  # 0: d never shrinks
-    d0: float
-    d_coef: float
-    limit: float
-    speed_coef: float
-    warmup_steps: float
-    schedulefree_c: float
-    weight_decay: float
-    eps: float
-    use_schedulefree: float
-    use_bias_correction: float
-    use_adopt: float
-    evidence: float
-    weight_decay_by_lr: float
-    d_limiter: float
-    adapts: float
-    pool: float
-    shares: float
 
 
 def table_of(
@@ -70,7 +41,7 @@ class GroupNumbers:
     """The numbers of all groups, and the launches that update them.
 
     Args:
-        floats, counts: The numbers themselves, (numbers, groups); see ``engine/columns.py``.
+        floats, counts: The numbers themselves, (numbers, groups), in the order of ``FLOATS`` and ``COUNTS``.
         options: The table of their options.
     """
 
@@ -105,7 +76,7 @@ class GroupNumbers:
                 _kernels().begin, (1,),
                 self._floats, self._counts, self._options, square, present, wide.values, narrow.values,
                 wide.gate, narrow.gate, observes, steps, learns, count,
-                INITIALIZES=initializes, NUMBERS=len(VALUES), BLOCK=self._block,
+                INITIALIZES=initializes, BLOCK=self._block,
             )  # fmt: skip
         return [wide, narrow], learns
 
@@ -123,8 +94,7 @@ class GroupNumbers:
                 LIMIT_OF_SPEED=prodigy.SPEED_LIMIT, LARGEST_FACTOR=prodigy.LIMIT,
                 LEAST_GROWTH=prodigy.LEAST_GROWTH, NEAR=prodigy.NEAR, EARLY=prodigy.EARLY,
                 TARGET=balance.TARGET, GROWTH=balance.GROWTH, LOG_LIMIT=balance.LOG_LIMIT,
-                WINDOW=balance.WINDOW,
-                WEIGHT=_WEIGHT, RATE=_RATE, NUMBERS=len(VALUES), BLOCK=self._block,
+                WINDOW=balance.WINDOW, BLOCK=self._block,
             )  # fmt: skip
 
 

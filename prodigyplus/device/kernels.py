@@ -2,12 +2,14 @@
 
 Each program works on one tile. It reads from ``tiles`` which matrix the tile is in and where, from
 ``matrices`` how the matrix lies in its tensor, and from ``pointers`` the tensor's address (see
-:mod:`prodigyplus.device.plan`). Programs write partial sums, which another kernel adds up in a fixed order:
+:mod:`prodigyplus.device.tables`). Programs write partial sums, which another kernel adds up in a fixed order:
 there are no atomics, so the same step gives the same bits. The arithmetic is that of
 :mod:`prodigyplus.engine.passes`, in float32.
 
 A tile is ``ROWS`` × ``COLUMNS`` elements, of which ``STRIP`` rows, a strip, are in registers at a time. A
 tensor that is not factored is also a matrix, whose rows are consecutive in memory.
+
+The first pass is in :mod:`prodigyplus.device.square_kernels`, the second and the third are here.
 """
 
 # No ``from __future__ import annotations``: Triton reads the annotations of arguments at run time.
@@ -15,186 +17,60 @@ tensor that is not factored is also a matrix, whose rows are consecutive in memo
 import triton
 import triton.language as tl
 
+from prodigyplus.device import tables
 from prodigyplus.device.jit import kernel
+from prodigyplus.device.tables import POINTERS, MatrixRow, RunRow, SizeRow
+from prodigyplus.device.tiles import elements_of, pointer, tile_of
+from prodigyplus.terms.scalars import VALUES
 
-# The columns of the tables ``pointers``, ``sizes``, ``runs`` and ``matrices``, and how many each has.
-WEIGHT, BASE, OFFSET_FROM_Y, FIRST, SECOND, OUTER, INNER, MEAN, START, STATISTIC, GRAD = map(
-    tl.constexpr, range(11)
-)
-POINTERS = tl.constexpr(11)
-LOCAL, FIRST_INDEX, FIRST_PHASE, IS_ROW_OUTER, RUN_LENGTH, FIRST_RUN = map(tl.constexpr, range(6))
-SIZES = tl.constexpr(6)
-RUN_INDEX, RUN_PHASE, RUN_SAMPLES = map(tl.constexpr, range(3))
-RUNS = tl.constexpr(3)
-TENSOR, OFFSET, HEIGHT, WIDTH, ROW_STRIDE, COLUMN_STRIDE, OUTER_OFFSET, OUTER_STRIDE, INNER_OFFSET = map(
-    tl.constexpr, range(9)
-)
-INNER_STRIDE, OUTER_PARTS, INNER_PARTS, MEAN_OFFSET = map(tl.constexpr, range(9, 13))
-MATRICES = tl.constexpr(13)
+# Indices of columns, and how many columns a table has; see ``prodigyplus.device.tables``.
+P_WEIGHT = tl.constexpr(POINTERS.index("weight"))
+P_Z = tl.constexpr(POINTERS.index("z"))
+P_Z_MINUS_Y = tl.constexpr(POINTERS.index("z_minus_y"))
+P_EXP_AVG = tl.constexpr(POINTERS.index("exp_avg"))
+P_EXP_AVG_SQ = tl.constexpr(POINTERS.index("exp_avg_sq"))
+P_OUTER = tl.constexpr(POINTERS.index("outer"))
+P_INNER = tl.constexpr(POINTERS.index("inner"))
+P_MEAN = tl.constexpr(POINTERS.index("mean"))
+P_P0 = tl.constexpr(POINTERS.index("p0"))
+P_S = tl.constexpr(POINTERS.index("s"))
+P_GRAD = tl.constexpr(POINTERS.index("grad"))
+S_FIRST_INDEX = tl.constexpr(SizeRow._fields.index("first_index"))
+S_FIRST_PHASE = tl.constexpr(SizeRow._fields.index("first_phase"))
+S_IS_ROW_OUTER = tl.constexpr(SizeRow._fields.index("is_row_outer"))
+S_RUN_LENGTH = tl.constexpr(SizeRow._fields.index("run_length"))
+S_FIRST_RUN = tl.constexpr(SizeRow._fields.index("first_run"))
+R_FIRST_INDEX = tl.constexpr(RunRow._fields.index("first_index"))
+R_FIRST_PHASE = tl.constexpr(RunRow._fields.index("first_phase"))
+R_SAMPLES = tl.constexpr(RunRow._fields.index("samples"))
+RUN_COLUMNS = tl.constexpr(len(RunRow._fields))
+M_OUTER_OFFSET = tl.constexpr(MatrixRow._fields.index("outer_offset"))
+M_OUTER_STRIDE = tl.constexpr(MatrixRow._fields.index("outer_stride"))
+M_INNER_OFFSET = tl.constexpr(MatrixRow._fields.index("inner_offset"))
+M_INNER_STRIDE = tl.constexpr(MatrixRow._fields.index("inner_stride"))
+M_MEAN_OFFSET = tl.constexpr(MatrixRow._fields.index("mean_offset"))
+N_BETA1 = tl.constexpr(VALUES.index("beta1"))
+N_BETA2 = tl.constexpr(VALUES.index("beta2"))
+N_BETA3 = tl.constexpr(VALUES.index("beta3"))
+N_GRAD_WEIGHT = tl.constexpr(VALUES.index("grad_weight"))
+N_SQ_WEIGHT = tl.constexpr(VALUES.index("sq_weight"))
+N_EVIDENCE_WEIGHT = tl.constexpr(VALUES.index("evidence_weight"))
+N_UNIT = tl.constexpr(VALUES.index("unit"))
+N_DLR = tl.constexpr(VALUES.index("dlr"))
+N_DECAY = tl.constexpr(VALUES.index("decay"))
+N_C = tl.constexpr(VALUES.index("c"))
+N_Y_FRACTION = tl.constexpr(VALUES.index("y_fraction"))
+N_D = tl.constexpr(VALUES.index("d"))
+N_EPS = tl.constexpr(VALUES.index("eps"))
 
-# The indices of the numbers of a step, see ``prodigyplus.terms.scalars.VALUES``.
-BETA1, BETA2, BETA3, GRAD_WEIGHT, SQ_WEIGHT, EVIDENCE_WEIGHT, UNIT, DLR, DECAY, C, Y_FRACTION, D, EPS = map(
-    tl.constexpr, range(13)
-)
+# The kinds of evidence.
+SIGNS = tl.constexpr(tables.EVIDENCE["signs"])
+RELATIVE = tl.constexpr(tables.EVIDENCE["relative"])
+BALANCE = tl.constexpr(tables.EVIDENCE["balance"])
 
 _TINY = tl.constexpr(1e-30)
 _QUARTER_TURN = tl.constexpr(1.5707963267948966)
 _ATAN2_SCALE = tl.constexpr(1.2732395447351628)  # 4/π
-
-# The kinds of evidence, as numbered in ``prodigyplus.device.launches.EVIDENCE``.
-PLAIN, SIGNS, RELATIVE, BALANCE = map(tl.constexpr, range(4))
-
-
-@triton.jit
-def _tile(pointers, sizes, matrices, tiles, MULTIPLE: tl.constexpr):
-    """The program's tile: its tensor and matrix with their table rows, its place there, and the strides."""
-    tile = tiles + tl.program_id(0) * 3
-    matrix = matrices + tl.load(tile).to(tl.int64) * MATRICES
-    tensor = tl.load(matrix + TENSOR)
-    size, address = sizes + tensor * SIZES, pointers + tensor * POINTERS
-    local = tl.multiple_of(tl.load(size + LOCAL).to(tl.int32), MULTIPLE)
-    offset = tl.multiple_of(tl.load(matrix + OFFSET).to(tl.int32), MULTIPLE)
-    height = tl.load(matrix + HEIGHT).to(tl.int32)
-    width = tl.multiple_of(tl.load(matrix + WIDTH).to(tl.int32), MULTIPLE)
-    row_stride = tl.multiple_of(tl.load(matrix + ROW_STRIDE).to(tl.int32), MULTIPLE)
-    column_stride = tl.load(matrix + COLUMN_STRIDE).to(tl.int32)
-    down, across = tl.load(tile + 1), tl.load(tile + 2)
-    return (
-        tensor,
-        size,
-        address,
-        matrix,
-        down,
-        across,
-        local,
-        offset,
-        height,
-        width,
-        row_stride,
-        column_stride,
-    )
-
-
-@triton.jit
-def _elements(
-    offset, row, column, height, width, row_stride, column_stride, local,
-    FACTORED: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """The indices of a strip's elements in their tensor, and a mask of those that exist."""
-    columns = column[None, :] if FAST else column[None, :] * column_stride
-    index = offset + row[:, None] * row_stride + columns
-    exists = (row[:, None] < height) & (column[None, :] < width)
-    if not FACTORED:
-        exists = exists & (index < local)
-    if FAST:
-        # Tell Triton that 16 bytes can be read at a time: it cannot see it, as offsets come from tables.
-        index = tl.max_contiguous(tl.multiple_of(index, (1, VECTOR)), (1, VECTOR))
-        exists = tl.max_constancy(exists, (1, 16))
-    return index, exists
-
-
-@kernel
-def squares(
-    pointers, sizes, matrices, tiles, outer_parts, inner_parts,
-    DTYPE: tl.constexpr, FACTORED: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
-):  # fmt: skip
-    """Sums of g² in each tile: of each row and of each column; if not factored, of the whole tile."""
-    MULTIPLE: tl.constexpr = 16 if FAST else 1
-    _tensor, _size, address, matrix, down, across, local, offset, height, width, row_stride, column_stride = (
-        _tile(pointers, sizes, matrices, tiles, MULTIPLE)
-    )
-    grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(DTYPE)), MULTIPLE)
-    column = across * COLUMNS + tl.arange(0, COLUMNS)
-    of_columns = tl.zeros((STRIP, COLUMNS), tl.float32)
-    rows_out = outer_parts + tl.load(matrix + OUTER_PARTS) + across * height
-    columns_out = inner_parts + tl.load(matrix + INNER_PARTS) + down * width
-    for start in range(0, ROWS, STRIP):
-        row = down * ROWS + start + tl.arange(0, STRIP)
-        index, exists = _elements(
-            offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST, VECTOR
-        )
-        g = tl.load(grad + index, mask=exists, other=0.0).to(tl.float32)
-        square = g * g
-        of_columns += square
-        if FACTORED:
-            tl.store(rows_out + row, tl.sum(square, 1), mask=row < height)
-    if FACTORED:
-        tl.store(columns_out + column, tl.sum(of_columns, 0), mask=column < width)
-    else:
-        tl.store(inner_parts + tl.load(matrix + INNER_PARTS) + down, tl.sum(of_columns))
-
-
-@kernel
-def add_parts(outer_parts, inner_parts, sums, segments, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Add up the partial sums of rows and of columns, in the order of the tiles.
-
-    A row of ``segments``: 1 for sums of columns, 0 for rows; the index of the first part; the index of the
-    first sum, and the stride of sums; the length of a part; the number of parts; and the index of the block.
-    """
-    segment = segments + tl.program_id(0) * 7
-    is_inner, first, out, stride = (
-        tl.load(segment), tl.load(segment + 1), tl.load(segment + 2), tl.load(segment + 3)
-    )  # fmt: skip
-    length, count, block = tl.load(segment + 4), tl.load(segment + 5), tl.load(segment + 6)
-    parts = inner_parts + first if is_inner != 0 else outer_parts + first
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, count, AT_ONCE):
-        part = start + tl.arange(0, AT_ONCE)
-        exists = (part[:, None] < count) & (column[None, :] < length)
-        total += tl.sum(tl.load(parts + part[:, None] * length + column[None, :], mask=exists, other=0.0), 0)
-    tl.store(sums + out + column * stride, total, mask=column < length)
-
-
-@kernel
-def add_up(values, values_stride, out, out_stride, segments, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum segments of each row of ``values``; the second axis of the grid runs over rows.
-
-    A row of ``segments``: the index of the first value, the stride, the number of values, and the index of
-    the sum in ``out``.
-    """
-    segment = segments + tl.program_id(0) * 4
-    first, stride = tl.load(segment), tl.load(segment + 1)
-    count, target = tl.load(segment + 2), tl.load(segment + 3)
-    row = tl.program_id(1).to(tl.int64)
-    values += row * values_stride + first
-    total = tl.zeros((BLOCK,), DTYPE)
-    for start in range(0, count, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        total += tl.load(values + index * stride, mask=index < count, other=0.0)
-    tl.store(out + row * out_stride + target, tl.sum(total, 0))
-
-
-@kernel
-def factors(
-    pointers, pieces, sums, numbers, number_stride, tensor_stride, gate, gate_stride,
-    FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Update the factors of the second moment from the sums of g².
-
-    A row of ``pieces``: the tensor, the column of the factor in ``pointers``, the index of the first sum, the
-    number of sums, the number of elements in each, and the index of the block.
-    """
-    piece = pieces + tl.program_id(0) * 6
-    tensor, field, first = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
-    length, count, block = tl.load(piece + 3), tl.load(piece + 4), tl.load(piece + 5)
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    exists = index < length
-    numbers += tensor * tensor_stride
-    weight = tl.load(numbers + SQ_WEIGHT * number_stride) / count.to(tl.float32)
-    keep = tl.load(numbers + BETA2 * number_stride)
-    total = tl.load(sums + first + index, mask=exists, other=0.0)
-    total = tl.where(tl.load(gate + tensor * gate_stride) != 0, total, 0.0)
-    address = tl.load(pointers + tensor * POINTERS + field)
-    if field == MEAN:
-        average = address.to(tl.pointer_type(MEAN_DTYPE))
-        old = tl.load(average + index, mask=exists, other=0.0).to(tl.float32)
-        tl.store(average + index, (total * weight + old * keep).to(MEAN_DTYPE), mask=exists)
-    else:
-        factor = address.to(tl.pointer_type(FACTOR))
-        old = tl.load(factor + index, mask=exists, other=0.0).to(tl.float32)
-        tl.store(factor + index, (total * weight + old * keep).to(FACTOR), mask=exists)
 
 
 @triton.jit
@@ -217,39 +93,39 @@ def _atan2(y, x):
 
 
 @triton.jit
-def _factor_roots(factor, index, exists, mean, scale, IS_ROW):
+def _factor_roots(factor, index, exists, mean, scale, is_row):
     """The roots of a strip's row or column factors, see :func:`prodigyplus.formulas.moments.roots`."""
     value = tl.load(factor + index, mask=exists, other=0.0).to(tl.float32)
-    return tl.where(IS_ROW, tl.sqrt(value / mean), tl.sqrt(value) / scale)
+    return tl.where(is_row, tl.sqrt(value / mean), tl.sqrt(value) / scale)
 
 
 @triton.jit
 def _momentum(
-    g, first, index, exists, weight, keep,
-    FIRST_DTYPE: tl.constexpr, STORES: tl.constexpr,
+    g, exp_avg, index, exists, weight, keep,
+    EXP_AVG_DTYPE: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
     """The next first moment of a strip; with ``STORES``, it is also written to memory."""
-    old = tl.load(first + index, mask=exists, other=0.0).to(tl.float32)
+    old = tl.load(exp_avg + index, mask=exists, other=0.0).to(tl.float32)
     momentum = g * weight + old * keep
     if STORES:
-        tl.store(first + index, momentum.to(FIRST_DTYPE), mask=exists)
+        tl.store(exp_avg + index, momentum.to(EXP_AVG_DTYPE), mask=exists)
     return momentum
 
 
 @triton.jit
 def _moments(
-    g, numerator, second, index, exists, row_root, column_root, weight, keep, d, eps,
-    ATAN2: tl.constexpr, FACTORED: tl.constexpr, SECOND_DTYPE: tl.constexpr, STORES: tl.constexpr,
+    g, numerator, exp_avg_sq, index, exists, row_root, column_root, weight, keep, d, eps,
+    ATAN2: tl.constexpr, FACTORED: tl.constexpr, EXP_AVG_SQ_DTYPE: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
     """The direction of a strip, of unit scale; with ``STORES``, the second moment is also written."""
     if FACTORED:
         deviation = row_root[:, None] * column_root[None, :] + eps
     else:
-        old = tl.load(second + index, mask=exists, other=0.0).to(tl.float32)
+        old = tl.load(exp_avg_sq + index, mask=exists, other=0.0).to(tl.float32)
         # Rounded as it is stored, so that the direction is the same in both passes.
-        average = (g * g * weight + old * keep).to(SECOND_DTYPE)
+        average = (g * g * weight + old * keep).to(EXP_AVG_SQ_DTYPE)
         if STORES:
-            tl.store(second + index, average, mask=exists)
+            tl.store(exp_avg_sq + index, average, mask=exists)
         deviation = tl.sqrt(average.to(tl.float32)) / d + eps
     u = _ATAN2_SCALE * _atan2(numerator, deviation) if ATAN2 else numerator / deviation
     return tl.where(exists, u, 0.0)
@@ -282,25 +158,25 @@ def _moved(
 @triton.jit
 def _run_of(index, size, runs):
     """For a shard of several runs: the row in ``runs`` of each element's run, and its position in the run."""
-    length = tl.load(size + RUN_LENGTH).to(tl.int32)
+    length = tl.load(size + S_RUN_LENGTH).to(tl.int32)
     run = index // length
-    return runs + (tl.load(size + FIRST_RUN) + run) * RUNS, index - run * length
+    return runs + (tl.load(size + S_FIRST_RUN) + run) * RUN_COLUMNS, index - run * length
 
 
 @triton.jit
 def _whole_indices(index, exists, size, runs, SINGLE: tl.constexpr):
     """The indices of a strip's elements in the whole tensor, modulo 2³²."""
     if SINGLE:
-        return index.to(tl.uint32) + tl.load(size + FIRST_INDEX).to(tl.uint32)
+        return index.to(tl.uint32) + tl.load(size + S_FIRST_INDEX).to(tl.uint32)
     else:
         run, place = _run_of(index, size, runs)
-        first = tl.load(run + RUN_INDEX, mask=exists, other=0).to(tl.uint32, bitcast=True)
+        first = tl.load(run + R_FIRST_INDEX, mask=exists, other=0).to(tl.uint32, bitcast=True)
         return place.to(tl.uint32) + first
 
 
 @triton.jit
 def _samples(
-    index, exists, row, across, offset, height, width, row_stride, local, size, runs,
+    tile, index, exists, row, runs,
     FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, EVERY: tl.constexpr,
     COLUMNS: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
@@ -313,45 +189,62 @@ def _samples(
         each among the tensor's samples.
     """
     if SINGLE and FAST:
-        phase = tl.load(size + FIRST_PHASE).to(tl.int32)
-        start = offset + row * row_stride + across * COLUMNS
-        end = offset + row * row_stride + tl.minimum(width, (across + 1) * COLUMNS)
+        phase = tl.load(tile.size + S_FIRST_PHASE).to(tl.int32)
+        start = tile.offset + row * tile.row_stride + tile.across * COLUMNS
+        end = tile.offset + row * tile.row_stride + tl.minimum(tile.width, (tile.across + 1) * COLUMNS)
         if not FACTORED:
-            end = tl.minimum(end, local)
+            end = tl.minimum(end, tile.local)
         number = ((start + phase + (EVERY - 1)) // EVERY)[:, None] + tl.arange(0, SAMPLES)[None, :]
         index = number * EVERY - phase
-        return index, (row[:, None] < height) & (index < end[:, None]), number - tl.where(phase > 0, 1, 0)
+        return (
+            index,
+            (row[:, None] < tile.height) & (index < end[:, None]),
+            number - tl.where(phase > 0, 1, 0),
+        )
     elif SINGLE:
-        phase = tl.load(size + FIRST_PHASE).to(tl.int32)
+        phase = tl.load(tile.size + S_FIRST_PHASE).to(tl.int32)
         position = index + phase
         return index, exists & (position % EVERY == 0), position // EVERY - tl.where(phase > 0, 1, 0)
     else:
-        run, place = _run_of(index, size, runs)
-        phase = tl.load(run + RUN_PHASE, mask=exists, other=0)
-        before = tl.load(run + RUN_SAMPLES, mask=exists, other=0) - tl.where(phase > 0, 1, 0)
+        run, place = _run_of(index, tile.size, runs)
+        phase = tl.load(run + R_FIRST_PHASE, mask=exists, other=0)
+        before = tl.load(run + R_SAMPLES, mask=exists, other=0) - tl.where(phase > 0, 1, 0)
         position = place + phase
         return index, exists & (position % EVERY == 0), before + position // EVERY
 
 
 @triton.jit
-def _evidence(g, base, start, statistic, slot, sampled, beta3, weight, KIND: tl.constexpr):
+def _evidence(
+    grad, weight, base, p0, s, at, slot, sampled, opens, beta3, evidence_weight,
+    MOMENTUM: tl.constexpr, IS_OFFSET: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
     """Prodigy's evidence of a strip: update s at its samples, and return the terms of up to three sums.
 
+    Samples are read once more, from the cache: they are few, about every eleventh element.
+
     Args:
-        g, base: The gradients and the base iterates before the move; 0 where there is no sample.
-        start, statistic: The addresses of the tensor's p0 and s.
-        slot, sampled: The positions of the samples among the tensor's, and a mask of those that exist.
+        grad, weight, base, p0, s: The addresses of the tensor's gradient, weight, z or its offset, p0 and s.
+        at, slot, sampled: The positions of the samples in the tensor, and among its samples; and a mask of
+            those that exist.
+        opens: False in a no-op.
+        beta3, evidence_weight: Numbers of the step.
     """
-    distance = tl.load(start + slot, mask=sampled, other=0.0).to(tl.float32) - base
+    g = tl.where(opens, tl.load(grad + at, mask=sampled, other=0.0).to(tl.float32), 0.0)
+    iterate = tl.zeros(at.shape, tl.float32)  # z, or without Schedule-Free y
+    if MOMENTUM or IS_OFFSET:
+        iterate += tl.load(weight + at, mask=sampled, other=0.0).to(tl.float32)
+    if not MOMENTUM:
+        iterate += tl.load(base + at, mask=sampled, other=0.0).to(tl.float32)
+    distance = tl.load(p0 + slot, mask=sampled, other=0.0).to(tl.float32) - iterate
     product = distance * g
     if KIND == RELATIVE:
         return product, tl.abs(distance), distance * distance
     else:
-        dtype: tl.constexpr = statistic.dtype.element_ty
-        kept = (tl.load(statistic + slot, mask=sampled, other=0.0).to(tl.float32) * beta3).to(dtype)
+        dtype: tl.constexpr = s.dtype.element_ty
+        kept = (tl.load(s + slot, mask=sampled, other=0.0).to(tl.float32) * beta3).to(dtype)
         seen = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)) if KIND == SIGNS else g
-        kept = (kept.to(tl.float32) + seen * weight).to(dtype)
-        tl.store(statistic + slot, kept, mask=sampled)
+        kept = (kept.to(tl.float32) + seen * evidence_weight).to(dtype)
+        tl.store(s + slot, kept, mask=sampled)
         return product, tl.abs(kept.to(tl.float32)), product
 
 
@@ -385,8 +278,9 @@ def sweep(
     pointers, sizes, runs, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
     norm_parts, evidence_parts, parts_stride, norms, numels, numbers_of, steps, directions, scales,
     GRAD_DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr,
-    FIRST_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr, FACTOR: tl.constexpr, MEAN_DTYPE: tl.constexpr,
-    START_DTYPE: tl.constexpr, STATISTIC_DTYPE: tl.constexpr, DIRECTION_DTYPE: tl.constexpr,
+    EXP_AVG_DTYPE: tl.constexpr, EXP_AVG_SQ_DTYPE: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr, MEAN_DTYPE: tl.constexpr,
+    P0_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, DIRECTION_DTYPE: tl.constexpr,
     MOVES: tl.constexpr, EVIDENCE: tl.constexpr, READS: tl.constexpr,
     FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr,
     IS_OFFSET: tl.constexpr, ATAN2: tl.constexpr, STABLE: tl.constexpr, DECAYS: tl.constexpr,
@@ -405,35 +299,32 @@ def sweep(
     MULTIPLE: tl.constexpr = 16 if FAST else 1
     BALANCES: tl.constexpr = EVIDENCE and KIND == BALANCE
     SAMPLED: tl.constexpr = EVIDENCE and KIND != BALANCE
-    tensor, size, address, matrix, down, across, local, offset, height, width, row_stride, column_stride = (
-        _tile(pointers, sizes, matrices, tiles, MULTIPLE)
-    )
     program = tl.program_id(0)
-    is_row_outer = tl.load(size + IS_ROW_OUTER) != 0
-    grad = tl.multiple_of(tl.load(address + GRAD).to(tl.pointer_type(GRAD_DTYPE)), MULTIPLE)
-    weight = tl.multiple_of(tl.load(address + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE)), MULTIPLE)
-    base = tl.multiple_of(
-        tl.load(address + (OFFSET_FROM_Y if IS_OFFSET else BASE)).to(tl.pointer_type(BASE_DTYPE)), MULTIPLE
-    )
-    first = tl.multiple_of(tl.load(address + FIRST).to(tl.pointer_type(FIRST_DTYPE)), MULTIPLE)
-    second = tl.multiple_of(tl.load(address + SECOND).to(tl.pointer_type(SECOND_DTYPE)), MULTIPLE)
-    start = tl.load(address + START).to(tl.pointer_type(START_DTYPE))
-    statistic = tl.load(address + STATISTIC).to(tl.pointer_type(STATISTIC_DTYPE))
+    tile = tile_of(pointers, sizes, matrices, tiles, MULTIPLE)
+    tensor, matrix = tile.tensor, tile.matrix
+    is_row_outer = tl.load(tile.size + S_IS_ROW_OUTER) != 0
+    grad = pointer(tile.pointers, P_GRAD, GRAD_DTYPE, MULTIPLE)
+    weight = pointer(tile.pointers, P_WEIGHT, WEIGHT_DTYPE, MULTIPLE)
+    base = pointer(tile.pointers, P_Z_MINUS_Y if IS_OFFSET else P_Z, BASE_DTYPE, MULTIPLE)
+    exp_avg = pointer(tile.pointers, P_EXP_AVG, EXP_AVG_DTYPE, MULTIPLE)
+    exp_avg_sq = pointer(tile.pointers, P_EXP_AVG_SQ, EXP_AVG_SQ_DTYPE, MULTIPLE)
+    p0 = pointer(tile.pointers, P_P0, P0_DTYPE, 1)
+    s = pointer(tile.pointers, P_S, S_DTYPE, 1)
     opens = tl.load(gate + tensor * gate_stride) != 0
     # All loaded before the loop: for all the compiler knows, stores in the loop may change them.
     numbers += tensor * tensor_stride
-    beta1, beta2 = tl.load(numbers + BETA1 * number_stride), tl.load(numbers + BETA2 * number_stride)
-    beta3, eps = tl.load(numbers + BETA3 * number_stride), tl.load(numbers + EPS * number_stride)
-    grad_weight = tl.load(numbers + GRAD_WEIGHT * number_stride)
-    sq_weight = tl.load(numbers + SQ_WEIGHT * number_stride)
-    evidence_weight = tl.load(numbers + EVIDENCE_WEIGHT * number_stride)
-    decay, c = tl.load(numbers + DECAY * number_stride), tl.load(numbers + C * number_stride)
-    fraction = tl.load(numbers + Y_FRACTION * number_stride)
-    unit, d = tl.load(numbers + UNIT * number_stride), tl.load(numbers + D * number_stride)
-    step = tl.load(numbers + DLR * number_stride) * unit
+    beta1, beta2 = tl.load(numbers + N_BETA1 * number_stride), tl.load(numbers + N_BETA2 * number_stride)
+    beta3, eps = tl.load(numbers + N_BETA3 * number_stride), tl.load(numbers + N_EPS * number_stride)
+    grad_weight = tl.load(numbers + N_GRAD_WEIGHT * number_stride)
+    sq_weight = tl.load(numbers + N_SQ_WEIGHT * number_stride)
+    evidence_weight = tl.load(numbers + N_EVIDENCE_WEIGHT * number_stride)
+    decay, c = tl.load(numbers + N_DECAY * number_stride), tl.load(numbers + N_C * number_stride)
+    fraction = tl.load(numbers + N_Y_FRACTION * number_stride)
+    unit, d = tl.load(numbers + N_UNIT * number_stride), tl.load(numbers + N_D * number_stride)
+    step = tl.load(numbers + N_DLR * number_stride) * unit
     direction = grad
     if READS and MOVES:
-        step = tl.load(numbers + DLR * number_stride) * (unit * tl.load(scales + tensor))
+        step = tl.load(numbers + N_DLR * number_stride) * (unit * tl.load(scales + tensor))
         direction = tl.load(directions + tensor).to(tl.pointer_type(DIRECTION_DTYPE))
         direction = tl.multiple_of(direction, MULTIPLE)
     if MOVES and STABLE:
@@ -442,15 +333,17 @@ def sweep(
     seed = tl.full((), 0, tl.uint32)
     if MOVES and STOCHASTIC:
         seed = _seed(tl.load(steps), tl.load(numbers_of + tensor))
-    column = across * COLUMNS + tl.arange(0, COLUMNS)
+    column = tile.across * COLUMNS + tl.arange(0, COLUMNS)
     column_root = tl.zeros((COLUMNS,), tl.float32)
     if FACTORED:
-        average = tl.load(address + MEAN).to(tl.pointer_type(MEAN_DTYPE))
-        mean = tl.load(average + tl.load(matrix + MEAN_OFFSET)).to(tl.float32) + _TINY
-        outer = tl.load(address + OUTER).to(tl.pointer_type(FACTOR)) + tl.load(matrix + OUTER_OFFSET)
-        inner = tl.load(address + INNER).to(tl.pointer_type(FACTOR)) + tl.load(matrix + INNER_OFFSET)
-        outer_stride, inner_stride = tl.load(matrix + OUTER_STRIDE), tl.load(matrix + INNER_STRIDE)
-        column_root = _factor_roots(inner, column * inner_stride, column < width, mean, d, is_row_outer == 0)
+        means = pointer(tile.pointers, P_MEAN, MEAN_DTYPE, 1)
+        mean = tl.load(means + tl.load(matrix + M_MEAN_OFFSET)).to(tl.float32) + _TINY
+        outer = pointer(tile.pointers, P_OUTER, FACTOR_DTYPE, 1) + tl.load(matrix + M_OUTER_OFFSET)
+        inner = pointer(tile.pointers, P_INNER, FACTOR_DTYPE, 1) + tl.load(matrix + M_INNER_OFFSET)
+        outer_stride, inner_stride = tl.load(matrix + M_OUTER_STRIDE), tl.load(matrix + M_INNER_STRIDE)
+        column_root = _factor_roots(
+            inner, column * inner_stride, column < tile.width, mean, d, is_row_outer == 0
+        )
     # Accumulated elementwise: a sum over threads in each strip would make all of them wait.
     norm = tl.zeros((STRIP, COLUMNS), tl.float32)
     TERMS: tl.constexpr = SAMPLES if SAMPLED and SINGLE and FAST else COLUMNS
@@ -458,10 +351,8 @@ def sweep(
     second_sum = tl.zeros((STRIP, TERMS), tl.float64)
     third_sum = tl.zeros((STRIP, TERMS), tl.float64)
     for top in range(0, ROWS, STRIP):
-        row = down * ROWS + top + tl.arange(0, STRIP)
-        index, exists = _elements(
-            offset, row, column, height, width, row_stride, column_stride, local, FACTORED, FAST, VECTOR
-        )
+        row = tile.down * ROWS + top + tl.arange(0, STRIP)
+        index, exists = elements_of(tile, row, column, FACTORED, FAST, VECTOR)
         # With READS, the move reads the direction here instead of the gradient, which it does not need.
         g = tl.where(opens, tl.load(direction + index, mask=exists, other=0.0).to(tl.float32), 0.0)
         y, z = tl.zeros((STRIP, COLUMNS), tl.float32), tl.zeros((STRIP, COLUMNS), tl.float32)
@@ -470,20 +361,13 @@ def sweep(
         if (MOVES or BALANCES) and not MOMENTUM:
             z = tl.load(base + index, mask=exists, other=0.0).to(tl.float32)
         if SAMPLED:
-            # Read again, from the cache: samples are few, about every eleventh element.
             at, sampled, slot = _samples(
-                index, exists, row, across, offset, height, width, row_stride, local, size, runs,
-                FACTORED, SINGLE, FAST, EVERY, COLUMNS, SAMPLES,
-            )  # fmt: skip
-            seen = tl.where(opens, tl.load(direction + at, mask=sampled, other=0.0).to(tl.float32), 0.0)
-            iterate = tl.zeros(at.shape, tl.float32)
-            if MOMENTUM or IS_OFFSET:
-                iterate += tl.load(weight + at, mask=sampled, other=0.0).to(tl.float32)
-            if not MOMENTUM:
-                iterate += tl.load(base + at, mask=sampled, other=0.0).to(tl.float32)
-            product, second_term, third_term = _evidence(
-                seen, iterate, start, statistic, slot, sampled, beta3, evidence_weight, KIND
+                tile, index, exists, row, runs, FACTORED, SINGLE, FAST, EVERY, COLUMNS, SAMPLES
             )
+            product, second_term, third_term = _evidence(
+                direction, weight, base, p0, s, at, slot, sampled, opens, beta3, evidence_weight,
+                MOMENTUM, IS_OFFSET, KIND,
+            )  # fmt: skip
             product_sum += product.to(tl.float64)
             second_sum += second_term.to(tl.float64)
             if KIND == RELATIVE:
@@ -493,17 +377,18 @@ def sweep(
         u = g
         if READS:
             if MOMENTUM and not MOVES:
-                _momentum(g, first, index, exists, grad_weight, beta1, FIRST_DTYPE, True)
+                _momentum(g, exp_avg, index, exists, grad_weight, beta1, EXP_AVG_DTYPE, True)
         elif MOVES or STABLE or BALANCES:
             row_root = tl.zeros((STRIP,), tl.float32)
             if FACTORED:
-                row_root = _factor_roots(outer, row * outer_stride, row < height, mean, d, is_row_outer)
+                row_root = _factor_roots(outer, row * outer_stride, row < tile.height, mean, d, is_row_outer)
             numerator = g
             if MOMENTUM:
-                numerator = _momentum(g, first, index, exists, grad_weight, beta1, FIRST_DTYPE, MOVES) / d
+                momentum = _momentum(g, exp_avg, index, exists, grad_weight, beta1, EXP_AVG_DTYPE, MOVES)
+                numerator = momentum / d
             u = _moments(
-                g, numerator, second, index, exists, row_root, column_root, sq_weight, beta2, d, eps,
-                ATAN2, FACTORED, SECOND_DTYPE, MOVES,
+                g, numerator, exp_avg_sq, index, exists, row_root, column_root, sq_weight, beta2, d, eps,
+                ATAN2, FACTORED, EXP_AVG_SQ_DTYPE, MOVES,
             )  # fmt: skip
             if not MOVES:
                 norm += u * u
@@ -519,7 +404,7 @@ def sweep(
             y, z = _moved(y, z, u, step, unit, decay, c, fraction, MOMENTUM, IS_OFFSET, DECAYS)
             noise = index
             if STOCHASTIC:
-                noise = _hash(_whole_indices(index, exists, size, runs, SINGLE) + seed)
+                noise = _hash(_whole_indices(index, exists, tile.size, runs, SINGLE) + seed)
             tl.store(weight + index, _rounded(y, noise & 0xFFFF, WEIGHT_DTYPE, STOCHASTIC), mask=exists)
             if not MOMENTUM:
                 tl.store(base + index, _rounded(z, noise >> 16, BASE_DTYPE, STOCHASTIC), mask=exists)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,19 +13,19 @@ import torch
 from torch import Tensor
 
 from prodigyplus.device import jit
-from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, Tiles, TileSize
+from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, TileKind, Tiles, TileSize
+from prodigyplus.device.tables import EVIDENCE, Dtypes
 from prodigyplus.terms.requests import SymmetricProduct
 from prodigyplus.terms.scalars import Packed
 from prodigyplus.terms.tables import SentTable
+
+_DTYPE = operator.attrgetter("dtype")
 
 # The most bytes that a thread reads or writes at a time.
 _VECTOR_BYTES = 16
 
 # How many values ``add_up`` adds at a time.
 _RUN = 1024
-
-# The kernels' numbers for the kinds of evidence: see ``Options.evidence``.
-EVIDENCE: dict[str, int] = {"products": 0, "signs": 1, "relative": 2, "balance": 3}
 
 # The names of the sums that ``sweep`` takes for each kind, in the order of its rows of partial sums.
 EVIDENCE_SUMS: dict[str, tuple[str, ...]] = {
@@ -59,32 +61,6 @@ def programs() -> Programs:
     return Programs(*[Program(16, 1)] * 3) if jit.interprets() else Programs()
 
 
-class Dtypes(NamedTuple):
-    """The dtypes of gradients, weights and state entries, in the order of addresses; None for absent ones."""
-
-    grad: torch.dtype
-    weight: torch.dtype | None
-    z: torch.dtype | None
-    offset: torch.dtype | None
-    first: torch.dtype | None
-    second: torch.dtype | None
-    outer: torch.dtype | None
-    inner: torch.dtype | None
-    mean: torch.dtype | None
-    start: torch.dtype | None
-    statistic: torch.dtype | None
-
-    @property
-    def of_elements(self) -> tuple[torch.dtype | None, ...]:
-        """The dtypes of the tensors that have a value for every element."""
-        return self.grad, self.weight, self.base, self.first, self.second
-
-    @property
-    def base(self) -> torch.dtype | None:
-        """The dtype of z, or of z − y."""
-        return self.z or self.offset
-
-
 class Setup(NamedTuple):
     """What the kernels of a batch are compiled for."""
 
@@ -115,6 +91,13 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
+def _square_kernels() -> ModuleType:
+    from prodigyplus.device import square_kernels
+
+    return square_kernels
+
+
+@functools.cache
 def symmetric_product(dtype: torch.dtype, device: torch.device) -> SymmetricProduct | None:
     """The function that multiplies matrices by their own transposes by a kernel; None if it has none."""
     if device.type != "cuda" or not jit.has_triton():
@@ -133,19 +116,17 @@ class Launches:
         plan: The batch's tables.
 
     Attributes:
-        dtypes: The dtypes of the batch's tensors.
-        data_ptrs: The addresses of weights and state entries, to detect whether any tensor was replaced.
-        found_dtypes: The dtypes of the same tensors, and of the gradients.
-        addresses: The same addresses in the order of the kernels: for each parameter, of its weight, then of
-            the entries in ``plan.keys``; 0 for absent ones.
+        dtypes: The dtypes of the tensors that it was last pointed to.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.dtypes: Dtypes
-        self.data_ptrs: list[int] = []
-        self.found_dtypes: list[torch.dtype] = []
-        self.addresses: list[int] = []
+        # The addresses of weights and entries of states, in the order in which these come; and the dtypes of
+        # the same tensors and of the gradients. By them it is seen whether any tensor has been replaced.
+        self._data_ptrs: list[int] = []
+        self._found_dtypes: list[torch.dtype] = []
+        self._addresses: list[int] = []  # the same addresses as rows of ``pointers``, without the gradients'
         self._sent = SentTable(plan.device)
         self._pointers: Tensor
         self._is_aligned = False
@@ -154,21 +135,65 @@ class Launches:
         self._directions_are_aligned = False
         self._programs = programs()
 
-    def point(self, gradients: list[int]) -> None:
-        """Update the table of addresses; it is sent to the device only if an address has changed.
+    def point_(
+        self, weights: list[Tensor], states: list[dict[str, Tensor]], grads: list[Tensor]
+    ) -> list[Tensor]:
+        """Point the kernels to these tensors, local ones. Entries that are not contiguous are made so.
+
+        Returns:
+            All entries of the states. As long as they are held, none other can be where they are: see
+            :meth:`is_current`.
+        """
+        # This runs for every parameter at every step, so by map(), without a line of Python for each.
+        entries = list(itertools.chain.from_iterable(map(dict.values, states)))
+        tensors = [*weights, *entries]
+        data_ptrs = list(map(Tensor.data_ptr, tensors))
+        found_dtypes = list(map(_DTYPE, [*tensors, grads[0]]))
+        if data_ptrs != self._data_ptrs or found_dtypes != self._found_dtypes:
+            for value in entries:
+                if not value.is_contiguous():  # as a loaded state may be
+                    value.set_(value.contiguous())  # type: ignore[call-overload]
+            self._take(weights, states, grads[0].dtype)
+            self._data_ptrs, self._found_dtypes = data_ptrs, found_dtypes
+        self.point_to_gradients(grads)
+        return entries
+
+    def _take(self, weights: list[Tensor], states: list[dict[str, Tensor]], grad: torch.dtype) -> None:
+        """Set addresses and dtypes: tensors have been replaced, perhaps by those of other dtypes."""
+        rows = [
+            (weight, *map(state.get, keys))
+            for weight, state, keys in zip(weights, states, self.plan.keys, strict=True)
+        ]
+        of_column = [
+            {tensor.dtype for tensor in column if tensor is not None} for column in zip(*rows, strict=True)
+        ]
+        assert all(len(dtypes) <= 1 for dtypes in of_column), "a state of several dtypes"
+        self.dtypes = Dtypes._make([*(next(iter(dtypes), None) for dtypes in of_column), grad])
+        self._addresses = [0 if tensor is None else tensor.data_ptr() for row in rows for tensor in row]
+
+    def is_current(self, weights: list[Tensor], entries: list[Tensor], grads: list[Tensor]) -> bool:
+        """Whether the kernels already point to these weights and entries, and gradients have the same dtype.
 
         Args:
-            gradients: The address of each tensor's gradient.
+            weights, grads: As for :meth:`point_`.
+            entries: All entries of the states; those that :meth:`point_` has returned must still be held.
         """
+        if {*map(_DTYPE, grads)} != {self.dtypes.grad} or {*map(_DTYPE, weights)} != {self.dtypes.weight}:
+            return False
+        return self._data_ptrs == [*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, entries)]
+
+    def point_to_gradients(self, grads: list[Tensor]) -> None:
+        """Update the table of addresses; it is sent to the device only if an address has changed."""
+        gradients = list(map(Tensor.data_ptr, grads))
 
         def table() -> Tensor:
-            rows = torch.tensor(self.addresses, dtype=torch.int64, device="cpu").view(len(gradients), -1)
+            rows = torch.tensor(self._addresses, dtype=torch.int64, device="cpu").view(len(gradients), -1)
             last = torch.tensor(gradients, dtype=torch.int64, device="cpu").unsqueeze(1)
             rows = torch.cat((rows, last), 1)
             self._is_aligned = not (rows % ALIGNMENT).any()
             return rows
 
-        self._pointers = self._sent.of((self.data_ptrs, gradients), table)
+        self._pointers = self._sent.of((self._data_ptrs, gradients), table)
 
     def _point_to_directions(self, directions: Directions) -> None:
         addresses = [tensor.data_ptr() for tensor in directions.tensors]
@@ -177,14 +202,14 @@ class Launches:
             addresses, lambda: torch.tensor(addresses, dtype=torch.int64, device="cpu")
         )
 
-    def squares(self, dtypes: Dtypes) -> tuple[Tensor, Tensor]:
+    def squares(self) -> tuple[Tensor, Tensor]:
         """Sums of g².
 
         Returns:
             The local sums that factors need, in the order of ``plan.sum_pieces``; and the local totals,
             (tensors,). Both float32.
         """
-        plan, kernels = self.plan, _kernels()
+        plan, kernels, dtype = self.plan, _square_kernels(), self.dtypes.grad
         lengths = [plan.sum_count, len(plan.layouts), plan.outer_parts, plan.inner_parts]
         every = self._empty(sum(lengths))
         sums, totals, outer, inner = torch.split(every, lengths)
@@ -193,13 +218,13 @@ class Launches:
                 jit.launch(
                     kernels.squares, (len(tiles.table),),
                     self._pointers, plan.sizes, plan.matrices, tiles.table, outer, inner,
-                    DTYPE=dtypes.grad, FACTORED=tiles.factored, FAST=self._is_fast(tiles.fast),
-                    **self._tile(self._programs.squares, [dtypes.grad]),
+                    DTYPE=dtype, FACTORED=tiles.kind.factored, FAST=self._is_fast(tiles.kind),
+                    **self._tile(self._programs.squares, [dtype]),
                 )  # fmt: skip
-            if len(plan.segments):
+            if len(plan.parts):
                 jit.launch(
-                    kernels.add_parts, (len(plan.segments),),
-                    outer, inner, sums, plan.segments, BLOCK=BLOCK, AT_ONCE=AT_ONCE,
+                    kernels.add_parts, (len(plan.parts),),
+                    outer, inner, sums, plan.parts, BLOCK=BLOCK, AT_ONCE=AT_ONCE,
                 )  # fmt: skip
             self._add_up(every, every, plan.totals)
         return sums, totals
@@ -211,9 +236,9 @@ class Launches:
             return
         with jit.on_device(self.plan.device):
             jit.launch(
-                _kernels().factors, (len(plan.factor_blocks),),
+                _square_kernels().factors, (len(plan.factor_blocks),),
                 self._pointers, plan.factor_blocks, sums, *_numbers(n),
-                FACTOR=setup.dtypes.outer, MEAN_DTYPE=setup.dtypes.mean,
+                FACTOR_DTYPE=setup.dtypes.outer, MEAN_DTYPE=setup.dtypes.mean,
                 BLOCK=FACTOR_BLOCK,
             )  # fmt: skip
 
@@ -297,17 +322,17 @@ class Launches:
             "GRAD_DTYPE": setup.dtypes.grad,
             "WEIGHT_DTYPE": setup.dtypes.weight,
             "BASE_DTYPE": setup.dtypes.base,
-            "FIRST_DTYPE": setup.dtypes.first,
-            "SECOND_DTYPE": setup.dtypes.second,
-            "FACTOR": setup.dtypes.outer,
+            "EXP_AVG_DTYPE": setup.dtypes.exp_avg,
+            "EXP_AVG_SQ_DTYPE": setup.dtypes.exp_avg_sq,
+            "FACTOR_DTYPE": setup.dtypes.outer,
             "MEAN_DTYPE": setup.dtypes.mean,
-            "START_DTYPE": setup.dtypes.start,
-            "STATISTIC_DTYPE": setup.dtypes.statistic,
+            "P0_DTYPE": setup.dtypes.p0,
+            "S_DTYPE": setup.dtypes.s,
             "DIRECTION_DTYPE": setup.direction,
             "READS": setup.direction is not None,
-            "FACTORED": tiles.factored,
-            "SINGLE": tiles.single,
-            "FAST": self._is_fast(tiles.fast) and is_aligned,
+            "FACTORED": tiles.kind.factored,
+            "SINGLE": tiles.kind.single,
+            "FAST": self._is_fast(tiles.kind) and is_aligned,
             "MOMENTUM": setup.has_momentum,
             "IS_OFFSET": setup.is_offset,
             "ATAN2": setup.is_atan2,
@@ -327,8 +352,8 @@ class Launches:
         vector = _VECTOR_BYTES // widest
         return {"ROWS": rows, "COLUMNS": columns, "STRIP": strip, "VECTOR": vector, "num_warps": warps}
 
-    def _is_fast(self, fast: bool) -> bool:
-        return fast and self._is_aligned
+    def _is_fast(self, kind: TileKind) -> bool:
+        return kind.fast and self._is_aligned
 
     def _evidence_parts(self, setup: Setup, takes_evidence: bool) -> Tensor:
         """The buffer for the partial sums of evidence, (sums, tiles); it has no rows if none is taken."""
@@ -346,14 +371,14 @@ class Launches:
             self._add_up(parts, sums, self.plan.of_tensors)
         return sums
 
-    def _add_up(self, values: Tensor, out: Tensor, segments: Tensor) -> None:
+    def _add_up(self, values: Tensor, out: Tensor, sums: Tensor) -> None:
         rows = len(values) if values.ndim == 2 else 1
-        if not len(segments):
+        if not len(sums):
             return
         jit.launch(
-            _kernels().add_up, (len(segments), rows),
+            _square_kernels().add_up, (len(sums), rows),
             values, values.stride(0) if values.ndim == 2 else 0, out, out.stride(0) if out.ndim == 2 else 0,
-            segments, DTYPE=values.dtype, BLOCK=_RUN,
+            sums, DTYPE=values.dtype, BLOCK=_RUN,
         )  # fmt: skip
 
     def _empty(self, count: int) -> Tensor:

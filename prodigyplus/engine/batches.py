@@ -6,7 +6,6 @@ is like a stack (see :mod:`prodigyplus.engine.stack`) but of many layouts, and h
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Generator, Hashable, Mapping, Sequence
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from prodigyplus.device import jit
-from prodigyplus.device.launches import Directions, Dtypes, Launches, Setup, tile_size
+from prodigyplus.device.launches import Directions, Launches, Setup, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
 from prodigyplus.engine import passes
 from prodigyplus.engine.group_step import GroupStep
@@ -147,21 +146,21 @@ class Batch:
         launches = self._launches
         assert launches is not None
         # This runs for every parameter at every step, so by map(), without a line of Python for each.
-        if {*map(type, grads)} != {Tensor} or {*map(_DTYPE, grads)} != {launches.dtypes.grad}:
+        if {*map(type, grads)} != {Tensor} or {*map(_LAYOUT, grads)} != {torch.strided}:
             return False
-        if {*map(_LAYOUT, grads)} != {torch.strided} or not all(map(Tensor.is_contiguous, grads + weights)):
+        if not all(map(Tensor.is_contiguous, grads + weights)):
             return False
         if any(map(Tensor.is_neg, grads)):
             return False
         # Other weights may lie at the same address: a part of the old ones, or a buffer of the user's.
-        if self._shapes != [*map(_SHAPE, weights)] or {*map(_DTYPE, weights)} != {launches.dtypes.weight}:
+        if self._shapes != [*map(_SHAPE, weights)]:
             return False
         # Other entries would lie elsewhere, since the old ones are held and so not freed.
-        if launches.data_ptrs != [*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, entries)]:
+        if not launches.is_current(weights, entries, grads):
             return False
         self.group, self.grads = group, grads
         self.present = None if self.present is None else [True] * len(grads)
-        launches.point(list(map(Tensor.data_ptr, grads)))
+        launches.point_to_gradients(grads)
         return True
 
     def rest(self) -> None:
@@ -171,7 +170,7 @@ class Batch:
     def squares(self, constants: Constants) -> Requests:
         """See :class:`prodigyplus.engine.rule.Moving`; one request for each piece of the buffer of sums."""
         launches = self.launches(constants)
-        sums, totals = launches.squares(launches.dtypes)
+        sums, totals = launches.squares()
         pieces = {
             f"squares {index}": Sum(sums[piece.start : piece.end], piece.axes)
             for index, piece in enumerate(launches.plan.sum_pieces)
@@ -207,39 +206,12 @@ class Batch:
             self._launches = constants.made(
                 device, key, lambda: Launches(Plan(self.layouts, factored, every, device, tile_size()))
             )
-            self._point(self._launches)
+            self._entries = self._launches.point_(self.weights, self.states, self.grads)
         return self._launches
 
-    def _point(self, launches: Launches) -> None:
-        # This runs for every parameter at every step, so by map(), without a line of Python for each.
-        self._entries = list(itertools.chain.from_iterable(map(dict.values, self.states)))
-        tensors = [*self.weights, *self._entries]
-        data_ptrs = list(map(Tensor.data_ptr, tensors))
-        found_dtypes = list(map(_DTYPE, [*tensors, self.grads[0]]))
-        if data_ptrs != launches.data_ptrs or found_dtypes != launches.found_dtypes:
-            for value in self._entries:
-                if not value.is_contiguous():  # as a loaded state may be
-                    value.set_(value.contiguous())  # type: ignore[call-overload]
-            rows = [
-                (weight, *map(state.get, keys))
-                for weight, state, keys in zip(self.weights, self.states, launches.plan.keys, strict=True)
-            ]
-            # Tensors have been replaced, perhaps by those of other dtypes.
-            of_column = [
-                {tensor.dtype for tensor in column if tensor is not None}
-                for column in zip(*rows, strict=True)
-            ]
-            assert all(len(dtypes) <= 1 for dtypes in of_column), "a state of several dtypes"
-            launches.dtypes = Dtypes(self.grads[0].dtype, *(next(iter(dtypes), None) for dtypes in of_column))
-            launches.data_ptrs, launches.found_dtypes = data_ptrs, found_dtypes
-            launches.addresses = [
-                0 if tensor is None else tensor.data_ptr() for row in rows for tensor in row
-            ]
-        launches.point(list(map(Tensor.data_ptr, self.grads)))
-
-    def setup(self, launches: Launches) -> Setup:
+    def setup(self, constants: Constants) -> Setup:
         """The constants that its kernels are compiled for."""
-        kind, o, dtypes = self.kind, self.group.options, launches.dtypes
+        kind, o, dtypes = self.kind, self.group.options, self.launches(constants).dtypes
         return Setup(
             dtypes,
             has_momentum=kind.has_momentum,
@@ -294,7 +266,7 @@ class _KernelWork:
         self._averages = {key: stacks.stack_view([state[key] for state in batch.states]) for key in keys}
         self._launches, self._sums, self._constants = batch.launches(constants), squares, constants
         self._moves_at_once = not (batch.is_sharded or batch.is_matrix)
-        self._setup = batch.setup(self._launches)
+        self._setup = batch.setup(constants)
         self._numbers = constants.on(n.step.device, batch.numbers)
         self._late: dict[str, Tensor] = {}  # see late_sums()
 

@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 
 from prodigyplus.device import jit
-from prodigyplus.device.groups import GroupNumbers, GroupOptions, table_of
-from prodigyplus.device.launches import EVIDENCE
+from prodigyplus.device.groups import GroupNumbers, table_of
+from prodigyplus.device.tables import EVIDENCE, POOLS, GroupOptions
 from prodigyplus.engine.alike_groups import AlikeGroups, Opened, each_group
 from prodigyplus.engine.columns import Columns
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.formulas import prodigy
 from prodigyplus.terms.scalars import Constants
-
-# The kernels' numbers for the pools: groups of one pool have one d.
-_POOLS = {None: 0, "prodigy": 1, "balance": 2}
 
 
 def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
@@ -50,7 +47,7 @@ def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
         weight_decay_by_lr=o.weight_decay_by_lr,
         d_limiter=o.d_limiter,
         adapts=group.adapts,
-        pool=_POOLS[o.pool],
+        pool=POOLS[o.pool],
         shares=shares,
     )
 

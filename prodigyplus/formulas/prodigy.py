@@ -206,7 +206,7 @@ def shared_d(
     not hold the others back: it moves by their mean. If no group counts, the mean is over all that moved.
 
     Args:
-        d, d0, weight_sum, k, in_mean: Numbers of the groups (see ``engine/columns.py``); shapes (groups,).
+        d, d0, weight_sum, k, in_mean: Numbers of the groups, see ``terms/group_numbers.py``; (groups,).
 
     Returns:
         The mean for every group that has moved, and its own ``d`` for every other; and the next ``in_mean``.

@@ -11,8 +11,8 @@ import torch
 
 from prodigyplus import ProdigyPlusScheduleFree, options
 from prodigyplus.device.jit import interprets
-from prodigyplus.engine.columns import COUNTS, FLOATS
 from prodigyplus.engine.groups import Groups
+from prodigyplus.terms.group_numbers import COUNTS, FLOATS
 from prodigyplus.terms.scalars import Constants
 
 pytest.importorskip("triton")

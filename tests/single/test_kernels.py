@@ -13,6 +13,7 @@ from prodigyplus import ProdigyPlusScheduleFree, state
 from prodigyplus.device import jit
 from prodigyplus.device.jit import interprets
 from prodigyplus.device.launches import Launches
+from prodigyplus.device.tables import entries
 from prodigyplus.engine.batches import Batch, obstacle
 from prodigyplus.exchange import OneProcess
 from prodigyplus.options import Options
@@ -297,18 +298,18 @@ def test_a_launch_serves_all_parameters(monkeypatch):
 
     def count(shapes, options):
         names, tables = [], []
-        launch, point = jit.launch, Launches.point
+        launch, point = jit.launch, Launches.point_to_gradients
 
         def count_launch(kernel, *arguments, **constants):
             names.append(kernel.__name__)
             launch(kernel, *arguments, **constants)
 
-        def note_table(self, gradients):
-            point(self, gradients)
+        def note_table(self, grads):
+            point(self, grads)
             tables.append(id(self._pointers))
 
         monkeypatch.setattr(jit, "launch", count_launch)
-        monkeypatch.setattr(Launches, "point", note_table)
+        monkeypatch.setattr(Launches, "point_to_gradients", note_table)
         gradients = {}
 
         def keep(step, index, p):
@@ -427,6 +428,8 @@ def test_loaded_state_of_other_strides(dtype):
 
 def test_every_entry_of_the_state_is_known_to_them():
     """Fails for a new entry of the state until it is listed, so that kernels cannot silently ignore it."""
-    known = {"z", "z_minus_y", "exp_avg", "exp_avg_sq", "p0", "s", "exp_avg_product", "max_l1", "max_l2"}
-    known |= {f"exp_avg_sq_{name}" for name in ("row", "col", "mean")}
+    pointed_to = {"z", "z_minus_y", "exp_avg", "exp_avg_sq", "p0", "s"}
+    pointed_to |= {f"exp_avg_sq_{name}" for name in ("row", "col", "mean")}
+    assert set(entries("row", "col")) == set(entries("col", "row")) == pointed_to
+    known = pointed_to | {"exp_avg_product", "max_l1", "max_l2"}
     assert known | {"exp_avg_weight"} == set(state.TABLE)

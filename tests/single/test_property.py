@@ -19,8 +19,8 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree, options
-from prodigyplus.engine.columns import NUMBERS
 from prodigyplus.state import EVIDENCE, TABLE
+from prodigyplus.terms.group_numbers import NUMBERS
 from tests import option_table as table
 from tests.single.problems import Fed
 from tests.single.simulated import OneRank, Placement, Ranks, indices_of
