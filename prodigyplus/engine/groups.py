@@ -295,16 +295,17 @@ class GroupBatch:
         else:
             target.index_copy_(0, self._rows, values)
 
-    def adapt_(self, totals: Tensor, learns: Tensor) -> None:
+    def adapt_(self, totals: Tensor, steps: Tensor, learns: Tensor) -> None:
         """Update ``d`` from the sums of the step.
 
         Args:
             totals: The weighted sums of all groups of the optimiser, products and norms; (groups, 2).
+            steps: How many steps have contributed to each group's ``d``; int64, (groups,).
             learns: Which groups to update; bool, (groups,).
         """
         product, norm = self.select(totals).unbind(1)
         if self._branches.is_balanced:
-            self._balance_(balance.Averages(product, norm), self.select(learns))
+            self._balance_(balance.Averages(product, norm), self.select(steps), self.select(learns))
             return
         d, d_hat = self._read("d"), self._read("d_hat")
         evidence = prodigy.Evidence(self._read("d_numerator"), self._read("max_d_numerator"), product, norm)
@@ -318,9 +319,9 @@ class GroupBatch:
             d_denom=norm,
         )
 
-    def _balance_(self, now: balance.Averages, learns: Tensor) -> None:
+    def _balance_(self, now: balance.Averages, steps: Tensor, learns: Tensor) -> None:
         before = balance.Averages(self._read("d_numerator"), self._read("d_denom"))
-        d, rho, averages = balance.next_d(self._read("d"), self._read("k"), before, now)
+        d, rho, averages = balance.next_d(self._read("d"), steps, before, now)
         numerator, denominator = averages
         self._write_(learns, d=d, d_hat=rho, d_numerator=numerator, d_denom=denominator)
 
@@ -484,16 +485,18 @@ class Groups:
         if any(step.options.is_balanced for step in self.steps):
             norms = norms * torch.stack([step.norm_weight for step in self.steps])
         totals = torch.stack((products, norms), 1)
-        # Groups of one pool have one d: the first of them updates it from the sums of all.
-        leaders = self._leaders
+        # Groups of one pool have one d: the first of them updates it from the sums of all. It may have made
+        # fewer steps than others, or none, if its parameters are frozen.
+        leaders, steps = self._leaders, self.columns["k"]
         pools = [[index for index, of in enumerate(leaders) if of == leader] for leader in set(leaders)]
         for pool in sorted(pool for pool in pools if len(pool) > 1):
             rows, first = (self.constants.on(totals.device, indices) for indices in (pool, pool[:1]))
             totals = totals.index_copy(0, first, totals.index_select(0, rows).sum(dim=0, keepdim=True))
+            steps = steps.index_copy(0, first, steps.index_select(0, rows).amax(dim=0, keepdim=True))
             learns = learns.index_copy(0, first, learns.index_select(0, rows).any(dim=0, keepdim=True))
         adapting = [step for step in self.steps if step.adapts and leaders[step.index] == step.index]
         for batch in self._split(adapting):
-            batch.adapt_(totals, learns)
+            batch.adapt_(totals, steps, learns)
         if len(set(leaders)) < len(leaders):
             rows = self.constants.on(totals.device, leaders)
             for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
