@@ -448,8 +448,8 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         Call it once, when the model is wrapped as it will be trained. Each gradient is then consumed and
         freed as soon as it is there, and :meth:`step` ends the step: it updates the step size, and moves what
-        no backward pass has moved. The loop stays as it is, but every backward pass needs its own
-        :meth:`step`.
+        no backward pass has moved, such as parameters that were frozen when this was called. The loop stays
+        as it is, but every backward pass needs its own :meth:`step`.
 
         An inf or NaN in a gradient skips only its own parameter, in groups that are not fused too, since
         others have moved already; the step size then keeps its value, and the step counts as skipped.
