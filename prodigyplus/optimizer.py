@@ -374,11 +374,15 @@ class ProdigyPlusScheduleFree(Optimizer):
     @isolated
     def _columns(self) -> Columns:
         """The groups' numbers, on the device of the parameters that are trained."""
-        # Lazily, since the first parameter usually decides.
-        trained = (p for g in self.param_groups for p in g["params"] if p.requires_grad or p.grad is not None)
-        others = (p for g in self.param_groups for p in g["params"] if p.device.type != "meta")
-        homes = (self._placement.local(p).device for some in (trained, others) for p in some)
-        home = next(homes, torch.device("cpu"))
+        # Lazily, since the first parameter usually decides. What is on "meta" may get memory elsewhere before
+        # it is trained, and numbers cannot follow it from there; but a step may be simulated there.
+        groups, local = self.param_groups, self._placement.local
+        trained = (p for g in groups for p in g["params"] if p.requires_grad or p.grad is not None)
+        others = (p for g in groups for p in g["params"])
+        homes = (local(p).device for some in (trained, others) for p in some)
+        simulated = (local(p).device for g in groups for p in g["params"] if p.grad is not None)
+        home = next((device for device in homes if device.type != "meta"), None)
+        home = home or next(simulated, torch.device("cpu"))
         columns = self._cache.columns
         if columns is None or not columns.are_of(self.param_groups, home):
             columns = self._cache.columns = Columns(self.param_groups, home)
@@ -426,8 +430,8 @@ class ProdigyPlusScheduleFree(Optimizer):
 
         Call it once, when the model is wrapped as it will be trained. Each gradient is then consumed and
         freed as soon as it is there, and :meth:`step` ends the step: it updates the step size, and moves what
-        no backward pass has moved. The loop stays as it is, but every backward pass needs its own
-        :meth:`step`.
+        no backward pass has moved, such as parameters that were frozen when this was called. The loop stays
+        as it is, but every backward pass needs its own :meth:`step`.
 
         An inf or NaN in a gradient skips only its own parameter, in groups that are not fused too, since
         others have moved already; the step size then keeps its value, and the step counts as skipped.

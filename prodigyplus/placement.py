@@ -71,7 +71,7 @@ class Placement(Protocol):
             name: Returns what to call the parameter in a message.
 
         Raises:
-            RuntimeError: The gradient does not lie where the parameter does.
+            RuntimeError: The gradient lies on another mesh than the parameter.
         """
         ...
 

@@ -94,12 +94,15 @@ class MeshTensors:
         if grad is None:
             return torch.zeros_like(p), False
         if isinstance(p, DTensor) and not _lies_with(p, grad):
-            found = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else "a plain tensor"
-            raise RuntimeError(
-                f"{name(location)} has placements {p.placements} on {p.device_mesh}, but its gradient "
-                f"is {found}. Give it the parameter's, as FSDP2 does: "
-                "p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
-            )
+            if not isinstance(grad, DTensor) or grad.device_mesh != p.device_mesh:
+                found = f"on {grad.device_mesh}" if isinstance(grad, DTensor) else "a plain tensor"
+                raise RuntimeError(
+                    f"{name(location)} is on {p.device_mesh}, but its gradient is {found}: give it "
+                    "one on the parameter's mesh."
+                )
+            # Autograd leaves it as its last operator has made it: of a norm whose activations are cut by
+            # SequenceParallel, as a sum that is not completed. All ranks come here, in the same order.
+            grad = grad.redistribute(p.device_mesh, p.placements)
         return grad, True
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:

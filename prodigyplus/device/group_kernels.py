@@ -323,7 +323,9 @@ def end(
     learning = exists & tl.load(learns + group, mask=exists, other=0).to(tl.int1)
     happens = tl.max(learning.to(tl.int32), 0) + group * 0 > 0
     adapts = _row(settings, O_ADAPTS, count, group, 0.0) > 0
-    # Groups of one pool have one d: the first of them updates it from the sums of all.
+    # Groups of one pool have one d: the first of them updates it from the sums of all. It may have made fewer
+    # steps than others.
+    k = _row(counts, C_K, count, group, 0)
     pool = _row(settings, O_POOL, count, group, 0.0)
     follows = exists & (pool > 0)
     for number in tl.static_range(1, LAST_POOL + 1):
@@ -331,6 +333,7 @@ def end(
         leads = group == tl.min(tl.where(pooled, group, BLOCK), 0)
         product = tl.where(leads, tl.sum(tl.where(pooled, product, 0.0), 0), product)
         norm = tl.where(leads, tl.sum(tl.where(pooled, norm, 0.0), 0), norm)
+        k = tl.where(leads, tl.max(tl.where(pooled, k, 0), 0), k)
         pool_learns = tl.max((pooled & learning).to(tl.int32), 0)
         learning = tl.where(leads, pool_learns, learning.to(tl.int32)) > 0
         follows = follows & (leads == 0)
@@ -343,7 +346,6 @@ def end(
     next_d, estimate, next_numerator = _next_d(
         d, numerator, largest, product, norm, settings, group, count, LIMIT_OF_SPEED, LARGEST_FACTOR
     )
-    k = _row(counts, C_K, count, group, 0)
     balanced_d, rho, average, next_denominator = _next_balanced(
         d, k, numerator, denominator, product, norm, TARGET, GROWTH, LOG_LIMIT, WINDOW
     )

@@ -152,16 +152,18 @@ class Groups:
         if any(step.options.evidence == "balance" for step in self.steps):
             norms = norms * torch.stack([step.norm_weight for step in self.steps])
         totals = torch.stack((products, norms), 1)
-        # Groups of one pool have one d: the first of them updates it from the sums of all.
-        leaders = self._leaders
+        # Groups of one pool have one d: the first of them updates it from the sums of all. It may have made
+        # fewer steps than others, or none, if its parameters are frozen.
+        leaders, steps = self._leaders, self.columns["k"]
         pools = [[index for index, of in enumerate(leaders) if of == leader] for leader in set(leaders)]
         for pool in sorted(pool for pool in pools if len(pool) > 1):
             rows, first = (self.constants.on(totals.device, indices) for indices in (pool, pool[:1]))
             totals = totals.index_copy(0, first, totals.index_select(0, rows).sum(dim=0, keepdim=True))
+            steps = steps.index_copy(0, first, steps.index_select(0, rows).amax(dim=0, keepdim=True))
             learns = learns.index_copy(0, first, learns.index_select(0, rows).any(dim=0, keepdim=True))
         adapting = [step for step in self.steps if step.adapts and leaders[step.index] == step.index]
         for batch in self._split(adapting):
-            batch.adapt_(totals, learns)
+            batch.adapt_(totals, steps, learns)
         if len(set(leaders)) < len(leaders):
             rows = self.constants.on(totals.device, leaders)
             for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):

@@ -67,16 +67,20 @@ def hook_parameters(parameters: Mapping[str, Tensor], take: Take) -> list[Remova
 
 
 def fusable(model: nn.Module, groups: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """The parameters of a model that are moved within backward passes, by name.
+    """The parameters of a model that are moved within backward passes, by name: those that are not frozen.
 
     Raises:
         ValueError: There are none.
     """
     ours = {p for group in groups if group["fused_back_pass"] for p in group["params"]}
-    parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p in ours}
+    # torch hooks no others. One that is unfrozen later is moved by step().
+    parameters: dict[str, Tensor] = {
+        name: p for name, p in model.named_parameters() if p in ours and p.requires_grad
+    }
     if not parameters:
         raise ValueError(
-            "fuse_backward: no parameter of the model is in a group with fused_back_pass=True. Pass "
-            "fused_back_pass=True to the optimiser, and the model whose parameters it was given."
+            "fuse_backward: no parameter of the model that requires gradients is in a group with "
+            "fused_back_pass=True. Pass fused_back_pass=True to the optimiser, and the model whose "
+            "parameters it was given; unfreeze first what is to be trained."
         )
     return parameters

@@ -108,8 +108,8 @@ def add_unused(model):
     model.unused = nn.Linear(8, 8)
 
 
-def under_fsdp(name, fused, options, unused=False, warm_up=False):
-    model, called, number, count = wrap(name, prepare=add_unused if unused else None)
+def under_fsdp(name, fused, options, prepare=None, warm_up=False):
+    model, called, number, count = wrap(name, prepare=prepare)
     optimizer = ShardedProdigyPlusScheduleFree(
         model.parameters(), fused_back_pass=fused, bucket_bytes=BUCKET, **options
     )
@@ -150,14 +150,24 @@ def test_fsdp_has_the_bits_of_the_plain_step(pool, name, options):
 
 
 def test_fsdp_with_parameters_that_nobody_uses(pool):
-    plain = pool.run(2, under_fsdp, "fsdp2", False, {}, True)
-    assert_same(pool.run(2, under_fsdp, "fsdp2", True, {}, True), plain)
+    plain = pool.run(2, under_fsdp, "fsdp2", False, {}, add_unused)
+    assert_same(pool.run(2, under_fsdp, "fsdp2", True, {}, add_unused), plain)
+
+
+def freeze(model):
+    model.embed.requires_grad_(False)
+    model.blocks[0].norm1.requires_grad_(False)
+
+
+def test_fsdp_with_frozen_parameters(pool):
+    plain = pool.run(2, under_fsdp, "fsdp2", False, {}, freeze)
+    assert_same(pool.run(2, under_fsdp, "fsdp2", True, {}, freeze), plain)
 
 
 def test_fsdp_with_a_learning_rate_that_starts_at_zero(pool):
-    plain = pool.run(2, under_fsdp, "fsdp2", False, {}, False, True)
+    plain = pool.run(2, under_fsdp, "fsdp2", False, {}, None, True)
     assert plain[0][2]["step"] == STEPS + 1 + 2
-    assert_same(pool.run(2, under_fsdp, "fsdp2", True, {}, False, True), plain)
+    assert_same(pool.run(2, under_fsdp, "fsdp2", True, {}, None, True), plain)
 
 
 def offloaded(fused):

@@ -9,6 +9,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
@@ -147,6 +154,39 @@ def test_ranks_agree_on_what_is_frozen_between_backward_and_step(pool):
     assert one[1] == pytest.approx(d, rel=1e-6)
     for found, value in zip(one[0], expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
+
+
+def sequence_parallel(ranks):
+    """Tensor parallelism whose norms get a part of the sequence: their gradients are sums to be completed."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"norm": nn.LayerNorm(12), "up": nn.Linear(12, 20), "down": nn.Linear(20, 12)})
+    if ranks > 1:
+        plan = {
+            "norm": SequenceParallel(),
+            "up": ColwiseParallel(input_layouts=Shard(1)),
+            "down": RowwiseParallel(output_layouts=Shard(1)),
+        }
+        parallelize_module(model, init_device_mesh("cpu", (ranks,)), plan)
+    optimizer = (ShardedProdigyPlusScheduleFree if ranks > 1 else ProdigyPlusScheduleFree)(
+        model.parameters(), d0=1e-3
+    )
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        optimizer.zero_grad()
+        part = torch.randn(3, 8, 12, generator=draw).chunk(ranks, 1)[dist.get_rank() if ranks > 1 else 0]
+        (model["down"](model["up"](model["norm"](part)).tanh()) - part).square().sum().backward()
+        optimizer.step()
+    if ranks > 1:
+        optimizer.check_replicas()
+    return [whole(p) for p in model.parameters()], float(optimizer.metrics()[0]["d"])
+
+
+def test_norms_under_sequence_parallelism(pool):
+    expected, d = sequence_parallel(1)
+    for found in pool.run(2, sequence_parallel, 2):
+        assert found[1] == pytest.approx(d, rel=1e-5)
+        for p, value in zip(found[0], expected, strict=True):
+            assert (p - value).norm() <= 1e-5 * value.norm()
 
 
 def zero_redundancy(*args, **options):

@@ -115,7 +115,7 @@ def test_plain_tensors_among_pieces(pool):
     assert pool.run(2, steps, "mixed", [unchanged] * 3) == [([False, True, True], True)] * 2
 
 
-def refused():
+def elsewhere():
     import tests.interpreting  # noqa: F401
 
     problem = Placed(Fed(*SHAPES), ON["rows"])
@@ -128,12 +128,11 @@ def refused():
         problem.backward()
         p = problem.parameters[0]
         p.grad = p.grad.redistribute(p.device_mesh, [Replicate()])
-        with pytest.raises(RuntimeError, match="but its gradient is"):
-            optimizer.step()
+        optimizer.step()
         problem.backward()
         optimizer.step()
         return optimizer._cache.standing is not None
 
 
-def test_a_gradient_that_lies_elsewhere_is_refused(pool):
-    assert pool.run(2, refused) == [True, True]
+def test_a_gradient_that_lies_elsewhere(pool):
+    assert pool.run(2, elsewhere) == [True, True]

@@ -131,6 +131,22 @@ def test_a_group_that_comes_late_moves_by_what_the_others_have_found():
     assert first["d"] == second["d"] > 100 * first["d0"]
 
 
+def test_a_frozen_group_does_not_hold_time_still_for_the_others():
+    """The first group of those that share d, as a frozen backbone, may have made no step, or fewer."""
+    rates = []
+    for order in (1, -1):
+
+        def groups(model, order=order):
+            model[0].requires_grad_(False)
+            return [{"params": list(layer.parameters())} for layer in (model[0], model[2])[::order]]
+
+        model, optimizer = trained(60, regression, groups=groups)
+        model[0].requires_grad_(True)
+        train(model, optimizer, range(60, 120), regression, nn.functional.mse_loss)
+        rates.append(rate(optimizer))
+    assert rates[0] == pytest.approx(rates[1], rel=1e-5)
+
+
 def test_it_is_frozen_with_prodigy_steps():
     _, optimizer = trained(40, regression, prodigy_steps=20)
     _, until_then = trained(19, regression)

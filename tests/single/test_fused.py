@@ -131,6 +131,22 @@ def test_what_backward_has_not_moved_step_moves():
     assert_same(results[1], results[0])
 
 
+def test_what_is_frozen_at_first_is_moved_by_step_later():
+    states = []
+    for fused in (False, True):
+        model, optimizer = model_and_optimizer(fused=False)
+        optimizer.param_groups[0]["fused_back_pass"] = fused
+        model.blocks[0].requires_grad_(False)
+        if fused:
+            optimizer.fuse_backward(model)
+        data = Walks(4)
+        for trains in (False, True):
+            model.blocks[0].requires_grad_(trains)
+            train(model, optimizer, data, 5)
+        states.append(without(snapshot(optimizer), "fused_back_pass"))
+    assert_same(*states)
+
+
 def test_a_bad_gradient_skips_its_parameter_and_the_step_size():
     model, optimizer = model_and_optimizer()
     data = Walks(4)
@@ -221,6 +237,14 @@ def test_forgotten_hooks_are_told():
     model(torch.ones(3)).sum().backward()
     with pytest.raises(RuntimeError, match=r"fuse_backward\(model\)"):
         optimizer.step()
+
+
+def test_a_model_that_is_frozen():
+    model, optimizer = model_and_optimizer(fused=False)
+    optimizer.param_groups[0]["fused_back_pass"] = True
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^fuse_backward: no parameter .* requires gradients"):
+        optimizer.fuse_backward(model)
 
 
 def test_a_model_of_somebody_else():

@@ -411,6 +411,41 @@ def test_a_step_of_fake_tensors_leaves_no_trace(fused):
     assert_same(snapshot(act()), expected)
 
 
+def test_parameters_that_get_their_memory_later():
+    """A large model is built on "meta"; where torch swaps tensors, its parameters stay the same objects."""
+
+    def act(device):
+        layer = nn.Linear(6, 3, device=device)
+        optimizer = ProdigyPlusScheduleFree(layer.parameters(), d0=1e-2)
+        layer.to_empty(device="cpu")
+        torch.manual_seed(0)
+        layer.reset_parameters()
+        for _ in range(3):
+            layer(torch.ones(2, 6)).sum().backward()
+            optimizer.step()
+        return snapshot(optimizer)
+
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        found, expected = act("meta"), act("cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+    assert expected[1]["param_groups"][0]["k"] == 3
+    assert found[1]["param_groups"] == expected[1]["param_groups"]
+
+
+def test_a_step_without_memory():
+    problem = Fed((4, 3), (3,))
+    problem.parameters = [nn.Parameter(p.to("meta")) for p in problem.parameters]
+    optimizer = ProdigyPlusScheduleFree(problem.parameters)
+    for _ in range(2):
+        for p in problem.parameters:
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+    assert optimizer.param_groups[0]["d"].device.type == "meta"
+
+
 def regression():
     """A model of two layers, and its loss on a full batch of data that it can fit."""
     random = torch.Generator().manual_seed(0)
