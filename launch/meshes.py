@@ -99,6 +99,4 @@ def parallelize(model: GPT, mesh: DeviceMesh) -> None:
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     for block in model.blocks:
         fully_shard(block, mesh=data_mesh, mp_policy=precision)
-    # By default FSDP keeps the root's weights unsharded after forward, for the backward pass. After an
-    # evaluation there is none, and the next forward would use the averaged weights gathered for it.
-    fully_shard(model, mesh=data_mesh, mp_policy=precision, reshard_after_forward=True)
+    fully_shard(model, mesh=data_mesh, mp_policy=precision)
