@@ -30,7 +30,7 @@ from corpus import Batch, Corpus, even_windows, files_in, random_windows, read, 
 from export import save_model
 from gpt import GPT
 from interruption import Interruption
-from meshes import MeshShape, device_mesh, parallelize, parse_mesh
+from meshes import MeshShape, device_mesh, parallelize_, parse_mesh
 from optimizers import averaged, step_size
 from options import Parser, duration, natural, positive, probability
 from ranks import Ranks, start, wait_at_most
@@ -80,8 +80,8 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/gpt"), metavar="DIR", help="default: %(default)s")
     checkpoints.add_arguments(parser, "at the end in any case")
     args = parser.parse_args()
-    optimizers.complete(args)
-    optimizers.prefer_balance(args)  # which ends lower on GPTs: docs/research.md
+    optimizers.complete_(args)
+    optimizers.prefer_balance_(args)  # which ends lower on GPTs: docs/research.md
     args.steps = 1000 if args.steps is None and args.minutes is None else args.steps
     return args
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         mesh = device_mesh(shape, ranks.device)
         ranks.meshes.append(mesh)
         wait_at_most(args.timeout, mesh.get_all_groups())
-        parallelize(model, mesh)
+        parallelize_(model, mesh)
     with ranks.together():
         optimizer = build_optimizer(args, model)
     written = Checkpoints(args, ranks)
@@ -259,7 +259,7 @@ def evaluate(model: nn.Module, text: Tensor, args: argparse.Namespace, share: Sh
     model.eval()
     losses = torch.stack([model(*share.of(batch)) for batch in parts])
     model.train()
-    return ranks.sum(losses.double().mean()).item() / ranks.size
+    return ranks.sum_(losses.double().mean()).item() / ranks.size
 
 
 # ---------------------------------------------------------------------------------------- the report
@@ -300,7 +300,7 @@ class Meter:
         mean = torch.stack(self._losses).double().mean()
         # One all-reduce for both. The clock of rank 0 decides.
         over = self._ranks.rank == 0 and self.minutes() >= self._budget
-        total, over_somewhere = self._ranks.sum(torch.stack([mean, torch.full_like(mean, over)])).tolist()
+        total, over_somewhere = self._ranks.sum_(torch.stack([mean, torch.full_like(mean, over)])).tolist()
         loss = in_bits(total / self._ranks.size)
         speed = len(self._losses) * self._tokens / (time.monotonic() - self._since)
         self._report.log(

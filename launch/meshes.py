@@ -87,7 +87,7 @@ def device_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def parallelize(model: GPT, mesh: DeviceMesh) -> None:
+def parallelize_(model: GPT, mesh: DeviceMesh) -> None:
     """Split the layers over ``tp``, then shard every block and the root module over the other axes."""
     names = mesh.mesh_dim_names or ()
     if "tp" in names:

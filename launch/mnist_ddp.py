@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     checkpoints.add_arguments(parser, "at the end of every epoch too")
     add("--limit", type=positive, metavar="N", help="use the first N images only, for a quick trial")
     args = parser.parse_args()
-    optimizers.complete(args)
+    optimizers.complete_(args)
     return args
 
 
@@ -245,7 +245,7 @@ class Training:
                 step += 1
                 stopped = interruption.requested()
                 if step % self.steps_per_epoch % REPORT_EVERY == 0 or step == last or stopped:
-                    mean = self._ranks.sum(torch.stack(losses).mean()).item() / self._ranks.size
+                    mean = self._ranks.sum_(torch.stack(losses).mean()).item() / self._ranks.size
                     losses.clear()
                     metrics = step_size(self._optimizer)
                     with self._ranks.together():
@@ -280,7 +280,7 @@ def evaluate(net: nn.Module, data: TensorDataset, ranks: Ranks) -> tuple[float, 
         output = net(images)
         sums[0] += nll_loss(output, labels, reduction="sum")
         sums[1] += (output.argmax(dim=1) == labels).sum()
-    loss, correct = ranks.sum(sums).tolist()
+    loss, correct = ranks.sum_(sums).tolist()
     return loss / len(data), int(correct)
 
 

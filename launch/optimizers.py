@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--option", type=option, action="append", default=[], metavar="NAME=VALUE", help=option_help)
 
 
-def complete(args: argparse.Namespace) -> None:
+def complete_(args: argparse.Namespace) -> None:
     """Fill in the default learning rate, and make the optimiser's options a dict.
 
     Raises:
@@ -48,7 +48,7 @@ def complete(args: argparse.Namespace) -> None:
     args.option = dict(args.option)
 
 
-def prefer_balance(args: argparse.Namespace) -> None:
+def prefer_balance_(args: argparse.Namespace) -> None:
     """Have balance find the step size, unless ``--option`` says ``step_size``, or one is Prodigy's."""
     if args.optimizer == "prodigyplus" and not OF_PRODIGY & args.option.keys():
         args.option = {"step_size": "balance", **args.option}

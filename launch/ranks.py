@@ -42,7 +42,7 @@ class Ranks:
         """A GPU for each process of the node, or the CPU for all of them."""
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum_(self, tensor: Tensor) -> Tensor:
         """``tensor``, in place, summed over all processes."""
         if dist.is_initialized():
             dist.all_reduce(tensor)
