@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -31,7 +31,7 @@ from export import save_model
 from gpt import GPT
 from interruption import Interruption
 from meshes import MeshShape, device_mesh, parallelize_, parse_mesh
-from optimizers import averaged, step_size
+from optimizers import averaged, in_short, scalars
 from options import Parser, duration, natural, positive, probability
 from ranks import Ranks, start, wait_at_most
 from report import Curve, Panel, Report
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             save = last or stopped or (args.save_every is not None and done % args.save_every == 0)
             if done % args.log_every == 0 or save:  # a checkpoint holds the whole log up to it
                 with ranks.together():
-                    last |= meter.log(done, step_size(optimizer), bar)
+                    last |= meter.log(done, scalars(optimizer), bar)
             if done % args.eval_every == 0 or last:
                 with meter.paused(), averaged(optimizer):
                     loss = evaluate(model, text.held_out, args, share, ranks)
@@ -295,7 +295,7 @@ class Meter:
         """Count a step and its loss."""
         self._losses.append(loss)
 
-    def log(self, step: int, metrics: Mapping[str, float], bar: Any) -> bool:
+    def log(self, step: int, numbers: dict[str, float], bar: Any) -> bool:
         """Log the steps since the last call; returns in all processes alike whether the time is up."""
         mean = torch.stack(self._losses).double().mean()
         # One all-reduce for both. The clock of rank 0 decides.
@@ -304,10 +304,10 @@ class Meter:
         loss = in_bits(total / self._ranks.size)
         speed = len(self._losses) * self._tokens / (time.monotonic() - self._since)
         self._report.log(
-            "train", step=step, minutes=self.minutes(), tokens_per_second=speed, **loss, **metrics
+            "train", step=step, minutes=self.minutes(), tokens_per_second=speed, **loss, **numbers
         )
-        size = f"d {metrics['d']:.2e}" if "d" in metrics else f"lr {metrics['lr']:.2e}"
-        bar.set_postfix_str(f"loss {loss['loss']:.4f}, {speed:,.0f} tokens/s, {size}", refresh=False)
+        shown = f"loss {loss['loss']:.4f}, {speed:,.0f} tokens/s, {in_short(numbers)}"
+        bar.set_postfix_str(shown, refresh=False)
         self._losses.clear()
         self._since = time.monotonic()
         return bool(over_somewhere)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from checkpoints import Checkpoints, Run, job
 from export import save_model
 from interruption import Interruption
-from optimizers import averaged, step_size
+from optimizers import averaged, in_short, scalars
 from options import Parser, natural, positive
 from ranks import Ranks, start, wait_at_most
 from report import Curve, Panel, Report
@@ -247,13 +247,12 @@ class Training:
                 if step % self.steps_per_epoch % REPORT_EVERY == 0 or step == last or stopped:
                     mean = self._ranks.sum_(torch.stack(losses).mean()).item() / self._ranks.size
                     losses.clear()
-                    metrics = step_size(self._optimizer)
+                    numbers = scalars(self._optimizer)
                     with self._ranks.together():
                         self._report.log(
-                            "train", step=step, epoch=step / self.steps_per_epoch, loss=mean, **metrics
+                            "train", step=step, epoch=step / self.steps_per_epoch, loss=mean, **numbers
                         )
-                    lr = metrics.get("d", metrics["lr"])
-                    bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.6f}", refresh=False)
+                    bar.set_postfix_str(f"loss {mean:.4f}, {in_short(numbers)}", refresh=False)
                 if stopped:
                     break
         return step, stopped

@@ -75,14 +75,18 @@ def parameters(args: argparse.Namespace, model: nn.Module) -> list[Any]:
     return muon_groups(model) if args.muon else list(model.parameters())
 
 
-def step_size(optimizer: Optimizer) -> dict[str, float]:
-    """The learning rate and, for prodigyplus, the step size and what it is made of."""
-    metrics = {"lr": float(optimizer.param_groups[0]["lr"])}
+def scalars(optimizer: Optimizer) -> dict[str, float]:
+    """The learning rate and, for prodigyplus, the step size and what it is made of, by name for the log."""
+    numbers = {"lr": float(optimizer.param_groups[0]["lr"])}
     if isinstance(optimizer, ProdigyPlusScheduleFree):
-        first, *others = optimizer.metrics()
-        metrics |= {name: first[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
-        metrics |= {f"d_{index}": other["d"].item() for index, other in enumerate(others, 1)}
-    return metrics
+        numbers |= optimizer.scalars(names=("d", "d_hat", "effective_lr", "step_size"))
+    return numbers
+
+
+def in_short(numbers: dict[str, float]) -> str:
+    """Of :func:`scalars`, what a progress bar has room for: d, of each group, or without it the rate."""
+    names = [name for name in numbers if name.partition("/")[0] == "d"] or ["lr"]
+    return ", ".join(f"{name} {numbers[name]:.2e}" for name in names)
 
 
 def averaged(optimizer: Optimizer) -> AbstractContextManager[None]:
