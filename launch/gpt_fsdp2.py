@@ -34,14 +34,22 @@ from meshes import MeshShape, device_mesh, parallelize_, parse_mesh
 from optimizers import averaged, in_short, scalars
 from options import Parser, duration, natural, positive, probability
 from ranks import Ranks, start, wait_at_most
-from report import Curve, Panel, Report
+from report import Report
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.plot import OF_OPTIMIZER, Panel
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 EVALUATION_WINDOWS = 512  # windows of the held-out text
+
+# The plots of the figure.
+PANELS = (
+    Panel("bits per byte in training (lower is better)", "bits_per_byte", None),
+    Panel("bits per byte of the held-out text (lower is better)", "eval_bits_per_byte", None),
+    *OF_OPTIMIZER,
+)
 
 MODEL = ("layers", "width", "heads", "context")
 # The options that a resumed run must share with the run of its checkpoint, besides the text.
@@ -152,7 +160,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                     with ranks.together():
                         report.log("held out", step=done, minutes=meter.minutes(), **in_bits(loss))
                         report.say(f"step {done}: held-out {in_bits(loss)['bits_per_byte']:.4f} bits/byte")
-                        report.draw(panels(args), over="step")
+                        report.draw(PANELS)
             if save or last:
                 with meter.paused(), ranks.together():
                     written.begin(
@@ -323,15 +331,6 @@ class Meter:
 def in_bits(loss: float) -> dict[str, float]:
     """A loss in nats, and in bits per byte: every target is a byte."""
     return {"loss": loss, "bits_per_byte": loss / math.log(2)}
-
-
-def panels(args: argparse.Namespace) -> list[Panel]:
-    """The plots of the figure."""
-    curves = (
-        Curve("train", "bits_per_byte", "training"),
-        Curve("held out", "bits_per_byte", "held out"),
-    )
-    return [Panel("bits per byte", curves), *optimizers.panels(args)]
 
 
 if __name__ == "__main__":

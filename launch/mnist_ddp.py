@@ -23,7 +23,7 @@ from interruption import Interruption
 from optimizers import averaged, in_short, scalars
 from options import Parser, natural, positive
 from ranks import Ranks, start, wait_at_most
-from report import Curve, Panel, Report
+from report import Report
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                         loss=loss,
                         accuracy=accuracy,
                     )
-                    report.draw(panels(args))
+                    report.draw()
             with ranks.together():
                 written.begin(Run(step, settings, report.records, job()), net, optimizer)
         with ranks.together():
@@ -281,15 +281,6 @@ def evaluate(net: nn.Module, data: TensorDataset, ranks: Ranks) -> tuple[float, 
         sums[1] += (output.argmax(dim=1) == labels).sum()
     loss, correct = ranks.sum_(sums).tolist()
     return loss / len(data), int(correct)
-
-
-def panels(args: argparse.Namespace) -> list[Panel]:
-    """The plots of the figure."""
-    return [
-        Panel("loss", (Curve("train", "loss", "training"), Curve("test", "loss", "test")), "log"),
-        Panel("test accuracy", (Curve("test", "accuracy", "test"),)),
-        *optimizers.panels(args),
-    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The optimisers of the scripts: their options, construction, metrics and plots."""
+"""The optimisers of the scripts: their options, parameters, numbers and averages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from options import LARGEST, rate
-from report import Curve, Panel
 from torch import nn
 from torch.optim import Optimizer
 
@@ -94,11 +93,3 @@ def averaged(optimizer: Optimizer) -> AbstractContextManager[None]:
     if isinstance(optimizer, ProdigyPlusScheduleFree):
         return optimizer.averaged_parameters()
     return nullcontext()
-
-
-def panels(args: argparse.Namespace) -> list[Panel]:
-    """The plots of the optimiser."""
-    if args.optimizer != "prodigyplus":
-        return []
-    curves = [Curve("train", "d", "Muon"), Curve("train", "d_1", "elementwise")]
-    return [Panel("step size d", tuple(curves if args.muon else curves[:1]), "log")]
