@@ -25,7 +25,7 @@ import optimizers
 import seeds
 import torch
 import torch.distributed as dist
-from checkpoints import Checkpoints, Run, job
+from checkpoints import Run
 from corpus import Batch, Corpus, even_windows, files_in, random_windows, read, standard_library
 from export import save_model
 from gpt import GPT
@@ -101,14 +101,6 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         shape = parse_mesh(args.mesh, ranks.size)
         check(args, shape)
         text = read_corpus(args).to(ranks.device)
-        windows = len(text.training) - args.context
-        if args.batch_size > windows:
-            raise ValueError(
-                f"--batch-size {args.batch_size} is more than there are windows of --context {args.context} "
-                f"in the text to train on: choose at most {windows}."
-            )
-        settings = {name: getattr(args, name) for name in SHARED} | {"data": text.summary}
-        checkpoints.find(args, settings)  # report errors before --out is created
         torch.manual_seed(args.seed)  # every process starts with the same weights
         model = build_model(args, ranks.device)
     size = sum(p.numel() for p in model.parameters())
@@ -119,28 +111,19 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         parallelize_(model, mesh)
     with ranks.together():
         optimizer = build_optimizer(args, model)
-    written = Checkpoints(args, ranks)
+    settings = {name: getattr(args, name) for name in SHARED} | {"data": text.summary}
+    saves, before = checkpoints.resume(args, settings, model, optimizer, ranks)
     with ranks.together():
-        saved, before = checkpoints.find(args, settings)  # again, now that no other run can write to --out
-    with ranks.together():
-        if not ranks.agree((text.summary, before.step)):
-            raise ValueError(
-                "the nodes find different text, or checkpoints: share --data and --out among them."
-            )
-        if saved is not None:
-            checkpoints.load(saved, model, optimizer, ranks)
         options = vars(args) | {"mesh": shape, "data": text.summary, "parameters": size}
-        about = {"torch": torch.__version__, "processes": ranks.size, "device": ranks.device, **options}
-        report = Report(args.out, about, silent=ranks.rank != 0, records=before.records)
+        silent = ranks.rank != 0
+        report = Report(args.out, ranks.about() | options, silent=silent, records=before.records)
     report.say(f"{size:,} parameters on {ranks.size} processes, {shape}; {text.summary}")
-    if saved is not None:
-        report.say(f"Going on from {saved}")
     if args.steps is not None and before.step >= args.steps:
         report.say(f"It has been trained for {before.step} steps: ask for more with --steps.")
 
     share = Share(ranks.rank // shape.tp, shape.data_parallel)
-    started -= 60 * before.minutes
-    meter = Meter(report, ranks, args.batch_size * args.context, started, args.minutes)
+    tokens = args.batch_size * args.context
+    meter = Meter(report, ranks, tokens, started - 60 * before.minutes, args.minutes)
     steps = count(before.step) if args.steps is None else range(before.step, args.steps)
     last = stopped = False
     with Interruption() as interruption, report.bar(steps, "step") as bar:
@@ -156,23 +139,21 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                     last |= meter.log(done, scalars(optimizer), bar)
             if done % args.eval_every == 0 or last:
                 with meter.paused(), averaged(optimizer):
-                    loss = evaluate(model, text.held_out, args, share, ranks)
+                    loss = in_bits(evaluate(model, text.held_out, args, share, ranks))
                     with ranks.together():
-                        report.log("held out", step=done, minutes=meter.minutes(), **in_bits(loss))
-                        report.say(f"step {done}: held-out {in_bits(loss)['bits_per_byte']:.4f} bits/byte")
+                        report.log("held out", step=done, minutes=meter.minutes(), **loss)
+                        report.say(f"step {done}: held-out {loss['bits_per_byte']:.4f} bits/byte")
                         report.draw(PANELS)
             if save or last:
                 with meter.paused(), ranks.together():
-                    written.begin(
-                        Run(done, settings, report.records, job(), meter.minutes()), model, optimizer
-                    )
+                    now = Run(done, settings, report.records, minutes=meter.minutes())
+                    saves.begin(now, model, optimizer)
             if last or stopped:
                 break
         with ranks.together():
-            written.finish()
+            saves.finish()
     if stopped and not last:
-        report.say(f"Ended by {interruption.signal.name} after {done} steps: --resume goes on from there.")
-        raise SystemExit(interruption.status)
+        interruption.end(report, done)
     with ranks.together(), averaged(optimizer):
         path = save_model(args.out, model, optimizer, ranks, shape_of(args))
     report.say(f"The trained model is in {path}")
@@ -201,9 +182,21 @@ def shape_of(args: argparse.Namespace) -> dict[str, int]:
 
 
 def read_corpus(args: argparse.Namespace) -> Corpus:
-    """The text that the command line chooses."""
+    """The text that the command line chooses.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: It is too short for a batch.
+    """
     paths = standard_library() if args.data is None else files_in(args.data, args.pattern)
-    return read(paths, args.context)
+    text = read(paths, args.context)
+    most = len(text.training) - args.context
+    if args.batch_size > most:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is more than there are windows of --context {args.context} "
+            f"in the text to train on: choose at most {most}."
+        )
+    return text
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> GPT:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,10 @@ class Ranks:
         if dist.is_initialized():
             dist.all_reduce(tensor)
         return tensor
+
+    def about(self) -> dict[str, Any]:
+        """What the log of a run says of its processes."""
+        return {"torch": torch.__version__, "processes": self.size, "device": self.device}
 
     def agree(self, value: object) -> bool:
         """Whether ``value`` is the same in all processes."""
