@@ -69,14 +69,16 @@ def main() -> None:
                 kind, key = task.result
                 result = [line[key] for line in log if line["kind"] == kind][-1]
                 train = [line for line in log if line["kind"] == "train"]
-                d, others = train[-1]["d"], train[-1].get("d_1", train[-1]["d"])
+                # With Muon there are two groups: its matrices, and the others.
+                of_matrices, of_others = ("d/0", "d/1") if "d/0" in train[-1] else ("d", "d")
+                d, others = train[-1][of_matrices], train[-1][of_others]
                 cells = f"{result:.4f} {task.unit}", f"{d:.2e}", f"{others:.2e}"
                 print(row(task.name, seed, name, *cells), flush=True)
                 if seed == args.seeds[0]:
                     draw(upper, train, task.loss, name, colour)
-                    draw(lower, train, "d", name, colour)
+                    draw(lower, train, of_matrices, name, colour)
                     if others != d:
-                        draw(lower, train, "d_1", f"{name}: the others", f"{colour}:")
+                        draw(lower, train, of_others, f"{name}: the others", f"{colour}:")
         upper.set(title=f"{task.name}, seed {args.seeds[0]}", ylabel=f"training, {task.loss}")
         lower.set(xlabel="step", ylabel="d of the matrices, and of the others", yscale="log")
     grid[0, 0].set(yscale="log")

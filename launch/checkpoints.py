@@ -52,7 +52,7 @@ class Run:
     step: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-    job: str | None = None
+    job: str | None = field(default_factory=job)
     minutes: float = 0.0
 
 
@@ -224,6 +224,46 @@ class Checkpoints:
         if self._ranks.rank == 0:
             for path in _all_in(self._folder)[: -self._keep]:
                 _remove(path)
+
+
+def resume(
+    args: argparse.Namespace,
+    settings: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: Optimizer,
+    ranks: Ranks,
+) -> tuple[Checkpoints, Run]:
+    """Load the checkpoint that :func:`find` chooses, if any, and lock ``--out`` for those to come.
+
+    All processes call it together, before anything is written to ``--out``. It ends all of them where the
+    run cannot go on from the checkpoint, or they do not have the same settings and checkpoints.
+
+    Args:
+        args: The options of the command line.
+        settings: The settings that the run must share with that of the checkpoint.
+        model: The model, as it is at the beginning of a run.
+        optimizer: Its optimiser.
+        ranks: The processes of the run.
+
+    Returns:
+        What writes the checkpoints to come, and the run until now.
+    """
+    with ranks.together():
+        find(args, settings)  # report errors before --out is created
+    written = Checkpoints(args, ranks)
+    with ranks.together():
+        path, before = find(args, settings)  # again, now that no other run can write to --out
+    with ranks.together():
+        if not ranks.agree((settings, before.step)):
+            raise ValueError(
+                "the nodes differ in their options, data or checkpoints: start all of them by the same "
+                "command, and share --out and --data among them."
+            )
+        if path is not None:
+            load(path, model, optimizer, ranks)
+    if path is not None and ranks.rank == 0:
+        print(f"Going on from {path}", flush=True)
+    return written, before
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:

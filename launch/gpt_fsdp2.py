@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -25,23 +25,31 @@ import optimizers
 import seeds
 import torch
 import torch.distributed as dist
-from checkpoints import Checkpoints, Run, job
+from checkpoints import Run
 from corpus import Batch, Corpus, even_windows, files_in, random_windows, read, standard_library
 from export import save_model
 from gpt import GPT
 from interruption import Interruption
-from meshes import MeshShape, device_mesh, parallelize, parse_mesh
-from optimizers import averaged, step_size
+from meshes import MeshShape, device_mesh, parallelize_, parse_mesh
+from optimizers import averaged, in_short, scalars
 from options import Parser, duration, natural, positive, probability
 from ranks import Ranks, start, wait_at_most
-from report import Curve, Panel, Report
+from report import Report
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.plot import OF_OPTIMIZER, Panel
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 
 EVALUATION_WINDOWS = 512  # windows of the held-out text
+
+# The plots of the figure.
+PANELS = (
+    Panel("bits per byte in training (lower is better)", "bits_per_byte", None),
+    Panel("bits per byte of the held-out text (lower is better)", "eval_bits_per_byte", None),
+    *OF_OPTIMIZER,
+)
 
 MODEL = ("layers", "width", "heads", "context")
 # The options that a resumed run must share with the run of its checkpoint, besides the text.
@@ -80,8 +88,8 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/gpt"), metavar="DIR", help="default: %(default)s")
     checkpoints.add_arguments(parser, "at the end in any case")
     args = parser.parse_args()
-    optimizers.complete(args)
-    optimizers.prefer_balance(args)  # which ends lower on GPTs: docs/research.md
+    optimizers.complete_(args)
+    optimizers.prefer_balance_(args)  # which ends lower on GPTs: docs/research.md
     args.steps = 1000 if args.steps is None and args.minutes is None else args.steps
     return args
 
@@ -93,14 +101,6 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         shape = parse_mesh(args.mesh, ranks.size)
         check(args, shape)
         text = read_corpus(args).to(ranks.device)
-        windows = len(text.training) - args.context
-        if args.batch_size > windows:
-            raise ValueError(
-                f"--batch-size {args.batch_size} is more than there are windows of --context {args.context} "
-                f"in the text to train on: choose at most {windows}."
-            )
-        settings = {name: getattr(args, name) for name in SHARED} | {"data": text.summary}
-        checkpoints.find(args, settings)  # report errors before --out is created
         torch.manual_seed(args.seed)  # every process starts with the same weights
         model = build_model(args, ranks.device)
     size = sum(p.numel() for p in model.parameters())
@@ -108,31 +108,22 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         mesh = device_mesh(shape, ranks.device)
         ranks.meshes.append(mesh)
         wait_at_most(args.timeout, mesh.get_all_groups())
-        parallelize(model, mesh)
+        parallelize_(model, mesh)
     with ranks.together():
         optimizer = build_optimizer(args, model)
-    written = Checkpoints(args, ranks)
+    settings = {name: getattr(args, name) for name in SHARED} | {"data": text.summary}
+    saves, before = checkpoints.resume(args, settings, model, optimizer, ranks)
     with ranks.together():
-        saved, before = checkpoints.find(args, settings)  # again, now that no other run can write to --out
-    with ranks.together():
-        if not ranks.agree((text.summary, before.step)):
-            raise ValueError(
-                "the nodes find different text, or checkpoints: share --data and --out among them."
-            )
-        if saved is not None:
-            checkpoints.load(saved, model, optimizer, ranks)
         options = vars(args) | {"mesh": shape, "data": text.summary, "parameters": size}
-        about = {"torch": torch.__version__, "processes": ranks.size, "device": ranks.device, **options}
-        report = Report(args.out, about, silent=ranks.rank != 0, records=before.records)
+        silent = ranks.rank != 0
+        report = Report(args.out, ranks.about() | options, silent=silent, records=before.records)
     report.say(f"{size:,} parameters on {ranks.size} processes, {shape}; {text.summary}")
-    if saved is not None:
-        report.say(f"Going on from {saved}")
     if args.steps is not None and before.step >= args.steps:
         report.say(f"It has been trained for {before.step} steps: ask for more with --steps.")
 
     share = Share(ranks.rank // shape.tp, shape.data_parallel)
-    started -= 60 * before.minutes
-    meter = Meter(report, ranks, args.batch_size * args.context, started, args.minutes)
+    tokens = args.batch_size * args.context
+    meter = Meter(report, ranks, tokens, started - 60 * before.minutes, args.minutes)
     steps = count(before.step) if args.steps is None else range(before.step, args.steps)
     last = stopped = False
     with Interruption() as interruption, report.bar(steps, "step") as bar:
@@ -145,26 +136,24 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             save = last or stopped or (args.save_every is not None and done % args.save_every == 0)
             if done % args.log_every == 0 or save:  # a checkpoint holds the whole log up to it
                 with ranks.together():
-                    last |= meter.log(done, step_size(optimizer), bar)
+                    last |= meter.log(done, scalars(optimizer), bar)
             if done % args.eval_every == 0 or last:
                 with meter.paused(), averaged(optimizer):
-                    loss = evaluate(model, text.held_out, args, share, ranks)
+                    loss = in_bits(evaluate(model, text.held_out, args, share, ranks))
                     with ranks.together():
-                        report.log("held out", step=done, minutes=meter.minutes(), **in_bits(loss))
-                        report.say(f"step {done}: held-out {in_bits(loss)['bits_per_byte']:.4f} bits/byte")
-                        report.draw(panels(args), over="step")
+                        report.log("held out", step=done, minutes=meter.minutes(), **loss)
+                        report.say(f"step {done}: held-out {loss['bits_per_byte']:.4f} bits/byte")
+                        report.draw(PANELS)
             if save or last:
                 with meter.paused(), ranks.together():
-                    written.begin(
-                        Run(done, settings, report.records, job(), meter.minutes()), model, optimizer
-                    )
+                    now = Run(done, settings, report.records, minutes=meter.minutes())
+                    saves.begin(now, model, optimizer)
             if last or stopped:
                 break
         with ranks.together():
-            written.finish()
+            saves.finish()
     if stopped and not last:
-        report.say(f"Ended by {interruption.signal.name} after {done} steps: --resume goes on from there.")
-        raise SystemExit(interruption.status)
+        interruption.end(report, done)
     with ranks.together(), averaged(optimizer):
         path = save_model(args.out, model, optimizer, ranks, shape_of(args))
     report.say(f"The trained model is in {path}")
@@ -193,9 +182,21 @@ def shape_of(args: argparse.Namespace) -> dict[str, int]:
 
 
 def read_corpus(args: argparse.Namespace) -> Corpus:
-    """The text that the command line chooses."""
+    """The text that the command line chooses.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: It is too short for a batch.
+    """
     paths = standard_library() if args.data is None else files_in(args.data, args.pattern)
-    return read(paths, args.context)
+    text = read(paths, args.context)
+    most = len(text.training) - args.context
+    if args.batch_size > most:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is more than there are windows of --context {args.context} "
+            f"in the text to train on: choose at most {most}."
+        )
+    return text
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> GPT:
@@ -259,7 +260,7 @@ def evaluate(model: nn.Module, text: Tensor, args: argparse.Namespace, share: Sh
     model.eval()
     losses = torch.stack([model(*share.of(batch)) for batch in parts])
     model.train()
-    return ranks.sum(losses.double().mean()).item() / ranks.size
+    return ranks.sum_(losses.double().mean()).item() / ranks.size
 
 
 # ---------------------------------------------------------------------------------------- the report
@@ -295,19 +296,19 @@ class Meter:
         """Count a step and its loss."""
         self._losses.append(loss)
 
-    def log(self, step: int, metrics: Mapping[str, float], bar: Any) -> bool:
+    def log(self, step: int, numbers: dict[str, float], bar: Any) -> bool:
         """Log the steps since the last call; returns in all processes alike whether the time is up."""
         mean = torch.stack(self._losses).double().mean()
         # One all-reduce for both. The clock of rank 0 decides.
         over = self._ranks.rank == 0 and self.minutes() >= self._budget
-        total, over_somewhere = self._ranks.sum(torch.stack([mean, torch.full_like(mean, over)])).tolist()
+        total, over_somewhere = self._ranks.sum_(torch.stack([mean, torch.full_like(mean, over)])).tolist()
         loss = in_bits(total / self._ranks.size)
         speed = len(self._losses) * self._tokens / (time.monotonic() - self._since)
         self._report.log(
-            "train", step=step, minutes=self.minutes(), tokens_per_second=speed, **loss, **metrics
+            "train", step=step, minutes=self.minutes(), tokens_per_second=speed, **loss, **numbers
         )
-        size = f"d {metrics['d']:.2e}" if "d" in metrics else f"lr {metrics['lr']:.2e}"
-        bar.set_postfix_str(f"loss {loss['loss']:.4f}, {speed:,.0f} tokens/s, {size}", refresh=False)
+        shown = f"loss {loss['loss']:.4f}, {speed:,.0f} tokens/s, {in_short(numbers)}"
+        bar.set_postfix_str(shown, refresh=False)
         self._losses.clear()
         self._since = time.monotonic()
         return bool(over_somewhere)
@@ -323,15 +324,6 @@ class Meter:
 def in_bits(loss: float) -> dict[str, float]:
     """A loss in nats, and in bits per byte: every target is a byte."""
     return {"loss": loss, "bits_per_byte": loss / math.log(2)}
-
-
-def panels(args: argparse.Namespace) -> list[Panel]:
-    """The plots of the figure."""
-    curves = (
-        Curve("train", "bits_per_byte", "training"),
-        Curve("held out", "bits_per_byte", "held out"),
-    )
-    return [Panel("bits per byte", curves), *optimizers.panels(args)]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from report import Report
 from torch import Tensor
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
@@ -70,6 +72,19 @@ class Interruption:
         if received:
             self.signal = signal.Signals(received)
         return bool(received)
+
+    def end(self, report: Report, step: int) -> NoReturn:
+        """End the process when the checkpoint is written, outside of the ``with`` block.
+
+        Args:
+            report: Where it says so.
+            step: The step of the checkpoint.
+
+        Raises:
+            SystemExit: Always, with :attr:`status`.
+        """
+        report.say(f"Ended by {self.signal.name} after {step} steps: --resume goes on from there.")
+        raise SystemExit(self.status)
 
     def _reduced(self) -> int:
         """The signal that any process had received by the step before, or 0."""

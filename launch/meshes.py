@@ -87,7 +87,7 @@ def device_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def parallelize(model: GPT, mesh: DeviceMesh) -> None:
+def parallelize_(model: GPT, mesh: DeviceMesh) -> None:
     """Split the layers over ``tp``, then shard every block and the root module over the other axes."""
     names = mesh.mesh_dim_names or ()
     if "tp" in names:
@@ -99,6 +99,4 @@ def parallelize(model: GPT, mesh: DeviceMesh) -> None:
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     for block in model.blocks:
         fully_shard(block, mesh=data_mesh, mp_policy=precision)
-    # By default FSDP keeps the root's weights unsharded after forward, for the backward pass. After an
-    # evaluation there is none, and the next forward would use the averaged weights gathered for it.
-    fully_shard(model, mesh=data_mesh, mp_policy=precision, reshard_after_forward=True)
+    fully_shard(model, mesh=data_mesh, mp_policy=precision)

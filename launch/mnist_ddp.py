@@ -9,6 +9,8 @@ Schedule-Free's MNIST example; there is no learning rate to set.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 
 import checkpoints
@@ -17,18 +19,18 @@ import optimizers
 import seeds
 import torch
 import torch.distributed as dist
-from checkpoints import Checkpoints, Run, job
+from checkpoints import Run
 from export import save_model
 from interruption import Interruption
-from optimizers import averaged, step_size
-from options import Parser, natural, positive
+from optimizers import averaged, in_short, scalars
+from options import LARGEST, Parser, natural, positive
 from ranks import Ranks, start, wait_at_most
-from report import Curve, Panel, Report
+from report import Report
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DistributedSampler, TensorDataset
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
@@ -65,13 +67,12 @@ def parse() -> argparse.Namespace:
     checkpoints.add_arguments(parser, "at the end of every epoch too")
     add("--limit", type=positive, metavar="N", help="use the first N images only, for a quick trial")
     args = parser.parse_args()
-    optimizers.complete(args)
+    optimizers.complete_(args)
     return args
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     """The whole run, as each process executes it."""
-    settings = {name: getattr(args, name) for name in SHARED}
     with ranks.together():
         if args.batch_size % ranks.size:
             raise ValueError(
@@ -85,29 +86,40 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         optimizer = build_optimizer(args, net)
     with ranks.together():
         train, test = load_data(args.data or mnist_data.cache_folder(), args.limit, ranks.device)
-        checkpoints.find(args, settings)  # report errors before --out is created
-    written = Checkpoints(args, ranks)
+    settings = {name: getattr(args, name) for name in SHARED}
+    saves, before = checkpoints.resume(args, settings, net, optimizer, ranks)
     with ranks.together():
-        saved, before = checkpoints.find(args, settings)  # again, now that no other run can write to --out
-    with ranks.together():
-        if not ranks.agree(before.step):
-            raise ValueError("the nodes find different checkpoints: share --out among them.")
-        if saved is not None:
-            checkpoints.load(saved, net, optimizer, ranks)
-        about = {"torch": torch.__version__, "processes": ranks.size, "device": ranks.device, **vars(args)}
+        about = ranks.about() | vars(args)
         report = Report(args.out, about, silent=ranks.rank != 0, records=before.records)
-    if saved is not None:
-        report.say(f"Going on from {saved}")
 
-    training = Training(args, ranks, report, net, optimizer, train)
-    step, end = before.step, args.epochs * training.steps_per_epoch
-    if step >= end:
+    sampler: DistributedSampler[int] = DistributedSampler(train, ranks.size, ranks.rank, seed=args.seed)
+    batches = BatchSampler(sampler, args.batch_size // ranks.size, drop_last=False)
+    following = islice(endless(batches, sampler), before.step, None)
+    per_epoch = len(batches)
+    steps = range(before.step, min(args.epochs * per_epoch, LARGEST))
+    if not steps:
         report.say(f"It has been trained for {args.epochs} epochs: ask for more with --epochs.")
-    stopped = False
-    with Interruption() as interruption:
-        while step < end and not stopped:
-            step, stopped = training.run_segment(step, interruption)
-            if step % training.steps_per_epoch == 0:
+    model = wrapped(net, ranks)
+    losses: list[Tensor] = []
+    last = stopped = False
+    with Interruption() as interruption, report.bar(steps, "step") as bar:
+        for step in bar:
+            seeds.everything(args.seed, step, ranks.rank)  # dropout differs between processes
+            losses.append(take_step(model, optimizer, train[next(following)]))
+            done = step + 1
+            last, stopped = done == steps.stop, interruption.requested()
+            epoch_ends = done % per_epoch == 0
+            due = args.save_every is not None and done % per_epoch % args.save_every == 0
+            save = epoch_ends or stopped or due
+            if done % per_epoch % REPORT_EVERY == 0 or save:
+                mean = ranks.sum_(torch.stack(losses).mean()).item() / ranks.size
+                losses.clear()
+                numbers = scalars(optimizer)
+                with ranks.together():
+                    report.log("train", step=done, epoch=done / per_epoch, loss=mean, **numbers)
+                shown = f"epoch {done / per_epoch:.1f}, loss {mean:.4f}, {in_short(numbers)}"
+                bar.set_postfix_str(shown, refresh=False)
+            if epoch_ends:
                 with averaged(optimizer):
                     loss, correct = evaluate(net, test, ranks)
                 accuracy = correct / len(test)
@@ -117,21 +129,18 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                     f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{len(test)} ({accuracy:.2%})"
                 )
                 with ranks.together():
-                    report.log(
-                        "test",
-                        step=step,
-                        epoch=step // training.steps_per_epoch,
-                        loss=loss,
-                        accuracy=accuracy,
-                    )
-                    report.draw(panels(args))
-            with ranks.together():
-                written.begin(Run(step, settings, report.records, job()), net, optimizer)
+                    report.log("test", step=done, epoch=done // per_epoch, loss=loss, accuracy=accuracy)
+                    report.draw()
+            if save:
+                with ranks.together():
+                    saves.begin(Run(done, settings, report.records), net, optimizer)
+                model = wrapped(net, ranks)
+            if stopped:
+                break
         with ranks.together():
-            written.finish()
-    if stopped and step < end:
-        report.say(f"Ended by {interruption.signal.name} after {step} steps: --resume goes on from there.")
-        raise SystemExit(interruption.status)
+            saves.finish()
+    if stopped and not last:
+        interruption.end(report, done)
     with ranks.together(), averaged(optimizer):
         path = save_model(args.out, net, optimizer, ranks, {})
     report.say(f"The trained model is in {path}")
@@ -190,73 +199,20 @@ def prepare(images: Tensor, labels: Tensor) -> Batch:
 # ---------------------------------------------------------------------------------------- the steps
 
 
-class Training:
-    """Takes the training steps, in segments that end with an epoch or where a checkpoint is due.
+def wrapped(net: nn.Module, ranks: Ranks) -> nn.Module:
+    """The network under DDP, to be wrapped again after every checkpoint.
 
-    Args:
-        args: The options of the command line.
-        ranks: The processes, each of which sees its share of every batch.
-        report: Where losses are logged.
-        net: The network, the same in all processes.
-        optimizer: Its optimiser.
-        data: The training set.
+    DDP rebuilds its buckets after the first step, and with more than two processes the bucketing changes the
+    rounding of the sums. This way a resumed run rounds as one that never stopped.
     """
+    return net if ranks.size == 1 else DistributedDataParallel(net)
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        ranks: Ranks,
-        report: Report,
-        net: nn.Module,
-        optimizer: Optimizer,
-        data: TensorDataset,
-    ) -> None:
-        self._args = args
-        self._ranks = ranks
-        self._report = report
-        self._net = net
-        self._optimizer = optimizer
-        self._data = data
-        self._sampler: DistributedSampler[int] = DistributedSampler(
-            data, ranks.size, ranks.rank, seed=args.seed
-        )
-        self._batches = BatchSampler(self._sampler, args.batch_size // ranks.size, drop_last=False)
-        self.steps_per_epoch = len(self._batches)
 
-    def run_segment(self, step: int, interruption: Interruption) -> tuple[int, bool]:
-        """Take steps from ``step`` to the end of its segment; returns the next step and whether to stop."""
-        epoch, first = divmod(step, self.steps_per_epoch)
-        every = self._args.save_every or self.steps_per_epoch
-        self._sampler.set_epoch(epoch)
-        batches = list(self._batches)[first : (first // every + 1) * every]
-        # Loading a batch is one indexing operation, so workers would not help.
-        loader: DataLoader[Batch] = DataLoader(self._data, sampler=batches, batch_size=None)
-        # Wrapped again for every segment: DDP rebuilds its buckets after the first step, and with more than
-        # two processes the bucketing changes the rounding of the sums. This way a resumed run rounds as one
-        # that never stopped.
-        model = self._net if self._ranks.size == 1 else DistributedDataParallel(self._net)
-        model.train()
-        losses: list[Tensor] = []
-        last, stopped = step + len(batches), False
-        with self._report.bar(loader, f"epoch {epoch + 1}/{self._args.epochs}") as bar:
-            for batch in bar:
-                seeds.everything(self._args.seed, step, self._ranks.rank)  # dropout differs between processes
-                losses.append(take_step(model, self._optimizer, batch))
-                step += 1
-                stopped = interruption.requested()
-                if step % self.steps_per_epoch % REPORT_EVERY == 0 or step == last or stopped:
-                    mean = self._ranks.sum(torch.stack(losses).mean()).item() / self._ranks.size
-                    losses.clear()
-                    metrics = step_size(self._optimizer)
-                    with self._ranks.together():
-                        self._report.log(
-                            "train", step=step, epoch=step / self.steps_per_epoch, loss=mean, **metrics
-                        )
-                    lr = metrics.get("d", metrics["lr"])
-                    bar.set_postfix_str(f"loss {mean:.4f}, lr {lr:.6f}", refresh=False)
-                if stopped:
-                    break
-        return step, stopped
+def endless(batches: BatchSampler, sampler: DistributedSampler[int]) -> Iterator[list[int]]:
+    """The batches of one epoch after the other, as indices of the data."""
+    for epoch in count():
+        sampler.set_epoch(epoch)
+        yield from batches
 
 
 def take_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
@@ -280,17 +236,9 @@ def evaluate(net: nn.Module, data: TensorDataset, ranks: Ranks) -> tuple[float, 
         output = net(images)
         sums[0] += nll_loss(output, labels, reduction="sum")
         sums[1] += (output.argmax(dim=1) == labels).sum()
-    loss, correct = ranks.sum(sums).tolist()
+    net.train()
+    loss, correct = ranks.sum_(sums).tolist()
     return loss / len(data), int(correct)
-
-
-def panels(args: argparse.Namespace) -> list[Panel]:
-    """The plots of the figure."""
-    return [
-        Panel("loss", (Curve("train", "loss", "training"), Curve("test", "loss", "test")), "log"),
-        Panel("test accuracy", (Curve("test", "accuracy", "test"),)),
-        *optimizers.panels(args),
-    ]
 
 
 if __name__ == "__main__":

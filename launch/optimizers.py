@@ -1,4 +1,4 @@
-"""The optimisers of the scripts: their options, construction, metrics and plots."""
+"""The optimisers of the scripts: their options, parameters, numbers and averages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from options import LARGEST, rate
-from report import Curve, Panel
 from torch import nn
 from torch.optim import Optimizer
 
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--option", type=option, action="append", default=[], metavar="NAME=VALUE", help=option_help)
 
 
-def complete(args: argparse.Namespace) -> None:
+def complete_(args: argparse.Namespace) -> None:
     """Fill in the default learning rate, and make the optimiser's options a dict.
 
     Raises:
@@ -48,7 +47,7 @@ def complete(args: argparse.Namespace) -> None:
     args.option = dict(args.option)
 
 
-def prefer_balance(args: argparse.Namespace) -> None:
+def prefer_balance_(args: argparse.Namespace) -> None:
     """Have balance find the step size, unless ``--option`` says ``step_size``, or one is Prodigy's."""
     if args.optimizer == "prodigyplus" and not OF_PRODIGY & args.option.keys():
         args.option = {"step_size": "balance", **args.option}
@@ -75,14 +74,18 @@ def parameters(args: argparse.Namespace, model: nn.Module) -> list[Any]:
     return muon_groups(model) if args.muon else list(model.parameters())
 
 
-def step_size(optimizer: Optimizer) -> dict[str, float]:
-    """The learning rate and, for prodigyplus, the step size and what it is made of."""
-    metrics = {"lr": float(optimizer.param_groups[0]["lr"])}
+def scalars(optimizer: Optimizer) -> dict[str, float]:
+    """The learning rate and, for prodigyplus, the step size and what it is made of, by name for the log."""
+    numbers = {"lr": float(optimizer.param_groups[0]["lr"])}
     if isinstance(optimizer, ProdigyPlusScheduleFree):
-        first, *others = optimizer.metrics()
-        metrics |= {name: first[name].item() for name in ("d", "d_hat", "effective_lr", "step_size")}
-        metrics |= {f"d_{index}": other["d"].item() for index, other in enumerate(others, 1)}
-    return metrics
+        numbers |= optimizer.scalars(names=("d", "d_hat", "effective_lr", "step_size"))
+    return numbers
+
+
+def in_short(numbers: dict[str, float]) -> str:
+    """Of :func:`scalars`, what a progress bar has room for: d, of each group, or without it the rate."""
+    names = [name for name in numbers if name.partition("/")[0] == "d"] or ["lr"]
+    return ", ".join(f"{name} {numbers[name]:.2e}" for name in names)
 
 
 def averaged(optimizer: Optimizer) -> AbstractContextManager[None]:
@@ -90,11 +93,3 @@ def averaged(optimizer: Optimizer) -> AbstractContextManager[None]:
     if isinstance(optimizer, ProdigyPlusScheduleFree):
         return optimizer.averaged_parameters()
     return nullcontext()
-
-
-def panels(args: argparse.Namespace) -> list[Panel]:
-    """The plots of the optimiser."""
-    if args.optimizer != "prodigyplus":
-        return []
-    curves = [Curve("train", "d", "Muon"), Curve("train", "d_1", "elementwise")]
-    return [Panel("step size d", tuple(curves if args.muon else curves[:1]), "log")]

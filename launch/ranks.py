@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,11 +43,15 @@ class Ranks:
         """A GPU for each process of the node, or the CPU for all of them."""
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum_(self, tensor: Tensor) -> Tensor:
         """``tensor``, in place, summed over all processes."""
         if dist.is_initialized():
             dist.all_reduce(tensor)
         return tensor
+
+    def about(self) -> dict[str, Any]:
+        """What the log of a run says of its processes."""
+        return {"torch": torch.__version__, "processes": self.size, "device": self.device}
 
     def agree(self, value: object) -> bool:
         """Whether ``value`` is the same in all processes."""

@@ -5,34 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import matplotlib.figure  # noqa: F401 - draw needs it; where it is missing, the run ends before it begins
 from files import replacing, writing
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
+from prodigyplus.plot import OF_MODEL, OF_OPTIMIZER, Panel, draw, rows_in
+
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """The values under ``key`` in the records of one kind."""
-
-    kind: str
-    key: str
-    label: str
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One of the plots of the figure."""
-
-    title: str
-    curves: tuple[Curve, ...]
-    scale: Literal["linear", "log"] = "linear"
 
 
 class Report:
@@ -70,7 +52,7 @@ class Report:
         return tqdm(steps, title, disable=self.silent, leave=False, mininterval=interval, dynamic_ncols=True)
 
     def log(self, kind: str, **values: float) -> None:
-        """Add a record to the log; :meth:`draw` needs the key of its horizontal axis in it.
+        """Add a record to the log; :meth:`draw` draws those with a ``step``.
 
         Raises:
             OSError: The file cannot be written.
@@ -82,30 +64,19 @@ class Report:
             with writing(path), path.open("a") as log:
                 log.write(_line(record))
 
-    def draw(self, panels: Sequence[Panel], over: str = "epoch") -> None:
-        """Draw the log so far, one plot below the other; ``over`` is the key of the horizontal axis.
+    def draw(self, panels: Sequence[Panel] = OF_MODEL + OF_OPTIMIZER) -> None:
+        """Draw the log so far, as ``python -m prodigyplus.plot`` draws it.
+
+        Args:
+            panels: The plots, from top to bottom; those of which the log has nothing are left out.
 
         Raises:
             OSError: The file cannot be written.
         """
-        if self.silent:
-            return
-        figure = Figure(figsize=(7, 2.4 * len(panels)), layout="constrained")
-        grid = figure.subplots(len(panels), sharex=True, squeeze=False)
-        for axes, panel in zip(grid[:, 0], panels, strict=True):
-            for curve in panel.curves:
-                points = [(r[over], r[curve.key]) for r in self.records if r["kind"] == curve.kind]
-                # Markers only while they do not overlap.
-                style = "o-" if len(points) <= 20 else "-"
-                axes.plot(*zip(*points, strict=True), style, label=curve.label, linewidth=1.2, markersize=4)
-            axes.set(title=panel.title, yscale=panel.scale)
-            axes.grid(alpha=0.3)
-            if len(panel.curves) > 1:
-                axes.legend(frameon=False)
-        grid[-1, 0].set(xlabel=over, xlim=(0, None))
-        grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-        with replacing(self.folder / "progress.png") as path:
-            figure.savefig(path, format="png", dpi=120)
+        if not self.silent:
+            figure = draw({self.folder.name: rows_in(self.records)}, panels)
+            with replacing(self.folder / "progress.png") as path:
+                figure.savefig(path, format="png", dpi=120)
 
 
 def _line(record: Record) -> str:

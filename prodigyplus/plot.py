@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,10 +33,12 @@ class Panel(NamedTuple):
     scale: str | None  # None: linear, or logarithmic where values differ by a factor above _WIDE
 
 
-PANELS = (
+OF_MODEL = (
     Panel("training loss (lower is better)", "loss", None),
     Panel("loss in evaluations (lower is better)", "eval_loss|val_loss", None),
     Panel("accuracy in evaluations (higher is better)", "(?:eval_|val_)?accuracy", "linear"),
+)
+OF_OPTIMIZER = (
     Panel("step size", "step_size", "log"),
     Panel("d: should climb early, then level off", "d", "log"),
     Panel("estimate before its limits (Prodigy: numerator / denominator; balance: ρ)", "d_hat", "linear"),
@@ -60,25 +62,29 @@ def rows_of(path: Path) -> list[Row]:
             found = json.loads(path.read_text()).get("log_history", [])
         else:
             found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        rows: list[Row] = [_row_of(record) for record in found]
+        rows = rows_in(found)
     except (ValueError, AttributeError) as error:  # no JSON, or JSON of something else
         raise ValueError(
             f"{path} is not a log of a run ({error}): pass JSON lines, a .csv of prodigyplus.run_log.RunLog, "
             "or the trainer_state.json of a Hugging Face Trainer."
         ) from error
-    rows = [row for row in rows if "step" in row and len(row) > 1]
     if not rows:
         raise ValueError(f"{path} has no row with a 'step': write them by prodigyplus.run_log.RunLog.")
     return rows
 
 
+def rows_in(records: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The rows among a run's records: the numbers of those that have a step and other numbers."""
+    return [row for row in map(_row_of, records) if "step" in row and len(row) > 1]
+
+
 def _row_of(record: Mapping[str, Any]) -> Row:
+    # The launch scripts' evaluations are of the kind "test" or "held out".
+    prefix = "" if record.get("kind", "train") == "train" else "eval_"
     row = {}
     for name, value in record.items():
         with suppress(TypeError, ValueError):  # text
-            row[name] = float(value)
-    if record.get("kind", "train") != "train" and "loss" in row:  # launch scripts: "test", "held out"
-        row["eval_loss"] = row.pop("loss")
+            row[name if name == "step" else prefix + name] = float(value)
     return row
 
 
@@ -102,15 +108,16 @@ def curves_of(rows: Sequence[Row], name: str) -> dict[str, Curve]:
     }
 
 
-def draw(runs: Mapping[str, Sequence[Row]]) -> Figure:
+def draw(runs: Mapping[str, Sequence[Row]], panels: Sequence[Panel] = OF_MODEL + OF_OPTIMIZER) -> Figure:
     """Draw runs over one another, one plot for each number that any of them has.
 
     Args:
         runs: Their rows, under the names for the legend.
+        panels: The plots, from top to bottom.
     """
     from matplotlib.figure import Figure
 
-    found = [(panel, {run: curves_of(rows, panel.name) for run, rows in runs.items()}) for panel in PANELS]
+    found = [(panel, {run: curves_of(rows, panel.name) for run, rows in runs.items()}) for panel in panels]
     shown = [(panel, curves) for panel, curves in found if any(curves.values())]
     figure = Figure(figsize=(8, 2.3 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]

@@ -86,6 +86,29 @@ def test_checkpoint_of_one_process(written):
     assert_same_state(others, optimizer)
 
 
+def test_a_run_goes_on_from_its_checkpoint(copied, capsys):
+    out, (model, optimizer), (other, others) = copied.parents[1], fresh(), fresh()
+    learn(model, optimizer, range(5))
+    _, before = checkpoints.resume(options(out, True), {"seed": 1}, other, others, ALONE)
+    assert before == Run(5, {"seed": 1}, [{"kind": "train", "loss": 0.1}], "job")
+    assert_same(other.state_dict(), model.state_dict())
+    assert_same_state(others, optimizer)
+    assert capsys.readouterr().out == f"Going on from {copied}\n"
+
+
+def test_a_run_without_a_checkpoint_begins_at_the_beginning(tmp_path, capsys):
+    _, before = checkpoints.resume(options(tmp_path, True), {}, *fresh(), ALONE)
+    assert before == Run()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_cannot_go_on_makes_no_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        checkpoints.resume(options(tmp_path / "out", tmp_path / "nowhere"), {}, *fresh(), ALONE)
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
     begin, function = threading.Event(), storage.Writer.write_data
 

@@ -4,12 +4,7 @@ import json
 import pytest
 from files import replacing
 from matplotlib.figure import Figure
-from report import Curve, Panel, Report
-
-PANELS = [
-    Panel("loss", (Curve("train", "loss", "training"), Curve("test", "loss", "test")), "log"),
-    Panel("d", (Curve("train", "d", "d"),)),
-]
+from report import Report
 
 
 def lines(folder):
@@ -19,15 +14,15 @@ def lines(folder):
 def test_log_and_picture(tmp_path):
     report = Report(tmp_path, {"seed": 1, "out": tmp_path}, silent=False)
     for step in range(1, 41):
-        report.log("train", epoch=step / 40, loss=1 / step, d=1e-3)
-    report.draw(PANELS)  # before there are any test results
+        report.log("train", step=step, loss=1 / step, d=1e-3)
+    report.draw()  # before there are any test results
     first = (tmp_path / "progress.png").read_bytes()
-    report.log("test", epoch=1, loss=0.1)
-    report.draw(PANELS)
+    report.log("test", step=40, loss=0.1)
+    report.draw()
     assert first.startswith(b"\x89PNG")
     assert (tmp_path / "progress.png").read_bytes() != first
     assert lines(tmp_path) == [{"kind": "run", "seed": 1, "out": str(tmp_path)}, *report.records]
-    assert report.records[-1] == {"kind": "test", "epoch": 1, "loss": 0.1}
+    assert report.records[-1] == {"kind": "test", "step": 40, "loss": 0.1}
 
 
 def test_log_goes_on_from_the_records_it_is_given(tmp_path):
@@ -41,8 +36,8 @@ def test_log_goes_on_from_the_records_it_is_given(tmp_path):
 
 def test_silent_report_writes_nothing(tmp_path, capfd):
     report = Report(tmp_path / "out", {}, silent=True)
-    report.log("train", epoch=1, loss=1, d=1)
-    report.draw(PANELS)
+    report.log("train", step=1, loss=1, d=1)
+    report.draw()
     report.say("hello")
     assert list(report.bar([1, 2], "steps")) == [1, 2]
     assert report.records
@@ -55,14 +50,14 @@ def test_a_full_disk_is_told_by_the_file_that_it_has_no_room_for(tmp_path, monke
     (tmp_path / "log.jsonl").unlink()
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"log\.jsonl cannot be written: No space left on device$"):
-        report.log("train", epoch=1, loss=1, d=1)
+        report.log("train", step=1, loss=1, d=1)
 
     def full(*_args, **_options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
     with pytest.raises(OSError, match=r"progress\.png cannot be written: No space left on device$"):
-        report.draw(PANELS)
+        report.draw()
 
 
 def test_replacing_is_all_or_nothing(tmp_path):

@@ -77,10 +77,10 @@ def test_curves_are_told_apart(tmp_path):
 def test_losses_of_the_scripts_are_told_apart(tmp_path):
     path = tmp_path / "log.jsonl"
     records = [{"kind": "run", "lr": 1.0}, {"kind": "train", "step": 1, "loss": 2.0}]
-    records += [{"kind": kind, "step": 1, "loss": 3.0} for kind in ("held out", "test")]
+    records += [{"kind": kind, "step": 1, "loss": 3.0, "minutes": 1.0} for kind in ("held out", "test")]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     found = plot.rows_of(path)
-    assert found == [{"step": 1, "loss": 2.0}, *[{"step": 1, "eval_loss": 3.0}] * 2]
+    assert found == [{"step": 1, "loss": 2.0}, *[{"step": 1, "eval_loss": 3.0, "eval_minutes": 1.0}] * 2]
 
 
 def test_runs_are_drawn(tmp_path, capsys):
