@@ -13,7 +13,7 @@ from tests import option_table as table
 from tests.models import Transformer, Walks, loss_of
 from tests.single.problems import assert_same, snapshot
 
-STEPS = 30
+STEPS = 25
 
 # Only options that change passes: the numbers that passes take are no different when fused. Left out are
 # options with which d does not move in both dtypes.

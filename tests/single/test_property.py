@@ -335,7 +335,7 @@ def bound(case, parameter, ours, old):
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=60,
+    max_examples=50,
     phases=[Phase.generate],
     report_multiple_bugs=False,
 )
