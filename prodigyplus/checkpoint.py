@@ -302,8 +302,8 @@ def loaded_state(
 ) -> dict[str, Tensor]:
     """A parameter's state as the optimiser keeps it, from its saved form: undoes :func:`saved_states`."""
     o = Options.of(group)
-    every, freed = o.slice_p, states.EVIDENCE if o.is_frozen(group) else ()
-    needed = {key: value for key, value in saved.items() if key not in freed}
+    every, frozen = o.slice_p, o.is_frozen(group)
+    needed = {key: value for key, value in saved.items() if not (frozen and key in states.EVIDENCE)}
     pieces = {key: placement.load(p, value, key, every) for key, value in needed.items()}
     if "p0" in pieces:  # earlier versions kept it in bfloat16
         pieces["p0"] = pieces["p0"].to(torch.promote_types(pieces["p0"].dtype, p.dtype))

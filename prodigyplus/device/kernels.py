@@ -169,9 +169,9 @@ def _whole_indices(index, exists, size, runs, SINGLE: tl.constexpr):
     if SINGLE:
         return index.to(tl.uint32) + tl.load(size + S_FIRST_INDEX).to(tl.uint32)
     else:
-        run, place = _run_of(index, size, runs)
+        run, in_run = _run_of(index, size, runs)
         first = tl.load(run + R_FIRST_INDEX, mask=exists, other=0).to(tl.uint32, bitcast=True)
-        return place.to(tl.uint32) + first
+        return in_run.to(tl.uint32) + first
 
 
 @triton.jit
@@ -206,10 +206,10 @@ def _samples(
         position = index + phase
         return index, exists & (position % EVERY == 0), position // EVERY - tl.where(phase > 0, 1, 0)
     else:
-        run, place = _run_of(index, tile.size, runs)
+        run, in_run = _run_of(index, tile.size, runs)
         phase = tl.load(run + R_FIRST_PHASE, mask=exists, other=0)
         before = tl.load(run + R_SAMPLES, mask=exists, other=0) - tl.where(phase > 0, 1, 0)
-        position = place + phase
+        position = in_run + phase
         return index, exists & (position % EVERY == 0), before + position // EVERY
 
 

@@ -327,7 +327,7 @@ def _matrices(shape: tuple[int, ...], dims: tuple[int, int] | None, columns: int
 
 
 def _grid(*sizes: int) -> list[Tensor]:
-    """All places in a grid of these sizes, as an index along each axis; (places,) each."""
+    """All positions in a grid of these sizes, as an index along each axis; (positions,) each."""
     axes = (torch.arange(size, dtype=torch.int64, device="cpu") for size in sizes)
     return [index.reshape(-1) for index in torch.meshgrid(*axes, indexing="ij")]
 

@@ -96,9 +96,9 @@ def add_up(values, values_stride, out, out_stride, sums, DTYPE: tl.constexpr, BL
 
     ``sums`` is a table of :class:`prodigyplus.device.tables.SumRow`.
     """
-    its = sums + tl.program_id(0) * SUM_COLUMNS
-    first, stride = tl.load(its + U_FIRST), tl.load(its + U_STRIDE)
-    count, target = tl.load(its + U_VALUES), tl.load(its + U_OUT)
+    entry = sums + tl.program_id(0) * SUM_COLUMNS
+    first, stride = tl.load(entry + U_FIRST), tl.load(entry + U_STRIDE)
+    count, target = tl.load(entry + U_VALUES), tl.load(entry + U_OUT)
     row = tl.program_id(1).to(tl.int64)
     values += row * values_stride + first
     total = tl.zeros((BLOCK,), DTYPE)

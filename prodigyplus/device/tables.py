@@ -109,7 +109,7 @@ class TileRow(NamedTuple):
     """Rows of ``tiles``: one for each program."""
 
     matrix: Column
-    down: Column  # its place in the matrix, in tiles
+    down: Column  # its position in the matrix, in tiles
     across: Column
 
 

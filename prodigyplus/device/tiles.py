@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     size: tl.tensor  # the address of the tensor's row in ``sizes``
     pointers: tl.tensor  # the address of the tensor's row in ``pointers``
     matrix: tl.tensor  # the address of its matrix's row in ``matrices``
-    down: tl.tensor  # its place in the matrix, in tiles
+    down: tl.tensor  # its position in the matrix, in tiles
     across: tl.tensor
     local: tl.tensor  # the number of the tensor's elements
     offset: tl.tensor  # where the matrix lies in the tensor

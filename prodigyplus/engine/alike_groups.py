@@ -67,14 +67,14 @@ class AlikeGroups:
 
     @classmethod
     def split(cls, groups: Sequence[GroupStep], columns: Columns, constants: Constants) -> list[AlikeGroups]:
-        """Split ``groups`` into batches of equal branches; the other arguments are those of the class."""
-        batches: dict[_Branches, list[GroupStep]] = {}
+        """Split ``groups`` by their branches; the other arguments are those of the class."""
+        alike: dict[_Branches, list[GroupStep]] = {}
         for group in groups:
-            batches.setdefault(_Branches.of(group.options), []).append(group)
-        return [cls(batch, columns, constants) for batch in batches.values()]
+            alike.setdefault(_Branches.of(group.options), []).append(group)
+        return [cls(some, columns, constants) for some in alike.values()]
 
     def select(self, values: Tensor) -> Tensor:
-        """The values of this batch's groups, from ``values`` of all groups of the optimiser."""
+        """The values of these groups, from ``values`` of all groups of the optimiser."""
         return values if self._rows is None else values.index_select(0, self._rows)
 
     def open(self, moves: Tensor) -> Opened:
@@ -163,7 +163,7 @@ class AlikeGroups:
                 bool, (groups,).
 
         Returns:
-            ``learns`` of this batch, False where ``lr`` is invalid.
+            ``learns`` of these groups, False where ``lr`` is invalid.
         """
         moves, skips, learns = self.select(moves), self.select(skips), self.select(learns)
         if opened.valid is not None:
@@ -175,7 +175,7 @@ class AlikeGroups:
         return learns
 
     def scatter_(self, target: Tensor, values: Tensor) -> None:
-        """Write the ``values`` of this batch's groups into ``target``, of all groups of the optimiser."""
+        """Write the ``values`` of these groups into ``target``, of all groups of the optimiser."""
         if self._rows is None:
             target.copy_(values)
         else:
@@ -225,7 +225,7 @@ class AlikeGroups:
         )
 
     def shared_d(self) -> tuple[Tensor, Tensor]:
-        """The step sizes in use of this batch, whose groups share one; see ``prodigy.shared_d``."""
+        """The step sizes in use of these groups, which share one; see ``prodigy.shared_d``."""
         numbers = (self._read(name) for name in ("weight_sum", "k", "in_mean"))
         return prodigy.shared_d(self._read("d"), self._option(lambda o: o.d0), *numbers)
 

@@ -94,7 +94,7 @@ class Groups:
         return len(self.steps)
 
     @functools.cached_property
-    def _batches(self) -> list[AlikeGroups]:
+    def _alike(self) -> list[AlikeGroups]:
         return self._split(self.steps)
 
     def _split(self, steps: Sequence[GroupStep]) -> list[AlikeGroups]:
@@ -123,13 +123,13 @@ class Groups:
 
     def open(self, moves: Tensor) -> list[Opened]:
         """Set this step's numbers of all groups; see :meth:`AlikeGroups.open`."""
-        return [batch.open(moves) for batch in self._batches]
+        return [alike.open(moves) for alike in self._alike]
 
     def commit(self, opened: Sequence[Opened], moves: Tensor, skips: Tensor, learns: Tensor) -> Tensor:
         """Count the step in all groups; see :meth:`AlikeGroups.commit`. ``opened`` is from :meth:`open`."""
         result = torch.empty_like(learns)
-        for batch, of_batch in zip(self._batches, opened, strict=True):
-            batch.scatter_(result, batch.commit(of_batch, moves, skips, learns))
+        for alike, of_alike in zip(self._alike, opened, strict=True):
+            alike.scatter_(result, alike.commit(of_alike, moves, skips, learns))
         return result
 
     def totals(self) -> Tensor:
@@ -162,8 +162,8 @@ class Groups:
             steps = steps.index_copy(0, first, steps.index_select(0, rows).amax(dim=0, keepdim=True))
             learns = learns.index_copy(0, first, learns.index_select(0, rows).any(dim=0, keepdim=True))
         adapting = [step for step in self.steps if step.adapts and leaders[step.index] == step.index]
-        for batch in self._split(adapting):
-            batch.adapt_(totals, steps, learns)
+        for alike in self._split(adapting):
+            alike.adapt_(totals, steps, learns)
         if len(set(leaders)) < len(leaders):
             rows = self.constants.on(totals.device, leaders)
             for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
@@ -174,9 +174,9 @@ class Groups:
         """Set the step sizes in use, if the step ``happens`` (bool, 0-dim) and is not skipped."""
         shared, in_mean = self.columns["d"].clone(), self.columns["in_mean"].clone()
         if sharing := self._sharing:
-            batch = AlikeGroups(sharing, self.columns, self.constants)
-            for column, values in zip((shared, in_mean), batch.shared_d(), strict=True):
-                batch.scatter_(column, values)
+            alike = AlikeGroups(sharing, self.columns, self.constants)
+            for column, values in zip((shared, in_mean), alike.shared_d(), strict=True):
+                alike.scatter_(column, values)
         for name, values in (("shared_d", shared), ("in_mean", in_mean)):
             self.columns[name].copy_(torch.where(happens, values, self.columns[name]))
 
