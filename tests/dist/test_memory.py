@@ -15,9 +15,6 @@ from tests.single.problems import Fed
 
 def peak_of_a_step(optimizer, problem):
     """The most bytes that a step allocates beyond what was there before."""
-    for _ in range(2):
-        problem.backward()
-        optimizer.step()
     problem.backward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         optimizer.step()
@@ -27,6 +24,14 @@ def peak_of_a_step(optimizer, problem):
             now += event.nbytes()
             most = max(most, now)
     return most
+
+
+def peak_of_steps(optimizer, problem, steps):
+    """That of the step which allocates least, of some, after two that make what is kept."""
+    for _ in range(2):
+        problem.backward()
+        optimizer.step()
+    return min(peak_of_a_step(optimizer, problem) for _ in range(steps))
 
 
 def objects():
@@ -64,7 +69,8 @@ PIECE = 64 * 256 * 4  # the bytes of each that a rank holds
 def peak_on_two_ranks(options, bucket_bytes, dtype=torch.float32):
     placed = Placed(Fed(*SQUARES.shapes, dtype=dtype), SQUARES)
     optimizer = ShardedProdigyPlusScheduleFree(placed.parameters, bucket_bytes=bucket_bytes, **options)
-    return peak_of_a_step(optimizer, placed)
+    # Of several steps, since on a busy machine gloo's thread lets go of an exchange's buffers late.
+    return peak_of_steps(optimizer, placed, steps=4)
 
 
 # What options need beyond the bucket, in sizes of the parameter at work; all others need 1.
@@ -121,4 +127,6 @@ def test_one_process_needs_two_of_the_largest_parameter(options):
     optimizer = ProdigyPlusScheduleFree(problem.parameters, **options)
     largest = 1024 * 512 * 4
     samples = 5 * largest / 11  # of the gradient, the weights and p0, and a product of these in float64
-    assert peak_of_a_step(optimizer, problem) <= (1 + temporaries(options)) * largest + samples + 50_000
+    assert (
+        peak_of_steps(optimizer, problem, steps=1) <= (1 + temporaries(options)) * largest + samples + 50_000
+    )

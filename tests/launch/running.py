@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,9 @@ from torch.distributed.run import get_args_parser
 from tests.serving import ROOT, Server, kill
 from tests.waiting import HANG, Hung, wait_until
 
+# A text that every machine has. A text that changes while tests run, as this project's own sources do,
+# would change their weights.
+TEXT = ["--data", Path(sysconfig.get_paths()["stdlib"]) / "asyncio", "--pattern", "*.py"]
 TIMED = {"minutes", "tokens_per_second"}
 
 _HAS_TIMEOUT = "--shutdown-timeout" in get_args_parser().format_help()  # not in torch 2.11

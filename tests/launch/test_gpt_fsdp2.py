@@ -28,7 +28,7 @@ def launch(processes, *options):
 
 def trained(processes, out, *options):
     spells = ["--steps", STEPS, "--eval-every", SAVED]
-    done = launch(processes, *TINY, "--data", "prodigyplus_dist", *spells, "--out", out, *options)
+    done = launch(processes, *TINY, *running.TEXT, *spells, "--out", out, *options)
     assert done.returncode == 0, done.stderr
     assert "UserWarning" not in done.stderr
     return done
@@ -344,7 +344,7 @@ def assert_told_once(done, message, out):
 )
 def test_error_is_told_once_and_ends_all_processes(tmp_path, options, message):
     out = tmp_path / "out"
-    assert_told_once(launch(2, "--out", out, "--data", "prodigyplus_dist", *options), message, out)
+    assert_told_once(launch(2, "--out", out, *running.TEXT, *options), message, out)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tests.launch.running import assert_same, assert_same_contents, lines, newes
 
 STEPS, SAVED = 20, 5
 TINY = ["--layers", "1", "--width", "32", "--context", "32", "--batch-size", "32", "--dropout", "0.1"]
-RUN = [*TINY, "--data", "prodigyplus", "--log-every", str(SAVED), "--eval-every", str(STEPS)]
+RUN = [*TINY, *running.TEXT, "--log-every", str(SAVED), "--eval-every", str(STEPS)]
 PERIODIC = [*RUN, "--steps", str(STEPS), "--save-every", str(SAVED), "--mesh", "replicate=2,fsdp=2"]
 
 
