@@ -188,7 +188,7 @@ def checked_states(
         ValueError: A state does not fit its parameter.
     """
     found = {}
-    number = 0
+    place = 0  # among the parameters of all groups
     for index, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
         have_state = [bool(saved.get(key)) for key in theirs["params"]]
         if theirs["k"] and not any(have_state) and any(p.requires_grad for p in ours["params"]):
@@ -209,8 +209,8 @@ def checked_states(
         for in_group, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
             if have_state[in_group]:
                 _check_state(saved[key], p, theirs, name_of(ours, index, in_group))
-                found[number] = dict(saved[key])
-            number += 1
+                found[place] = dict(saved[key])
+            place += 1
     return found
 
 
@@ -244,7 +244,7 @@ def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str
 class _Kept(NamedTuple):
     """A parameter whose state is to be saved."""
 
-    number: int  # the parameter's index in the state dict, from 0
+    saved_as: int  # its key in the state dict, from 0
     p: Tensor
     every: int  # the distance between samples
     state: Mapping[str, Tensor]
@@ -253,15 +253,15 @@ class _Kept(NamedTuple):
 def _kept(
     groups: Sequence[Group], state: Mapping[Tensor, Mapping[str, Tensor]], placement: Placement
 ) -> Iterator[_Kept]:
-    last = {location.p: location.number for location in locations(groups)}  # of one given twice, the last
+    last = {location.p: location.ordinal for location in locations(groups)}  # of one given twice, the last
     for location in locations(groups):
         p, group = location.p, groups[location.group]
-        if p in state and last[p] == location.number:
+        if p in state and last[p] == location.ordinal:
             o, entries = Options.of(group), state[p]
             if entries and o.is_frozen(group):
                 freed = states.freed_state(placement.local(p), placement.layout(p), StateOptions.of(o))
                 entries = {**entries, **stored(placement, p, freed, o.slice_p)}
-            yield _Kept(location.number - 1, p, o.slice_p, entries)
+            yield _Kept(location.ordinal - 1, p, o.slice_p, entries)
 
 
 @isolated
@@ -288,11 +288,11 @@ def saved_states(
     # Clones: when torch copies a state for an asynchronous save, it does not copy 0-dim DTensors, and fails
     # on views; rows that the exchange has completed are views into one buffer.
     return {
-        number: {
+        saved_as: {
             **{key: value if value.ndim else value.clone() for key, value in entries.items()},
             **{key: placement.store(p, value.clone(), key, every) for key, value in rows.items()},
         }
-        for (number, p, every, entries), rows in zip(kept, exchange.complete(asked)(), strict=True)
+        for (saved_as, p, every, entries), rows in zip(kept, exchange.complete(asked)(), strict=True)
     }
 
 

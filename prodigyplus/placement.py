@@ -164,13 +164,13 @@ class Location(NamedTuple):
         p: The parameter.
         group: The index of its group.
         in_group: The index of the parameter in the group.
-        number: The number of the parameter in the optimiser, from 1; seeds the noise of its rounding.
+        ordinal: Its place among the parameters of all groups, from 1; seeds the noise of its rounding.
     """
 
     p: Tensor
     group: int
     in_group: int
-    number: int
+    ordinal: int
 
 
 def locations(groups: Sequence[Mapping[str, Any]]) -> list[Location]:
@@ -178,7 +178,7 @@ def locations(groups: Sequence[Mapping[str, Any]]) -> list[Location]:
     pairs = [
         (p, group, index) for group, entry in enumerate(groups) for index, p in enumerate(entry["params"])
     ]
-    return [Location(*pair, number) for number, pair in enumerate(pairs, 1)]
+    return [Location(*pair, ordinal) for ordinal, pair in enumerate(pairs, 1)]
 
 
 def name_of(entry: Mapping[str, Any], group: int, in_group: int) -> str:

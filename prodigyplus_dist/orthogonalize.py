@@ -96,7 +96,7 @@ class Orthogonalizer:
     def plan(self, requests: Sequence[MatrixRequest]) -> tuple[tuple[MatrixSharding, ...], list[Block]]:
         """The shardings of the requested tensors, and the blocks in which their matrices are owned."""
         shardings = tuple(self._sharding(layout, matrices.batched) for layout, matrices in requests)
-        key = shardings, requests[0][1].parameter
+        key = shardings, requests[0][1].ordinal
         if key not in self._plans:
             self._plans[key] = assign_owners(*key)
         return shardings, self._plans[key]

@@ -257,10 +257,10 @@ def _hash(bits):
 
 
 @triton.jit
-def _seed(step, number):
+def _seed(step, ordinal):
     """:func:`prodigyplus.formulas.stochastic_rounding.seeds`, of one parameter; both are int64."""
     golden = tl.full((), 0x9E3779B9, tl.int64)
-    of_parameter = (number * golden).to(tl.uint32) & tl.full((), 0x7FFFFFFF, tl.uint32)
+    of_parameter = (ordinal * golden).to(tl.uint32) & tl.full((), 0x7FFFFFFF, tl.uint32)
     return _hash(_hash((step * golden).to(tl.uint32)) + of_parameter)
 
 
@@ -276,7 +276,7 @@ def _rounded(value, half, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 @kernel
 def sweep(
     pointers, sizes, runs, matrices, tiles, numbers, number_stride, tensor_stride, gate, gate_stride,
-    norm_parts, evidence_parts, parts_stride, norms, numels, numbers_of, steps, directions, scales,
+    norm_parts, evidence_parts, parts_stride, norms, numels, ordinals, steps, directions, scales,
     GRAD_DTYPE: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, BASE_DTYPE: tl.constexpr,
     EXP_AVG_DTYPE: tl.constexpr, EXP_AVG_SQ_DTYPE: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr, MEAN_DTYPE: tl.constexpr,
@@ -332,7 +332,7 @@ def sweep(
         step = step / tl.sqrt(tl.maximum(rms, 1.0))
     seed = tl.full((), 0, tl.uint32)
     if MOVES and STOCHASTIC:
-        seed = _seed(tl.load(steps), tl.load(numbers_of + tensor))
+        seed = _seed(tl.load(steps), tl.load(ordinals + tensor))
     column = tile.across * COLUMNS + tl.arange(0, COLUMNS)
     column_root = tl.zeros((COLUMNS,), tl.float32)
     if FACTORED:

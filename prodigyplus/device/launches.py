@@ -259,7 +259,7 @@ class Launches:
         setup: Setup,
         n: Packed,
         norms: Tensor | None,
-        parameters: Tensor,
+        ordinals: Tensor,
         *,
         takes_evidence: bool,
         directions: Directions | None = None,
@@ -269,7 +269,7 @@ class Launches:
         Args:
             setup, n: The batch's setup, and the numbers of the step.
             norms: The directions' sums of squares over whole tensors, (tensors,), if StableAdamW needs them.
-            parameters: The numbers of the parameters in the optimiser, (tensors,), int64.
+            ordinals: The places of the parameters in the optimiser, from 1; (tensors,), int64.
             takes_evidence: Whether to take evidence in this pass.
             directions: The directions, if they are read.
 
@@ -280,9 +280,7 @@ class Launches:
         with jit.on_device(self.plan.device):
             if directions is not None:
                 self._point_to_directions(directions)
-            self._sweep(
-                setup, n, evidence, moves=True, norms=norms, parameters=parameters, directions=directions
-            )
+            self._sweep(setup, n, evidence, moves=True, norms=norms, ordinals=ordinals, directions=directions)
             return self._evidence(setup, evidence)
 
     def _sweep(
@@ -294,13 +292,13 @@ class Launches:
         moves: bool = False,
         norm_parts: Tensor | None = None,
         norms: Tensor | None = None,
-        parameters: Tensor | None = None,
+        ordinals: Tensor | None = None,
         directions: Directions | None = None,
     ) -> None:
         plan = self.plan
         # A kernel needs tensors even for arguments that it does not read: pass any.
         norm_parts, norms = (plan.numels if given is None else given for given in (norm_parts, norms))
-        parameters = plan.sizes if parameters is None else parameters
+        ordinals = plan.sizes if ordinals is None else ordinals
         read = (plan.sizes, plan.numels) if directions is None else (self._directions, directions.scales)
         is_aligned = directions is None or self._directions_are_aligned
         for tiles in plan.tiles:
@@ -308,7 +306,7 @@ class Launches:
                 _kernels().sweep, (len(tiles.table),),
                 self._pointers, plan.sizes, plan.runs, plan.matrices, tiles.table, *_numbers(n),
                 norm_parts[tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
-                norms, plan.numels, parameters, n.step, *read,
+                norms, plan.numels, ordinals, n.step, *read,
                 MOVES=moves, EVIDENCE=len(evidence_parts) > 0,
                 **self._constants(setup, tiles, is_aligned),
                 **self._tile(

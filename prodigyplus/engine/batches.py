@@ -114,14 +114,14 @@ class Batch:
         first = params[0]
         self.is_matrix = first.is_matrix
         self.cost = first.cost if first.is_matrix else (0, 0, 0)
-        self.matrix_names = [f"matrices {param.number}" for param in params]
+        self.matrix_names = [f"matrices {param.ordinal}" for param in params]
         self.weights = [param.weight for param in params]
         # The memory of a negative view holds its values with the opposite sign.
         self.grads = [param.grad.resolve_neg().contiguous() for param in params]
         self.states = [param.state for param in params]
         self.layouts = [param.layout for param in params]
         self.group = first.group
-        self.numbers = [param.number for param in params]
+        self.ordinals = [param.ordinal for param in params]
         self.present = None if first.present is None else [bool(param.present) for param in params]
         # Which operators its passes consist of. No kind that kernels admit depends on the number of elements.
         self.kind = Kind.of(first.group.options, first.state, 2, adapts=first.group.adapts)
@@ -202,7 +202,7 @@ class Batch:
         if self._launches is None:
             factored = tuple(map(moments.is_factored, self.states))
             every, device = self.group.options.slice_p, self.weights[0].device
-            key = "launches", tuple(self.numbers), tuple(map(id, self.layouts)), factored, every
+            key = "launches", tuple(self.ordinals), tuple(map(id, self.layouts)), factored, every
             self._launches = constants.made(
                 device, key, lambda: Launches(Plan(self.layouts, factored, every, device, tile_size()))
             )
@@ -229,8 +229,8 @@ class Batch:
         """The requests to orthogonalise its matrices, by ``matrix_names``."""
         moved_by = [state["exp_avg"] for state in self.states] if self.kind.has_momentum else self.grads
         return {
-            name: matrices(local, self.group, number, self.dtype)
-            for name, local, number in zip(self.matrix_names, moved_by, self.numbers, strict=True)
+            name: matrices(local, self.group, ordinal, self.dtype)
+            for name, local, ordinal in zip(self.matrix_names, moved_by, self.ordinals, strict=True)
         }
 
     def scales(self, constants: Constants) -> Tensor:
@@ -267,7 +267,7 @@ class _KernelWork:
         self._launches, self._sums, self._constants = batch.launches(constants), squares, constants
         self._moves_at_once = not (batch.is_sharded or batch.is_matrix)
         self._setup = batch.setup(constants)
-        self._numbers = constants.on(n.step.device, batch.numbers)
+        self._ordinals = constants.on(n.step.device, batch.ordinals)
         self._late: dict[str, Tensor] = {}  # see late_sums()
 
     def momentum_(self) -> None:
@@ -330,7 +330,7 @@ class _KernelWork:
             self._setup,
             self.n.packed,
             norms,
-            self._numbers,
+            self._ordinals,
             takes_evidence=takes_evidence,
             directions=directions,
         )

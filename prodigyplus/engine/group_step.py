@@ -58,9 +58,9 @@ class GroupStep:
             self._scalars[key] = numbers.to(device, dtype).across(0)
         return self._scalars[key]
 
-    def observe(self, parameters: list[int], products: Tensor, norms: Tensor) -> None:
-        """Record the evidence of the parameters with these numbers: products and norms, (count,)."""
-        self._observed.append((parameters, products, norms))
+    def observe(self, ordinals: list[int], products: Tensor, norms: Tensor) -> None:
+        """Record the evidence of the parameters at ``ordinals``: products and norms, (count,)."""
+        self._observed.append((ordinals, products, norms))
 
     @property
     def evidence_weight(self) -> Tensor:
@@ -78,9 +78,9 @@ class GroupStep:
         d: Tensor = self.entry["d"]
         if not self._observed:
             return d.new_zeros(2)
-        parameters, *pairs = zip(*self._observed, strict=True)
+        ordinals, *pairs = zip(*self._observed, strict=True)
         # Sum in the order of the parameters, not of arrival: the last bits of a sum depend on its order.
-        came = tuple(map(tuple, parameters))
+        came = tuple(map(tuple, ordinals))
         rows = constants.made(d.device, ("order", came), lambda: _order(came, d.device))
         sums = []
         for values in pairs:
@@ -90,9 +90,9 @@ class GroupStep:
         return torch.stack(sums)
 
 
-def _order(numbers: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:
-    """The indices that sort ``numbers``, concatenated; None if they are in order already."""
-    every = [number for run in numbers for number in run]
+def _order(ordinals: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:
+    """The indices that sort ``ordinals``, concatenated; None if they are in order already."""
+    every = [ordinal for run in ordinals for ordinal in run]
     order = sorted(range(len(every)), key=every.__getitem__)
     if order == list(range(len(order))):
         return None

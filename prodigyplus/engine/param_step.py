@@ -23,7 +23,7 @@ class ParamStep(NamedTuple):
     state: dict[str, Tensor]  # see prodigyplus/state.py; changed in place
     layout: Layout
     group: GroupStep
-    number: int  # of the parameter in the optimiser, from 1
+    ordinal: int  # see Location
     # Whether this rank has its gradient; None if nobody needs to ask: all shards have one, or none has.
     present: bool | None
 
@@ -77,17 +77,17 @@ def orthogonalized_in(group: GroupStep, dtype: torch.dtype) -> torch.dtype:
     return dtype if group.options.muon_fp32 or dtype == torch.float64 else torch.bfloat16
 
 
-def matrices(local: Tensor, group: GroupStep, number: int, dtype: torch.dtype) -> Matrices:
+def matrices(local: Tensor, group: GroupStep, ordinal: int, dtype: torch.dtype) -> Matrices:
     """The request to orthogonalise a parameter's matrices.
 
     Args:
         local: The local piece of what is orthogonalised: the gradient or the first moment.
         group: The parameter's group.
-        number: The number of the parameter in the optimiser.
+        ordinal: See :class:`prodigyplus.placement.Location`.
         dtype: The dtype of the arithmetic.
     """
     o, computed_in = group.options, orthogonalized_in(group, dtype)
     product = None if o.fused is False else launches.symmetric_product(computed_in, local.device)
     return Matrices(
-        local, o.muon_batched, Method(computed_in, o.muon_quintic, o.use_stableadamw, product), number
+        local, o.muon_batched, Method(computed_in, o.muon_quintic, o.use_stableadamw, product), ordinal
     )

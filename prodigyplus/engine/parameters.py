@@ -104,7 +104,7 @@ class Parameters:
             for key in states.EVIDENCE:
                 state.pop(key, None)
         local_state = self._placement.local_state(state)
-        return ParamStep(weight, gradient, local_state, layout, group, location.number, present)
+        return ParamStep(weight, gradient, local_state, layout, group, location.ordinal, present)
 
     def new_state(self, p: Tensor, grad: Tensor, options: StateOptions) -> dict[str, Tensor]:
         """The state of a parameter before its first step, as it is kept; samples are plain tensors."""

@@ -50,7 +50,7 @@ def update(moving: Moving, constants: Constants) -> Rule:
         answers |= yield from _asked(work.late_sums())
         evidence = work.evidence_(answers)
     if evidence is not None:
-        moving.group.observe(moving.numbers, *evidence)
+        moving.group.observe(moving.ordinals, *evidence)
     work.finish_()
 
 
@@ -84,7 +84,7 @@ class Moving(Protocol):
 
     weights: list[Tensor]
     group: GroupStep
-    numbers: list[int]
+    ordinals: list[int]
     present: list[bool] | None  # for each, as ``ParamStep.present``; None if nobody needs to ask
     nbytes: int  # bytes of directions that are alive while sums are completed
     is_matrix: bool

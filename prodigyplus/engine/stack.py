@@ -33,7 +33,7 @@ class Stack:
     states: list[dict[str, Tensor]]
     layout: Layout
     group: GroupStep
-    numbers: list[int]
+    ordinals: list[int]
     present: list[bool] | None
     nbytes: int
     is_matrix: bool
@@ -49,7 +49,7 @@ class Stack:
             [param.state for param in params],
             first.layout,
             first.group,
-            [param.number for param in params],
+            [param.ordinal for param in params],
             None if first.present is None else [bool(param.present) for param in params],
             len(params) * first.nbytes,
             first.is_matrix,
@@ -108,8 +108,8 @@ class Stack:
         kept = [self.weights[0].dtype, *([] if z is None else [self.states[0][z].dtype])]
         if not self.group.options.stochastic_rounding or torch.bfloat16 not in kept:
             return None
-        numbers = constants.on(step.device, self.numbers)
-        return self.layout.index_terms(self.weights[0].device), stochastic_rounding.seeds(step, numbers)
+        ordinals = constants.on(step.device, self.ordinals)
+        return self.layout.index_terms(self.weights[0].device), stochastic_rounding.seeds(step, ordinals)
 
 
 class _PlainWork:
@@ -274,7 +274,7 @@ class _MuonWork(_PlainWork):
         stack, requests = self.stack, super().measure_()
         moved_by = self.state["exp_avg"] if self.kind.has_momentum else self.grad()
         assert len(moved_by) == 1, "matrices are stacked by whoever orthogonalises them"
-        return {**requests, "matrices": matrices(moved_by[0], stack.group, stack.numbers[0], stack.dtype)}
+        return {**requests, "matrices": matrices(moved_by[0], stack.group, stack.ordinals[0], stack.dtype)}
 
     def move_(self, answers: Answers) -> Tensor | None:
         y, z, n, kind, noise = self.y, self.z, self.across, self.kind, self.noise

@@ -50,7 +50,7 @@ class Standing:
         self._states = list(states.values())
         self.batches = batches
         # For each batch, its parameters and their states.
-        self._parameters = [[locations[number - 1].p for number in batch.numbers] for batch in batches]
+        self._parameters = [[locations[ordinal - 1].p for ordinal in batch.ordinals] for batch in batches]
         self._states_of = [[states[p] for p in parameters] for parameters in self._parameters]
         moved = {p for parameters in self._parameters for p in parameters}
         self._idle = [location.p for location in locations if location.p not in moved]

@@ -22,7 +22,7 @@ class _Seen(NamedTuple):
     """What the first round found out about a stack's gradients; shapes (count,)."""
 
     group: GroupStep
-    numbers: list[int]  # of its parameters
+    ordinals: list[int]  # of its parameters
     square: Tensor  # the sum of squares of each gradient; not finite if an element is not
     present: Tensor | None  # on how many ranks each has a gradient; None: on all
 
@@ -107,7 +107,7 @@ class Step:
     def _start(self, stacks: Sequence[Moving]) -> list[driver.Running]:
         running = driver.start(stacks, self._exchange, self._constants)
         self._seen += [
-            _Seen(one.stack.group, one.stack.numbers, one.answers["total"], one.answers.get("present"))
+            _Seen(one.stack.group, one.stack.ordinals, one.answers["total"], one.answers.get("present"))
             for one in running
         ]
         return running
@@ -150,7 +150,7 @@ class Step:
         squares = [seen.square.to(zeros.device, zeros.dtype) for seen in self._seen]
         every = torch.cat([zeros[:1], *squares]) if len(squares) != 1 else squares[0]
         sums = [every.sum(0, keepdim=True)]
-        groups = tuple((seen.group.index, len(seen.numbers)) for seen in self._seen)
+        groups = tuple((seen.group.index, len(seen.ordinals)) for seen in self._seen)
         index = self._constants.made(
             zeros.device,
             ("groups", groups),
@@ -173,7 +173,7 @@ class Step:
                 )
                 continue
             values = [
-                ones.expand(len(seen.numbers)) if count is None else count.to(zeros)
+                ones.expand(len(seen.ordinals)) if count is None else count.to(zeros)
                 for seen, count in zip(self._seen, of_stacks, strict=True)
             ]
             sums.append(zeros.index_add(0, index, torch.cat([zeros[:0], *values])))

@@ -22,15 +22,15 @@ _HIGH_HALF = -65536  # 0xFFFF0000 as a signed int32
 _LOW_HALF = 0xFFFF
 
 
-def seeds(step: Tensor, parameters: Tensor) -> Tensor:
+def seeds(step: Tensor, ordinals: Tensor) -> Tensor:
     """A seed for each parameter, different in each step; int32, shape (count,).
 
     Args:
         step: The number of the step, a 0-dim integer tensor.
-        parameters: The numbers of the parameters in the optimiser, int64; shape (count,).
+        ordinals: The places of the parameters in the optimiser, from 1; int64, (count,).
     """
     of_step = _hash_((step * _GOLDEN).to(torch.int32))
-    return _hash_(of_step + (parameters * _GOLDEN % (1 << 31)).to(torch.int32))
+    return _hash_(of_step + (ordinals * _GOLDEN % (1 << 31)).to(torch.int32))
 
 
 def noise(index_terms: Sequence[Tensor], seeds: Tensor) -> Tensor:

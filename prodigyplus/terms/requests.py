@@ -54,13 +54,13 @@ class Matrices(NamedTuple):
         batched: Whether the tensor is a batch of matrices in its last two dimensions. Otherwise it is one
             matrix: its first dimension by all others, flattened.
         method: How to orthogonalise them.
-        parameter: The number of the parameter in the optimiser, by which ranks take turns as owners.
+        ordinal: See :class:`prodigyplus.placement.Location`; by it, ranks take turns as owners.
     """
 
     local: Tensor
     batched: bool
     method: Method
-    parameter: int = 0
+    ordinal: int = 0
 
 
 Request = Sum | Matrices

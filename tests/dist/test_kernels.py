@@ -41,7 +41,7 @@ def play(optimizer_class, problem, options):
         problem.backward()
         optimizer.step()
         standing = optimizer._cache.standing
-        sizes.add(0 if standing is None else sum(len(batch.numbers) for batch in standing.batches))
+        sizes.add(0 if standing is None else sum(len(batch.ordinals) for batch in standing.batches))
     if optimizer_class is ShardedProdigyPlusScheduleFree:
         optimizer.check_replicas()
     return [whole(p) for p in problem.parameters], optimizer.metrics()[0]["d"], sizes
