@@ -307,7 +307,7 @@ def end(
     TARGET: tl.constexpr, GROWTH: tl.constexpr, LOG_LIMIT: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update ``d`` and the step sizes in use; see :meth:`prodigyplus.engine.groups.Groups.close`.
+    """Update ``d`` and the step sizes in use; see :meth:`prodigyplus.engine.groups.Groups.end`.
 
     ``totals`` are not weighted yet: the weights of products, and of norms with balance, are in ``values``,
     which :func:`begin` has set.

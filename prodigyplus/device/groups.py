@@ -81,7 +81,7 @@ class GroupNumbers:
         return [wide, narrow], learns
 
     def end_(self, totals: Tensor, learns: Tensor) -> None:
-        """Update ``d`` and the step sizes in use; see :meth:`prodigyplus.engine.groups.Groups.close`.
+        """Update ``d`` and the step sizes in use; see :meth:`prodigyplus.engine.groups.Groups.end`.
 
         Args:
             totals: The sums of all groups, products and norms, not weighted yet; (groups, 2).

@@ -41,8 +41,8 @@ class _Branches(NamedTuple):
         return cls(*of_step, *of_d, o.schedulefree_c > 0, o.d_beta > 0, o.warmup_steps > 0)
 
 
-class Opened(NamedTuple):
-    """Results of :meth:`AlikeGroups.open` that :meth:`AlikeGroups.commit` needs; shapes (groups,)."""
+class Uncounted(NamedTuple):
+    """Results of :meth:`AlikeGroups.set_numbers` that :meth:`AlikeGroups.count` needs; shapes (groups,)."""
 
     weight_sum: Tensor
     effective_lr: Tensor
@@ -77,14 +77,14 @@ class AlikeGroups:
         """The values of these groups, from ``values`` of all groups of the optimiser."""
         return values if self._rows is None else values.index_select(0, self._rows)
 
-    def open(self, moves: Tensor) -> Opened:
+    def set_numbers(self, moves: Tensor) -> Uncounted:
         """Set this step's numbers.
 
         Args:
             moves: Whether each group of the optimiser moves: where False, a no-op. bool, (groups,).
 
         Returns:
-            What :meth:`commit` needs.
+            What :meth:`count` needs.
         """
         do, moves = self._branches, self.select(moves)
         d, shared_d, k = self._read("d"), self._read("shared_d"), self._read("k")
@@ -136,7 +136,7 @@ class AlikeGroups:
         of_groups = each_group(numbers._replace(values=numbers.values.t().contiguous()))
         for group, of_group in zip(self._groups, of_groups, strict=True):
             group.set_numbers(of_group)
-        return Opened(weight_sum, rate * y_fraction if do.use_schedulefree else rate, valid)
+        return Uncounted(weight_sum, rate * y_fraction if do.use_schedulefree else rate, valid)
 
     def _averaging(self, weight: Tensor, beta1: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the weights of all steps, including this one, in the average x; and c."""
@@ -153,11 +153,11 @@ class AlikeGroups:
         valid = torch.isfinite(lr * one) & (lr * one >= 0)
         return torch.where(valid, lr, 0.0), valid
 
-    def commit(self, opened: Opened, moves: Tensor, skips: Tensor, learns: Tensor) -> Tensor:
+    def count(self, uncounted: Uncounted, moves: Tensor, skips: Tensor, learns: Tensor) -> Tensor:
         """Count the step.
 
         Args:
-            opened: The result of :meth:`open`.
+            uncounted: The result of :meth:`set_numbers`.
             moves, skips, learns: For each group of the optimiser: whether anything in it moved; whether the
                 step was skipped for a gradient that is not finite; and whether its evidence updates ``d``.
                 bool, (groups,).
@@ -166,10 +166,10 @@ class AlikeGroups:
             ``learns`` of these groups, False where ``lr`` is invalid.
         """
         moves, skips, learns = self.select(moves), self.select(skips), self.select(learns)
-        if opened.valid is not None:
-            skips = skips | (moves & ~opened.valid)
-        moves, learns = _and(moves, opened.valid), _and(learns, opened.valid)
-        self._write_(moves, weight_sum=opened.weight_sum, effective_lr=opened.effective_lr)
+        if uncounted.valid is not None:
+            skips = skips | (moves & ~uncounted.valid)
+        moves, learns = _and(moves, uncounted.valid), _and(learns, uncounted.valid)
+        self._write_(moves, weight_sum=uncounted.weight_sum, effective_lr=uncounted.effective_lr)
         for name, counts in (("k", moves), ("skipped", skips)):
             self.scatter_(self._columns[name], self._read(name) + counts)
         return learns

@@ -16,7 +16,7 @@ from torch import Tensor
 from prodigyplus.device import jit
 from prodigyplus.device.groups import GroupNumbers, table_of
 from prodigyplus.device.tables import EVIDENCE, POOLS, GroupOptions
-from prodigyplus.engine.alike_groups import AlikeGroups, Opened, each_group
+from prodigyplus.engine.alike_groups import AlikeGroups, Uncounted, each_group
 from prodigyplus.engine.columns import Columns
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.formulas import prodigy
@@ -73,7 +73,7 @@ class Groups:
         device, options = self.columns.device, [step.options for step in self.steps]
         if not jit.runs_on(device) or type(self.columns.floats) is not Tensor:
             return False  # fake tensors have no memory
-        # With a fused backward pass, open() and commit() happen at different times.
+        # With a fused backward pass, set_numbers() and count() happen at different times.
         return any(o.wants_kernels(device) for o in options) and not any(o.fused_back_pass for o in options)
 
     def _group_numbers(self) -> GroupNumbers:
@@ -119,17 +119,17 @@ class Groups:
         finite = square.isfinite()
         counts = finite & (square > 0) if initializes else finite
         moves, skips = counts & (present > 0), ~finite & (present > 0)
-        return self.commit(self.open(moves), moves, skips, learns=moves)
+        return self.count(self.set_numbers(moves), moves, skips, learns=moves)
 
-    def open(self, moves: Tensor) -> list[Opened]:
-        """Set this step's numbers of all groups; see :meth:`AlikeGroups.open`."""
-        return [alike.open(moves) for alike in self._alike]
+    def set_numbers(self, moves: Tensor) -> list[Uncounted]:
+        """Set this step's numbers of all groups; see :meth:`AlikeGroups.set_numbers`."""
+        return [alike.set_numbers(moves) for alike in self._alike]
 
-    def commit(self, opened: Sequence[Opened], moves: Tensor, skips: Tensor, learns: Tensor) -> Tensor:
-        """Count the step in all groups; see :meth:`AlikeGroups.commit`. ``opened`` is from :meth:`open`."""
+    def count(self, uncounted: Sequence[Uncounted], moves: Tensor, skips: Tensor, learns: Tensor) -> Tensor:
+        """Count the step in all groups, whose numbers are set; see :meth:`AlikeGroups.count`."""
         result = torch.empty_like(learns)
-        for alike, of_alike in zip(self._alike, opened, strict=True):
-            alike.scatter_(result, alike.commit(of_alike, moves, skips, learns))
+        for alike, of_alike in zip(self._alike, uncounted, strict=True):
+            alike.scatter_(result, alike.count(of_alike, moves, skips, learns))
         return result
 
     def totals(self) -> Tensor:
@@ -137,7 +137,7 @@ class Groups:
         totals = [step.totals(self.constants) for step in self.steps]
         return torch.stack(totals) if len(totals) > 1 else totals[0].unsqueeze(0)
 
-    def close(self, totals: Tensor, learns: Tensor) -> None:
+    def end(self, totals: Tensor, learns: Tensor) -> None:
         """End the step: update every group's ``d``, then the step sizes in use, which groups may share.
 
         Args:

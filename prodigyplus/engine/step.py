@@ -66,7 +66,7 @@ class Step:
             for group in self.groups.steps:
                 group.skips_per_param = True
             # A parameter may move before it is known whether others do.
-            self._opened = self.groups.open(torch.ones_like(self._zeros, dtype=torch.bool))
+            self._uncounted = self.groups.set_numbers(torch.ones_like(self._zeros, dtype=torch.bool))
 
     def take(self, p: Tensor, param: ParamStep) -> None:
         """Move a parameter now; or, if its sums span ranks, together with others once they fill a bucket."""
@@ -94,7 +94,7 @@ class Step:
             learns = self._open_and_count()
             driver.finish(running, self._exchange)
         totals = self._exchange.sum_over_stages(self.groups.totals())
-        self.groups.close(totals, learns)
+        self.groups.end(totals, learns)
         for group in self.groups.steps:
             if not group.options.lr_is_zero:
                 group.entry["calls"] += 1
@@ -135,7 +135,7 @@ class Step:
         square, present, moves = self._sums_by_group([seen.present for seen in self._seen], moved)
         all_finite = square.isfinite()
         skips, learns = ~all_finite & (present > 0), all_finite & (present > 0)
-        return self.groups.commit(self._opened, moves > 0, skips, learns)
+        return self.groups.count(self._uncounted, moves > 0, skips, learns)
 
     def _sums_by_group(self, *counts: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The sum of all squares, 0-dim, and the sums by group of each of ``counts``, (groups,).

@@ -91,7 +91,7 @@ def step(groups, square, present, evidence, *, initializes):
             assert n.gate.dtype == {torch.float64: torch.int64, torch.float32: torch.int32}[dtype]
     for of_group, (product, norm) in zip(groups.steps, evidence, strict=True):
         of_group.observe([1], product, norm)
-    groups.close(groups.totals(), learns)
+    groups.end(groups.totals(), learns)
     return found | {name: groups.columns[name].double() for name in (*FLOATS, *COUNTS)}
 
 
