@@ -1,7 +1,7 @@
 """The numbers of parameter groups in a step: set before anything moves, updated after everything has moved.
 
-Kernels compute them if they also move parameters (:mod:`prodigyplus.device.groups`); otherwise operators do
-(:mod:`prodigyplus.engine.alike_groups`).
+Kernels compute them if they also move parameters (:mod:`prodigyplus.device.group_launches`); otherwise
+operators do (:mod:`prodigyplus.engine.alike_groups`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.device import jit
-from prodigyplus.device.groups import GroupNumbers, table_of
+from prodigyplus.device.group_launches import GroupNumbers, table_of
 from prodigyplus.device.tables import EVIDENCE, POOLS, GroupOptions
 from prodigyplus.engine.alike_groups import AlikeGroups, Uncounted, each_group
 from prodigyplus.engine.columns import Columns
