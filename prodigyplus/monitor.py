@@ -1,4 +1,4 @@
-"""Warn of runs that go wrong, from what earlier steps have left, without waiting for the device.
+"""Warn of runs that go wrong, by the numbers that earlier steps have left, without waiting for the device.
 
 Every ``_NUMBERS_EVERY`` steps the groups' numbers are sent to the host, and read at a later step, once they
 have arrived. Each kind of problem is reported once.
@@ -79,9 +79,9 @@ class Monitor:
                 self._tell(
                     "gradients",
                     f"none of the optimiser's parameters has had a gradient in {self._steps} steps, so "
-                    "nothing is trained. Give it the parameters of the model that is trained, as they are "
-                    "once it is wrapped: fully_shard and parallelize_module put new ones in their place. And "
-                    "call backward() before step(), zero_grad() before backward().",
+                    "nothing is trained. Give it the parameters of the model that is trained, after wrapping "
+                    "the model: fully_shard and parallelize_module replace parameters by new ones. And call "
+                    "backward() before step(), zero_grad() before backward().",
                 )
         self._compare_rates(groups)
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:
@@ -105,11 +105,11 @@ class Monitor:
         if changed and self._changes == _MOST_CHANGES:
             self._tell(
                 "weights",
-                f"{view.name_of(changed[0])} was changed between two steps, several times, and not by the "
-                f"optimiser ({len(changed)} of its parameters were). What clamp_(), max_norm or a "
-                "renormalisation does to the weights does not reach the average that is evaluated, and "
-                "passes for progress: call optimizer.constrain(parameters, projection) once in its place. "
-                "See docs/constraints.md.",
+                f"{view.name_of(changed[0])} was changed between two steps, and not by the optimiser "
+                f"({len(changed)} of its parameters were); this has happened several times. Changes by "
+                "clamp_(), max_norm or renormalisation do not reach the average that is evaluated, and are "
+                "mistaken for progress: call optimizer.constrain(parameters, projection) once instead. See "
+                "docs/constraints.md.",
             )
 
     def _compare_rates(self, groups: Groups) -> None:
@@ -156,7 +156,7 @@ class Monitor:
             self._tell(
                 "groups",
                 f"the step sizes of parameter groups are far apart: d is {sizes[low]:.1e} in "
-                f"param_groups[{low}] and {sizes[high]:.1e} in param_groups[{high}], and both move by the "
+                f"param_groups[{low}] and {sizes[high]:.1e} in param_groups[{high}], but both move by the "
                 "harmonic mean of all. If they are parts of one network, pass split_groups=False; if not, "
                 "split_groups_mean=False lets each move by its own.",
             )
@@ -169,9 +169,9 @@ class Monitor:
         if should and all(k >= _STEPS_TO_GROW and stays for k, stays in should):
             self._tell(
                 "d0",
-                f"after {should[0][0]} steps the step size still is d0: the model has hardly moved. "
+                f"after {should[0][0]} steps the step size is still d0: the model has hardly moved. "
                 "lr may be far below 1 (leave it at 1), gradients as small as eps (pass eps=None), d0 too "
-                "small to leave a trace in bfloat16 weights (d0=1e-5 or 1e-4), or gradients mostly noise (a "
+                "small to change bfloat16 weights (pass d0=1e-5 or 1e-4), or gradients mostly noise (use a "
                 "larger batch).",
             )
 

@@ -96,13 +96,13 @@ def muon_groups(
     has_head: bool = True,
     keep_empty: bool = False,
 ) -> list[dict[str, Any]]:
-    """Group a model's parameters for ``ProdigyPlusScheduleFree``: hidden matrices for Muon, others not.
+    """Group a model's parameters: hidden matrices to be trained by Muon, all others elementwise.
 
     >>> groups = muon_groups(model, batched=["*.experts.w?"], exclude=["*.router.*"])
     >>> optimizer = ProdigyPlusScheduleFree(groups)
 
-    Muon trains two-dimensional weights and those of convolutions, the latter as matrices of the first
-    dimension by all others, except
+    Muon trains two-dimensional weights, and the weights of convolutions as matrices of their first dimension
+    by all others, except
 
     - embeddings: of ``nn.Embedding`` and ``nn.EmbeddingBag``, or with "embed", or the word emb, embd, wte,
       wpe, pos or conv_proj, in their name;
@@ -125,7 +125,7 @@ def muon_groups(
             three or more dimensions that are stacks of matrices, (…, rows, columns), such as experts.
         exclude: Patterns of parameters that Muon must not train, whatever ``batched`` says: routers, and
             parameters with the shape of a matrix that are not one, such as Mamba's ``A_log``.
-        has_head: False for a model whose head is elsewhere, such as a pipeline stage: none is looked for.
+        has_head: False for a model whose head is elsewhere, such as a pipeline stage: no head is looked for.
         keep_empty: Always return three groups, since all stages of a pipeline need the same number.
 
     Returns:
@@ -168,13 +168,13 @@ def _kind(name: str, candidate: _Candidate) -> str:
     what = f"parameter {name!r} of shape {tuple(candidate.p.shape)}"
     if candidate.is_batched:
         raise ValueError(
-            f"batched: {what} matches, but is no stack of matrices. Narrow the pattern, or exclude it."
+            f"batched: {what} matches, but is not a stack of matrices. Narrow the pattern, or exclude it."
         )
     if not candidate.p.requires_grad:  # frozen: either kind will do
         return "elementwise"
     raise ValueError(
-        f"{what} is not of a convolution, and may or may not be matrices. Declare it with batched=[{name!r}] "
-        f"if it is a stack of them over its last two dimensions, or else with exclude=[{name!r}]."
+        f"{what} belongs to no convolution, so it is unclear which dimensions make a matrix. If it is a "
+        f"stack of matrices in its last two dimensions, pass batched=[{name!r}]; if not, exclude=[{name!r}]."
     )
 
 

@@ -60,7 +60,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     r"""Adam without a learning rate (Prodigy) or a schedule (Schedule-Free), with factored moments.
 
     Call :meth:`train` before training and :meth:`eval` before evaluating or saving the model, as with
-    every Schedule-Free optimiser: the model holds either the training weights or their average.
+    every Schedule-Free optimiser: the model holds either the training weights or the averaged weights.
 
     >>> optimizer = ProdigyPlusScheduleFree(model.parameters())
     >>> optimizer.train()
@@ -68,7 +68,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     >>> optimizer.step()
     >>> optimizer.eval()
 
-    Use a constant learning rate schedule and no gradient clipping: StableAdamW does its work. A step
+    Keep the learning rate constant and do not clip gradients: StableAdamW takes the place of clipping. A step
     that meets an inf or NaN in any gradient changes nothing, and no step waits for the device.
 
     Every option may be set per parameter group. Those that decide what state a parameter has
@@ -89,12 +89,13 @@ class ProdigyPlusScheduleFree(Optimizer):
         weight_decay: Decoupled weight decay λ, taken at y.
         weight_decay_by_lr: Multiply λ by the step size, as AdamW does.
         use_bias_correction: RAdam's correction of the second moment, and its warm-up.
-        d0: Initial step size; choose it too small.
+        d0: Initial step size. Choose it far too small: d grows from it.
         d_coef: Multiplies the estimate of the step size.
         prodigy_steps: Stop adapting the step size for good, and free the memory for it, at this call of
             ``step`` (0 or None: never). Calls whose step is skipped count; those with ``lr=0`` do not.
-        use_speed: SPEED. True: judge progress by signs alone, and let d grow to d^0.975 at most. "relative":
-            by its average, divided by how far the weights have come (what 2.0.1 calls SPEED).
+        use_speed: SPEED. True: judge progress by signs alone, and let d grow to at most d^0.975 in a step.
+            "relative": judge progress by its running average, divided by how far the weights have come (what
+            2.0.1 calls SPEED).
         eps: Added to the denominator, relative to the step size. None: Adam-atan2, which needs none;
             StableAdamW is then off.
         split_groups: A step size for each parameter group. False: one step size, from the statistics of all
@@ -105,21 +106,22 @@ class ProdigyPlusScheduleFree(Optimizer):
         factored_fp32: Keep the factors in float32. False: in the gradient's dtype.
         fused_back_pass: Move parameters within the backward pass, and free each gradient at once: see
             :meth:`fuse_backward`.
-        use_stableadamw: Divide an update by the square root of its rms where that exceeds 1.
-        use_muon_pp: Muon: move matrices by their whole gradient, orthogonalised, at Adam's scale. For groups
-            of hidden matrices, see :func:`prodigyplus.muon_groups`. Excludes ADOPT and OrthoGrad.
+        use_stableadamw: Divide an update by the square root of its rms where the rms exceeds 1.
+        use_muon_pp: Muon: move each matrix along its orthogonalised gradient, scaled to the rms of Adam's
+            direction. For groups of hidden matrices; :func:`prodigyplus.muon_groups` makes them. Excludes
+            ADOPT and OrthoGrad.
         use_cautious: Drop the elements of a move that disagree in sign with the gradient, and scale up the
             rest. Excludes Grams.
-        use_grams: Take the magnitudes of a move, and the signs of its gradient.
+        use_grams: Keep the magnitudes of a move, but give it the signs of the gradient.
         use_adopt: ADOPT: normalise a gradient by the second moment of the earlier ones.
-        use_orthograd: Take the part of a direction that is orthogonal to the weights, scaled back to the
+        use_orthograd: Keep only the part of a direction that is orthogonal to the weights, scaled back to the
             direction's length.
         use_focus: FOCUS: the sign of a gradient, and a pull towards the weights' average. Excludes factored,
             ``eps=None`` and Muon.
         stochastic_rounding: Round bfloat16 weights, and z in bfloat16, stochastically.
         beta4: Let the step size shrink too, as a running average with this decay. 0: it never shrinks.
             None: β2.
-        d_limiter: Limit d̂ to 2^¼ times d in a step, before a ``d_coef`` above 1 multiplies it.
+        d_limiter: Let d grow by a factor of at most 2^¼ in a step, times ``d_coef`` if that is above 1.
         schedulefree_c: Averaging strength of Schedule-Free; above 0, c is
             ``min(1, c·(1−β1)·schedulefree_c)``.
         use_schedulefree: False: Adam's first moment and decoupled weight decay instead, which need a
@@ -129,21 +131,22 @@ class ProdigyPlusScheduleFree(Optimizer):
         slice_p: Prodigy's statistics are taken over every ``slice_p``-th element.
         muon_fp32: Orthogonalise in float32. False: in bfloat16. For float64 weights always in float64.
         muon_quintic: Orthogonalise by the original Muon's polynomial. False: by Polar Express's.
-        muon_batched: Parameters of three or more dimensions are batches of matrices (their last two), like
-            experts. False: one matrix, their first dimension by all others, like convolutions.
+        muon_batched: Treat parameters of three or more dimensions as batches of matrices (their last two
+            dimensions), as for experts. False: as one matrix, their first dimension by all others, as for
+            convolutions.
         bfloat16_z: For float32 weights, keep z as its offset from them, in bfloat16, rounded stochastically:
             2.6 bytes of state per parameter instead of 4.6.
-        compile: Run passes over whole tensors through ``torch.compile``: those of the default options. Groups
-            with Cautious, Grams, ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` run without.
-        step_size: What finds the step size. "prodigy": Prodigy's estimate. "balance": Schedule-Free's own
-            equilibrium (see docs/research.md). Try it first; it keeps no state of its own, and
+        compile: Run a step's passes over tensors through ``torch.compile``. Groups with Cautious, Grams,
+            ADOPT, OrthoGrad, FOCUS, Muon or ``use_schedulefree=False`` are not compiled.
+        step_size: What finds the step size. "prodigy": Prodigy's estimate. "balance": how Schedule-Free's own
+            iterates move (see docs/research.md). Try balance first. It keeps no state of its own, and
             excludes ``use_speed``, ``d_coef``, ``beta4`` and ``use_schedulefree=False``.
-        fused: Move a group's parameters by Triton kernels, in a handful of launches for all of them. None: if
-            they are float32 or bfloat16, on a GPU, without Cautious, Grams, ADOPT, OrthoGrad or FOCUS.
+        fused: Move a group's parameters by Triton kernels, in a handful of launches for all of them. None: do
+            so for float32 and bfloat16 on a GPU, without Cautious, Grams, ADOPT, OrthoGrad or FOCUS.
             True: always, or raise an error. False: never.
 
     Raises:
-        ValueError: An option has an invalid value, or a parameter has another dtype.
+        ValueError: An option has an invalid value, or a parameter has an unsupported dtype.
     """
 
     def __init__(
@@ -210,10 +213,10 @@ class ProdigyPlusScheduleFree(Optimizer):
             return
         if not shares_d and is_called_from("torch.distributed.optim.zero_redundancy_optimizer"):
             raise ValueError(
-                f"ZeroRedundancyOptimizer gives each rank a {type(self).__name__} of other parameters, which "
-                "finds a step size of its own. Pass optimizer_class=ShardedProdigyPlusScheduleFree (of "
-                "prodigyplus_dist) and process_group=dist.group.WORLD, by which they share one; or shard "
-                "the model with fully_shard."
+                f"ZeroRedundancyOptimizer gives each rank a {type(self).__name__} of other parameters, and "
+                "each would find a step size of its own. To share one, pass process_group=dist.group.WORLD "
+                "and optimizer_class=ShardedProdigyPlusScheduleFree (from prodigyplus_dist); or shard the "
+                "model with fully_shard."
             )
         self._placement, self._exchange, self._hooks = placement, exchange, hooks
         self._constraints = Constraints()
@@ -241,7 +244,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """
         self._check_no_step_is_under_way()
         if not isinstance(param_group, dict):
-            raise TypeError(f'add_param_group: {param_group!r} is no dict of "params" and options.')
+            raise TypeError(f'add_param_group: {param_group!r} is not a dict of "params" and options.')
         options.check_keys(param_group, checkpoint.ENTRIES)
         values = options.plain({**self.defaults, **param_group})
         param_group |= {name: values[name] for name in options.NAMES if name in param_group}
@@ -332,7 +335,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             if entry["frozen"] and not group.options.freezes(entry["calls"]):
                 self._warn_once(
                     "prodigy_steps was raised, or set to 0, after it had passed: the step size stays "
-                    "frozen, since what it would go by has been freed."
+                    "frozen, since the statistics that it is estimated from have been freed."
                 )
             if entry["calls"] == 0:  # state, if there is any, may be older than the weights
                 for p in filter(self.state.get, entry["params"]):
@@ -433,8 +436,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         no backward pass has moved, such as parameters that were frozen when this was called. The loop stays
         as it is, but every backward pass needs its own :meth:`step`.
 
-        An inf or NaN in a gradient skips only its own parameter, in groups that are not fused too, since
-        others have moved already; the step size then keeps its value, and the step counts as skipped.
+        An inf or NaN in a gradient skips only the parameter that has it, even in groups that are not fused,
+        since others have moved already; the step size then keeps its value, and the step counts as skipped.
         Whatever changes gradients after the backward pass, such as clipping, comes too late.
 
         Returns:
@@ -486,9 +489,10 @@ class ProdigyPlusScheduleFree(Optimizer):
         >>> optimizer.constrain(model.logit_scale, lambda w: w.clamp_(0, math.log(100)))
         >>> optimizer.constrain(words.weight, lambda w: torch.renorm(w, 2, 0, maxnorm=1.0))
 
-        Use it where a training loop would change weights after each step. There, only the training weights
-        would obey the constraint; here z does too, hence the average, and Prodigy sees how far the weights
-        have really come. Weights are projected now, in every step, and when the model gets their average.
+        Use it instead of changing weights in the training loop after each step: there, only the training
+        weights would obey the constraint. Here z does too, and so does the average, and Prodigy sees how far
+        the weights have really come. The weights are projected immediately, and again in every step; the
+        average is, whenever the model gets it.
 
         Args:
             parameters: One or more of the optimiser's parameters.
@@ -553,11 +557,11 @@ class ProdigyPlusScheduleFree(Optimizer):
     # ------------------------------------------------------------------------- train, eval, average
 
     def train(self) -> None:
-        """Put the training weights y into the model. Free when they are there already."""
+        """Put the training weights y into the model. Does nothing if they are there already."""
         self._swap(train=True)
 
     def eval(self) -> None:
-        """Put the averaged weights x into the model. Free when they are there already.
+        """Put the averaged weights x into the model. Does nothing if they are there already.
 
         :meth:`eval` followed by :meth:`train` needs no memory, but rounds the weights;
         :meth:`averaged_parameters` needs a copy of the weights, and restores them exactly.
@@ -624,7 +628,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         }
 
     def check_replicas(self) -> None:
-        """Compare nothing, as there is one process; see ``ShardedProdigyPlusScheduleFree``.
+        """Does nothing in a single process; compares ranks in ``ShardedProdigyPlusScheduleFree``.
 
         Raises:
             RuntimeError: A backward pass has moved parameters, and no ``step()`` has ended that step. Or
@@ -634,7 +638,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         processes = os.environ.get("WORLD_SIZE", "1")
         if processes != "1":
             raise RuntimeError(
-                f"there are {processes} processes (WORLD_SIZE), of which this optimiser does not know: call "
+                f"there are {processes} processes (WORLD_SIZE), which this optimiser cannot compare: call "
                 "prodigyplus_dist.check_replicas(optimizer)."
             )
 
@@ -650,13 +654,13 @@ class ProdigyPlusScheduleFree(Optimizer):
         ``d``              step size of the group
         ``d_hat``          Prodigy's last estimate of it, numerator / denominator, before the limiter; with
                            ``step_size="balance"`` the ρ of docs/research.md
-        ``effective_lr``   lr·(1 − β1(1 − c)): what a step moves the model, in units of the step size; times
-                           RAdam's rectification with ``use_bias_correction``
+        ``effective_lr``   lr·(1 − β1(1 − c)): how far a step moves the model, in units of the step size; with
+                           ``use_bias_correction``, times RAdam's rectification
         ``step_size``      the step size in use (see ``split_groups_mean``) × ``effective_lr``
-        ``numerator``      Prodigy's decayed sum of ⟨g, p0 − z⟩, weighted with d²/sqrt(d0); of signs, and
-                           with d0·sqrt(d), with ``use_speed=True``. Balance's average of ρ, times the
-                           same weights and the step
-        ``denominator``    Prodigy's ‖s‖₁. Balance's average of its weights times the step
+        ``numerator``      Prodigy's decayed sum of ⟨g, p0 − z⟩, weighted with d²/sqrt(d0); with
+                           ``use_speed=True``, of its signs, weighted with d0·sqrt(d). With balance, the
+                           running average of weight × step size × ρ, summed over tensors
+        ``denominator``    Prodigy's ‖s‖₁. With balance, the same average without the factor ρ
         ``step``           steps made
         ``skipped_steps``  steps skipped for an inf or NaN in a gradient
         =================  =============================================================================

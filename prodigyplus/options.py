@@ -29,7 +29,7 @@ _PRODIGYS: dict[object, Evidence] = {False: "products", True: "signs", "relative
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The options of one parameter group. Their meaning is told at the optimiser's signature."""
+    """The options of one parameter group; the docstring of the optimiser's class explains them."""
 
     lr: float | Tensor
     betas: tuple[float, float]
@@ -71,7 +71,7 @@ class Options:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
-        """The options that a group of ``param_groups`` holds now, checked, but for what another excludes.
+        """The current options of a group of ``param_groups``, checked, with those off that others exclude.
 
         Cheap where nothing has changed: the same values give the same object.
 
@@ -104,8 +104,8 @@ class Options:
 
     @property
     def pool(self) -> str | None:
-        """With which groups it has one step size, found from the sums of all; None: with none."""
-        # A mean of step sizes is none that any group is in balance at.
+        """Which pool of groups it shares one step size with, found from the sums of all; None: with none."""
+        # No group would be in balance at a mean of step sizes.
         is_pooled = not self.split_groups or (self.step_size == "balance" and self.split_groups_mean)
         return self.step_size if is_pooled else None
 
@@ -234,7 +234,7 @@ def _plain(name: str, value: Any) -> Any:
         return None
     plain = test(value)
     if plain is None:
-        raise ValueError(f"{name}={value!r}: allowed is {allowed}.")
+        raise ValueError(f"{name}={value!r}: must be {allowed}.")
     return plain
 
 
@@ -254,8 +254,8 @@ def plain(group: Mapping[str, Any]) -> dict[str, Any]:
         )
     if values["step_size"] == "balance" and not values["use_schedulefree"]:
         raise ValueError(
-            "step_size='balance': it goes by how Schedule-Free's iterates move, but use_schedulefree=False. "
-            "Leave use_schedulefree on, or take step_size='prodigy'."
+            "step_size='balance': it observes how Schedule-Free's iterates move, but use_schedulefree=False "
+            "has none. Leave use_schedulefree on, or pass step_size='prodigy'."
         )
     if values["use_bias_correction"] and betas[1] <= _SHORTEST_RECTIFIED:
         raise ValueError(
@@ -321,8 +321,8 @@ def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
             raise ValueError(f"unknown option {key!r} in a parameter group: did you mean {close[0]!r}?")
         if not (value is None or value is False or isinstance(value, str)):
             raise ValueError(
-                f"unknown option {key!r}={value!r} in a parameter group: this optimiser has none of that "
-                "name, and would not read it. Leave it out; a key of your own may begin with an underscore."
+                f"unknown option {key!r}={value!r} in a parameter group: this optimiser has no option of "
+                "that name, and would ignore it. Leave it out; begin a key of your own with an underscore."
             )
 
 

@@ -22,27 +22,27 @@ from prodigyplus_dist.replicas import check_replicas
 class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     """:class:`prodigyplus.ProdigyPlusScheduleFree` for parameters that are cut into shards.
 
-    Every sum over a tensor or group is taken over the whole global tensor or group: the run is that of one
-    process, cut into pieces, with the same step size on every rank.
+    Every sum over a tensor or group is taken over the whole, global tensor or group: the ranks together
+    compute what one process would, with the same step size on every rank.
 
     >>> fully_shard(model)
     >>> optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
 
-    Parameters may be DTensors of any mesh and placement but ``Partial`` (FSDP2, HSDP, tensor and expert
-    parallelism, their products, uneven and empty shards), of several meshes, and plain tensors beside them,
-    whose replicas must be given equal gradients, as DDP does. Every rank calls :meth:`step`,
+    Parameters may be DTensors with any placement except ``Partial``, on one or several meshes (FSDP2, HSDP,
+    tensor and expert parallelism and their combinations, with uneven and empty shards). Beside them may be
+    plain tensors, whose replicas must get equal gradients, as under DDP. All ranks must call :meth:`step`,
     :meth:`state_dict` and :meth:`load_state_dict` together.
 
     FSDP2 keeps the root module's weights gathered from a forward pass until a backward pass. If none follows,
-    as in an evaluation, training would continue with the averaged weights that were gathered: so whenever the
+    as in an evaluation, training would continue with the averaged weights that were gathered. So whenever the
     optimiser puts other weights into the model, it makes FSDP2 free what it has gathered.
 
-    A step makes two all-reduces along each mesh axis that cuts a parameter, and one along each that only
-    copies. If there are more updates than fit a bucket, it makes one for each half of a bucket: the sums of
-    one half travel while the other is computed. ``use_cautious`` makes one more for each.
+    A step makes two all-reduces along each mesh axis that cuts a parameter, and one along each axis that only
+    copies. If the updates do not fit ``bucket_bytes``, the second is made for each bucket of half that size:
+    the sums of one bucket travel while the next is computed. ``use_cautious`` adds one for each bucket.
 
-    Muon makes one more along each axis that cuts a matrix, and sends matrices: two all-to-alls in bfloat16
-    for each bucket of them. Where there are copies, as in HSDP, each copy orthogonalises a part of the
+    Muon adds one along each axis that cuts a matrix, and sends matrices, by two all-to-alls in bfloat16 for
+    each ``bucket_bytes`` of them. Where there are copies, as in HSDP, each copy orthogonalises part of the
     matrices, and broadcasts the results.
 
     Args:
@@ -50,8 +50,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         process_group: Ranks that each hold different parameters, in an optimiser with the same number of
             groups, such as the stages of a pipeline (for Muon, use ``muon_groups`` with ``keep_empty``). They
             share ``d`` and skip steps together, at the cost of two small all-reduces a step.
-        bucket_bytes: How many bytes of updates may be alive at once, and of matrices that Muon sends (at
-            least one matrix, with up to seven times that in buffers: see docs/muon.md).
+        bucket_bytes: How many bytes of updates may be alive at once, and how many bytes of matrices Muon
+            sends at once (at least one matrix; buffers take up to seven times as much: see docs/muon.md).
         replicas: The ranks that hold copies of the parameters that are plain tensors, such as the
             ``process_group`` of ``DistributedDataParallel``: they share Muon's work. Without it, each rank
             does all of it.
@@ -70,7 +70,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         **options: Any,
     ) -> None:
         if count(0)(bucket_bytes) is None:
-            raise ValueError(f"bucket_bytes={bucket_bytes!r}: allowed is a whole number, 0 or greater.")
+            raise ValueError(f"bucket_bytes={bucket_bytes!r}: must be a whole number, 0 or greater.")
         exchange = MeshExchange(process_group, bucket_bytes, replicas, all_to_all=all_to_all)
         self._set_up(MeshTensors(replicas), exchange, MeshHooks(), shares_d=process_group is not None)
         super().__init__(params, *args, **options)

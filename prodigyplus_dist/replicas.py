@@ -87,9 +87,9 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
       :mod:`prodigyplus.terms.group_numbers`) are equal on all ranks that share a mesh, replicas or the
       optimiser's ``process_group``.
 
-    Costs one all-reduce of 8 KiB over the default process group, a wait for the device at the end, and a read
-    of all tensors that have copies, in 12 MiB of memory. Changes nothing. If some ranks differ, all gather
-    objects too.
+    This costs one all-reduce of 8 KiB over the default process group, one wait for the device at the end, and
+    one read of all tensors that have copies, with 12 MiB of temporary memory. It changes nothing. If some
+    ranks differ, all ranks also gather objects, to report how.
 
     Args:
         optimizer: The optimiser of this rank. Every rank of the default process group has one; without such a
@@ -101,9 +101,9 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
             these hold other tensors.
 
     Raises:
-        RuntimeError: On all ranks. Some ranks differ: the message says which, and in what. Or one cannot
-            compare, because a backward pass has updated parameters (``fused_back_pass=True``) and ``step()``
-            has not ended that step, or because ``replicas`` has to be given.
+        RuntimeError: On all ranks. Some ranks differ: the message says which, and in what. Or some rank
+            cannot compare, because a backward pass has updated parameters (``fused_back_pass=True``) and
+            ``step()`` has not ended that step, or because ``replicas`` has to be given.
     """
     if not dist.is_initialized():
         optimizer._check_no_step_is_under_way()
@@ -190,8 +190,8 @@ def _holders(p: Tensor, replicas: dist.ProcessGroup | None, stages: dist.Process
         return {_ranks(replicas)}
     if stages.size() < dist.get_world_size():
         raise ValueError(
-            "not all ranks are of the optimiser's process_group, and which of them hold copies of its plain "
-            "tensors is not known: pass their group as replicas, here or to the optimiser."
+            "some ranks are outside the optimiser's process_group, so it is unknown which ranks hold copies "
+            "of its plain tensors: pass the group of those ranks as replicas, here or to the optimiser."
         )
     return {(dist.get_rank(),)}
 

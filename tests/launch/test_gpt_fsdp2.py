@@ -353,7 +353,7 @@ def test_error_is_told_once_and_ends_all_processes(tmp_path, options, message):
     ("options", "message"),
     [
         (["--steps", "0"], "argument --steps: '0' is not a whole number from 1"),
-        (["--option", "d0=0"], "d0=0: allowed is a finite number greater than 0"),
+        (["--option", "d0=0"], "d0=0: must be a finite number greater than 0"),
     ],
 )
 def test_torchrun_says_nothing_that_hides_an_error(tmp_path, options, message):

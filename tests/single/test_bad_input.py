@@ -36,7 +36,7 @@ def test_options_out_of_range(name, value):
 
 @pytest.mark.parametrize("value", [-1, 1e6, "64M", None, True])
 def test_bucket_bytes(value):
-    with pytest.raises(ValueError, match=re.escape(f"bucket_bytes={value!r}: allowed is")):
+    with pytest.raises(ValueError, match=re.escape(f"bucket_bytes={value!r}: must be")):
         ShardedProdigyPlusScheduleFree(parameters(), bucket_bytes=value)
 
 
@@ -373,9 +373,9 @@ def test_lr_as_a_tensor_of_one_element(shape):
         ("learning_rate", 1e-3, "lr"),
         ("momentum", 0.9, "betas"),
         ("weight_decays", 0.1, "weight_decay"),
-        ("nesterov", True, "this optimiser has none of that name"),
-        ("amsgrad", True, "this optimiser has none of that name"),
-        ("maximize", True, "this optimiser has none of that name"),
+        ("nesterov", True, "this optimiser has no option of that name"),
+        ("amsgrad", True, "this optimiser has no option of that name"),
+        ("maximize", True, "this optimiser has no option of that name"),
     ],
 )
 def test_keys_that_nobody_reads(key, value, told):

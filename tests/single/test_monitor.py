@@ -156,7 +156,7 @@ def stays(monkeypatch, steps=40, **options):
 
 def test_a_step_size_that_stays_at_d0(often, monkeypatch):
     with pytest.warns(
-        UserWarning, match=r"after 20 steps the step size still is d0.*lr may be far below 1.*eps=None"
+        UserWarning, match=r"after 20 steps the step size is still d0.*lr may be far below 1.*eps=None"
     ) as caught:
         optimizer = stays(monkeypatch)
     assert len(caught) == 1

@@ -333,7 +333,7 @@ BAD = {
         r"param_groups\[0\] .* has no d_prev: it is not of",
     ),
     "option missing": ("2.0_groups", changed(1, use_focus=None), r"param_groups\[1\] .* no use_focus"),
-    "option wrong": ("2.0_default", changed(lr=-1.0), "lr=-1.0: allowed is"),
+    "option wrong": ("2.0_default", changed(lr=-1.0), "lr=-1.0: must be"),
     "diverged": ("2.0_default", changed(d_numerator=float("nan")), r"param_groups\[0\] .* d_numerator=nan"),
     "a group less": ("2.0_groups", lambda saved: saved["param_groups"].pop(), "1 parameter groups, .* 2"),
     "a parameter less": (
