@@ -239,6 +239,11 @@ def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str
                 + f", but a parameter of shape {shape} needs {needed}: load it into the model it was saved "
                 "with."
             )
+        if value.dtype not in states.DTYPES:
+            raise ValueError(
+                f"{name}: {key!r} of the state dict is {value.dtype}, which cannot hold it: load the state "
+                "dict in the dtypes it was saved in."
+            )
 
 
 class _Kept(NamedTuple):

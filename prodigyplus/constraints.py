@@ -82,27 +82,30 @@ class Constraint(NamedTuple):
             _write_(offset, offset + (change - (local(y) - local(p))), happens)
         _write_(local(p), local(y), happens)
 
-    def put_in_(self, p: Tensor, state: dict[str, Tensor], placement: Placement, beta1: float) -> None:
-        """Put a parameter, its base iterate and their average into the set, however far outside they are.
+    def put_in(
+        self, p: Tensor, state: dict[str, Tensor], placement: Placement, beta1: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """A parameter, its base iterate and their average, put into the set from however far outside.
 
         Args:
             p, placement: As for :meth:`hold_`.
             state: Its state; empty if its average is its weight.
             beta1: The β1 of its group.
+
+        Returns:
+            Pairs of the tensors to change, and what to copy into them.
         """
         if not schedule_free.is_averaged(state):
-            p.copy_(self.projected(p))
-            return
+            return [(p, self.projected(p))]
         local, x, y = placement.local, p.detach().clone(), p.detach().clone()
         schedule_free.x_from_y(local(p), placement.local_state(state), beta1, out=local(x))
         z = self.projected(schedule_free.base_iterate(p.detach(), state))
         x = self.projected(x)
         schedule_free.y_from_x(local(x), {schedule_free.BASE: local(z)}, beta1, out=local(y))
-        p.copy_(self.projected(y))
+        y = self.projected(y).to(p.dtype)
         if schedule_free.BASE in state:
-            local(state[schedule_free.BASE]).copy_(local(z))
-        else:
-            local(state[schedule_free.OFFSET]).copy_(local(z) - local(p))
+            return [(p, y), (local(state[schedule_free.BASE]), local(z))]
+        return [(p, y), (local(state[schedule_free.OFFSET]), local(z) - local(y))]
 
 
 def _write_(target: Tensor, values: Tensor, happens: Tensor) -> None:

@@ -89,7 +89,7 @@ def in_one_process(
 
 
 def _gathered(asked: Sequence[Matrices]) -> tuple[list[Tensor], list[tuple[Tensor, Method]]]:
-    """Copies of whole tensors, as views of batches; and these batches, for :func:`orthogonalize_`."""
+    """Copies of whole tensors, as views of batches; and these batches, for ``muon.orthogonalize_``."""
     alike: dict[tuple[tuple[int, int], Method, torch.device], list[int]] = {}
     counts = []
     for index, (local, batched, method, _) in enumerate(asked):

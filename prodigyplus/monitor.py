@@ -27,6 +27,9 @@ _MOST_SKIPPED, _FURTHEST_APART = 500, 100.0
 # To what part of its maximum lr may fall, and for how many steps in a row: users may lower it briefly.
 _LEAST_LR, _MOST_STEPS_BELOW = 0.99, 10
 
+# After how many changes of β1 to warn: a single one may be a decision.
+_MOST_CHANGES_OF_BETA1 = 3
+
 # By which step some d must have doubled, and up to which d0 that is expected.
 _STEPS_TO_GROW, _SMALL_D0 = 500, 1e-4
 
@@ -49,6 +52,8 @@ class Monitor:
         self._told: set[str] = set()
         self._highest_lr: dict[int, float] = {}  # of each group, while its lr is a plain number
         self._steps_below = 0
+        self._beta1: dict[int, float] = {}  # of each group
+        self._changes_of_beta1 = 0
         self._had_gradients = False
         self._versions: dict[Tensor, int] = {}  # of the weights, as the last step has left them
         self._changes = 0
@@ -84,6 +89,7 @@ class Monitor:
                     "backward() before step(), zero_grad() before backward().",
                 )
         self._compare_rates(groups)
+        self._compare_betas(groups)
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:
             self._versions = {p: version_of(weight) for p, weight in view.own_weights()}
         if self._steps % _NUMBERS_EVERY == 0 and self._sent is None:
@@ -130,6 +136,22 @@ class Monitor:
                 'lr_scheduler_type="constant"), and leave out ReduceLROnPlateau; or keep the schedule with '
                 "use_schedulefree=False.",
             )
+
+    def _compare_betas(self, groups: Groups) -> None:
+        for group in groups.steps:
+            now, index = group.options.betas[0], group.index
+            before = self._beta1.setdefault(index, now)
+            if now == before or not group.options.use_schedulefree:
+                continue
+            self._beta1[index] = now
+            self._changes_of_beta1 += 1
+            if self._changes_of_beta1 == _MOST_CHANGES_OF_BETA1:
+                self._tell(
+                    "betas",
+                    f"betas[0] of param_groups[{index}] has changed several times, now from {before:.3g} to "
+                    f"{now:.3g}. The averaged weights are computed from it, so that each change moves them. "
+                    "Hold it constant (OneCycleLR: cycle_momentum=False), or pass use_schedulefree=False.",
+                )
 
     def _read(
         self, counts: list[list[int]], in_mean: list[float], d: list[float], d0: list[float | None]

@@ -247,10 +247,11 @@ class ProdigyPlusScheduleFree(Optimizer):
             raise TypeError(f'add_param_group: {param_group!r} is not a dict of "params" and options.')
         options.check_keys(param_group, checkpoint.ENTRIES)
         values = options.plain({**self.defaults, **param_group})
-        param_group |= {name: values[name] for name in options.NAMES if name in param_group}
-        # Replaces what another optimiser may have left in the group; its mode is that of the other groups.
-        param_group |= checkpoint.new_entries(values["d0"]) | {"train_mode": not self._view.is_evaluating}
-        super().add_param_group(param_group)
+        # A new dict, since another optimiser may have been built from the same one. What that has left in it
+        # is replaced. The mode of the group is that of the others.
+        given = {name: values[name] for name in options.NAMES if name in param_group}
+        new = checkpoint.new_entries(values["d0"]) | {"train_mode": not self._view.is_evaluating}
+        super().add_param_group({**param_group, **given, **new})
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         for note in (*options.resolve_exclusions_(group), *options.doubts(group)):
             self._warn_once(note)
@@ -304,6 +305,8 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "optimizer.fuse_backward(model) once, when the model is wrapped as it will be trained."
             )
         standing = self._take_standing(step)
+        if standing is None:
+            self._cache.constants.grow_older()
         moving = step.stacked(self._remaining(step)) if standing is None else standing.batches
         self._placement.end_step(location.p for location in self._locations())
         if not self._view.is_evaluating:
@@ -527,21 +530,28 @@ class ProdigyPlusScheduleFree(Optimizer):
             )
         constraint, is_evaluating = Constraint(tensors, project), self._view.is_evaluating
         self._swap(train=True)
-        self._put_in_(constraint)
-        self._has_changed_weights()
-        handle = self._constraints.add(constraint)
-        if is_evaluating:
-            self._swap(train=False)
-        return handle
+        try:
+            self._put_in_(constraint)
+            return self._constraints.add(constraint)
+        finally:
+            self._has_changed_weights()
+            if is_evaluating:
+                self._swap(train=False)
 
     @isolated
     def _put_in_(self, constraint: Constraint) -> None:
-        """Put parameters into a set that they may be far from; the model is in train mode."""
+        """Put parameters into a set that they may be far from; the model is in train mode.
+
+        Every parameter is projected before any is changed, so that nothing is if a projection fails.
+        """
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         has_average = {p for group in self.param_groups for p, _ in self._view.averaged(group)}
+        changes = []
         for p in constraint.parameters:  # in their order, which is the same on all ranks
             state = self.state[p] if p in has_average else {}
-            constraint.put_in_(p, state, self._placement, group_of[p]["betas"][0])
+            changes += constraint.put_in(p, state, self._placement, group_of[p]["betas"][0])
+        for target, values in changes:
+            target.copy_(values)
 
     def _hold_(self, step: Step) -> None:
         """After a step, project the constrained parameters onto their sets."""

@@ -188,5 +188,7 @@ def name_of(entry: Mapping[str, Any], group: int, in_group: int) -> str:
         entry: An entry of ``param_groups``.
         group, in_group: See :class:`Location`.
     """
-    names = entry.get("param_names")
-    return f"parameter {names[in_group]!r}" if names else f"parameter {in_group} of param_groups[{group}]"
+    names = entry.get("param_names", ())
+    if in_group < len(names):  # a parameter that was appended to the group has no name
+        return f"parameter {names[in_group]!r}"
+    return f"parameter {in_group} of param_groups[{group}]"

@@ -18,6 +18,9 @@ from prodigyplus.options import Options
 from prodigyplus.terms import samples
 from prodigyplus.terms.layout import Layout, wide_dtype
 
+# Of parameters, gradients and state. float16 lacks the range for the squares of d·g.
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
 
 class StateOptions(NamedTuple):
     """The options that decide which entries a parameter has; they may not change once it has any."""

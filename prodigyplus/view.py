@@ -44,8 +44,8 @@ class View(NamedTuple):
     def own_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (parameter, local tensor) of what only the optimiser should change, since z goes with it."""
         held = {p for _, p in self.constraints}
-        for p, state in self.state.items():
-            if isinstance(p, Tensor) and p not in held and schedule_free.is_averaged(state):
+        for p in self.parameters:  # the state may still have those of a group that was removed
+            if p not in held and schedule_free.is_averaged(self.state.get(p, {})):
                 weight = self.placement.local(p)
                 if not weight.is_inference():
                     yield p, weight

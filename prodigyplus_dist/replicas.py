@@ -112,11 +112,8 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
     try:
         optimizer._check_no_step_is_under_way()
         entries = [entry for entry in _entries(optimizer, replicas) if len(entry.ranks) > 1]
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # which the other ranks, waiting in the all-reduce, must learn of
-        problem = str(error)
+    except Exception as error:  # the other ranks, which wait in the all-reduce, must learn of it
+        problem = str(error) or type(error).__name__
     hashes = _hashes(entries)
     # On the device that the default group uses, which is the same also on ranks without parameters.
     sums = _sums(entries, hashes).to(torch_private.object_device())

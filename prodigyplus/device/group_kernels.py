@@ -170,7 +170,10 @@ def begin(
     counts_evidence = (_row(settings, O_USE_ADOPT, count, group, 0.0) == 0) | (step > 1)
     unit = tl.where(counts_evidence, 1.0, 0.0)
     dlr, rate, beta2 = dlr * unit, rate * unit, tl.where(counts_evidence, beta2, 0.0)
-    evidence_weight, beta3 = evidence_weight * unit, tl.where(counts_evidence, beta3, 1.0)
+    # What does not move shows nothing of a step size.
+    counts_evidence = counts_evidence & (lr > 0)
+    evidence_weight = tl.where(counts_evidence, evidence_weight, 0.0)
+    beta3 = tl.where(counts_evidence, beta3, 1.0)
     new_sum = weight_sum + dlr * dlr
     c, y_fraction = _averaging(settings, count, group, dlr * dlr, new_sum, beta1)
     rate = tl.where(_row(settings, O_USE_SCHEDULEFREE, count, group, 0.0) > 0, rate * y_fraction, rate)
@@ -201,7 +204,7 @@ def begin(
     tl.store(gates32 + group, gate, mask=exists)
     tl.store(observes + group, counts_evidence & moves, mask=exists)
     tl.store(steps + group, k + 1, mask=exists)
-    tl.store(learns + group, moves, mask=exists)
+    tl.store(learns + group, moves & (lr > 0), mask=exists)
     tl.store(floats + F_WEIGHT_SUM * count + group, tl.where(moves, new_sum, weight_sum), mask=exists)
     tl.store(floats + F_EFFECTIVE_LR * count + group, tl.where(moves, rate, old_rate), mask=exists)
     tl.store(counts + C_K * count + group, k + moves.to(tl.int64), mask=exists)

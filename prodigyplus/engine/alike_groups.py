@@ -47,6 +47,7 @@ class Uncounted(NamedTuple):
     weight_sum: Tensor
     effective_lr: Tensor
     valid: Tensor | None  # bool: whether lr is valid; None if the host has checked it
+    moving: Tensor | None  # bool: whether lr is above 0; None if the host knows that it is
 
 
 class AlikeGroups:
@@ -112,6 +113,11 @@ class AlikeGroups:
                 torch.where(observes, value, 0) for value in (dlr, unit, rate, beta2, evidence_weight)
             )
             beta3 = torch.where(observes, beta3, 1)
+        moving = None
+        if isinstance(lr, Tensor) or lr == 0:  # what does not move shows nothing of a step size
+            moving = one * lr > 0
+            observes, beta3 = observes & moving, torch.where(moving, beta3, 1)
+            evidence_weight = torch.where(moving, evidence_weight, 0)
         weight_sum, c = self._averaging(dlr.square(), beta1)
         y_fraction = schedule_free.y_fraction(beta1, c)
         values = {
@@ -136,7 +142,8 @@ class AlikeGroups:
         of_groups = each_group(numbers._replace(values=numbers.values.t().contiguous()))
         for group, of_group in zip(self._groups, of_groups, strict=True):
             group.set_numbers(of_group)
-        return Uncounted(weight_sum, rate * y_fraction if do.use_schedulefree else rate, valid)
+        effective_lr = rate * y_fraction if do.use_schedulefree else rate
+        return Uncounted(weight_sum, effective_lr, valid, moving)
 
     def _averaging(self, weight: Tensor, beta1: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the weights of all steps, including this one, in the average x; and c."""
@@ -163,7 +170,7 @@ class AlikeGroups:
                 bool, (groups,).
 
         Returns:
-            ``learns`` of these groups, False where ``lr`` is invalid.
+            ``learns`` of these groups, False where ``lr`` is 0 or invalid.
         """
         moves, skips, learns = self.select(moves), self.select(skips), self.select(learns)
         if uncounted.valid is not None:
@@ -172,7 +179,7 @@ class AlikeGroups:
         self._write_(moves, weight_sum=uncounted.weight_sum, effective_lr=uncounted.effective_lr)
         for name, counts in (("k", moves), ("skipped", skips)):
             self.scatter_(self._columns[name], self._read(name) + counts)
-        return learns
+        return _and(learns, uncounted.moving)
 
     def scatter_(self, target: Tensor, values: Tensor) -> None:
         """Write the ``values`` of these groups into ``target``, of all groups of the optimiser."""

@@ -116,8 +116,7 @@ class Batch:
         self.cost = first.cost if first.is_matrix else (0, 0, 0)
         self.matrix_names = [f"matrices {param.ordinal}" for param in params]
         self.weights = [param.weight for param in params]
-        # The memory of a negative view holds its values with the opposite sign.
-        self.grads = [param.grad.resolve_neg().contiguous() for param in params]
+        self.grads = [param.grad.contiguous() for param in params]
         self.states = [param.state for param in params]
         self.layouts = [param.layout for param in params]
         self.group = first.group
@@ -203,7 +202,7 @@ class Batch:
             factored = tuple(map(moments.is_factored, self.states))
             every, device = self.group.options.slice_p, self.weights[0].device
             key = "launches", tuple(self.ordinals), tuple(map(id, self.layouts)), factored, every
-            self._launches = constants.made(
+            self._launches = constants.recent(
                 device, key, lambda: Launches(Plan(self.layouts, factored, every, device, tile_size()))
             )
             self._entries = self._launches.point_(self.weights, self.states, self.grads)

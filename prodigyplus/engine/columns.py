@@ -34,7 +34,9 @@ def to_python_numbers_(groups: Sequence[dict[str, Any]], names: Iterable[str] = 
     """
     found = [(group, name) for group in groups for name in names if isinstance(group[name], Tensor)]
     if found:
-        values = torch.stack([group[name].double() for group, name in found]).tolist()
+        values = torch.stack(
+            [group[name].to(wide_dtype(group[name].device)) for group, name in found]
+        ).tolist()
         for (group, name), value in zip(found, values, strict=True):
             group[name] = value if group[name].is_floating_point() else int(value)
 

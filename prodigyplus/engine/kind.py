@@ -82,7 +82,7 @@ class Kind(NamedTuple):
 
     @property
     def is_late(self) -> bool:
-        """Whether the evidence needs directions that exist only after :func:`measure_`: balance with Muon."""
+        """Whether the evidence needs directions that exist only after ``measure_``: balance with Muon."""
         return self.is_balanced and self.direction == "muon"
 
     @property

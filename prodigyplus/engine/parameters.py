@@ -1,7 +1,8 @@
 """What a step needs of each parameter: its local tensors, and its state, created if there is none yet.
 
 Parameters that cannot be trained are refused here, by what every rank knows, so that no rank waits for
-another in vain.
+another in vain. (Not so a gradient that cannot be used, such as a sparse one: where only some ranks have it,
+the others wait until their timeout.)
 """
 
 from __future__ import annotations
@@ -19,11 +20,8 @@ from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.engine.param_step import ParamStep, compute_dtype
 from prodigyplus.options import Options
 from prodigyplus.placement import Location, Placement, name_of
-from prodigyplus.state import StateOptions
+from prodigyplus.state import DTYPES, StateOptions
 from prodigyplus.terms.layout import Layout
-
-# float16 lacks the range for the squares of d·g.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class _MadeFor(NamedTuple):
@@ -73,6 +71,7 @@ class Parameters:
 
         Raises:
             RuntimeError: The parameter cannot be trained with this gradient or state.
+            ValueError: It cannot be trained at all, as its group says.
         """
         p, state, local = location.p, self._state[location.p], self._placement.local
         gradient, present = self._placement.gradient(location, grad, self.name)
@@ -89,7 +88,8 @@ class Parameters:
                 f"{self.name(location)} is {p.dtype}, but its gradient {gradient.dtype}: give it one of the "
                 "parameter's dtype, or of bfloat16 beside float32."
             )
-        weight, gradient, layout = local(p), local(gradient), self._placement.layout(p)
+        # The memory of a negative view holds its values with the opposite sign.
+        weight, gradient, layout = local(p), local(gradient).resolve_neg(), self._placement.layout(p)
         before = self._made_for.get(p)
         # Field by field: tuples made for every parameter at every step would keep the garbage collector busy.
         fits = before is not None and before.fits(layout, group.state_options)
@@ -161,7 +161,7 @@ class Parameters:
 @functools.cache
 def _fits(grad: torch.dtype, arithmetic: torch.dtype) -> bool:
     """Whether gradients of a dtype can be used where the arithmetic is done in another."""
-    return grad in _DTYPES and torch.promote_types(grad, arithmetic) == arithmetic
+    return grad in DTYPES and torch.promote_types(grad, arithmetic) == arithmetic
 
 
 def stored(placement: Placement, p: Tensor, local: dict[str, Tensor], every: int) -> dict[str, Tensor]:
@@ -179,9 +179,9 @@ def check_parameter(p: Tensor, o: Options, name: str) -> None:
         ValueError: Its dtype, its shape or the options of its group do not allow it.
     """
     wrong = None
-    if p.dtype not in _DTYPES:
+    if p.dtype not in DTYPES:
         wrong = (
-            f"{p.dtype}; the optimiser trains {', '.join(map(str, _DTYPES))}. Leave it out of params, "
+            f"{p.dtype}; the optimiser trains {', '.join(map(str, DTYPES))}. Leave it out of params, "
             "convert it, or freeze it (requires_grad=False)."
         )
     elif o.use_muon_pp and p.ndim < 2:

@@ -19,6 +19,9 @@ T = TypeVar("T")
 # How many constants an optimiser keeps at most.
 _MAX_CONSTANTS = 1 << 14
 
+# For how many steps that make their batches anew, large tables are kept without being used.
+_RECENT = 4
+
 # Integers as wide as the dtypes of a step's arithmetic.
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -50,7 +53,7 @@ class Scalars(NamedTuple):
     adopt_clip: Tensor  # k^¼, the largest normalised gradient (ADOPT without Schedule-Free)
     # Of other dtypes than those above.
     gate: Tensor  # an integer of the same width: all bits set, or none in a no-op
-    observes: Tensor  # bool: whether this gradient counts as evidence
+    observes: Tensor  # bool: whether this gradient counts as evidence; not if lr is 0
     step: Tensor  # int64: the number of this step, from 1
 
     packed: Packed  # the same numbers in few tensors
@@ -133,6 +136,8 @@ class Constants:
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
+        self._age = 0
+        self._used: dict[Hashable, int] = {}  # what is recent, and at which age it was last used
         self._in_graphs: list[dict[Hashable, Any]] = []
 
     def made(self, device: torch.device, key: Hashable, make: Callable[[], T]) -> T:
@@ -154,6 +159,18 @@ class Constants:
             self._made[key] = make()
         made: T = self._made[key]
         return made
+
+    def recent(self, device: torch.device, key: Hashable, make: Callable[[], T]) -> T:
+        """As :meth:`made`, for what is large: forgotten some calls of :meth:`grow_older` after its use."""
+        self._used[device, key] = self._age
+        return self.made(device, key, make)
+
+    def grow_older(self) -> None:
+        """Forget what was not used recently; see :meth:`recent`."""
+        self._age += 1
+        for key in [key for key, used in self._used.items() if used + _RECENT < self._age]:
+            del self._used[key]
+            self._made.pop(key, None)
 
     def on(self, device: torch.device, numbers: Sequence[int]) -> Tensor:
         """``numbers`` as an int64 tensor on ``device``; cached."""

@@ -385,7 +385,7 @@ def test_stages_of_a_pipeline_with_replicas(pool):
         "rank 2",
         "rank 3",
     ]
-    assert "pass their group as replicas" in untold
+    assert "pass the group of those ranks as replicas" in untold
     assert right == ""
     assert re.search(f"the weights of {re.escape(IT)}: rank 2: .*; rank 3: ", weights)
     for one, other in ((1, 3), (2, 3)):

@@ -97,6 +97,17 @@ def test_a_load_shares_nothing_with_what_was_loaded():
     assert_same(other_optimizer.state_dict(), kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex64, torch.int64])
+def test_a_dtype_that_cannot_hold_the_state_is_refused(dtype):
+    problem, optimizer = pair((40, 12))
+    run(optimizer, problem, 10)
+    saved, before = optimizer.state_dict(), snapshot(optimizer)
+    saved["state"][0]["z"] = saved["state"][0]["z"].to(dtype)
+    with pytest.raises(ValueError, match=rf"'z' of the state dict is {dtype}"):
+        optimizer.load_state_dict(saved)
+    assert_same(snapshot(optimizer), before)
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 )

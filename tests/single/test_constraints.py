@@ -206,6 +206,31 @@ def test_a_projection_that_fails_leaves_all_weights():
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_projection_that_fails_at_once_is_none(mode):
+    def project(values):
+        if values.ndim == 1:
+            raise MemoryError
+        return clamp(values)
+
+    problem, optimizer = pulled()
+    other = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [other]})
+    for _ in range(50):
+        other.grad = torch.ones(3)
+        run(optimizer, problem, 1)
+    (p,) = problem.parameters
+    before = p.detach().clone()
+    getattr(optimizer, mode)()
+    with pytest.raises(MemoryError):
+        optimizer.constrain([p, other], project)
+    assert optimizer.holds_average == (mode == "eval")
+    optimizer.train()
+    torch.testing.assert_close(p.detach(), before, rtol=1e-5, atol=1e-6)
+    run(optimizer, problem, 1)
+    assert outside(p) > 0.1
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("bfloat16_z", [False, True])
 def test_weights_z_and_the_average_are_projected_at_once(bfloat16_z, mode):
     problem, optimizer = pulled(bfloat16_z=bfloat16_z)

@@ -149,6 +149,66 @@ def test_a_group_without_a_learning_rate_does_not_hold_the_others():
     assert float(metrics["d"]) > 1e-4
 
 
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("held", [0, 20])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_speed": True}, {"use_speed": "relative"}, {"step_size": "balance"}], ids=str
+)
+def test_what_does_not_move_shows_nothing_of_a_step_size(options, held, tensor):
+    """In a pool of groups, one that lr=0 holds, at once or after some steps, counts as if it were frozen."""
+    found = []
+    for lr in (0.0, None):
+        problem = Fed((10,), (40, 25))
+        first, second = problem.parameters
+        groups = [{"params": [first]}, {"params": [second]}]
+        optimizer = ProdigyPlusScheduleFree(groups, split_groups=False, **options)
+        run(optimizer, problem, held)
+        if lr is None:
+            second.requires_grad_(False)
+        else:
+            optimizer.param_groups[1]["lr"] = torch.tensor(lr) if tensor else lr
+        kept = second.detach().clone()
+        for _ in range(60):
+            problem.backward()
+            if lr is None:
+                second.grad = None
+            optimizer.step()
+        assert torch.equal(second, kept)
+        found.append((d(optimizer)[0], first.detach()))
+    (of_held, weights), (of_frozen, same) = found
+    assert of_held == pytest.approx(of_frozen)
+    torch.testing.assert_close(weights, same)
+
+
+def test_a_held_group_keeps_its_step_size():
+    problem, optimizer = pair((40, 40))
+    run(optimizer, problem, 30)
+    before = evidence_of(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(optimizer, problem, 30)
+    assert evidence_of(optimizer) == before
+
+
+def evidence_of(optimizer):
+    """What the step size is made of."""
+    group = optimizer.state_dict()["param_groups"][0]
+    return [group[name] for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom", "shared_d")]
+
+
+def test_two_optimisers_from_the_same_groups():
+    problem, other = Fed((40, 40)), Fed((40, 40))
+    groups = [{"params": problem.parameters}]
+    first = ProdigyPlusScheduleFree(groups)
+    run(first, problem, 30)
+    before = d(first)
+    groups[0]["params"] = other.parameters
+    second = ProdigyPlusScheduleFree(groups)
+    assert d(first) == before
+    run(second, other, 5)
+    run(first, problem, 1)
+    assert [int(o.metrics()[0]["step"]) for o in (first, second)] == [31, 5]
+
+
 def test_groups_of_another_optimiser():
     problem = Fed((40, 40))
     groups = [{"params": problem.parameters}]
@@ -274,6 +334,31 @@ def test_named_parameters():
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+
+def test_a_parameter_that_is_appended_to_a_named_group():
+    model, more = nn.Linear(3, 2), nn.Parameter(torch.ones(3))
+    optimizer = ProdigyPlusScheduleFree(model.named_parameters())
+    optimizer.param_groups[0]["params"].append(more)
+    (model(more) * more[:2]).sum().backward()
+    optimizer.step()
+    assert optimizer.state[more]
+
+
+def test_a_negative_view_as_gradient():
+    found = []
+    for resolved in (False, True):
+        problem, optimizer = pair((12, 8), (9,))
+        for _ in range(5):
+            problem.backward()
+            for p in problem.parameters:
+                negative = torch.complex(torch.zeros_like(p.grad), -p.grad).conj().imag
+                assert negative.is_neg()
+                p.grad = negative.resolve_neg() if resolved else negative
+            optimizer.step()
+        found.append([p.detach() for p in problem.parameters])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_closure():

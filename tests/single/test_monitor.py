@@ -94,7 +94,7 @@ def test_a_group_without_evidence_is_not_told_of(often):
 SCHEDULES = {
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 100),
     "linear": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, 100),
-    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 1.0, 60),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 1.0, 60, cycle_momentum=False),
     "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=5),
 }
 
@@ -113,6 +113,39 @@ def test_a_schedule_that_decays(schedule):
     with pytest.warns(UserWarning, match=r"lr of param_groups\[0\] has fallen from 1 to") as caught:
         scheduled(optimizer, problem, scheduler)
     assert len(caught) == 1
+
+
+def test_momentum_that_a_schedule_changes():
+    """The averaged weights are computed from β1."""
+    problem, optimizer = pair((4, 4))
+    optimizer.param_groups[0]["betas"] = (0.95, 0.99)  # a decision, once
+    run(optimizer, problem, 5)
+    with pytest.warns(UserWarning, match=r"betas\[0\] of param_groups\[0\] has changed") as caught:
+        cycled(optimizer, problem)
+    assert len(caught) == 1
+
+
+def cycled(optimizer, problem):
+    for step in range(20):
+        optimizer.param_groups[0]["betas"] = (0.95 - 0.005 * step, 0.99)
+        run(optimizer, problem, 1)
+
+
+def test_without_the_average_momentum_may_change():
+    problem, optimizer = pair((4, 4), use_schedulefree=False)
+    cycled(optimizer, problem)
+
+
+def test_a_group_that_was_removed():
+    """Something else may train its parameters, without a word."""
+    problem = Fed((4, 4), (3,))
+    optimizer = ProdigyPlusScheduleFree([{"params": [p]} for p in problem.parameters])
+    run(optimizer, problem, 12)
+    optimizer.param_groups.pop()
+    for _ in range(60):
+        run(optimizer, problem, 1)
+        with torch.no_grad():
+            problem.parameters[1].add_(0.1)
 
 
 HARMLESS = {

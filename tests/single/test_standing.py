@@ -1,5 +1,6 @@
 """Batches are reused from step to step while only gradients change; any other change makes new ones."""
 
+import itertools
 import weakref
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.device import jit
+from prodigyplus.device.launches import Launches
 from prodigyplus.engine.standing import Standing
 from tests.single.problems import Fed
 
@@ -49,6 +51,11 @@ class Pair:
             assert torch.equal(p, q)
             for key, value in anew.state[q].items():
                 assert torch.equal(standing.state[p][key], value), key
+
+
+def without(parameters, missing):
+    for index in missing:
+        parameters[index].grad = None
 
 
 def no_gradient(parameters, optimizer):
@@ -151,6 +158,32 @@ def test_a_gradient_that_comes_later():
     assert pair.step(no_gradient)
     assert not pair.step()
     assert pair.step()
+
+
+@pytest.mark.usefixtures("_without_launches")
+def test_tables_do_not_pile_up():
+    """Of experts that are not hit there are no gradients, so that every step may move another set."""
+    pair = Pair()
+    (_, optimizer), _ = pair.both
+
+    def made():
+        return [made for made in optimizer._cache.constants._made.values() if isinstance(made, Launches)]
+
+    def sets(count):
+        for missing in itertools.combinations(range(len(SHAPES)), count):
+            pair.step(lambda parameters, _, missing=missing: without(parameters, missing))
+
+    for _ in range(5):
+        sets(1)
+    first = made()
+    assert len(first) == 3
+    sets(1)
+    assert made() == first  # they came again before they were forgotten
+    sets(0)
+    sets(2)
+    sets(2)
+    assert len(made()) == 3
+    assert not {*made()} & {*first}
 
 
 @pytest.mark.usefixtures("_without_launches")
