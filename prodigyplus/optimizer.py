@@ -16,21 +16,19 @@ from torch.utils.hooks import RemovableHandle
 from prodigyplus import checkpoint, eval_mode, options
 from prodigyplus import metrics as metrics_
 from prodigyplus.constraints import Constraint, Constraints, Projection
-from prodigyplus.engine.columns import Columns, to_python_numbers_
+from prodigyplus.engine.columns import to_python_numbers_
 from prodigyplus.engine.in_backward import Hooks, ParameterHooks, fusable
-from prodigyplus.engine.param_step import ParamStep, compute_dtype
-from prodigyplus.engine.parameters import Parameters, check_parameter
-from prodigyplus.engine.standing import Standing
+from prodigyplus.engine.param_step import compute_dtype
+from prodigyplus.engine.parameters import check_parameter
 from prodigyplus.engine.step import Step
 from prodigyplus.eval_mode import AverageSwap
 from prodigyplus.exchange import Exchange, OneProcess
 from prodigyplus.monitor import Monitor
 from prodigyplus.options import Options
-from prodigyplus.placement import Location, Placement, WholeTensors, locations, name_of
+from prodigyplus.placement import Placement, WholeTensors, name_of
 from prodigyplus.reporting import is_called_from, warn_caller
-from prodigyplus.state import StateOptions, restart_
-from prodigyplus.terms.isolation import is_captured, isolated, isolated_from_compiler
-from prodigyplus.terms.scalars import Constants
+from prodigyplus.steps import Steps
+from prodigyplus.terms.isolation import isolated, isolated_from_compiler
 from prodigyplus.view import View
 
 _EVALUATING = (
@@ -43,16 +41,10 @@ class _Cache:
     """What an optimiser keeps from step to step; its copies start with an empty one."""
 
     def __init__(self) -> None:
-        self.constants = Constants()
-        self.columns: Columns | None = None
-        self.made_for: dict[Tensor, Any] = {}  # see engine/parameters.py
+        self.steps = Steps()
         self.monitor = Monitor()
         self.average = AverageSwap()
         self.warned: set[str] = set()
-        self.step: Step | None = None  # a step that a backward pass has begun
-        self.locations: dict[Tensor, Location] = {}  # of the parameters, in that step
-        self.listed: tuple[object, list[Location]] = (None, [])  # its key, and all locations
-        self.standing: Standing | None = None  # batches that the next step may reuse
         self.fuses_backward = False  # whether fuse_backward() has been called
 
 
@@ -262,7 +254,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._columns()
+        self._cache.steps.columns(self._view)
 
     # ------------------------------------------------------------------------------------ the step
 
@@ -295,8 +287,9 @@ class ProdigyPlusScheduleFree(Optimizer):
     @isolated_from_compiler
     def _take_step(self) -> None:
         self._hooks.finish()
-        step, self._cache.step = self._cache.step or self._begin(in_backward=False), None
-        if self._view.is_evaluating and not step.initializes_state:
+        steps, view = self._cache.steps, self._view
+        step, steps.current = steps.current or self._begin(in_backward=False), None
+        if view.is_evaluating and not step.initializes_state:
             raise RuntimeError(f"step() {_EVALUATING}")
         fused = [group for group in self.param_groups if group["fused_back_pass"]]
         if fused and not (self._cache.fuses_backward or step.initializes_state):
@@ -304,99 +297,25 @@ class ProdigyPlusScheduleFree(Optimizer):
                 "fused_back_pass=True, but no backward pass moves any parameter: call "
                 "optimizer.fuse_backward(model) once, when the model is wrapped as it will be trained."
             )
-        standing = self._take_standing(step)
-        if standing is None:
-            self._cache.constants.grow_older()
-        moving = step.stacked(self._remaining(step)) if standing is None else standing.batches
-        self._placement.end_step(location.p for location in self._locations())
-        if not self._view.is_evaluating:
-            step.close(moving)
-            if standing is None and self._may_stand(step):
-                standing = Standing.of(
-                    self._placement, self._locations(), step.groups.steps, self.state, moving
-                )
-            if not step.initializes_state:
-                self._hold_(step)
-                self._cache.monitor.end(self._view, step.groups, in_backward=bool(step.taken))
+        steps.end(view, step)
+        if not (view.is_evaluating or step.initializes_state):
+            self._hold_(step)
+            self._cache.monitor.end(view, step.groups, in_backward=bool(step.taken))
         for group in fused:
             for p in group["params"]:
                 p.grad = None
-        if standing is not None:
-            standing.rest()
-        # Kept only if the step did not raise.
-        self._cache.standing = standing
 
     def _begin(self, *, in_backward: bool) -> Step:
         self._check_average_is_not_lent()
         self._cache.monitor.begin(self._view)
-        constants, columns = self._cache.constants, self._columns()
-        if is_captured(columns.device):
-            constants.keep_for_graph()
-        step = Step(self.param_groups, columns, self._exchange, constants, in_backward=in_backward)
+        step = self._cache.steps.begin(self._view, self._exchange, in_backward=in_backward)
         for group in step.groups.steps:
-            entry = group.entry
-            if entry["frozen"] and not group.options.freezes(entry["calls"]):
+            if group.entry["frozen"] and not group.options.freezes(group.entry["calls"]):
                 self._warn_once(
                     "prodigy_steps was raised, or set to 0, after it had passed: the step size stays "
                     "frozen, since the statistics that it is estimated from have been freed."
                 )
-            if entry["calls"] == 0:  # state, if there is any, may be older than the weights
-                for p in filter(self.state.get, entry["params"]):
-                    weight, state = self._placement.local(p), self._placement.local_state(self.state[p])
-                    restart_(state, weight, self._placement.layout(p), group.options.slice_p)
         return step
-
-    def _take_standing(self, step: Step) -> Standing | None:
-        """The last step's batches with this step's gradients; None if more than gradients has changed."""
-        standing, self._cache.standing = self._cache.standing, None
-        if standing is None or not self._may_stand(step):
-            return None
-        return standing if standing.renew(self._locations(), step.groups.steps, self.state) else None
-
-    def _may_stand(self, step: Step) -> bool:
-        captured = is_captured(step.groups.columns.device)
-        return not step.taken and not captured
-
-    def _remaining(self, step: Step) -> list[ParamStep]:
-        """What a step needs of the parameters that no backward pass has moved."""
-        parameters = self._parameters
-        parameters.forget_replaced()
-        every = self._locations()
-        left = [location for location in every if location.p not in step.taken] if step.taken else every
-        takes_part, groups = self._placement.takes_part, step.groups.steps
-        return [
-            parameters.bring(location, location.p.grad, groups[location.group])
-            for location in left
-            if takes_part(location.p)
-        ]
-
-    def _locations(self) -> list[Location]:
-        """The locations of all parameters, listed again only when ``param_groups`` has other parameters."""
-        key = [list(map(id, group["params"])) for group in self.param_groups]
-        if key != self._cache.listed[0]:  # the list keeps them alive, so that no id is reused
-            self._cache.listed = key, locations(self.param_groups)
-        return self._cache.listed[1]
-
-    @isolated
-    def _columns(self) -> Columns:
-        """The groups' numbers, on the device of the parameters that are trained."""
-        # Lazily, since the first parameter usually decides. What is on "meta" may get memory elsewhere before
-        # it is trained, and numbers cannot follow it from there; but a step may be simulated there.
-        groups, local = self.param_groups, self._placement.local
-        trained = (p for g in groups for p in g["params"] if p.requires_grad or p.grad is not None)
-        others = (p for g in groups for p in g["params"])
-        homes = (local(p).device for some in (trained, others) for p in some)
-        simulated = (local(p).device for g in groups for p in g["params"] if p.grad is not None)
-        home = next((device for device in homes if device.type != "meta"), None)
-        home = home or next(simulated, torch.device("cpu"))
-        columns = self._cache.columns
-        if columns is None or not columns.are_of(self.param_groups, home):
-            columns = self._cache.columns = Columns(self.param_groups, home)
-        return columns
-
-    @property
-    def _parameters(self) -> Parameters:
-        return Parameters(self.param_groups, self.state, self._placement, self._cache.made_for)
 
     @property
     def _view(self) -> View:
@@ -408,7 +327,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             warn_caller(message)
 
     def _check_no_step_is_under_way(self) -> None:
-        if self._cache.step is not None:
+        if self._cache.steps.current is not None:
             raise RuntimeError(
                 "a backward pass has moved parameters (fused_back_pass=True), and no step() has ended that "
                 "step yet: call optimizer.step() first."
@@ -465,23 +384,21 @@ class ProdigyPlusScheduleFree(Optimizer):
     @isolated_from_compiler
     def _take(self, p: Tensor, grad: Tensor) -> bool:
         """Move a parameter by its gradient, now or later in the step. Returns whether its group is fused."""
-        cache = self._cache
-        if cache.step is None:
-            cache.locations = {location.p: location for location in self._locations()}
-        location = cache.locations.get(p)
+        steps, view = self._cache.steps, self._view
+        location = steps.location(view, p)
         if location is None or not self.param_groups[location.group]["fused_back_pass"]:
             return False
-        if self._view.is_evaluating:
-            raise RuntimeError(f"{self._parameters.name(location)} has a gradient {_EVALUATING}")
-        step = cache.step = cache.step or self._begin(in_backward=True)
+        if view.is_evaluating:
+            raise RuntimeError(f"{view.name_of(p)} has a gradient {_EVALUATING}")
+        step = steps.current = steps.current or self._begin(in_backward=True)
         if p in step.taken:
             raise RuntimeError(
-                f"{self._parameters.name(location)} has a second gradient, but no step() came after the "
+                f"{view.name_of(p)} has a second gradient, but no step() came after the "
                 "first: fused_back_pass=True moves a parameter by the gradient of one backward pass, and "
                 "cannot add up several. Call optimizer.step() after each, also after one that failed, or "
                 "set fused_back_pass=False."
             )
-        step.take(p, self._parameters.bring(location, grad, step.groups.steps[location.group]))
+        steps.take(view, step, location, grad)
         return True
 
     # ---------------------------------------------------------------------------------- constraints
@@ -739,15 +656,11 @@ class ProdigyPlusScheduleFree(Optimizer):
             return {"state": others, "param_groups": groups}
 
         def put_in(optimizer: Optimizer) -> None:
-            self._cache.made_for.clear()
             self._cache.average.forget()
             self._has_changed_weights()
-            self._columns()
+            self._cache.steps.columns(self._view)
             self.state.update(loaded)
-            for location in locations(self.param_groups):
-                if location.p in loaded:
-                    o = Options.of(self.param_groups[location.group])
-                    self._parameters.know(location.p, StateOptions.of(o))
+            self._cache.steps.know(self._view, loaded)
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_out),

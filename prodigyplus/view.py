@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,7 +16,7 @@ class View(NamedTuple):
     """The parameters of an optimiser, their states, where they lie, and the sets that hold them."""
 
     groups: Sequence[dict[str, Any]]
-    state: Mapping[Tensor, dict[str, Tensor]]
+    state: MutableMapping[Tensor, dict[str, Tensor]]
     placement: Placement
     constraints: Constraints
 

@@ -61,7 +61,7 @@ WINGS = (
     ("prodigy_plus_schedulefree", "__init__"),
     ("published", "plot"),
     ("optimizer",),
-    ("checkpoint", "eval_mode", "metrics", "monitor"),
+    ("checkpoint", "eval_mode", "metrics", "monitor", "steps"),
     ("view",),
     ("constraints", "muon_groups"),
     ("engine",),

@@ -40,7 +40,7 @@ def play(optimizer_class, problem, options):
     for _ in range(3):
         problem.backward()
         optimizer.step()
-        standing = optimizer._cache.standing
+        standing = optimizer._cache.steps.standing
         sizes.add(0 if standing is None else sum(len(batch.ordinals) for batch in standing.batches))
     if optimizer_class is ShardedProdigyPlusScheduleFree:
         optimizer.check_replicas()

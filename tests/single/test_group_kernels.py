@@ -56,7 +56,7 @@ def groups_of(sharing, draw):
         kind["params"] = [torch.nn.Parameter(torch.ones(2, device=DEVICE))]
     optimizer = ProdigyPlusScheduleFree(kinds)
     pair = []
-    columns = optimizer._columns()
+    columns = optimizer._cache.steps.columns(optimizer._view)
     for name in FLOATS:
         columns[name].copy_(torch.tensor([10 ** draw.uniform(-6, -2) for _ in kinds]))
     columns["d_numerator"].mul_(torch.tensor([draw.choice((1.0, -1.0, 0.5)) for _ in kinds], device=DEVICE))
@@ -151,7 +151,7 @@ def test_rates_are_read_where_they_are():
     assert effective() < alone
     optimizer.param_groups[0]["lr"] = 0.25
     effective()
-    table = optimizer._columns().sent_options
+    table = optimizer._cache.steps.columns(optimizer._view).sent_options
     sent = table._table
     effective()
     assert table._table is sent

@@ -133,7 +133,7 @@ def test_another_dtype_at_the_same_address_is_seen(forgets):
                 p.data = buffer[:32].view(torch.float32)
                 p.data.copy_(wide)
             if forgets:
-                optimizer._cache.standing = None
+                optimizer._cache.steps.standing = None
             p.grad = torch.linspace(0.5, 1, 8, device=DEVICE)
             optimizer.step()
         found.append(p.detach().clone())

@@ -35,15 +35,15 @@ class Pair:
     def step(self, change=lambda parameters, optimizer: None):
         """Apply a change to both, and step both; return whether the first reused its batches."""
         self._fed.backward()
-        found = [optimizer._cache.standing for _, optimizer in self.both]
+        found = [optimizer._cache.steps.standing for _, optimizer in self.both]
         for parameters, optimizer in self.both:
             for p, fed in zip(parameters, self._fed.parameters, strict=True):
                 p.grad = fed.grad.to(DEVICE, copy=True)
             change(parameters, optimizer)
-        self.both[1][1]._cache.standing = None
+        self.both[1][1]._cache.steps.standing = None
         for _, optimizer in self.both:
             optimizer.step()
-        return found[0] is not None and self.both[0][1]._cache.standing is found[0]
+        return found[0] is not None and self.both[0][1]._cache.steps.standing is found[0]
 
     def assert_same(self):
         (ours, standing), (theirs, anew) = self.both
@@ -167,7 +167,8 @@ def test_tables_do_not_pile_up():
     (_, optimizer), _ = pair.both
 
     def made():
-        return [made for made in optimizer._cache.constants._made.values() if isinstance(made, Launches)]
+        kept = optimizer._cache.steps.constants._made.values()
+        return [one for one in kept if isinstance(one, Launches)]
 
     def sets(count):
         for missing in itertools.combinations(range(len(SHAPES)), count):
@@ -223,7 +224,7 @@ def test_not_where_something_else_moves():
         for p in parameters:
             p.grad = torch.ones_like(p)
         optimizer.step()
-        assert optimizer._cache.standing is None
+        assert optimizer._cache.steps.standing is None
     assert Standing.of(optimizer._placement, [], [], {}, []) is None
 
 
@@ -240,7 +241,7 @@ def test_a_step_that_fails_leaves_nothing_standing(monkeypatch):
         patch.setattr(jit, "launch", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             optimizer.step()
-    assert optimizer._cache.standing is None
+    assert optimizer._cache.steps.standing is None
     assert not pair.step()
     assert pair.step()
 

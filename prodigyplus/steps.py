@@ -1,0 +1,152 @@
+"""The steps of an optimiser: what each one takes part with, and what is kept from one to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prodigyplus.engine.columns import Columns
+from prodigyplus.engine.param_step import ParamStep
+from prodigyplus.engine.parameters import Parameters
+from prodigyplus.engine.rule import Moving
+from prodigyplus.engine.standing import Standing
+from prodigyplus.engine.step import Step
+from prodigyplus.exchange import Exchange
+from prodigyplus.options import Options
+from prodigyplus.placement import Location, locations
+from prodigyplus.state import StateOptions, restart_
+from prodigyplus.terms.isolation import is_captured, isolated
+from prodigyplus.terms.scalars import Constants
+from prodigyplus.view import View
+
+
+class Steps:
+    """Begins and ends the steps of an optimiser, of which each call is passed a view.
+
+    Attributes:
+        current: A step that a backward pass has begun, and that has not ended; else None.
+        standing: Batches that the next step may reuse, or None.
+        constants: What is the same at every step.
+    """
+
+    def __init__(self) -> None:
+        self.current: Step | None = None
+        self.standing: Standing | None = None
+        self.constants = Constants()
+        self._columns: Columns | None = None
+        self._made_for: dict[Tensor, Any] = {}  # see engine/parameters.py
+        self._listed: tuple[object, list[Location]] = (None, [])  # a key, and the locations it stands for
+        self._location_of: dict[Tensor, Location] = {}  # of the current step's parameters
+
+    def begin(self, view: View, exchange: Exchange, *, in_backward: bool) -> Step:
+        """Begin a step; see :class:`prodigyplus.engine.step.Step`."""
+        columns = self.columns(view)
+        if is_captured(columns.device):
+            self.constants.keep_for_graph()
+        step = Step(view.groups, columns, exchange, self.constants, in_backward=in_backward)
+        for group in step.groups.steps:
+            if group.entry["calls"] == 0:  # state, if there is any, may be older than the weights
+                for p in filter(view.state.get, group.entry["params"]):
+                    weight, state = view.placement.local(p), view.placement.local_state(view.state[p])
+                    restart_(state, weight, view.placement.layout(p), group.options.slice_p)
+        return step
+
+    def location(self, view: View, p: Tensor) -> Location | None:
+        """The location of a parameter within a backward pass; None if the optimiser does not have it."""
+        if self.current is None:
+            self._location_of = {location.p: location for location in self._locations(view)}
+        return self._location_of.get(p)
+
+    def take(self, view: View, step: Step, location: Location, grad: Tensor) -> None:
+        """Move a parameter within a backward pass, now or later in the step."""
+        group = step.groups.steps[location.group]
+        step.take(location.p, self._parameters(view).bring(location, grad, group))
+
+    def end(self, view: View, step: Step) -> None:
+        """Move what has not moved yet, and update the step sizes; in eval mode, only make state."""
+        standing = self._take_standing(view, step)
+        if standing is None:
+            self.constants.grow_older()
+        moving = step.stacked(self._remaining(view, step)) if standing is None else standing.batches
+        view.placement.end_step(location.p for location in self._locations(view))
+        if not view.is_evaluating:
+            step.close(moving)
+            standing = standing or self._stand(view, step, moving)
+        if standing is not None:
+            standing.rest()
+        # Kept only if the step did not raise.
+        self.standing = standing
+
+    def _take_standing(self, view: View, step: Step) -> Standing | None:
+        """The last step's batches with this step's gradients; None if more than gradients has changed."""
+        standing, self.standing = self.standing, None
+        if standing is None or not _may_stand(step):
+            return None
+        is_current = standing.renew(self._locations(view), step.groups.steps, view.state)
+        return standing if is_current else None
+
+    def _stand(self, view: View, step: Step, moving: Sequence[Moving]) -> Standing | None:
+        if not _may_stand(step):
+            return None
+        return Standing.of(view.placement, self._locations(view), step.groups.steps, view.state, moving)
+
+    def _remaining(self, view: View, step: Step) -> list[ParamStep]:
+        """What a step needs of the parameters that no backward pass has moved."""
+        parameters = self._parameters(view)
+        parameters.forget_replaced()
+        every = self._locations(view)
+        left = [location for location in every if location.p not in step.taken] if step.taken else every
+        takes_part, groups = view.placement.takes_part, step.groups.steps
+        return [
+            parameters.bring(location, location.p.grad, groups[location.group])
+            for location in left
+            if takes_part(location.p)
+        ]
+
+    def _locations(self, view: View) -> list[Location]:
+        """The locations of all parameters, listed again only when ``param_groups`` has other parameters."""
+        key = [list(map(id, group["params"])) for group in view.groups]
+        if key != self._listed[0]:  # the list keeps them alive, so that no id is reused
+            self._listed = key, locations(view.groups)
+        return self._listed[1]
+
+    def _parameters(self, view: View) -> Parameters:
+        return Parameters(view.groups, view.state, view.placement, self._made_for)
+
+    def know(self, view: View, loaded: Iterable[Tensor]) -> None:
+        """Note that the states of these parameters, and of no others, fit them: they have been loaded."""
+        self._made_for.clear()
+        parameters, known = self._parameters(view), {*loaded}
+        for location in locations(view.groups):
+            if location.p in known:
+                parameters.know(location.p, StateOptions.of(Options.of(view.groups[location.group])))
+
+    @isolated
+    def columns(self, view: View) -> Columns:
+        """The groups' numbers, on the device of the parameters that are trained."""
+        home = _home_of(view)
+        if self._columns is None or not self._columns.are_of(view.groups, home):
+            self._columns = Columns(view.groups, home)
+        return self._columns
+
+
+def _may_stand(step: Step) -> bool:
+    return not step.taken and not is_captured(step.groups.columns.device)
+
+
+def _home_of(view: View) -> torch.device:
+    """The device for the groups' numbers: usually, that of the first parameter.
+
+    What is on "meta" may get memory elsewhere before it is trained, and numbers cannot follow it from there;
+    but a step may be simulated there.
+    """
+    groups, local = view.groups, view.placement.local
+    trained = (p for g in groups for p in g["params"] if p.requires_grad or p.grad is not None)
+    others = (p for g in groups for p in g["params"])
+    homes = (local(p).device for some in (trained, others) for p in some)
+    simulated = (local(p).device for g in groups for p in g["params"] if p.grad is not None)
+    home = next((device for device in homes if device.type != "meta"), None)
+    return home or next(simulated, torch.device("cpu"))
