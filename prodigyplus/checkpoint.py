@@ -58,7 +58,7 @@ _LATER_ENTRIES: dict[str, Callable[[Group], Any]] = {
 }
 
 
-def check_keys(state_dict: Mapping[str, Any]) -> None:
+def check_is_state_dict(state_dict: Mapping[str, Any]) -> None:
     """Check that this is the state dict of an optimiser.
 
     Raises:
@@ -80,7 +80,7 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
     Raises:
         ValueError: The groups do not fit this optimiser.
     """
-    check_keys(state_dict)
+    check_is_state_dict(state_dict)
     saved = state_dict["param_groups"]
     if len(saved) != len(own):
         raise ValueError(

@@ -99,7 +99,7 @@ def muon_groups(
     """Group a model's parameters: hidden matrices to be trained by Muon, all others elementwise.
 
     >>> groups = muon_groups(model, batched=["*.experts.w?"], exclude=["*.router.*"])
-    >>> optimizer = ProdigyPlusScheduleFree(groups)
+    >>> optimizer = ProdigyPlusScheduleFree(groups, step_size="balance", split_groups_mean=False)
 
     Muon trains two-dimensional weights, and the weights of convolutions as matrices of their first dimension
     by all others, except

@@ -237,7 +237,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._check_no_step_is_under_way()
         if not isinstance(param_group, dict):
             raise TypeError(f'add_param_group: {param_group!r} is not a dict of "params" and options.')
-        options.check_keys(param_group, checkpoint.ENTRIES)
+        options.check_group_keys(param_group, checkpoint.ENTRIES)
         values = options.plain({**self.defaults, **param_group})
         # A new dict, since another optimiser may have been built from the same one. What that has left in it
         # is replaced. The mode of the group is that of the others.

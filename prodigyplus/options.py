@@ -153,7 +153,7 @@ def _number(low: float, *, above: bool = False, below: float = math.inf) -> _Tes
     return test
 
 
-def count(low: int) -> _Test:
+def whole_number(low: int) -> _Test:
     """A test of whole numbers, ``low`` or greater: gives the value as an int, or None if it is none."""
 
     def test(value: Any) -> int | None:
@@ -212,11 +212,11 @@ _ALLOWED: dict[str, tuple[_Test, bool, str]] = {
     "weight_decay": _NOT_NEGATIVE,
     "d0": (_POSITIVE, False, _POSITIVE_TEXT),
     "d_coef": (_POSITIVE, False, _POSITIVE_TEXT),
-    "prodigy_steps": (count(0), True, "None or a whole number, 0 or greater"),
+    "prodigy_steps": (whole_number(0), True, "None or a whole number, 0 or greater"),
     "eps": (_POSITIVE, True, f"None (Adam-atan2) or {_POSITIVE_TEXT}"),
     "schedulefree_c": _NOT_NEGATIVE,
-    "warmup_steps": (count(0), False, "a whole number, 0 or greater"),
-    "slice_p": (count(1), False, "a whole number, 1 or greater"),
+    "warmup_steps": (whole_number(0), False, "a whole number, 0 or greater"),
+    "slice_p": (whole_number(1), False, "a whole number, 1 or greater"),
     "fused": (_switch, True, "None, True or False"),
     "use_speed": (_speed, False, "True, False or 'relative'"),
     "step_size": (_step_size, False, "'prodigy' or 'balance'"),
@@ -300,7 +300,7 @@ _ELSEWHERE = {
 }
 
 
-def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
+def check_group_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
     """Refuse keys of a new parameter group that nobody reads.
 
     Keys of the owner's own pass if they begin with an underscore, or if their values are texts; so do those

@@ -290,7 +290,7 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
     groups = checkpoint.checked_groups(
         {"state": {}, "param_groups": converted}, optimizer.param_groups, optimizer.defaults
     )
-    states = {}
+    of_ours = {}
     for index, (group, ours) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         group.update({name: ours[name] for name in options.NAMES if name not in converted[index]})
         for applies, name, how in package.changes:
@@ -305,11 +305,11 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
                     f'To go on without: state_dict["param_groups"][{index}]["use_muon_pp"] = False.'
                 )
             if saved_states.get(key):
-                states[key] = _state(saved_states[key], p, o, scales, name, tally)
+                of_ours[key] = _state(saved_states[key], p, o, scales, name, tally)
             else:
                 tally.add(Outcome.EXACT, "no state", note="no gradient yet")
     _set_shared_d_(groups, saved, tally)
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    optimizer.load_state_dict({"state": of_ours, "param_groups": groups})
 
     items = tuple(
         ReportLine(outcome, names, unit, count, note) for (outcome, names, unit, note), count in tally.items()
@@ -326,7 +326,7 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
 
 def _package_of(state_dict: Mapping[str, Any]) -> _Package:
     """The version of the package that saved a state dict; ValueError if none did."""
-    checkpoint.check_keys(state_dict)
+    checkpoint.check_is_state_dict(state_dict)
     groups = state_dict["param_groups"]
     # 2.0.0 and 2.0.1 both say (2, 0, 0); earlier versions lack the key.
     versions = {tuple(group.get("optimiser_version", (1, 9)))[:2] for group in groups}
@@ -347,7 +347,7 @@ def _package_of(state_dict: Mapping[str, Any]) -> _Package:
 
 
 def _group(
-    package: _Package, saved: Sequence[Group], index: int, states: Mapping[Any, Any], tally: _Tally
+    package: _Package, saved: Sequence[Group], index: int, saved_states: Mapping[Any, Any], tally: _Tally
 ) -> dict[str, Any]:
     """Convert a group, except for our options that the package's group does not determine."""
     theirs = saved[index]
@@ -365,7 +365,7 @@ def _group(
     tally.add(Outcome.OWN, *(name for name in options.NAMES if name not in given), unit="group")
 
     numbers = _numbers(theirs, index, package.scales(saved, index).statistic, tally)
-    steps, has_state = numbers["k"], any(map(states.get, theirs["params"]))
+    steps, has_state = numbers["k"], any(map(saved_states.get, theirs["params"]))
     if not has_state:
         numbers["k"] = 0  # the package counts steps of all groups, we count those with gradients
     if has_state and not given["use_schedulefree"]:

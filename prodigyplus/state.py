@@ -45,8 +45,8 @@ class StateOptions(NamedTuple):
 class Subject(NamedTuple):
     """What decides about a parameter's state: its dtypes, device, global shape and options."""
 
-    weight: torch.dtype
-    grad: torch.dtype
+    weight_dtype: torch.dtype
+    grad_dtype: torch.dtype
     device: torch.device
     shape: tuple[int, ...]
     options: StateOptions
@@ -65,14 +65,14 @@ class Subject(NamedTuple):
     def keeps_offset(self) -> bool:
         """Whether z is kept as its offset from y."""
         o = self.options
-        return o.use_schedulefree and o.bfloat16_z and self.weight == torch.float32
+        return o.use_schedulefree and o.bfloat16_z and self.weight_dtype == torch.float32
 
     @property
     def factor_dtype(self) -> torch.dtype:
         """The dtype of the factors."""
-        if self.grad == torch.float64:
+        if self.grad_dtype == torch.float64:
             return torch.float64
-        return torch.float32 if self.options.factored_fp32 else self.grad
+        return torch.float32 if self.options.factored_fp32 else self.grad_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ def _factored(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _of_statistics(s: Subject) -> torch.dtype:
-    return torch.float64 if s.weight == torch.float64 else torch.bfloat16
+    return torch.float64 if s.weight_dtype == torch.float64 else torch.bfloat16
 
 
 def _number(s: Subject) -> torch.dtype:
@@ -149,9 +149,9 @@ def _is_relative(s: Subject) -> bool:
 
 TABLE = {
     # FOCUS's average of the weights, instead of a second moment.
-    "exp_avg_weight": Entry(lambda s: s.options.use_focus, lambda s: s.grad),
+    "exp_avg_weight": Entry(lambda s: s.options.use_focus, lambda s: s.grad_dtype),
     # The second moment of d·g; factored, its averages over columns, over rows and over both.
-    "exp_avg_sq": Entry(lambda s: s.has_moment and not s.is_factored, lambda s: s.grad),
+    "exp_avg_sq": Entry(lambda s: s.has_moment and not s.is_factored, lambda s: s.grad_dtype),
     "exp_avg_sq_row": Entry(
         lambda s: s.is_factored, lambda s: s.factor_dtype, lambda shape: (_column(shape),)
     ),
@@ -166,16 +166,16 @@ TABLE = {
     schedule_free.OFFSET: Entry(lambda s: s.keeps_offset, lambda s: torch.bfloat16, restarts=True),
     schedule_free.BASE: Entry(
         lambda s: s.options.use_schedulefree and not s.keeps_offset,
-        lambda s: s.weight,
+        lambda s: s.weight_dtype,
         starts_at_weight=True,
         restarts=True,
     ),
-    "exp_avg": Entry(lambda s: not s.options.use_schedulefree, lambda s: s.grad),
+    "exp_avg": Entry(lambda s: not s.options.use_schedulefree, lambda s: s.grad_dtype),
     # Prodigy's evidence. p0 is in the weight's dtype: if it were rounded, its distance from the weights would
     # pass for progress.
     "p0": Entry(
         _is_prodigys,
-        lambda s: s.weight,
+        lambda s: s.weight_dtype,
         is_sampled=True,
         starts_at_weight=True,
         restarts=True,

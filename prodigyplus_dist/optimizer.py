@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from prodigyplus.eval_mode import check_model
 from prodigyplus.exchange import BUCKET_BYTES
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
-from prodigyplus.options import count
+from prodigyplus.options import whole_number
 from prodigyplus_dist.exchange import MeshExchange
 from prodigyplus_dist.in_backward import MeshHooks
 from prodigyplus_dist.placement import MeshTensors
@@ -70,7 +70,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         all_to_all: bool = True,
         **options: Any,
     ) -> None:
-        if count(0)(bucket_bytes) is None:
+        if whole_number(0)(bucket_bytes) is None:
             raise ValueError(f"bucket_bytes={bucket_bytes!r}: must be a whole number, 0 or greater.")
         exchange = MeshExchange(process_group, bucket_bytes, replicas, all_to_all=all_to_all)
         self._set_up(MeshTensors(replicas), exchange, MeshHooks(), shares_d=process_group is not None)
