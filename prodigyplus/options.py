@@ -332,7 +332,7 @@ _EXCLUSIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], dict[str, Any], st
         (
             lambda o, name=name, off=off: o["step_size"] == "balance" and o[name] not in (off, None),
             {name: off},
-            f"step_size='balance' excludes {name}, which is of Prodigy's step size: {name}={off!r}",
+            f"step_size='balance' excludes {name}, an option of Prodigy's step size: {name}={off!r}",
         )
         for name, off in (("use_speed", False), ("d_coef", 1.0), ("beta4", 0.0))
     ),
