@@ -52,6 +52,8 @@ def main() -> None:
     if args.resume:
         dcp.load(saved, checkpoint_id=args.resume)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+        if saved["step"] >= args.steps:
+            parser.error(f"{args.resume} has made {saved['step']} steps: ask for more with --steps")
 
     optimizer.train()
     for step in range(saved["step"] + 1, args.steps + 1):

@@ -86,6 +86,11 @@ class Ranks:
             raise SystemExit(1)
 
 
+def _cores() -> int:
+    """The number of cores that this process may run on, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def start() -> Iterator[Ranks]:
     """Join the processes of the run: NCCL on GPUs, gloo on the CPU.
@@ -102,7 +107,7 @@ def start() -> Iterator[Ranks]:
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
     )
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_size))
+        torch.set_num_threads(max(1, _cores() // ranks.local_size))
     on_gpu = ranks.device.type == "cuda"
     if on_gpu:
         gpus = torch.cuda.device_count()

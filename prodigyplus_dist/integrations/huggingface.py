@@ -17,7 +17,7 @@ __all__ = ["ProdigyPlusMixin", "ProdigyPlusTrainer"]  # noqa: F822
 
 _SCHEDULES = ("constant", "constant_with_warmup")
 _LOGGED = ("d", "step_size")
-_OVERRIDDEN = ("evaluate", "evaluation_loop", "save_model", "log", "_load_best_model")
+_OVERRIDDEN = ("evaluate", "evaluation_loop", "save_model", "log", "_load_best_model", "create_optimizer")
 _Base: Any = object  # in classes that use the mixin, a Trainer follows it
 
 
@@ -75,6 +75,11 @@ class ProdigyPlusMixin(_Base):
                     f"optimizer_cls_and_kwargs={self.optimizer_cls_and_kwargs!r}: ProdigyPlusMixin has an "
                     "optimiser of its own. Pass its options as optimizer_options."
                 )
+            if "params" in options and kwargs.get("model_init") is not None:
+                raise ValueError(
+                    'optimizer_options has "params", but model_init makes a new model for each training, '
+                    "which has other parameters: pass the model itself, or leave out the groups."
+                )
             self.optimizer_cls_and_kwargs = (ShardedProdigyPlusScheduleFree, options)
         elif not isinstance(self.optimizer, ProdigyPlusScheduleFree) or optimizer_options is not None:
             raise ValueError(
@@ -87,6 +92,15 @@ class ProdigyPlusMixin(_Base):
         _check_backend(self)
         # Before all other callbacks, so that those that save or publish the model at the end find x in it.
         self.callback_handler.callbacks.insert(0, _average_at_end())
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.optimizer_cls_and_kwargs
+        if given is not None:  # a copy, since the Trainer takes "params" out of it
+            self.optimizer_cls_and_kwargs = (given[0], dict(given[1]))
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        finally:
+            self.optimizer_cls_and_kwargs = given
 
     def _averaged(self) -> AbstractContextManager[None]:
         optimizer = _unwrapped(self.optimizer)
@@ -203,11 +217,24 @@ def _check_backend(trainer: Any) -> None:
 
 
 def _average_at_end() -> Any:
-    """A callback that puts x into the model when training ends."""
+    """A callback that has every step begin from y, and puts x into the model when training ends."""
     from transformers import TrainerCallback
 
     class AverageAtEnd(TrainerCallback):
+        _hook: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # A checkpoint may be saved between the backward pass and the step (enable_jit_checkpoint).
+            self._remove_hook()  # of a training that an exception has ended
+            if (optimizer := _unwrapped(kwargs["optimizer"])) is not None:
+                self._hook = optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.train())
+
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._remove_hook()
             kwargs["optimizer"].eval()
+
+        def _remove_hook(self) -> None:
+            if self._hook is not None:
+                self._hook.remove()
 
     return AverageAtEnd()

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from prodigyplus import ProdigyPlusScheduleFree, checkpoint
 from prodigyplus.checkpoint import WEIGHTS
@@ -99,6 +101,15 @@ class ScheduleFreeCallback(_pl.Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._take_back()
 
+    def _end_after_exception(self) -> None:
+        """Leave the model with x, if this rank can do so alone: others may not have met the exception."""
+        if any(optimizer._constraints for optimizer in self._optimizers):
+            return  # a projection of DTensors may communicate
+        try:
+            self._end()
+        except RuntimeError as error:  # a backward pass has begun a step, or a device has failed
+            _rank_zero_warn(f"ScheduleFreeCallback: the model is left with the training weights y: {error}")
+
     def _end(self) -> None:
         """Leave the model with x for good."""
         self._take_back()
@@ -114,9 +125,6 @@ class ScheduleFreeCallback(_pl.Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._lend()
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._take_back()
 
     def _lend(self) -> None:
         for optimizer in self._optimizers:
@@ -149,6 +157,20 @@ class ScheduleFreeCallback(_pl.Callback):
             with self._training_weights():
                 return optimizer_state(optimizer)
 
+        # Lightning calls the strategy's hooks after those of the module and of all callbacks.
+        on_exception, on_validation_end = strategy.on_exception, strategy.on_validation_end
+
+        def after_exception(exception: BaseException) -> None:
+            on_exception(exception)
+            self._end_after_exception()
+
+        def after_validation() -> None:
+            on_validation_end()
+            self._take_back()
+
+        strategy.on_exception, strategy.on_validation_end = after_exception, after_validation
+        for name in ("on_exception", "on_validation_end"):
+            self._unwrap.callback(strategy.__dict__.pop, name)
         strategy.lightning_module_state_dict = averaged_model_state
         strategy.optimizer_state = training_state
         self._unwrap.callback(strategy.__dict__.pop, "lightning_module_state_dict")
@@ -187,16 +209,22 @@ class ScheduleFreeCallback(_pl.Callback):
 # ------------------------------------------------------------------------------ weights in the state
 
 
+# Of each optimiser, the hooks of its last fit.
+_hooks: WeakKeyDictionary[Optimizer, tuple[RemovableHandle, ...]] = WeakKeyDictionary()
+
+
 def _keep_weights_in_state(optimizer: ProdigyPlusScheduleFree, trains: Callable[[Optimizer], bool]) -> None:
     """Save the weights in the state of the optimiser, and load them from it.
 
     There every strategy saves and loads them, in shards or in full.
 
     Args:
-        optimizer: Gets hooks that are never removed.
+        optimizer: Gets hooks, which stay until the next fit.
         trains: Returns whether to put loaded weights into the model. If not, they are dropped: a strategy may
             load the optimiser's state for testing too, where the model keeps its own weights.
     """
+    for handle in _hooks.pop(optimizer, ()):  # of an earlier fit, whose callback would drop the weights
+        handle.remove()
     loaded: list[tuple[Tensor, Tensor]] = []
 
     def add(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -226,9 +254,11 @@ def _keep_weights_in_state(optimizer: ProdigyPlusScheduleFree, trains: Callable[
                     placement.local(p).copy_(placement.load(p, weights, schedule_free.BASE, 1))
         loaded.clear()
 
-    optimizer.register_state_dict_post_hook(add)
-    optimizer.register_load_state_dict_pre_hook(take_out)
-    optimizer.register_load_state_dict_post_hook(put_in)
+    _hooks[optimizer] = (
+        optimizer.register_state_dict_post_hook(add),
+        optimizer.register_load_state_dict_pre_hook(take_out),
+        optimizer.register_load_state_dict_post_hook(put_in),
+    )
 
 
 def _without_sharing(

@@ -50,7 +50,9 @@ def trainer(args, *, plain=False, dropout=0.2, **changed):
     else:
         changed.setdefault("optimizer_options", options)
     data = {"train_dataset": Rows(16), "eval_dataset": Rows(**HELD_OUT)}
-    return (Trainer if plain else ProdigyPlusTrainer)(language_model(dropout), args, **{**data, **changed})
+    if "model" not in changed and "model_init" not in changed:
+        changed["model"] = language_model(dropout)
+    return (Trainer if plain else ProdigyPlusTrainer)(args=args, **{**data, **changed})
 
 
 def whole(model):
@@ -198,6 +200,37 @@ def test_processes_that_accelerate_does_not_join(monkeypatch):
 
 
 @processes(1)
+def test_a_checkpoint_between_the_backward_pass_and_the_step(tmp_path):
+    """As transformers saves one when it is told to end (``enable_jit_checkpoint``)."""
+    from transformers import TrainerCallback
+
+    class Saves(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            if state.global_step == 5:
+                its._save_checkpoint(model, trial=None)
+
+    its = trainer(arguments(tmp_path), dropout=0.0)
+    its.add_callback(Saves())
+    for steps in (8, 8):  # twice: its hook is there once
+        assert its.train().global_step == steps
+        assert its.optimizer.optimizer.holds_average
+        assert len(its.optimizer.optimizer._optimizer_step_pre_hooks) == 0
+    assert (tmp_path / "checkpoint-5").is_dir()
+
+
+def test_groups_of_ones_own_last(tmp_path):
+    """An optimiser that the Trainer makes again has the same groups; of a new model, they cannot be."""
+    its = trainer(arguments(tmp_path))
+    groups = [{"params": list(its.model.parameters()), "weight_decay": 0.3}]
+    mine = trainer(arguments(tmp_path), model=its.model, optimizer_options={"params": groups})
+    for _ in range(2):
+        mine.optimizer = None
+        mine.create_optimizer()
+        assert [group["weight_decay"] for group in mine.optimizer.param_groups] == [0.3]
+    with pytest.raises(ValueError, match="model_init makes a new model"):
+        trainer(arguments(tmp_path), model_init=lambda: its.model, optimizer_options={"params": groups})
+
+
 def test_an_optimiser_that_was_made_before(tmp_path):
     from prodigyplus import ProdigyPlusScheduleFree
 

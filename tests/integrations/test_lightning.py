@@ -502,15 +502,82 @@ def test_an_exception_in_validation(tmp_path):
     trainer = trainer_for("one", tmp_path, ScheduleFreeCallback(), FailsWhileValidating(), recorder)
     with pytest.raises(Interrupted):
         trainer.fit(module, Batches(), HELD_OUT)
-    assert equal(weights_of(trainer), recorder.y[9])
+    # The model is left with x, which callers evaluate and save; going on from there rounds y once.
+    assert equal(weights_of(trainer), recorder.x[9])
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     weights, (state,) = saved_in("one", tmp_path / "after.ckpt")
     assert equal(weights, recorder.x[9])
-    assert equal({"": state["state"][0][WEIGHTS]}, {"": recorder.y[9]["nets.0.0.weight"]})
+    assert equal({"": state["state"][0][WEIGHTS]}, {"": recorder.x[9]["nets.0.0.weight"]})
 
     # Whatever is done with the model next is done at x, and testing a checkpoint leaves its weights in place.
     trainer.test(module, HELD_OUT, ckpt_path=tmp_path / "after.ckpt", verbose=False)
     assert equal(weights_of(trainer), recorder.x[9])
+
+
+class Interrupts(pl.Callback):
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == 9:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("on_exception", [False, True])
+def test_ctrl_c(tmp_path, on_exception):
+    """In a notebook the model lives on. What Lightning saves on an exception still has y."""
+    module, recorder, again = Module(), Recorder(), Recorder()
+    saves = ModelCheckpoint(tmp_path, save_on_exception=True, save_last=True) if on_exception else Recorder()
+    trainer = trainer_for("one", tmp_path, ScheduleFreeCallback(), Interrupts(), recorder, saves)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(module, Batches(), HELD_OUT)
+    assert equal(weights_of(trainer), recorder.x[9])
+    if on_exception:
+        whole = Recorder()
+        fit_module(Module(), tmp_path / "whole", ScheduleFreeCallback(), whole)
+        fit_module(Module(), tmp_path, ScheduleFreeCallback(), again, ckpt_path=tmp_path / "last.ckpt")
+        assert equal(again.y[12], whole.y[12])
+
+
+class Keeps(Module):
+    """A module that has one optimiser for all its fits."""
+
+    def configure_optimizers(self):
+        if not hasattr(self, "kept"):
+            self.kept = super().configure_optimizers()
+        return self.kept
+
+
+def test_an_optimiser_that_is_fitted_twice(tmp_path):
+    """The hooks of its first fit do not take the weights of the second."""
+    path, module = tmp_path / "step=6.ckpt", Keeps()
+    first = Recorder()
+    files = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1)
+    fit_module(module, tmp_path, ScheduleFreeCallback(), files, first)
+    found = []
+    for again in (module, Keeps()):
+        recorder = Recorder()
+        fit_module(again, tmp_path / "again", ScheduleFreeCallback(), recorder, ckpt_path=path)
+        found.append(recorder)
+        assert equal(recorder.y[12], first.y[12])
+
+
+class SeesValidation(pl.Callback):
+    def __init__(self):
+        self.held = set()
+
+    def on_validation_epoch_end(self, trainer, module):
+        self.on_validation_end(trainer, module)
+
+    def on_validation_end(self, trainer, module):
+        if not trainer.sanity_checking:
+            self.held.add(trainer.optimizers[0].holds_average)
+
+    def on_train_epoch_end(self, trainer, module):
+        assert not trainer.optimizers[0].holds_average
+
+
+def test_validation_ends_at_x(tmp_path):
+    sees = SeesValidation()
+    fit_module(Module(), tmp_path, ScheduleFreeCallback(), sees)
+    assert sees.held == {True}
 
 
 def test_going_on_from_what_was_saved_after_the_fit(tmp_path):

@@ -220,6 +220,7 @@ def test_no_direction_is_written():
 # ------------------------------------------------------------------------ nothing is compiled again
 
 
+@pytest.mark.filterwarnings(r"ignore:betas\[0\]")
 def test_nothing_is_compiled_again():
     """No change between steps compiles anything again: numbers, members of stacks, storages, sizes."""
     problem, optimizer = pair(*SHAPES, compile=True, **LARGE)
