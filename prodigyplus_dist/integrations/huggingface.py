@@ -86,7 +86,8 @@ class ProdigyPlusMixin(_Base):
                 f"optimizers=({type(self.optimizer).__name__}, …): pass one of this package, without "
                 "optimizer_options, or none."
             )
-        if self.lr_scheduler is None and options.get("use_schedulefree", True):
+        groups = [options] if self.optimizer is None else self.optimizer.param_groups
+        if self.lr_scheduler is None and any(group.get("use_schedulefree", True) for group in groups):
             _check_schedule(self.args)
         _check_learning_rate(self.args)
         _check_backend(self)

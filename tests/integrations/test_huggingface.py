@@ -245,6 +245,12 @@ def test_an_optimiser_that_was_made_before(tmp_path):
     assert optimizer.holds_average
     assert optimizer.metrics()[0]["step"] == 2
 
+    linear, data = arguments(tmp_path, lr_scheduler_type="linear"), {"train_dataset": Rows(8)}
+    plain = ProdigyPlusScheduleFree(model.parameters(), use_schedulefree=False)
+    ProdigyPlusTrainer(model, linear, optimizers=(plain, None), **data)
+    with pytest.raises(ValueError, match="lr_scheduler_type"):
+        ProdigyPlusTrainer(model, linear, optimizers=(optimizer, None), **data)
+
 
 # -------------------------------------------------------------------------------- what is kept is the average
 
