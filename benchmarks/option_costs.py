@@ -358,6 +358,8 @@ DIFFERENT = """\
 - `split_groups_mean`: here True by default, and over groups with evidence only; 2.0.1 takes all groups.
 - Muon: 2.0.1 no longer has it. 1.9.0 runs the first Muon's polynomial for six iterations and divides by a
   running average of the rms; here a direction has an rms of 1, as Adam's has, and no memory.
+- `lr=0` in a group: here the group then adds nothing to the evidence. In 2.0.1 it does, and with
+  `split_groups=False` it holds the d of all groups down.
 - `fused_back_pass`: here a call of `step()` ends each step. 2.0.1 counts parameters, and miscounts if one is
   unused."""
 
