@@ -441,7 +441,7 @@ def between_backward_and_step():
     for _ in range(STEPS):
         loss_of(called, Walks().next().chunk(count)[number]).backward()
         on_both = complaint_of(optimizer)
-        messages += [on_both, complaint_of(optimizer, changed(vars(optimizer._cache), "step", None), 0)]
+        messages += [on_both, complaint_of(optimizer, changed(vars(optimizer._cache.steps), "current", None), 0)]
         optimizer.step()
         optimizer.check_replicas()
     return messages
