@@ -441,7 +441,8 @@ def between_backward_and_step():
     for _ in range(STEPS):
         loss_of(called, Walks().next().chunk(count)[number]).backward()
         on_both = complaint_of(optimizer)
-        messages += [on_both, complaint_of(optimizer, changed(vars(optimizer._cache.steps), "current", None), 0)]
+        no_step = changed(vars(optimizer._cache.steps), "current", None)
+        messages += [on_both, complaint_of(optimizer, no_step, 0)]
         optimizer.step()
         optimizer.check_replicas()
     return messages
