@@ -188,7 +188,7 @@ def checked_states(
         ValueError: A state does not fit its parameter.
     """
     found = {}
-    place = 0  # among the parameters of all groups
+    offset = 0  # the index of a group's first parameter
     for index, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
         have_state = [bool(saved.get(key)) for key in theirs["params"]]
         if theirs["k"] and not any(have_state) and any(p.requires_grad for p in ours["params"]):
@@ -209,8 +209,8 @@ def checked_states(
         for in_group, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
             if have_state[in_group]:
                 _check_state(saved[key], p, theirs, name_of(ours, index, in_group))
-                found[place] = dict(saved[key])
-            place += 1
+                found[offset + in_group] = dict(saved[key])
+        offset += len(ours["params"])
     return found
 
 

@@ -52,7 +52,7 @@ class Monitor:
         self._told: set[str] = set()
         self._highest_lr: dict[int, float] = {}  # of each group, while its lr is a plain number
         self._steps_below = 0
-        self._beta1: dict[int, float] = {}  # of each group
+        self._beta1: list[float] = []  # of each group, at the last step
         self._changes_of_beta1 = 0
         self._had_gradients = False
         self._versions: dict[Tensor, int] = {}  # of the weights, as the last step has left them
@@ -138,20 +138,19 @@ class Monitor:
             )
 
     def _compare_betas(self, groups: Groups) -> None:
-        for group in groups.steps:
-            now, index = group.options.betas[0], group.index
-            before = self._beta1.setdefault(index, now)
-            if now == before or not group.options.use_schedulefree:
-                continue
-            self._beta1[index] = now
-            self._changes_of_beta1 += 1
-            if self._changes_of_beta1 == _MOST_CHANGES_OF_BETA1:
-                self._tell(
-                    "betas",
-                    f"betas[0] of param_groups[{index}] has changed several times, now from {before:.3g} to "
-                    f"{now:.3g}. The averaged weights are computed from it, so that each change moves them. "
-                    "Hold it constant (OneCycleLR: cycle_momentum=False), or pass use_schedulefree=False.",
-                )
+        before, self._beta1 = self._beta1, [group.options.betas[0] for group in groups.steps]
+        # Groups are only added at the end.
+        pairs = zip(groups.steps, before, self._beta1, strict=False)
+        changed = [(g.index, old, new) for g, old, new in pairs if old != new and g.options.use_schedulefree]
+        self._changes_of_beta1 += bool(changed)
+        if changed and self._changes_of_beta1 == _MOST_CHANGES_OF_BETA1:
+            index, old, new = changed[0]
+            self._tell(
+                "betas",
+                f"betas[0] of param_groups[{index}] has changed several times, now from {old:.3g} to "
+                f"{new:.3g}. The averaged weights are computed from it, so that each change moves them. "
+                "Hold it constant (OneCycleLR: cycle_momentum=False), or pass use_schedulefree=False.",
+            )
 
     def _read(
         self, counts: list[list[int]], in_mean: list[float], d: list[float], d0: list[float | None]

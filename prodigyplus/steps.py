@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -116,12 +116,12 @@ class Steps:
     def _parameters(self, view: View) -> Parameters:
         return Parameters(view.groups, view.state, view.placement, self._made_for)
 
-    def know(self, view: View, loaded: Iterable[Tensor]) -> None:
+    def know(self, view: View, loaded: Collection[Tensor]) -> None:
         """Note that the states of these parameters, and of no others, fit them: they have been loaded."""
         self._made_for.clear()
-        parameters, known = self._parameters(view), {*loaded}
-        for location in locations(view.groups):
-            if location.p in known:
+        parameters = self._parameters(view)
+        for location in self._locations(view):
+            if location.p in loaded:
                 parameters.know(location.p, StateOptions.of(Options.of(view.groups[location.group])))
 
     @isolated

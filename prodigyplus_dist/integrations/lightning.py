@@ -142,10 +142,15 @@ class ScheduleFreeCallback(_pl.Callback):
         return {"weights": f"optimizer_states: {WEIGHTS}"}
 
     def _wrap(self, strategy: Any) -> None:
-        """Make a strategy return the model's state with x, and the optimisers' with y, at any moment."""
+        """Make a strategy return the model's state with x, and the optimisers' with y, at any moment.
+
+        And make it end the validation, or after an exception the fit, when all others have been called.
+        """
         # Not in on_save_checkpoint, which is not called if only weights are saved, and otherwise after the
         # strategy has gathered them.
         model_state, optimizer_state = strategy.lightning_module_state_dict, strategy.optimizer_state
+        # Lightning calls these after the hooks of the module and of all callbacks.
+        on_exception, on_validation_end = strategy.on_exception, strategy.on_validation_end
 
         def averaged_model_state() -> dict[str, Any]:
             with ExitStack() as stack:
@@ -157,9 +162,6 @@ class ScheduleFreeCallback(_pl.Callback):
             with self._training_weights():
                 return optimizer_state(optimizer)
 
-        # Lightning calls the strategy's hooks after those of the module and of all callbacks.
-        on_exception, on_validation_end = strategy.on_exception, strategy.on_validation_end
-
         def after_exception(exception: BaseException) -> None:
             on_exception(exception)
             self._end_after_exception()
@@ -168,13 +170,15 @@ class ScheduleFreeCallback(_pl.Callback):
             on_validation_end()
             self._take_back()
 
-        strategy.on_exception, strategy.on_validation_end = after_exception, after_validation
-        for name in ("on_exception", "on_validation_end"):
+        methods = {
+            "lightning_module_state_dict": averaged_model_state,
+            "optimizer_state": training_state,
+            "on_exception": after_exception,
+            "on_validation_end": after_validation,
+        }
+        for name, method in methods.items():
+            setattr(strategy, name, method)
             self._unwrap.callback(strategy.__dict__.pop, name)
-        strategy.lightning_module_state_dict = averaged_model_state
-        strategy.optimizer_state = training_state
-        self._unwrap.callback(strategy.__dict__.pop, "lightning_module_state_dict")
-        self._unwrap.callback(strategy.__dict__.pop, "optimizer_state")
 
     @contextmanager
     def _training_weights(self) -> Iterator[None]:

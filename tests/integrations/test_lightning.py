@@ -551,11 +551,9 @@ def test_an_optimiser_that_is_fitted_twice(tmp_path):
     first = Recorder()
     files = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1)
     fit_module(module, tmp_path, ScheduleFreeCallback(), files, first)
-    found = []
     for again in (module, Keeps()):
         recorder = Recorder()
         fit_module(again, tmp_path / "again", ScheduleFreeCallback(), recorder, ckpt_path=path)
-        found.append(recorder)
         assert equal(recorder.y[12], first.y[12])
 
 

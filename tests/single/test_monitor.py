@@ -125,6 +125,16 @@ def test_momentum_that_a_schedule_changes():
     assert len(caught) == 1
 
 
+def test_momentum_that_is_changed_once():
+    """A decision, even in many groups."""
+    problem = Fed(*((4, 4),) * 5)
+    optimizer = ProdigyPlusScheduleFree([{"params": [p]} for p in problem.parameters])
+    run(optimizer, problem, 5)
+    for group in optimizer.param_groups:
+        group["betas"] = (0.95, 0.99)
+    run(optimizer, problem, 20)
+
+
 def cycled(optimizer, problem):
     for step in range(20):
         optimizer.param_groups[0]["betas"] = (0.95 - 0.005 * step, 0.99)
