@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from prodigyplus import options
-from prodigyplus import state as states
+from prodigyplus import options, state_table
 from prodigyplus.engine.parameters import stored
 from prodigyplus.exchange import Exchange
 from prodigyplus.formulas import schedule_free
 from prodigyplus.options import Options
-from prodigyplus.placement import Placement, locations, name_of
+from prodigyplus.placement import Location, Placement, locations, name_of
 from prodigyplus.reporting import warn_caller
-from prodigyplus.state import StateOptions
+from prodigyplus.state_table import StateOptions
 from prodigyplus.terms import samples
 from prodigyplus.terms.group_numbers import NUMBERS, first_numbers
 from prodigyplus.terms.isolation import isolated
@@ -32,8 +31,8 @@ The Lightning integration adds this entry on saving, and removes it before the s
 """
 
 
-def new_entries(d0: float) -> dict[str, Any]:
-    """The entries of a group that has made no step, other than its parameters and options.
+def first_values(d0: float) -> dict[str, Any]:
+    """What a group that has made no step holds beside its parameters and options.
 
     ==================  ==========================================================================
     the numbers         of :func:`prodigyplus.terms.group_numbers.first_numbers`
@@ -47,11 +46,11 @@ def new_entries(d0: float) -> dict[str, Any]:
     return {**numbers, "calls": 0, "frozen": False, "train_mode": True, "average_beta1": None}
 
 
-ENTRIES = tuple(new_entries(1.0))
+KEYS = tuple(first_values(1.0))
 
 
-# Entries that state dicts of earlier versions lack, and the values that they get.
-_LATER_ENTRIES: dict[str, Callable[[Group], Any]] = {
+# The keys that groups saved by earlier versions lack, and the values that they get.
+_LATER_KEYS: dict[str, Callable[[Group], Any]] = {
     "in_mean": lambda group: 0.0,  # the group joins the mean at the next step, if it should
     "frozen": lambda group: Options.of(group).freezes(group["calls"]),
     "average_beta1": lambda group: None,
@@ -95,7 +94,7 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
                 f"optimiser's {len(ours['params'])}: build the optimiser with the parameters that it was "
                 "saved with."
             )
-        if missing := {"d0", *NUMBERS} - _LATER_ENTRIES.keys() - theirs.keys():
+        if missing := {"d0", *NUMBERS} - _LATER_KEYS.keys() - theirs.keys():
             why = (
                 "it is not of this optimiser."
                 if theirs["params"]
@@ -110,7 +109,7 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
         # Where gradients are consumed, and how steps are computed, belongs to the run, not to its state.
         group |= {key: ours[key] for key in ("fused_back_pass", "compile", "fused")}
         group |= options.plain(group)
-        group |= {name: value(group) for name, value in _LATER_ENTRIES.items() if name not in theirs}
+        group |= {name: value(group) for name, value in _LATER_KEYS.items() if name not in theirs}
         group |= _in_our_order(theirs, ours, index)
         groups.append(group)
     return groups
@@ -173,64 +172,77 @@ def _in_our_order(theirs: Group, ours: Group, index: int) -> dict[str, Any]:
     return {"params": [keys[name] for name in wanted], **names}
 
 
-def checked_states(
-    saved: Mapping[Any, Mapping[str, Tensor]], groups: Sequence[dict[str, Any]], own: Sequence[Group]
-) -> dict[int, dict[str, Tensor]]:
-    """The states of a state dict by their parameter's index, from 0; without parameters that have none.
+class _Saved(NamedTuple):
+    """A parameter of ours that a state dict has a state of."""
 
-    Args:
-        saved: The states, by their parameters' keys in ``groups``.
-        groups: The groups of the state dict (see :func:`checked_groups`). ``bfloat16_z`` is switched off in
-            groups whose states hold z itself, in bfloat16, as earlier versions saved it.
-        own: The groups of the optimiser to load it into.
+    location: Location
+    group: Group  # of the state dict
+    state: Mapping[str, Tensor]
+
+
+def _saved(
+    states: Mapping[Any, Mapping[str, Tensor]], groups: Sequence[Group], own: Sequence[Group]
+) -> Iterator[_Saved]:
+    """The parameters with a state among ``states``, which has them by their keys in ``groups``."""
+    for location in locations(own):
+        group = groups[location.group]
+        if state := states.get(group["params"][location.in_group]):
+            yield _Saved(location, group, state)
+
+
+def _check_has_state(
+    group: Group, states: Mapping[Any, Mapping[str, Tensor]], own: Group, index: int
+) -> None:
+    """Refuse a group that has made steps and has no states.
 
     Raises:
-        ValueError: A state does not fit its parameter.
+        ValueError: It is such a group.
     """
-    found = {}
-    offset = 0  # the index of a group's first parameter
-    for index, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
-        have_state = [bool(saved.get(key)) for key in theirs["params"]]
-        if theirs["k"] and not any(have_state) and any(p.requires_grad for p in ours["params"]):
-            raise ValueError(
-                f"param_groups[{index}] of the state dict has made {theirs['k']} steps, but none of its "
-                "parameters has state. torch's set_optimizer_state_dict loses it where parameters have "
-                "gradients: call optimizer.zero_grad() before."
-            )
-        if theirs["bfloat16_z"] and any(
-            schedule_free.BASE in saved.get(key, ()) and p.dtype == torch.float32
-            for key, p in zip(theirs["params"], ours["params"], strict=True)
-        ):
-            theirs["bfloat16_z"] = False
-            warn_caller(
-                f"param_groups[{index}] of the state dict has z, not its distance from the weights, which "
-                "bfloat16_z=True keeps: it goes on with z as it is, and bfloat16_z=False."
-            )
-        for in_group, (key, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
-            if have_state[in_group]:
-                _check_state(saved[key], p, theirs, name_of(ours, index, in_group))
-                found[offset + in_group] = dict(saved[key])
-        offset += len(ours["params"])
-    return found
-
-
-def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str) -> None:
-    o, shape = Options.of(group), tuple(p.shape)
-    expected = states.entries_of(states.Subject(p.dtype, p.dtype, p.device, shape, StateOptions.of(o)))
-    freed = states.EVIDENCE if o.is_frozen(group) else ()
-    if set(saved).symmetric_difference(expected) - set(freed):
+    trains = any(p.requires_grad for p in own["params"])
+    if group["k"] and trains and not any(states.get(key) for key in group["params"]):
         raise ValueError(
-            f"{name}: the state dict holds {sorted(saved)}, this optimiser needs {sorted(expected)}: it was "
+            f"param_groups[{index}] of the state dict has made {group['k']} steps, but none of its "
+            "parameters has state. torch's set_optimizer_state_dict loses it where parameters have "
+            "gradients: call optimizer.zero_grad() before."
+        )
+
+
+def _keep_base_(groups: Sequence[dict[str, Any]], saved: Iterable[_Saved]) -> None:
+    """Switch off ``bfloat16_z`` where states hold z itself, as earlier versions saved it."""
+    for location, group, state in saved:
+        if group["bfloat16_z"] and schedule_free.BASE in state and location.p.dtype == torch.float32:
+            groups[location.group]["bfloat16_z"] = False
+            warn_caller(
+                f"param_groups[{location.group}] of the state dict has z, not its distance from the weights, "
+                "which bfloat16_z=True keeps: it goes on with z as it is, and bfloat16_z=False."
+            )
+
+
+def _check_state(saved: _Saved, name: str) -> None:
+    """Refuse a state that its parameter could not have.
+
+    Raises:
+        ValueError: It is such a state.
+    """
+    p, state, o = saved.location.p, saved.state, Options.of(saved.group)
+    shape = tuple(p.shape)
+    expected = state_table.entries_of(
+        state_table.Subject(p.dtype, p.dtype, p.device, shape, StateOptions.of(o))
+    )
+    freed = state_table.EVIDENCE if o.is_frozen(saved.group) else ()
+    if set(state).symmetric_difference(expected) - set(freed):
+        raise ValueError(
+            f"{name}: the state dict holds {sorted(state)}, this optimiser needs {sorted(expected)}: it was "
             "saved by another optimiser, or with other options."
             + (
                 " The weights are in it as ScheduleFreeCallback (of the Lightning integration) saves them: "
                 "resume with that callback in the trainer."
-                if WEIGHTS in saved
+                if WEIGHTS in state
                 else ""
             )
         )
-    for key, value in saved.items():
-        needed = states.TABLE[key].saved_shape(shape, o.slice_p)
+    for key, value in state.items():
+        needed = state_table.TABLE[key].saved_shape(shape, o.slice_p)
         found = tuple(value.shape) if isinstance(value, Tensor) else None
         if found != needed:
             raise ValueError(
@@ -239,7 +251,7 @@ def _check_state(saved: Mapping[str, Tensor], p: Tensor, group: Group, name: str
                 + f", but a parameter of shape {shape} needs {needed}: load it into the model it was saved "
                 "with."
             )
-        if value.dtype not in states.DTYPES:
+        if value.dtype not in state_table.DTYPES:
             raise ValueError(
                 f"{name}: {key!r} of the state dict is {value.dtype}, which cannot hold it: load the state "
                 "dict in the dtypes it was saved in."
@@ -264,7 +276,7 @@ def _kept(
         if p in state and last[p] == location.ordinal:
             o, entries = Options.of(group), state[p]
             if entries and o.is_frozen(group):
-                freed = states.freed_state(placement.local(p), placement.layout(p), StateOptions.of(o))
+                freed = state_table.freed_state(placement.local(p), placement.layout(p), StateOptions.of(o))
                 entries = {**entries, **stored(placement, p, freed, o.slice_p)}
             yield _Kept(location.ordinal - 1, p, o.slice_p, entries)
 
@@ -288,7 +300,9 @@ def saved_states(
     asked: list[Asked] = []
     for _, p, every, entries in kept:
         layout = placement.layout(p)
-        rows = {key: samples.spread(entries[key], layout, every) for key in states.SAMPLED if key in entries}
+        rows = {
+            key: samples.spread(entries[key], layout, every) for key in state_table.SAMPLED if key in entries
+        }
         asked.append({key: layout.sum(value, layout.dims[-1:]) for key, value in rows.items()})
     # Clones: when torch copies a state for an asynchronous save, it does not copy 0-dim DTensors, and fails
     # on views; rows that the exchange has completed are views into one buffer.
@@ -302,19 +316,19 @@ def saved_states(
 
 
 @isolated
-def loaded_state(
-    p: Tensor, saved: Mapping[str, Tensor], group: Group, placement: Placement
-) -> dict[str, Tensor]:
+def loaded_state(saved: _Saved, placement: Placement) -> dict[str, Tensor]:
     """A parameter's state as the optimiser keeps it, from its saved form: undoes :func:`saved_states`."""
-    o = Options.of(group)
-    every, frozen = o.slice_p, o.is_frozen(group)
-    needed = {key: value for key, value in saved.items() if not (frozen and key in states.EVIDENCE)}
+    p, o = saved.location.p, Options.of(saved.group)
+    every, frozen = o.slice_p, o.is_frozen(saved.group)
+    needed = {
+        key: value for key, value in saved.state.items() if not (frozen and key in state_table.EVIDENCE)
+    }
     pieces = {key: placement.load(p, value, key, every) for key, value in needed.items()}
     if "p0" in pieces:  # earlier versions kept it in bfloat16
         pieces["p0"] = pieces["p0"].to(torch.promote_types(pieces["p0"].dtype, p.dtype))
     return {
         key: samples.collect(piece, placement.layout(p), every)
-        if key in states.SAMPLED
+        if key in state_table.SAMPLED
         else placement.store(p, piece, key, every)
         for key, piece in pieces.items()
     }
@@ -336,14 +350,13 @@ def taken_apart(
     Raises:
         ValueError: The state dict does not fit this optimiser.
     """
-    groups = checked_groups(state_dict, own, defaults)
-    saved = state_dict["state"]
-    states_by_index = checked_states(saved, groups, own)
-    group_of = [group for group in groups for _ in group["params"]]
-    loaded = {
-        location.p: loaded_state(location.p, states_by_index[index], group_of[index], placement)
-        for index, location in enumerate(locations(own))
-        if index in states_by_index
-    }
+    groups, states = checked_groups(state_dict, own, defaults), state_dict["state"]
+    for index, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
+        _check_has_state(theirs, states, ours, index)
+    saved = list(_saved(states, groups, own))
+    _keep_base_(groups, saved)
+    for one in saved:
+        _check_state(one, name_of(own[one.location.group], one.location.group, one.location.in_group))
     keys = {key for group in groups for key in group["params"]}
-    return groups, {key: value for key, value in saved.items() if key not in keys}, loaded
+    others = {key: value for key, value in states.items() if key not in keys}
+    return groups, others, {one.location.p: loaded_state(one, placement) for one in saved}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.engine.groups import Groups
-from prodigyplus.reporting import warn_caller
+from prodigyplus.reporting import Warner
 from prodigyplus.terms.isolation import is_captured
 from prodigyplus.torch_private import version_of
 from prodigyplus.view import View
@@ -43,13 +43,12 @@ _MOST_CHANGES = 3
 class Monitor:
     """Watches the steps of an optimiser, of which each call is passed a view, and warns."""
 
-    def __init__(self) -> None:
+    def __init__(self, warner: Warner) -> None:
+        self._warner = warner
         self._steps = 0
         self._sent: _Sent | None = None
-        self._moved_at: list[
-            tuple[int, int]
-        ] = []  # of each group, k and skipped when k was last seen to grow
-        self._told: set[str] = set()
+        # Of each group, k and skipped when k was last seen to grow.
+        self._moved_at: list[tuple[int, int]] = []
         self._highest_lr: dict[int, float] = {}  # of each group, while its lr is a plain number
         self._steps_below = 0
         self._beta1: list[float] = []  # of each group, at the last step
@@ -81,12 +80,12 @@ class Monitor:
         if not self._had_gradients:
             self._had_gradients = in_backward or not view.lacks_gradients()
             if not self._had_gradients and self._steps == _STEPS_TO_A_GRADIENT:
-                self._tell(
-                    "gradients",
+                self._warner.warn(
                     f"none of the optimiser's parameters has had a gradient in {self._steps} steps, so "
                     "nothing is trained. Give it the parameters of the model that is trained, after wrapping "
                     "the model: fully_shard and parallelize_module replace parameters by new ones. And call "
                     "backward() before step(), zero_grad() before backward().",
+                    what="gradients",
                 )
         self._compare_rates(groups)
         self._compare_betas(groups)
@@ -99,23 +98,18 @@ class Monitor:
         """Forget the versions of weights, since the optimiser itself changes weights between two steps."""
         self._versions = {}
 
-    def _tell(self, what: str, message: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            warn_caller(message)
-
     def _compare_versions(self, view: View) -> None:
         versions, self._versions = self._versions, {}
         changed = [p for p, weight in view.own_weights() if versions.get(p, now := version_of(weight)) != now]
         self._changes += bool(changed)
         if changed and self._changes == _MOST_CHANGES:
-            self._tell(
-                "weights",
+            self._warner.warn(
                 f"{view.name_of(changed[0])} was changed between two steps, and not by the optimiser "
                 f"({len(changed)} of its parameters were); this has happened several times. Changes by "
                 "clamp_(), max_norm or renormalisation do not reach the average that is evaluated, and are "
                 "mistaken for progress: call optimizer.constrain(parameters, projection) once instead. See "
                 "docs/constraints.md.",
+                what="weights",
             )
 
     def _compare_rates(self, groups: Groups) -> None:
@@ -128,13 +122,13 @@ class Monitor:
         self._steps_below = 0 if fallen is None else self._steps_below + 1
         if fallen is not None and self._steps_below == _MOST_STEPS_BELOW:
             index, highest, lr = fallen
-            self._tell(
-                "schedule",
+            self._warner.warn(
                 f"lr of param_groups[{index}] has fallen from {highest:.3g} to {lr:.3g}. Schedule-Free's "
                 "average does what a schedule that decays is for; with both, the weights stop moving too "
                 "early. Hold lr constant, after a warm-up if you like (a Hugging Face Trainer: "
                 'lr_scheduler_type="constant"), and leave out ReduceLROnPlateau; or keep the schedule with '
                 "use_schedulefree=False.",
+                what="schedule",
             )
 
     def _compare_betas(self, groups: Groups) -> None:
@@ -145,11 +139,11 @@ class Monitor:
         self._changes_of_beta1 += bool(changed)
         if changed and self._changes_of_beta1 == _MOST_CHANGES_OF_BETA1:
             index, old, new = changed[0]
-            self._tell(
-                "betas",
+            self._warner.warn(
                 f"betas[0] of param_groups[{index}] has changed several times, now from {old:.3g} to "
                 f"{new:.3g}. The averaged weights are computed from it, so that each change moves them. "
                 "Hold it constant (OneCycleLR: cycle_momentum=False), or pass use_schedulefree=False.",
+                what="betas",
             )
 
     def _read(
@@ -164,22 +158,22 @@ class Monitor:
             if k != known_k:
                 self._moved_at[index] = k, skipped
             elif skipped - known_skipped >= _MOST_SKIPPED:
-                self._tell(
-                    "skipped",
+                self._warner.warn(
                     f"the last {_MOST_SKIPPED} steps or more were all skipped: each met an inf or NaN in a "
                     "gradient, and nothing is trained. Look for the layer that makes it "
                     "(torch.autograd.detect_anomaly), lower the scale of the loss, or go on from an earlier "
                     "checkpoint.",
+                    what="skipped",
                 )
         sizes = {index: d for index, d in enumerate(in_mean) if not math.isnan(d)}
         if sizes and max(sizes.values()) > _FURTHEST_APART * min(sizes.values()):
             low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
-            self._tell(
-                "groups",
+            self._warner.warn(
                 f"the step sizes of parameter groups are far apart: d is {sizes[low]:.1e} in "
                 f"param_groups[{low}] and {sizes[high]:.1e} in param_groups[{high}], but both move by the "
                 "harmonic mean of all. If they are parts of one network, pass split_groups=False; if not, "
                 "split_groups_mean=False lets each move by its own.",
+                what="groups",
             )
 
     def _look_for_growth(self, steps: list[int], d: list[float], d0: list[float | None]) -> None:
@@ -188,12 +182,12 @@ class Monitor:
             (k, now < 2 * first) for k, now, first in zip(steps, d, d0, strict=True) if first is not None
         ]
         if should and all(k >= _STEPS_TO_GROW and stays for k, stays in should):
-            self._tell(
-                "d0",
+            self._warner.warn(
                 f"after {should[0][0]} steps the step size is still d0: the model has hardly moved. "
                 "lr may be far below 1 (leave it at 1), gradients as small as eps (pass eps=None), d0 too "
                 "small to change bfloat16 weights (pass d0=1e-5 or 1e-4), or gradients mostly noise (use a "
                 "larger batch).",
+                what="d0",
             )
 
 

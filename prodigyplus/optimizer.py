@@ -26,7 +26,7 @@ from prodigyplus.exchange import Exchange, OneProcess
 from prodigyplus.monitor import Monitor
 from prodigyplus.options import Options
 from prodigyplus.placement import Placement, WholeTensors, name_of
-from prodigyplus.reporting import is_called_from, warn_caller
+from prodigyplus.reporting import Warner, is_called_from
 from prodigyplus.steps import Steps
 from prodigyplus.terms.isolation import isolated, isolated_from_compiler
 from prodigyplus.view import View
@@ -42,9 +42,9 @@ class _Cache:
 
     def __init__(self) -> None:
         self.steps = Steps()
-        self.monitor = Monitor()
+        self.warner = Warner()
+        self.monitor = Monitor(self.warner)
         self.average = AverageSwap()
-        self.warned: set[str] = set()
         self.fuses_backward = False  # whether fuse_backward() has been called
 
 
@@ -187,7 +187,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         given = {name: value for name, value in locals().items() if name in options.NAMES}
         self._set_up(WholeTensors(), OneProcess(), ParameterHooks())
         # Every key of a group is a default, so that a fresh and a loaded optimiser have the same.
-        super().__init__(params, {**options.plain(given), **checkpoint.new_entries(1.0)})
+        super().__init__(params, {**options.plain(given), **checkpoint.first_values(1.0)})
 
     def _set_up(
         self, placement: Placement, exchange: Exchange, hooks: Hooks, *, shares_d: bool = False
@@ -237,16 +237,16 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._check_no_step_is_under_way()
         if not isinstance(param_group, dict):
             raise TypeError(f'add_param_group: {param_group!r} is not a dict of "params" and options.')
-        options.check_group_keys(param_group, checkpoint.ENTRIES)
+        options.check_group_keys(param_group, checkpoint.KEYS)
         values = options.plain({**self.defaults, **param_group})
         # A new dict, since another optimiser may have been built from the same one. What that has left in it
         # is replaced. The mode of the group is that of the others.
         given = {name: values[name] for name in options.NAMES if name in param_group}
-        new = checkpoint.new_entries(values["d0"]) | {"train_mode": not self._view.is_evaluating}
+        new = checkpoint.first_values(values["d0"]) | {"train_mode": not self._view.is_evaluating}
         super().add_param_group({**param_group, **given, **new})
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         for note in (*options.resolve_exclusions_(group), *options.doubts(group)):
-            self._warn_once(note)
+            self._cache.warner.warn(note)
         try:
             for number, p in enumerate(group["params"]):
                 if p.requires_grad or p.grad is not None:  # what is frozen may be anything
@@ -310,8 +310,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._cache.monitor.begin(self._view)
         step = self._cache.steps.begin(self._view, self._exchange, in_backward=in_backward)
         for group in step.groups.steps:
-            if group.entry["frozen"] and not group.options.freezes(group.entry["calls"]):
-                self._warn_once(
+            if group.param_group["frozen"] and not group.options.freezes(group.param_group["calls"]):
+                self._cache.warner.warn(
                     "prodigy_steps was raised, or set to 0, after it had passed: the step size stays "
                     "frozen, since the statistics that it is estimated from have been freed."
                 )
@@ -320,11 +320,6 @@ class ProdigyPlusScheduleFree(Optimizer):
     @property
     def _view(self) -> View:
         return View(self.param_groups, self.state, self._placement, self._constraints)
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._cache.warned:
-            self._cache.warned.add(message)
-            warn_caller(message)
 
     def _check_no_step_is_under_way(self) -> None:
         if self._cache.steps.current is not None:
@@ -474,7 +469,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """After a step, project the constrained parameters onto their sets."""
         if not self._constraints:
             return
-        group_of = {p: group for group in step.groups.steps for p in group.entry["params"]}
+        group_of = {p: group for group in step.groups.steps for p in group.param_group["params"]}
         for constraint, p in self._constraints:
             if p in group_of and self.state.get(p):
                 weight = self._placement.local(p)

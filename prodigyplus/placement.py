@@ -39,7 +39,7 @@ class Placement(Protocol):
         Args:
             p: The parameter.
             local: The local piece of the entry; samples as rows.
-            key: The entry's name in :data:`prodigyplus.state.TABLE`.
+            key: The entry's name in :data:`prodigyplus.state_table.TABLE`.
             every: The distance between samples.
         """
         ...
@@ -175,20 +175,21 @@ class Location(NamedTuple):
 
 def locations(groups: Sequence[Mapping[str, Any]]) -> list[Location]:
     """The parameters of ``param_groups`` in their order; one that was given twice is there twice."""
-    pairs = [
-        (p, group, index) for group, entry in enumerate(groups) for index, p in enumerate(entry["params"])
-    ]
-    return [Location(*pair, ordinal) for ordinal, pair in enumerate(pairs, 1)]
+    places = (
+        (p, index, place) for index, group in enumerate(groups) for place, p in enumerate(group["params"])
+    )
+    return [Location(*place, ordinal) for ordinal, place in enumerate(places, 1)]
 
 
-def name_of(entry: Mapping[str, Any], group: int, in_group: int) -> str:
+def name_of(group: Mapping[str, Any], index: int, in_group: int) -> str:
     """What to call a parameter in a message: its own name if it has one, or its place.
 
     Args:
-        entry: An entry of ``param_groups``.
-        group, in_group: See :class:`Location`.
+        group: Its group.
+        index: The index of the group.
+        in_group: The index of the parameter in the group.
     """
-    names = entry.get("param_names", ())
+    names = group.get("param_names", ())
     if in_group < len(names):  # a parameter that was appended to the group has no name
         return f"parameter {names[in_group]!r}"
-    return f"parameter {in_group} of param_groups[{group}]"
+    return f"parameter {in_group} of param_groups[{index}]"

@@ -33,15 +33,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus import checkpoint, options
-from prodigyplus import state as states
+from prodigyplus import checkpoint, options, state_table
 from prodigyplus.checkpoint import Group
 from prodigyplus.engine.param_step import compute_dtype
 from prodigyplus.formulas import moments, prodigy
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus.options import Options
 from prodigyplus.placement import name_of
-from prodigyplus.state import StateOptions
+from prodigyplus.state_table import StateOptions
 from prodigyplus.terms import samples
 from prodigyplus.terms.group_numbers import first_numbers
 from prodigyplus.terms.layout import Layout, wide_dtype
@@ -432,7 +431,7 @@ def _state(
     saved: Mapping[str, Any], p: Tensor, o: Options, scales: _Scales, name: str, tally: _Tally
 ) -> dict[str, Tensor]:
     """Convert a parameter's state to the form in which we save it; it may share tensors with ``saved``."""
-    converted = {*_MOMENTS, *_DROPPED, *states.SAMPLED, *_SPEED}
+    converted = {*_MOMENTS, *_DROPPED, *state_table.SAMPLED, *_SPEED}
     state = {key: value for key, value in saved.items() if key not in converted}
     base = state.get("z", state.get("exp_avg"))
     if base is None or base.shape != p.shape:
@@ -456,7 +455,7 @@ def _second_moment(
     layout = Layout(tuple(base.shape))
     if saved.get("muon") and not o.use_muon_pp:
         tally.add(Outcome.ANEW, "second moment", note="Muon had none")
-        fresh = states.new_state(base, base, layout, StateOptions.of(o))
+        fresh = state_table.new_state(base, base, layout, StateOptions.of(o))
         return {key: value for key, value in fresh.items() if key.startswith("exp_avg_sq")}
     found = {key: saved[key] for key in _MOMENTS if key in saved}
     if isinstance(found.get("exp_avg_sq"), (list, tuple)):  # row and column factors, and their dimensions

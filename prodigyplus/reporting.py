@@ -16,6 +16,25 @@ def warn_caller(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+class Warner:
+    """Warns of each thing once."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def warn(self, message: str, what: str | None = None) -> None:
+        """Warn, unless it has warned of the same already.
+
+        Args:
+            message: The warning.
+            what: What it is of, if messages of the same may differ. None: the message itself.
+        """
+        key = what or message
+        if key not in self._told:
+            self._told.add(key)
+            warn_caller(message)
+
+
 def is_called_from(module: str) -> bool:
     """Whether a function of the module of this name is on the call stack."""
     frame = sys._getframe(1)

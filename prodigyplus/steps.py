@@ -17,7 +17,7 @@ from prodigyplus.engine.step import Step
 from prodigyplus.exchange import Exchange
 from prodigyplus.options import Options
 from prodigyplus.placement import Location, locations
-from prodigyplus.state import StateOptions, restart_
+from prodigyplus.state_table import StateOptions, restart_
 from prodigyplus.terms.isolation import is_captured, isolated
 from prodigyplus.terms.scalars import Constants
 from prodigyplus.view import View
@@ -48,8 +48,8 @@ class Steps:
             self.constants.keep_for_graph()
         step = Step(view.groups, columns, exchange, self.constants, in_backward=in_backward)
         for group in step.groups.steps:
-            if group.entry["calls"] == 0:  # state, if there is any, may be older than the weights
-                for p in filter(view.state.get, group.entry["params"]):
+            if group.param_group["calls"] == 0:  # state, if there is any, may be older than the weights
+                for p in filter(view.state.get, group.param_group["params"]):
                     weight, state = view.placement.local(p), view.placement.local_state(view.state[p])
                     restart_(state, weight, view.placement.layout(p), group.options.slice_p)
         return step

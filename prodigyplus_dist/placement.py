@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from prodigyplus.placement import Location, WholeTensors
-from prodigyplus.state import TABLE
+from prodigyplus.state_table import TABLE
 from prodigyplus_dist.layout import MeshLayout, layout_of, placements_of
 from prodigyplus_dist.torch_private import local_tensors, reshard_modules_of
 

@@ -159,7 +159,7 @@ def _entries(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGroup | N
     for ranks in sharing:
         yield _Entry("param_groups", ranks, f"{len(groups)} of them", is_structure=True)
         for index, group in enumerate(groups):
-            for name in (*options.NAMES, *checkpoint.ENTRIES):
+            for name in (*options.NAMES, *checkpoint.KEYS):
                 value = group[name] if isinstance(group[name], Tensor) else repr(group[name])
                 yield _Entry(f"{name!r} of param_groups[{index}]", ranks, value)
 

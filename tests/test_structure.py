@@ -65,7 +65,7 @@ WINGS = (
     ("view",),
     ("constraints", "muon_groups"),
     ("engine",),
-    ("state", "device", "exchange", "placement"),
+    ("state_table", "device", "exchange", "placement"),
     ("formulas",),
     ("terms", "options"),
     ("reporting", "run_log", "torch_private"),

@@ -1,7 +1,7 @@
 """The tables that the kernels read, written once: what a row is, and the names of its columns, in order.
 
 Rows are made by these names, and the kernels take the indices of columns from them. Entries of a parameter's
-state have the names that they have in :data:`prodigyplus.state.TABLE`.
+state have the names that they have in :data:`prodigyplus.state_table.TABLE`.
 
 Each module of kernels has the indices that it needs as constants of its own. Triton's cache on disk tells
 such constants apart, but not attributes of other modules: a kernel made for an older table could be loaded.

@@ -22,7 +22,7 @@ from prodigyplus.engine.kind import ADMITTED_BY_ALL, Kind
 from prodigyplus.engine.param_step import ParamStep, matrices, orthogonalized_in
 from prodigyplus.formulas import moments, muon, prodigy, schedule_free
 from prodigyplus.options import Options
-from prodigyplus.state import TABLE, StateOptions, Subject
+from prodigyplus.state_table import TABLE, StateOptions, Subject
 from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Answers, Matrices, Requests, Sum
 from prodigyplus.terms.scalars import Constants, Scalars

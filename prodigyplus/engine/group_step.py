@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.options import Options
-from prodigyplus.state import StateOptions
+from prodigyplus.state_table import StateOptions
 from prodigyplus.terms.scalars import Constants, Packed, Scalars
 
 
@@ -19,7 +19,7 @@ class GroupStep:
 
     Args:
         index: Its index in ``param_groups``.
-        entry: Its entry there; the numbers are views of the columns.
+        param_group: The group itself; its numbers are views of the columns.
 
     Attributes:
         skips_per_param: Whether each parameter is skipped individually, instead of all together.
@@ -27,12 +27,12 @@ class GroupStep:
         batch_keys: A cache of its parameters' batch keys, by what they depend on; see ``engine/batches.py``.
     """
 
-    def __init__(self, index: int, entry: dict[str, Any]) -> None:
+    def __init__(self, index: int, param_group: dict[str, Any]) -> None:
         self.index = index
-        self.entry = entry
-        self.options = Options.of(entry)
+        self.param_group = param_group
+        self.options = Options.of(param_group)
         self.skips_per_param = False
-        self.adapts = not self.options.is_frozen(entry)
+        self.adapts = not self.options.is_frozen(param_group)
         self.batch_keys: dict[Hashable, Hashable | None] = {}
         self._numbers: tuple[Packed, ...]
         self._observed: list[tuple[list[int], Tensor, Tensor]] = []
@@ -75,7 +75,7 @@ class GroupStep:
 
     def totals(self, constants: Constants) -> Tensor:
         """The sums of this step over the group: products and norms, not weighted yet; shape (2,)."""
-        d: Tensor = self.entry["d"]
+        d: Tensor = self.param_group["d"]
         if not self._observed:
             return d.new_zeros(2)
         ordinals, *pairs = zip(*self._observed, strict=True)

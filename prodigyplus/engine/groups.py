@@ -56,13 +56,15 @@ class Groups:
     """All parameter groups during one step.
 
     Args:
-        entries: ``param_groups``.
+        param_groups: Those of the optimiser.
         columns: Their numbers.
         constants: The optimiser's.
     """
 
-    def __init__(self, entries: Sequence[dict[str, Any]], columns: Columns, constants: Constants) -> None:
-        self.steps = [GroupStep(index, entry) for index, entry in enumerate(entries)]
+    def __init__(
+        self, param_groups: Sequence[dict[str, Any]], columns: Columns, constants: Constants
+    ) -> None:
+        self.steps = [GroupStep(index, group) for index, group in enumerate(param_groups)]
         self.columns = columns
         self.constants = constants
         self._kernels = self._group_numbers() if self._has_kernels else None

@@ -20,7 +20,7 @@ class ParamStep(NamedTuple):
 
     weight: Tensor  # y, changed in place
     grad: Tensor  # of the same shape; zeros if there is none here, but may be on other ranks
-    state: dict[str, Tensor]  # see prodigyplus/state.py; changed in place
+    state: dict[str, Tensor]  # see prodigyplus/state_table.py; changed in place
     layout: Layout
     group: GroupStep
     ordinal: int  # see Location

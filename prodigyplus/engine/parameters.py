@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prodigyplus import state as states
+from prodigyplus import state_table
 from prodigyplus.engine.batches import obstacle
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.engine.param_step import ParamStep, compute_dtype
 from prodigyplus.options import Options
 from prodigyplus.placement import Location, Placement, name_of
-from prodigyplus.state import DTYPES, StateOptions
+from prodigyplus.state_table import DTYPES, StateOptions
 from prodigyplus.terms.layout import Layout
 
 
@@ -101,14 +101,14 @@ class Parameters:
                 self._check_state(location, weight, gradient, made_for, group)
             self._made_for[p] = made_for
         if not group.adapts:
-            for key in states.EVIDENCE:
+            for key in state_table.EVIDENCE:
                 state.pop(key, None)
         local_state = self._placement.local_state(state)
         return ParamStep(weight, gradient, local_state, layout, group, location.ordinal, present)
 
     def new_state(self, p: Tensor, grad: Tensor, options: StateOptions) -> dict[str, Tensor]:
         """The state of a parameter before its first step, as it is kept; samples are plain tensors."""
-        local = states.new_state(self._placement.local(p), grad, self._placement.layout(p), options)
+        local = state_table.new_state(self._placement.local(p), grad, self._placement.layout(p), options)
         return stored(self._placement, p, local, options.slice_p)
 
     def know(self, p: Tensor, options: StateOptions) -> None:
@@ -132,7 +132,7 @@ class Parameters:
         if before is not None:
             for name, old, new in zip(StateOptions._fields, before.options, now.options, strict=True):
                 if old != new:
-                    value, index = group.entry[name], location.group
+                    value, index = group.param_group[name], location.group
                     raise RuntimeError(
                         f"{name}={value!r} in param_groups[{index}], whose state was made under another "
                         "value: build another optimiser to change it."
@@ -140,8 +140,8 @@ class Parameters:
         state = self._placement.local_state(self._state[location.p])
         needed = {
             key: shape
-            for key, shape in states.expected_shapes(weight, grad, now.layout, now.options).items()
-            if key in state or group.adapts or key not in states.EVIDENCE
+            for key, shape in state_table.expected_shapes(weight, grad, now.layout, now.options).items()
+            if key in state or group.adapts or key not in state_table.EVIDENCE
         }
         found = {key: tuple(value.shape) for key, value in state.items()}
         if found != needed:
@@ -167,7 +167,7 @@ def _fits(grad: torch.dtype, arithmetic: torch.dtype) -> bool:
 def stored(placement: Placement, p: Tensor, local: dict[str, Tensor], every: int) -> dict[str, Tensor]:
     """Entries of a state as they are kept, from their local pieces: samples stay as they are."""
     return {
-        key: value if key in states.SAMPLED else placement.store(p, value, key, every)
+        key: value if key in state_table.SAMPLED else placement.store(p, value, key, every)
         for key, value in local.items()
     }
 

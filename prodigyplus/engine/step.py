@@ -97,8 +97,8 @@ class Step:
         self.groups.end(totals, learns)
         for group in self.groups.steps:
             if not group.options.lr_is_zero:
-                group.entry["calls"] += 1
-                group.entry["frozen"] = not group.adapts
+                group.param_group["calls"] += 1
+                group.param_group["frozen"] = not group.adapts
 
     def _move(self, params: Sequence[ParamStep]) -> None:
         stacks = driver.stacked(params, self._exchange.bucket_bytes)

@@ -8,7 +8,7 @@ import torch
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.formulas.prodigy import AVERAGES
-from prodigyplus.state import SAMPLED
+from prodigyplus.state_table import SAMPLED
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests import option_table as table
 from tests.dist.meshes import MESHES, Placed, for_muon, whole

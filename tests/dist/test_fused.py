@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.state import SAMPLED
+from prodigyplus.state_table import SAMPLED
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import pieces_of, whole
 from tests.dist.sharding import ranks, wrap

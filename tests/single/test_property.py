@@ -19,7 +19,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree, options
-from prodigyplus.state import EVIDENCE, TABLE
+from prodigyplus.state_table import EVIDENCE, TABLE
 from prodigyplus.terms.group_numbers import NUMBERS
 from tests import option_table as table
 from tests.single.problems import Fed
