@@ -226,9 +226,10 @@ def _check_state(saved: _Saved, name: str) -> None:
     """
     p, state, o = saved.location.p, saved.state, Options.of(saved.group)
     shape = tuple(p.shape)
-    expected = state_table.entries_of(
-        state_table.Subject(p.dtype, p.dtype, p.device, shape, StateOptions.of(o))
-    )
+    # A model that is converted to bfloat16 while it is trained keeps z as the offset that it was.
+    weight_dtype = torch.float32 if o.bfloat16_z and schedule_free.OFFSET in state else p.dtype
+    subject = state_table.Subject(weight_dtype, p.dtype, p.device, shape, StateOptions.of(o))
+    expected = state_table.entries_of(subject)
     freed = state_table.EVIDENCE if o.is_frozen(saved.group) else ()
     if set(state).symmetric_difference(expected) - set(freed):
         raise ValueError(

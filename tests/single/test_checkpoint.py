@@ -126,6 +126,22 @@ def test_a_model_of_another_dtype_goes_on(before, after):
     run(optimizer_other, other, 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"bfloat16_z": True}], ids=table.text_of)
+def test_a_model_that_was_converted_while_it_was_trained_is_saved_and_loaded(options):
+    problem, optimizer = pair((40, 12), (9,), **options)
+    run(optimizer, problem, 10)
+    for p in problem.parameters:
+        p.data = p.data.bfloat16()
+        p.grad = None
+    run(optimizer, problem, 5)
+    other, other_optimizer = resumed(problem, optimizer, **options)
+    assert other.parameters[0].dtype == torch.bfloat16
+    for p, o in ((problem, optimizer), (other, other_optimizer)):
+        run(o, p, 5)
+        o.eval()
+    assert_same(snapshot(other_optimizer), snapshot(optimizer))
+
+
 def test_lists_where_tuples_were():
     problem, optimizer = pair((40, 12))
     run(optimizer, problem, 2)
