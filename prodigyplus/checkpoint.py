@@ -22,12 +22,12 @@ from prodigyplus.terms.isolation import isolated
 from prodigyplus.terms.requests import Asked
 
 Group = Mapping[str, Any]
-"""An entry of ``param_groups``."""
+"""One of ``param_groups``."""
 
 WEIGHTS = "weights"
 """The key, in a parameter's saved state, of the weights that the state belongs to: y in train mode.
 
-The Lightning integration adds this entry on saving, and removes it before the state is loaded.
+The Lightning integration adds it on saving, and removes it before the state is loaded.
 """
 
 

@@ -1,10 +1,10 @@
 """Check that ranks agree where they have to: on copies of tensors bit for bit, on numbers and on options.
 
-An entry is a value that must be equal on n ranks, each of which hashes it to 64 bits. The first rank adds its
+An item is a value that must be equal on n ranks, each of which hashes it to 64 bits. The first rank adds its
 hash n − 1 times, each other rank subtracts its own once: the sum over all ranks is zero if the hashes are
-equal, and otherwise almost never. So is a sum over many entries, each multiplied by a factor of its own. One
+equal, and otherwise almost never. So is a sum over many items, each multiplied by a factor of its own. One
 all-reduce over the whole job therefore compares everything, whatever the meshes are; ranks with different
-entries cannot hang in it; and every rank gets the answer. Only if entries differ do ranks gather which, and
+items cannot hang in it; and every rank gets the answer. Only if items differ do ranks gather which, and
 how.
 """
 
@@ -31,8 +31,8 @@ from prodigyplus_dist.layout import shard_dim
 Ranks = tuple[int, ...]
 """Global ranks, ascending."""
 
-# The number of bins that entries are summed in: few nonzero bins leave few entries to report. The first is
-# for structure (which entries there are): where ranks differ in that, nothing else can be compared.
+# The number of bins that items are summed in: few nonzero bins leave few items to report. The first is
+# for structure (which items there are): where ranks differ in that, nothing else can be compared.
 _BINS = 1024
 _STRUCTURE = 0
 
@@ -50,7 +50,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1))
 
 
-class _Entry(NamedTuple):
+class _Item(NamedTuple):
     """A value that has to be equal on some ranks, this one among them."""
 
     label: str
@@ -64,7 +64,7 @@ class _Entry(NamedTuple):
 
     @property
     def factor(self) -> int:
-        """An odd factor for the hash, so that differences in two entries do not cancel."""
+        """An odd factor for the hash, so that differences in two items do not cancel."""
         # A tuple of integers has the same hash in every process; a string does not.
         return _hash(f"{self.label}\n{hash(self.ranks)}") | 1
 
@@ -108,15 +108,15 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
     if not dist.is_initialized():
         optimizer._check_no_step_is_under_way()
         return
-    problem, entries = "", []
+    problem, items = "", []
     try:
         optimizer._check_no_step_is_under_way()
-        entries = [entry for entry in _entries(optimizer, replicas) if len(entry.ranks) > 1]
+        items = [item for item in _items(optimizer, replicas) if len(item.ranks) > 1]
     except Exception as error:  # the other ranks, which wait in the all-reduce, must learn of it
         problem = str(error) or type(error).__name__
-    hashes = _hashes(entries)
+    hashes = _hashes(items)
     # On the device that the default group uses, which is the same also on ranks without parameters.
-    sums = _sums(entries, hashes).to(torch_private.object_device())
+    sums = _sums(items, hashes).to(torch_private.object_device())
     sums[_STRUCTURE] += bool(problem)
     dist.all_reduce(sums)
     differing = [bin_ for bin_, total in enumerate(sums.tolist()) if total]
@@ -126,9 +126,9 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
     if differing[0] == _STRUCTURE:
         differing = [_STRUCTURE]
     found = [
-        (entry.label, entry.ranks, entry.text(bits))
-        for entry, bits in zip(entries, hashes.tolist(), strict=True)
-        if entry.bin in differing[:_LISTED]
+        (item.label, item.ranks, item.text(bits))
+        for item, bits in zip(items, hashes.tolist(), strict=True)
+        if item.bin in differing[:_LISTED]
     ]
     by_rank = [(problem, found)] * dist.get_world_size()
     dist.all_gather_object(by_rank, (problem, found))
@@ -139,7 +139,7 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
     raise RuntimeError("\n  ".join(["ranks that have to agree do not:", *lines]))
 
 
-def _entries(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGroup | None) -> Iterator[_Entry]:
+def _items(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGroup | None) -> Iterator[_Item]:
     exchange, groups = optimizer._exchange, optimizer.param_groups
     stages = exchange._process_group if isinstance(exchange, MeshExchange) else None
     replicas = replicas or getattr(exchange, "replicas", None)
@@ -150,18 +150,18 @@ def _entries(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGroup | N
             holders = _holders(p, replicas, stages)
             sharing |= holders
             for ranks in holders:
-                yield _Entry(name, ranks, _description(p, state), is_structure=True)
-                yield _Entry(f"the weights of {name}", _copies(p, ranks), optimizer._placement.local(p))
+                yield _Item(name, ranks, _description(p, state), is_structure=True)
+                yield _Item(f"the weights of {name}", _copies(p, ranks), optimizer._placement.local(p))
                 for key, value in state.items():
                     # Prodigy's samples are plain tensors, but sharded as their parameter is.
                     copies = _copies(value if isinstance(value, DTensor) else p, ranks)
-                    yield _Entry(f"state {key!r} of {name}", copies, optimizer._placement.local(value))
+                    yield _Item(f"state {key!r} of {name}", copies, optimizer._placement.local(value))
     for ranks in sharing:
-        yield _Entry("param_groups", ranks, f"{len(groups)} of them", is_structure=True)
+        yield _Item("param_groups", ranks, f"{len(groups)} of them", is_structure=True)
         for index, group in enumerate(groups):
             for name in (*options.NAMES, *checkpoint.KEYS):
                 value = group[name] if isinstance(group[name], Tensor) else repr(group[name])
-                yield _Entry(f"{name!r} of param_groups[{index}]", ranks, value)
+                yield _Item(f"{name!r} of param_groups[{index}]", ranks, value)
 
 
 def _description(p: Tensor, state: Mapping[str, Tensor]) -> str:
@@ -211,11 +211,11 @@ def _ranks(holders: Tensor | dist.ProcessGroup | None) -> Ranks:
     return tuple(sorted(dist.get_process_group_ranks(holders)))
 
 
-def _hashes(entries: Sequence[_Entry]) -> Tensor:
-    """The hashes of all entries, shape (entries,), int64, on the first tensor's device; waits for nothing."""
-    tensors = {index: e.value for index, e in enumerate(entries) if isinstance(e.value, Tensor)}
+def _hashes(items: Sequence[_Item]) -> Tensor:
+    """The hashes of all items, shape (items,), int64, on the first tensor's device; waits for nothing."""
+    tensors = {index: e.value for index, e in enumerate(items) if isinstance(e.value, Tensor)}
     device = next((tensor.device for tensor in tensors.values()), "cpu")
-    texts = ["" if isinstance(entry.value, Tensor) else entry.value for entry in entries]
+    texts = ["" if isinstance(item.value, Tensor) else item.value for item in items]
     hashes = torch.tensor([_hash(text) for text in texts], dtype=torch.int64, device="cpu").to(
         device, non_blocking=True
     )
@@ -224,13 +224,13 @@ def _hashes(entries: Sequence[_Entry]) -> Tensor:
     return hashes
 
 
-def _sums(entries: Sequence[_Entry], hashes: Tensor) -> Tensor:
+def _sums(items: Sequence[_Item], hashes: Tensor) -> Tensor:
     """Sums by bin, which add up to zero over all ranks if these agree; shape (bins,), int64."""
     rank = dist.get_rank()
     columns = (
-        [len(entry.ranks) - 1 if rank == entry.ranks[0] else -1 for entry in entries],
-        [entry.factor for entry in entries],
-        [entry.bin for entry in entries],
+        [len(item.ranks) - 1 if rank == item.ranks[0] else -1 for item in items],
+        [item.factor for item in items],
+        [item.bin for item in items],
     )
     shares, factors, bins = (
         torch.tensor(column, dtype=torch.int64, device="cpu").to(hashes.device) for column in columns
@@ -269,7 +269,7 @@ def _chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _differences(by_rank: Sequence[Sequence[tuple[str, Ranks, str]]]) -> list[str]:
-    """A line for each entry that differs, from the (label, ranks, text) of the entries of each rank."""
+    """A line for each item that differs, from the (label, ranks, text) of the items of each rank."""
     values: dict[tuple[str, Ranks], dict[int, str]] = defaultdict(dict)
     for rank, found in enumerate(by_rank):
         for label, ranks, value in found:

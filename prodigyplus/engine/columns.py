@@ -42,7 +42,7 @@ def to_python_numbers_(groups: Sequence[dict[str, Any]], names: Iterable[str] = 
 
 
 class Columns:
-    """The numbers of all groups; makes the entries of ``param_groups`` views of them.
+    """The numbers of all groups; makes those in ``param_groups`` views of them.
 
     Args:
         groups: ``param_groups``, with Python numbers or 0-dim tensors; changed in place.

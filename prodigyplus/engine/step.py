@@ -34,7 +34,7 @@ class Step:
     backward pass, they may move earlier, and each moves or is skipped individually.
 
     Args:
-        entries: The optimiser's ``param_groups``.
+        param_groups: The optimiser's.
         columns: Their numbers.
         exchange: Completes sums over shards.
         constants: The optimiser's.
@@ -43,7 +43,7 @@ class Step:
 
     def __init__(
         self,
-        entries: Sequence[dict[str, Any]],
+        param_groups: Sequence[dict[str, Any]],
         columns: Columns,
         exchange: Exchange,
         constants: Constants,
@@ -53,7 +53,7 @@ class Step:
         self._exchange = exchange
         self._constants = constants
         self._zeros = columns.zeros
-        self.groups = Groups(entries, columns, constants)
+        self.groups = Groups(param_groups, columns, constants)
         # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
         self.initializes_state = not in_backward and all(g.options.lr_is_zero for g in self.groups.steps)
         self.taken: set[Tensor] = set()

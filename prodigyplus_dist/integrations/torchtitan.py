@@ -184,21 +184,21 @@ class Optimizers(OptimizersContainer):
         optimizer = self.optimizers[0]
         init_optim_state(optimizer)
         saved = optimizer.state_dict()
-        for key, _, (entries, entry) in list(_flat(saved)):
-            entries[entry] = state_dict[key]
+        for name, _, (holder, key) in list(_flat(saved)):
+            holder[key] = state_dict[name]
         optimizer.load_state_dict(saved)
 
 
 def _flat(saved: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[dict[str, Any], str]]]:
     """Yield (name, value, (dict, key)) of each value; the name is the same on every layout of processes."""
     for index, group in enumerate(saved["param_groups"]):
-        for entry, value in group.items():
-            if entry not in ("params", "param_names"):
-                yield f"param_groups.{index}.{entry}", value, (group, entry)
-        for key, name in zip(group["params"], group["param_names"], strict=True):
-            state = saved["state"].get(key, {})
-            for entry, value in state.items():
-                yield f"state.{name}.{entry}", value, (state, entry)
+        for key, value in group.items():
+            if key not in ("params", "param_names"):
+                yield f"param_groups.{index}.{key}", value, (group, key)
+        for saved_as, name in zip(group["params"], group["param_names"], strict=True):
+            state = saved["state"].get(saved_as, {})
+            for key, value in state.items():
+                yield f"state.{name}.{key}", value, (state, key)
 
 
 def _add_(group: dict[str, Any], name: str, p: nn.Parameter) -> None:

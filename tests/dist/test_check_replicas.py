@@ -580,7 +580,7 @@ def test_the_host_does_not_wait():
     run(optimizer, problem, STEPS)
     values = [problem.parameters[0], *optimizer.state[problem.parameters[0]].values(), "a text"]
     with Watch(reads=False):
-        replicas._hashes([replicas._Entry("", (0, 1), value) for value in values])
+        replicas._hashes([replicas._Item("", (0, 1), value) for value in values])
 
 
 def diverged_to_nan():
