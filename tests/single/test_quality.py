@@ -34,6 +34,7 @@ def quality():
 TASKS = (
     *("mnist", "mnist-mlp", "rotated-mnist", "noisy-mnist", "few-shot-mnist", "diffusion"),
     *("gpt-w64-b8", "gpt-w128-b4", "gpt-w128-b16", "gpt-w128-b64", "gpt-w192-b16", "gpt-w128-b16-c128"),
+    "gpt-w128-b16-c128-prose",
     *("lora", "experts"),
     *("addition", "logistic-digits", "logistic-cancer", "logistic-wine", "tanh-regression"),
 )
@@ -72,7 +73,7 @@ def small_data(quality, monkeypatch):
     monkeypatch.setattr(data, "mnist", lambda: sets)
     text = (torch.arange(4000) * 7 % 251).to(torch.uint8)
     corpus = data.corpus.Corpus(text, text, "a short text")
-    monkeypatch.setattr(data, "library", lambda: corpus)
+    monkeypatch.setattr(data, "library", lambda **_: corpus)
     monkeypatch.setattr(data, "prose", lambda: corpus)
 
 

@@ -53,10 +53,12 @@ def mnist() -> tuple[Images, Images]:
 
 
 @cache
-def library() -> corpus.Corpus:
-    """The source of Python's standard library without its prose, as training and held-out text."""
-    paths = (path for path in corpus.standard_library() if path.parent.name != "pydoc_data")
-    return corpus.read(paths, LONGEST_CONTEXT)
+def library(*, with_prose: bool = False) -> corpus.Corpus:
+    """The source of Python's standard library as training and held-out text, with or without its prose."""
+    paths = corpus.standard_library()
+    return corpus.read(
+        (path for path in paths if with_prose or path.parent.name != "pydoc_data"), LONGEST_CONTEXT
+    )
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from gpt import GPT
@@ -27,11 +28,12 @@ def bits_per_byte(model: nn.Module, windows: list[tuple[Tensor, Tensor]]) -> Eva
     return Evaluation(total / sum(len(inputs) for inputs, _ in windows) / math.log(2))
 
 
-def build(setup: Setup) -> Problem:
+def build(setup: Setup, *, with_prose: bool = False) -> Problem:
     """Next bytes, on files that are not trained on."""
+    text = data.library(with_prose=with_prose)
     model = model_of(setup).to(setup.device)
-    batch = data.text_batches(data.library().training, setup)
-    windows = data.text_to_evaluate(data.library().held_out, setup)
+    batch = data.text_batches(text.training, setup)
+    windows = data.text_to_evaluate(text.held_out, setup)
 
     def loss(step: int) -> Tensor:
         value: Tensor = model(*batch(step))
@@ -50,18 +52,20 @@ def entry(
     context: int = 64,
     windows: int = 128,
     long: int | None = None,
+    with_prose: bool = False,
 ) -> Task:
     """A GPT. Large settings have other sizes; only the order of widths and batch sizes is the same.
 
-    ``long`` is the number of steps of its long setting, where it has one.
+    ``long`` is the number of steps of its long setting, where it has one; ``with_prose`` is as for
+    :func:`.data.library`.
     """
     shape = {"width": width, "layers": layers, "context": context, "windows": windows}
     scales = {"small": Scale(steps, batch, shape), "large": large}
     if long is not None:
         scales["long"] = Scale(long, batch, shape)
     return Task(
-        f"gpt-w{width}-b{batch}" + (f"-c{context}" if context != 64 else ""),
-        build,
+        f"gpt-w{width}-b{batch}" + (f"-c{context}" if context != 64 else "") + "-prose" * with_prose,
+        partial(build, with_prose=with_prose),
         scales,
         loss="bits per byte, held out",
         autocast=True,
@@ -79,6 +83,8 @@ TASKS = (
     entry(128, 3, 16, 300, on_gpu(384, 6, 32, 700)),
     entry(128, 3, 64, 100, on_gpu(384, 6, 128, 400)),
     entry(192, 4, 16, 150, on_gpu(512, 8, 32, 1000)),
-    # Minutes, not seconds: the GPT of 0.67 M parameters that docs/research.md is about.
+    # Minutes, not seconds: the GPT of 0.67 M parameters that docs/research.md is about; and on the text that
+    # its first rates were found on.
     entry(128, 3, 16, 500, on_gpu(384, 6, 64, 700), context=128, windows=256),
+    entry(128, 3, 16, 500, on_gpu(384, 6, 32, 700), context=128, windows=256, with_prose=True),
 )
