@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import torch
 
-from prodigyplus import ProdigyPlusScheduleFree, state
+from prodigyplus import ProdigyPlusScheduleFree, state_table
 from prodigyplus.device import jit
 from prodigyplus.device.jit import interprets
 from prodigyplus.device.launches import Launches
@@ -432,4 +432,4 @@ def test_every_entry_of_the_state_is_known_to_them():
     pointed_to |= {f"exp_avg_sq_{name}" for name in ("row", "col", "mean")}
     assert set(entries("row", "col")) == set(entries("col", "row")) == pointed_to
     known = pointed_to | {"exp_avg_product", "max_l1", "max_l2"}
-    assert known | {"exp_avg_weight"} == set(state.TABLE)
+    assert known | {"exp_avg_weight"} == set(state_table.TABLE)
