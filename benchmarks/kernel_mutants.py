@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_mutants.py --sample 60
     python benchmarks/kernel_mutants.py --only _atan2
-    python benchmarks/kernel_mutants.py --source group_kernels
+    python benchmarks/kernel_mutants.py --source group_kernels --per-line
 
 An edit that no test catches survives. Either a test is missing for it, or it changes nothing: edits of the
 second kind are listed in ``UNSEEN``, with the reason, and are not tried. The tests run on the CPU in Triton's
@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import argparse
 import ast
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 DEVICE = Path("prodigyplus/device")
+IMPORTED = ("torch", "torch.distributed.tensor", "torch._dynamo", "triton", "pytest")  # before the first test
 COPIED = ("benchmarks", "prodigyplus", "prodigyplus_dist", "tests")
 # The tests of each source, the one that catches most first.
 _OF_PASSES = "tests/single/test_kernels.py", "tests/dist/test_kernels.py"
@@ -211,35 +214,74 @@ def _table(value: ast.expr) -> str | None:
     return _table(value.args[0]) if ast.unparse(value.func) in ("tl.constexpr", "float") else None
 
 
-def outcome(tree: Path, arguments: list[str], limit: float) -> str:
-    """How the tests end in this tree: "seen", "unseen", or "hangs"."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
-    try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, timeout=limit, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return "hangs"
-    if done.returncode in (4, 5):  # no tests were run
-        sys.exit(done.stdout.decode() + done.stderr.decode())
-    return "unseen" if done.returncode == 0 else "seen"
+class Tests:
+    """Runs tests in a copy of the tree, each time in a process that has imported what is not ours.
+
+    Args:
+        tree: The copy.
+        limit: How many seconds a run may take.
+    """
+
+    def __init__(self, tree: Path, limit: float) -> None:
+        self._tree = tree
+        self._limit = limit
+        # Triton reads it when it is imported; where there is a GPU, the tests would not set it.
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._processes = multiprocessing.get_context("forkserver")
+        self._processes.set_forkserver_preload(list(IMPORTED))
+
+    def outcome(self, arguments: Sequence[str]) -> str:
+        """How they end: "seen", "unseen", or "hangs"."""
+        log = self._tree / "log"
+        process = self._processes.Process(target=_run_tests, args=(self._tree, log, arguments))
+        process.start()
+        process.join(self._limit)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            return "hangs"
+        if process.exitcode in (4, 5):  # no tests were run
+            sys.exit(log.read_text())
+        return "unseen" if process.exitcode == 0 else "seen"
+
+    def of(self, mutant: Mutant, source: str) -> str:
+        """The outcome for an edit of a source."""
+        (self._tree / DEVICE / f"{source}.py").write_bytes(mutant.source)
+        found = "unseen"
+        if TESTS[source] == _OF_PASSES:
+            found = self.outcome([TESTS[source][0], "-k", FIRST.get(mutant.function, OTHERS_FIRST)])
+        return self.outcome(TESTS[source]) if found == "unseen" else found
 
 
-def try_(mutant: Mutant, tree: Path, source: str, limit: float) -> str:
-    """The outcome of the tests for an edit of a source."""
-    (tree / DEVICE / f"{source}.py").write_bytes(mutant.source)
-    found = "unseen"
-    if TESTS[source] == _OF_PASSES:
-        first = [TESTS[source][0], "-k", FIRST.get(mutant.function, OTHERS_FIRST)]
-        found = outcome(tree, first, limit)
-    return outcome(tree, list(TESTS[source]), limit) if found == "unseen" else found
+def _run_tests(tree: Path, log: Path, arguments: Sequence[str]) -> None:
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        os.chdir(tree)
+        os.environ["PYTHONPATH"] = str(tree)  # of the ranks that tests start
+        sys.path.insert(0, str(tree))
+        sys.dont_write_bytecode = True  # of an edit, which the next may follow within the same second
+        sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])))
+
+
+def chosen(mutants: Sequence[Mutant], seed: int, sample: int | None, *, per_line: bool) -> list[Mutant]:
+    """Those to try, in the order of their lines: all; or some that are drawn, or one for each line."""
+    draw = random.Random(seed)
+    if per_line:
+        by_line: dict[int, list[Mutant]] = {}
+        for mutant in mutants:
+            by_line.setdefault(mutant.number, []).append(mutant)
+        mutants = [draw.choice(on_line) for on_line in by_line.values()]
+    if sample is not None and sample < len(mutants):
+        mutants = draw.sample(mutants, sample)
+    return sorted(mutants, key=lambda mutant: mutant.number)
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sample", type=int, metavar="N", help="so many, drawn; default: all, for hours")
+    parser.add_argument("--per-line", action="store_true", help="one for each line, drawn")
     parser.add_argument("--seed", type=int, default=0, help="what is drawn; default: %(default)s")
     parser.add_argument("--source", choices=TESTS, default="kernels", help="default: %(default)s")
     parser.add_argument("--only", default="", metavar="TEXT", help="only those that print with this in them")
@@ -247,20 +289,20 @@ def main() -> None:
     args = parser.parse_args()
     source = (ROOT / DEVICE / f"{args.source}.py").read_bytes()
     mutants = [mutant for mutant in Finder(source).mutants() if args.only in str(mutant)]
-    if args.sample is not None and args.sample < len(mutants):
-        mutants = sorted(random.Random(args.seed).sample(mutants, args.sample), key=lambda one: one.number)
+    mutants = chosen(mutants, args.seed, args.sample, per_line=args.per_line)
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         shutil.copy(ROOT / "pyproject.toml", tree)
         for name in COPIED:
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-        if outcome(tree, list(TESTS[args.source]), args.limit) != "unseen":
+        tests = Tests(tree, args.limit)
+        if tests.outcome(TESTS[args.source]) != "unseen":
             sys.exit("benchmarks/kernel_mutants.py: the tests fail as it is.")
         for mutant in mutants:
             began = time.perf_counter()
             reason = UNSEEN.get((mutant.function, mutant.line))
-            found = f"the same: {reason}" if reason else try_(mutant, tree, args.source, args.limit)
+            found = f"the same: {reason}" if reason else tests.of(mutant, args.source)
             survivors += [mutant] if found == "unseen" else []
             print(f"{found:6} {time.perf_counter() - began:4.0f} s {mutant}", flush=True)
     print(f"\n{len(survivors)} of {len(mutants)} survive:", *survivors, sep="\n")
