@@ -264,7 +264,7 @@ class _Kept(NamedTuple):
 
     saved_as: int  # its key in the state dict, from 0
     p: Tensor
-    every: int  # the distance between samples
+    slice_p: int  # the distance between samples
     state: Mapping[str, Tensor]
 
 
@@ -299,10 +299,12 @@ def saved_states(
     """
     kept = list(_kept(groups, state, placement))
     asked: list[Asked] = []
-    for _, p, every, entries in kept:
+    for _, p, slice_p, entries in kept:
         layout = placement.layout(p)
         rows = {
-            key: samples.spread(entries[key], layout, every) for key in state_table.SAMPLED if key in entries
+            key: samples.spread(entries[key], layout, slice_p)
+            for key in state_table.SAMPLED
+            if key in entries
         }
         asked.append({key: layout.sum(value, layout.dims[-1:]) for key, value in rows.items()})
     # Clones: when torch copies a state for an asynchronous save, it does not copy 0-dim DTensors, and fails
@@ -310,9 +312,9 @@ def saved_states(
     return {
         saved_as: {
             **{key: value if value.ndim else value.clone() for key, value in entries.items()},
-            **{key: placement.store(p, value.clone(), key, every) for key, value in rows.items()},
+            **{key: placement.store(p, value.clone(), key, slice_p) for key, value in rows.items()},
         }
-        for (saved_as, p, every, entries), rows in zip(kept, exchange.complete(asked)(), strict=True)
+        for (saved_as, p, slice_p, entries), rows in zip(kept, exchange.complete(asked)(), strict=True)
     }
 
 
@@ -320,17 +322,17 @@ def saved_states(
 def loaded_state(saved: _Saved, placement: Placement) -> dict[str, Tensor]:
     """A parameter's state as the optimiser keeps it, from its saved form: undoes :func:`saved_states`."""
     p, o = saved.location.p, Options.of(saved.group)
-    every, frozen = o.slice_p, o.is_frozen(saved.group)
+    slice_p, frozen = o.slice_p, o.is_frozen(saved.group)
     needed = {
         key: value for key, value in saved.state.items() if not (frozen and key in state_table.EVIDENCE)
     }
-    pieces = {key: placement.load(p, value, key, every) for key, value in needed.items()}
+    pieces = {key: placement.load(p, value, key, slice_p) for key, value in needed.items()}
     if "p0" in pieces:  # earlier versions kept it in bfloat16
         pieces["p0"] = pieces["p0"].to(torch.promote_types(pieces["p0"].dtype, p.dtype))
     return {
-        key: samples.collect(piece, placement.layout(p), every)
+        key: samples.collect(piece, placement.layout(p), slice_p)
         if key in state_table.SAMPLED
-        else placement.store(p, piece, key, every)
+        else placement.store(p, piece, key, slice_p)
         for key, piece in pieces.items()
     }
 

@@ -33,18 +33,18 @@ class Placement(Protocol):
         """Where the local piece of a parameter lies in the whole; the same object for the same layout."""
         ...
 
-    def store(self, p: Tensor, local: Tensor, key: str, every: int) -> Tensor:
+    def store(self, p: Tensor, local: Tensor, key: str, slice_p: int) -> Tensor:
         """An entry of a parameter's state as it is kept and saved, from its local piece.
 
         Args:
             p: The parameter.
             local: The local piece of the entry; samples as rows.
             key: The entry's name in :data:`prodigyplus.state_table.TABLE`.
-            every: The distance between samples.
+            slice_p: The distance between samples.
         """
         ...
 
-    def load(self, p: Tensor, saved: Tensor, key: str, every: int) -> Tensor:
+    def load(self, p: Tensor, saved: Tensor, key: str, slice_p: int) -> Tensor:
         """The local piece of a saved entry, in new memory: undoes :meth:`store` of any layout."""
         ...
 
@@ -114,10 +114,10 @@ class WholeTensors:
             layout = self._layouts[p.shape] = Layout(tuple(p.shape))
         return layout
 
-    def store(self, p: Tensor, local: Tensor, key: str, every: int) -> Tensor:
+    def store(self, p: Tensor, local: Tensor, key: str, slice_p: int) -> Tensor:
         return local
 
-    def load(self, p: Tensor, saved: Tensor, key: str, every: int) -> Tensor:
+    def load(self, p: Tensor, saved: Tensor, key: str, slice_p: int) -> Tensor:
         if hasattr(saved, "full_tensor"):  # a DTensor, saved by the sharded optimiser
             saved = saved.full_tensor()
         return saved.to(p.device, copy=True)

@@ -100,12 +100,12 @@ class Entry:
     restarts: bool = False
     is_evidence: bool = False
 
-    def saved_shape(self, shape: tuple[int, ...], every: int) -> tuple[int, ...]:
+    def saved_shape(self, shape: tuple[int, ...], slice_p: int) -> tuple[int, ...]:
         """The global shape that it is saved in, for a parameter of this global shape."""
         if self.is_number:
             return ()
         if self.is_sampled:
-            return samples.rows_shape(shape, every)
+            return samples.rows_shape(shape, slice_p)
         return tuple(1 if dim in self.averaged(shape) else size for dim, size in enumerate(shape))
 
     def whole_dims(self, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -48,10 +48,10 @@ class MeshTensors:
             layout = self._layouts[key] = layout_of(p, self._replicas)
         return layout
 
-    def store(self, p: Tensor, local: Tensor, key: str, every: int) -> Tensor:
+    def store(self, p: Tensor, local: Tensor, key: str, slice_p: int) -> Tensor:
         if not isinstance(p, DTensor):
             return local
-        shape = TABLE[key].saved_shape(tuple(p.shape), every)
+        shape = TABLE[key].saved_shape(tuple(p.shape), slice_p)
         return DTensor.from_local(
             local,
             p.device_mesh,
@@ -61,9 +61,9 @@ class MeshTensors:
             stride=torch.empty(shape, device="meta").stride(),
         )
 
-    def load(self, p: Tensor, saved: Tensor, key: str, every: int) -> Tensor:
+    def load(self, p: Tensor, saved: Tensor, key: str, slice_p: int) -> Tensor:
         if not isinstance(p, DTensor):
-            return self._whole.load(p, saved, key, every)
+            return self._whole.load(p, saved, key, slice_p)
         device, whole = self.local(p).device, TABLE[key].whole_dims(tuple(p.shape))
         if isinstance(saved, DTensor) and saved.device_mesh != p.device_mesh:
             saved = saved.full_tensor()

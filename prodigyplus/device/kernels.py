@@ -177,7 +177,7 @@ def _whole_indices(index, exists, size, runs, SINGLE: tl.constexpr):
 @triton.jit
 def _samples(
     tile, index, exists, row, runs,
-    FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, EVERY: tl.constexpr,
+    FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, SLICE_P: tl.constexpr,
     COLUMNS: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """The samples of a strip: at most ``SAMPLES`` candidates in each row, if its elements are consecutive.
@@ -194,8 +194,8 @@ def _samples(
         end = tile.offset + row * tile.row_stride + tl.minimum(tile.width, (tile.across + 1) * COLUMNS)
         if not FACTORED:
             end = tl.minimum(end, tile.local)
-        number = ((start + phase + (EVERY - 1)) // EVERY)[:, None] + tl.arange(0, SAMPLES)[None, :]
-        index = number * EVERY - phase
+        number = ((start + phase + (SLICE_P - 1)) // SLICE_P)[:, None] + tl.arange(0, SAMPLES)[None, :]
+        index = number * SLICE_P - phase
         return (
             index,
             (row[:, None] < tile.height) & (index < end[:, None]),
@@ -204,13 +204,13 @@ def _samples(
     elif SINGLE:
         phase = tl.load(tile.size + S_FIRST_PHASE).to(tl.int32)
         position = index + phase
-        return index, exists & (position % EVERY == 0), position // EVERY - tl.where(phase > 0, 1, 0)
+        return index, exists & (position % SLICE_P == 0), position // SLICE_P - tl.where(phase > 0, 1, 0)
     else:
         run, in_run = _run_of(index, tile.size, runs)
         phase = tl.load(run + R_FIRST_PHASE, mask=exists, other=0)
         before = tl.load(run + R_SAMPLES, mask=exists, other=0) - tl.where(phase > 0, 1, 0)
         position = in_run + phase
-        return index, exists & (position % EVERY == 0), before + position // EVERY
+        return index, exists & (position % SLICE_P == 0), before + position // SLICE_P
 
 
 @triton.jit
@@ -284,7 +284,7 @@ def sweep(
     MOVES: tl.constexpr, EVIDENCE: tl.constexpr, READS: tl.constexpr,
     FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr,
     IS_OFFSET: tl.constexpr, ATAN2: tl.constexpr, STABLE: tl.constexpr, DECAYS: tl.constexpr,
-    STOCHASTIC: tl.constexpr, KIND: tl.constexpr, EVERY: tl.constexpr, SAMPLES: tl.constexpr,
+    STOCHASTIC: tl.constexpr, KIND: tl.constexpr, SLICE_P: tl.constexpr, SAMPLES: tl.constexpr,
     VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Measure: sum the squares of the direction over each tile. Or, with ``MOVES``, move y, z and moments.
@@ -362,7 +362,7 @@ def sweep(
             z = tl.load(base + index, mask=exists, other=0.0).to(tl.float32)
         if SAMPLED:
             at, sampled, slot = _samples(
-                tile, index, exists, row, runs, FACTORED, SINGLE, FAST, EVERY, COLUMNS, SAMPLES
+                tile, index, exists, row, runs, FACTORED, SINGLE, FAST, SLICE_P, COLUMNS, SAMPLES
             )
             product, second_term, third_term = _evidence(
                 direction, weight, base, p0, s, at, slot, sampled, opens, beta3, evidence_weight,

@@ -71,7 +71,7 @@ class Setup(NamedTuple):
     is_stable: bool
     decays: bool
     evidence: str  # a key of ``EVIDENCE``
-    every: int
+    slice_p: int
     rounds: bool
     direction: torch.dtype | None = None  # the dtype of directions that are read; None if they are computed
 
@@ -338,8 +338,8 @@ class Launches:
             "DECAYS": setup.decays,
             "STOCHASTIC": setup.rounds,
             "KIND": EVIDENCE[setup.evidence],
-            "EVERY": setup.every,
-            "SAMPLES": 1 << (-(-self.plan.tile.columns // setup.every) - 1).bit_length(),
+            "SLICE_P": setup.slice_p,
+            "SAMPLES": 1 << (-(-self.plan.tile.columns // setup.slice_p) - 1).bit_length(),
         }
 
     def _tile(self, program: Program, dtypes: Sequence[torch.dtype | None]) -> dict[str, int]:

@@ -96,7 +96,7 @@ class Plan:
     Args:
         layouts: The layouts of its parameters.
         factored: For each parameter, whether its second moment is factored.
-        every: The distance between samples.
+        slice_p: The distance between samples.
         device: The device of the tables.
         tile: The size of a tile.
 
@@ -118,7 +118,7 @@ class Plan:
         self,
         layouts: Sequence[Layout],
         factored: Sequence[bool],
-        every: int,
+        slice_p: int,
         device: torch.device,
         tile: TileSize,
     ) -> None:
@@ -131,7 +131,7 @@ class Plan:
         ]
         is_row_outer = [dims is not None and dims[0] < dims[1] for dims in self._dims]
         self.keys = [_ROW_OUTER if row_first else _ROW_INNER for row_first in is_row_outer]
-        self._lay_out_runs(is_row_outer, every)
+        self._lay_out_runs(is_row_outer, slice_p)
         numels = torch.tensor([layout.numel for layout in layouts], dtype=torch.int64, device="cpu")
         self.numels = numels.to(device).to(torch.float32)
         matrices = [
@@ -142,7 +142,7 @@ class Plan:
         self._lay_out_parts(matrices)
         self._make_tiles(matrices)
 
-    def _lay_out_runs(self, is_row_outer: Sequence[bool], every: int) -> None:
+    def _lay_out_runs(self, is_row_outer: Sequence[bool], slice_p: int) -> None:
         """Where the local elements of each tensor lie in the whole one; if in several runs, their table."""
         sizes: list[SizeRow] = []
         of_runs: list[Tensor] = []
@@ -155,7 +155,7 @@ class Plan:
                 SizeRow(
                     local=math.prod(layout.local_shape),
                     first_index=_as_int32(first),
-                    first_phase=first % every,
+                    first_phase=first % slice_p,
                     is_row_outer=int(row_first),
                     run_length=max(1, runs.length),
                     first_run=first_run,
@@ -163,7 +163,7 @@ class Plan:
             )
             self._is_single.append(len(runs.firsts) == 1)
             if not self._is_single[-1]:
-                of_runs.append(_table_of(_run_rows(runs, every)))
+                of_runs.append(_table_of(_run_rows(runs, slice_p)))
                 first_run += len(runs.firsts)
         self.sizes = self._table(sizes, SizeRow._fields)
         self.runs = self._joined(of_runs, RunRow._fields).to(torch.int32)
@@ -285,9 +285,9 @@ def _as_int32(index: _Index) -> _Index:
     return (index + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
-def _run_rows(runs: Runs, every: int) -> RunRow:
-    phases = runs.firsts % every
-    samples = (phases + runs.length - 1) // every + (phases == 0)
+def _run_rows(runs: Runs, slice_p: int) -> RunRow:
+    phases = runs.firsts % slice_p
+    samples = (phases + runs.length - 1) // slice_p + (phases == 0)
     return RunRow(_as_int32(runs.firsts), phases, samples=samples.cumsum(0) - samples)
 
 

@@ -200,10 +200,10 @@ class Batch:
         """Its launches, which hold the addresses of its tensors; made at the first call."""
         if self._launches is None:
             factored = tuple(map(moments.is_factored, self.states))
-            every, device = self.group.options.slice_p, self.weights[0].device
-            key = "launches", tuple(self.ordinals), tuple(map(id, self.layouts)), factored, every
+            slice_p, device = self.group.options.slice_p, self.weights[0].device
+            key = "launches", tuple(self.ordinals), tuple(map(id, self.layouts)), factored, slice_p
             self._launches = constants.recent(
-                device, key, lambda: Launches(Plan(self.layouts, factored, every, device, tile_size()))
+                device, key, lambda: Launches(Plan(self.layouts, factored, slice_p, device, tile_size()))
             )
             self._entries = self._launches.point_(self.weights, self.states, self.grads)
         return self._launches
@@ -219,7 +219,7 @@ class Batch:
             is_stable=kind.is_stable and not self.is_matrix,  # matrices have been scaled already
             decays=kind.decays,
             evidence=o.evidence,
-            every=o.slice_p,
+            slice_p=o.slice_p,
             rounds=o.stochastic_rounding and torch.bfloat16 in (dtypes.weight, dtypes.base),
             direction=orthogonalized_in(self.group, self.dtype) if self.is_matrix else None,
         )

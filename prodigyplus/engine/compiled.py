@@ -122,7 +122,7 @@ def measure_and_move_(
     grad: Tensor,
     state: State,
     factor_sums: FactorSums | None,
-    every: int,
+    slice_p: int,
     n: Packed,
     kind: Kind,
     numel: int,
@@ -132,7 +132,7 @@ def measure_and_move_(
 
     Args:
         y, grad, state, factor_sums, n, kind, noise: As for :func:`measure_` and :func:`move_`.
-        every: The distance between samples; 0 if no samples are needed.
+        slice_p: The distance between samples; 0 if no samples are needed.
         numel: The number of elements of a tensor.
 
     Returns:
@@ -140,8 +140,8 @@ def measure_and_move_(
     """
     assert kind.z is not None
     z, dims, samples = state[kind.z], grad.ndim - 1, None
-    if every:
-        samples = Samples.of(lambda stack: strided_samples(stack, dims, 0, every), y, grad, z, kind)
+    if slice_p:
+        samples = Samples.of(lambda stack: strided_samples(stack, dims, 0, slice_p), y, grad, z, kind)
         samples = Samples(*map(_written, samples))
     sums, roots = _measure_(y, grad, state, factor_sums, samples, n, kind)
     scale = directions.stable_scale(sums["uu"], numel) if kind.is_stable else n.across(0).unit

@@ -164,10 +164,10 @@ def _fits(grad: torch.dtype, arithmetic: torch.dtype) -> bool:
     return grad in DTYPES and torch.promote_types(grad, arithmetic) == arithmetic
 
 
-def stored(placement: Placement, p: Tensor, local: dict[str, Tensor], every: int) -> dict[str, Tensor]:
+def stored(placement: Placement, p: Tensor, local: dict[str, Tensor], slice_p: int) -> dict[str, Tensor]:
     """Entries of a state as they are kept, from their local pieces: samples stay as they are."""
     return {
-        key: value if key in state_table.SAMPLED else placement.store(p, value, key, every)
+        key: value if key in state_table.SAMPLED else placement.store(p, value, key, slice_p)
         for key, value in local.items()
     }
 

@@ -153,10 +153,10 @@ class _PlainWork:
 
     def samples(self) -> Samples | None:
         """The samples for Prodigy's evidence; None if it takes none."""
-        if not (every := self.sampled_every):
+        if not (slice_p := self.sampled_every):
             return None
         layout = self.stack.layout
-        return Samples.of(lambda stack: layout.sample(stack, every), self.y, self.grad(), self.z, self.kind)
+        return Samples.of(lambda stack: layout.sample(stack, slice_p), self.y, self.grad(), self.z, self.kind)
 
     def momentum_(self) -> Tensor | None:
         self._masked, agreeing = passes.momentum_(self.y, self.grad(), self.state, self.across, self.kind)

@@ -100,12 +100,12 @@ class Layout:
         """The shape of the local tensor."""
         return tuple(map(len, self.indices))
 
-    def sample(self, tensor: Tensor, every: int) -> Tensor:
-        """The local elements whose index in the row-major flattened global tensor is a multiple of ``every``.
+    def sample(self, tensor: Tensor, slice_p: int) -> Tensor:
+        """The local elements whose index in the flattened global tensor is a multiple of ``slice_p``.
 
         Args:
             tensor: The local tensor, or a stack of several, with extra leading dimensions.
-            every: The distance between samples in the flattened global tensor.
+            slice_p: The distance between samples in the flattened global tensor.
 
         Returns:
             The samples, with the tensor's dimensions flattened into one, in ascending order of the index; a
@@ -113,11 +113,11 @@ class Layout:
         """
         dims = len(self.shape)
         if self.is_run:
-            return strided_samples(tensor, dims, -self.first % every, every)
-        key = every, tensor.device
+            return strided_samples(tensor, dims, -self.first % slice_p, slice_p)
+        key = slice_p, tensor.device
         if key not in self._samples:
             # On the host: nonzero() on a device would synchronise, to know the size of its result.
-            chosen = (self.positions().reshape(-1) % every == 0).nonzero()
+            chosen = (self.positions().reshape(-1) % slice_p == 0).nonzero()
             self._samples[key] = chosen.view(-1).to(torch.int32).to(tensor.device)
         flat = tensor.reshape(*tensor.shape[: tensor.ndim - dims], math.prod(self.local_shape))
         return flat.index_select(-1, self._samples[key])
@@ -172,8 +172,8 @@ class Layout:
         return self.indices[0][0] * math.prod(self.shape[1:]) if self.shape and self.indices[0] else 0
 
 
-def strided_samples(tensor: Tensor, dims: int, start: int, every: int) -> Tensor:
-    """Every ``every``-th element of a flattened tensor, from element ``start`` on; a view if possible.
+def strided_samples(tensor: Tensor, dims: int, start: int, slice_p: int) -> Tensor:
+    """Every ``slice_p``-th element of a flattened tensor, from element ``start`` on; a view if possible.
 
     Args:
         tensor: A tensor of ``dims`` dimensions, or a stack of several, with extra leading dimensions.
@@ -181,4 +181,4 @@ def strided_samples(tensor: Tensor, dims: int, start: int, every: int) -> Tensor
         start, every: The first index, and the step.
     """
     stacked = tensor.shape[: tensor.ndim - dims]
-    return tensor.reshape(*stacked, math.prod(tensor.shape[tensor.ndim - dims :]))[..., start::every]
+    return tensor.reshape(*stacked, math.prod(tensor.shape[tensor.ndim - dims :]))[..., start::slice_p]
