@@ -106,7 +106,7 @@ def play(optimizer_class, problem, shapes, name):
     parameters = problem.parameters
     optimizer = optimizer_class(groups_of(parameters, shapes, name), **RUNS[name][0])
     d = []
-    for _ in range(40 if name == "default" else 25):
+    for _ in range(30 if name == "default" else 20):
         problem.backward()
         optimizer.step()
         d.append([group["d"] for group in optimizer.metrics()])
