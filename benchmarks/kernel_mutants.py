@@ -101,7 +101,21 @@ UNSEEN: dict[tuple[str, str], str] = {
     ): "step sizes are below 1, and the sum is of their inverses",
     ("_block_of", "across = ((tl.sqrt((8 * pair + 2).to(tl.float32)) - 1.0) / 2.0).to(tl.int32)"): _NEAREST,
     ("_block_of", "across = tl.where(across * (across + 1) // 2 > pair, across - 2, across)"): _NEAREST,
+    (
+        "_block_of",
+        "across = tl.where((across + 1) * (across + 3) // 2 <= pair, across + 1, across)",
+    ): _NEAREST,
     ("_block_of", "across = (across)"): _NEAREST,
+    ("squares", "MULTIPLE: tl.constexpr = 16 if FAST else 2"): "what the interpreter ignores",
+    (
+        "symmetric_product",
+        "x, out, size, terms, pairs, *x.stride(), *(coefficients or (0.0, 1.0, 1.0)),",
+    ): "a plain product has no coefficients",
+    ("product", "other=1.0,"): "the other factor is 0 there, or the product is not stored",
+    (
+        "product",
+        "mirrored = (column[:, None] < size) & (row[None, :] <= size)",
+    ): "above the diagonal, all rows of a block exist",
 }
 
 

@@ -12,7 +12,8 @@ import torch
 from prodigyplus import ProdigyPlusScheduleFree, state_table
 from prodigyplus.device import jit
 from prodigyplus.device.jit import interprets
-from prodigyplus.device.launches import Launches
+from prodigyplus.device.launches import Launches, tile_size
+from prodigyplus.device.plan import AT_ONCE
 from prodigyplus.device.tables import entries
 from prodigyplus.engine.batches import Batch, obstacle
 from prodigyplus.exchange import OneProcess
@@ -231,6 +232,13 @@ def test_gradients_that_are_not_contiguous():
 
     shapes = ((33, 70),)
     assert_close(play(True, {}, shapes=shapes, device=DEVICE, spoil=turn), play(False, {}, shapes=shapes))
+
+
+def test_more_tiles_in_a_row_than_are_added_up_at_once():
+    tile, count = tile_size(), AT_ONCE + 1
+    shapes = ((3, count * tile.columns), (count * tile.rows, 3))
+    found = play(True, {}, shapes=shapes, steps=1, device=DEVICE)
+    assert_close(found, play(False, {}, shapes=shapes, steps=1))
 
 
 def test_empty_tensors():
