@@ -96,7 +96,8 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
             )
         if missing := {"d0", *NUMBERS} - _LATER_KEYS.keys() - theirs.keys():
             why = (
-                "it is not of this optimiser."
+                "it is not of this optimiser. (Stages of a pipeline overwrite each other's groups in one "
+                "checkpoint, except with flatten_optimizer_state_dict=True.)"
                 if theirs["params"]
                 else "torch's set_optimizer_state_dict loses what a group without parameters has, unless it "
                 "is the last. Put it last, leave it out, or save and load optimizer.state_dict()."

@@ -150,12 +150,15 @@ def _restore_(before: Sequence[tuple[Tensor, Tensor]]) -> None:
         p.copy_(y)
 
 
+@isolated
 def check_model(view: View, model: nn.Module) -> None:
     """Check that the optimiser has parameters of this model.
 
     Raises:
         ValueError: It has parameters, but none of the model's.
     """
+    # After a forward pass without a backward pass, they may still be in the place of the model's parameters.
+    view.placement.forget_copies(view.parameters)
     parameters = set(view.parameters)
     if parameters and parameters.isdisjoint(model.parameters()):
         raise ValueError(

@@ -108,7 +108,8 @@ class Monitor:
                 f"({len(changed)} of its parameters were); this has happened several times. Changes by "
                 "clamp_(), max_norm or renormalisation do not reach the average that is evaluated, and are "
                 "mistaken for progress: call optimizer.constrain(parameters, projection) once instead. See "
-                "docs/constraints.md.",
+                "docs/constraints.md. (Weights that are swapped for others and put back, as an EMA's, do no "
+                "harm.)",
                 what="weights",
             )
 

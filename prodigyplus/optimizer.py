@@ -232,6 +232,9 @@ class ProdigyPlusScheduleFree(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters: ``{"params": …}`` and any options that differ; see the class.
 
+        During a run, a group that shares the step size of others has ``warmup_steps`` of 1/(1 − β2), unless
+        it sets them: see :func:`prodigyplus.options.late_warmup_steps`.
+
         If it is to be fused with the backward pass, call :meth:`fuse_backward` afterwards.
         """
         self._check_no_step_is_under_way()
@@ -242,6 +245,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         # A new dict, since another optimiser may have been built from the same one. What that has left in it
         # is replaced. The mode of the group is that of the others.
         given = {name: values[name] for name in options.NAMES if name in param_group}
+        if any(group["calls"] for group in self.param_groups) and "warmup_steps" not in given:
+            given["warmup_steps"] = max(values["warmup_steps"], options.late_warmup_steps(Options.of(values)))
         new = checkpoint.first_values(values["d0"]) | {"train_mode": not self._view.is_evaluating}
         super().add_param_group({**param_group, **given, **new})
         group, index = self.param_groups[-1], len(self.param_groups) - 1
@@ -391,7 +396,8 @@ class ProdigyPlusScheduleFree(Optimizer):
                 f"{view.name_of(p)} has a second gradient, but no step() came after the "
                 "first: fused_back_pass=True moves a parameter by the gradient of one backward pass, and "
                 "cannot add up several. Call optimizer.step() after each, also after one that failed, or "
-                "set fused_back_pass=False."
+                "set fused_back_pass=False. (Checkpointing with use_reentrant=True recomputes a layer that "
+                "is used several times in as many backward passes: pass use_reentrant=False.)"
             )
         steps.take(view, step, location, grad)
         return True

@@ -374,6 +374,16 @@ _EXCLUSIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], dict[str, Any], st
 )
 
 
+def late_warmup_steps(o: Options) -> int:
+    """How many steps a group warms up over that joins groups with a grown step size, which it shares.
+
+    Its second moment averages over 1/(1 − β2) steps and begins at zero, so that its first directions are
+    1/√(1 − β2) times too long. In a new run, d is tiny as long as that is so.
+    """
+    has_its_own = o.split_groups and not o.split_groups_mean
+    return 0 if has_its_own or o.use_bias_correction else round(1 / (1 - o.betas[1]))
+
+
 def resolve_exclusions_(group: dict[str, Any]) -> list[str]:
     """Switch off, in ``group``, what another option of it excludes; say so, a line for each."""
     notes = []

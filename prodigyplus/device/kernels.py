@@ -146,11 +146,10 @@ def _moved(
             u = u * step + y * decay
             step = unit
         if IS_OFFSET:
-            y = y + z * c - u * (step * fraction)
+            y = y + (z * c - u * (step * fraction))
             z = z - z * c - u * (step * (1.0 - fraction))
         else:
-            # As torch.lerp(), which starts from the nearer end.
-            y = tl.where(c < 0.5, y + c * (z - y), z - (z - y) * (1.0 - c)) - u * (step * fraction)
+            y = y + (c * (z - y) - u * (step * fraction))
             z = z - u * step
     return y, z
 

@@ -82,6 +82,7 @@ class Parameters:
             )
         if not state:
             self._placement.check(p, self.name(location))
+        if not state or p.dtype not in DTYPES:
             check_parameter(p, group.options, self.name(location))
         if not _fits(gradient.dtype, compute_dtype(p)):
             raise RuntimeError(

@@ -58,9 +58,11 @@ def base_iterate(y: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 def step_(
     y: Tensor, z: Tensor, u: Tensor, step: Tensor, n: Scalars, *, decays: bool, is_offset: bool
 ) -> None:
-    """Step y and z, in place: ``y ← lerp(y, z, c) − step·(1−β1(1−c))·u``, ``z ← z − step·u``.
+    """Step y and z, in place: ``y ← y + [c·(z − y) − step·(1−β1(1−c))·u]``, ``z ← z − step·u``.
 
-    This moves x to ``lerp(x, z, c)``. With weight decay, ``decay·y`` is added to ``step·u``.
+    This moves x to ``lerp(x, z, c)``. The bracket is added to y at once: late in a run ``c·(z − y)`` alone
+    would be less than half of y's last bit, and be lost at every step, so that x would stand still. With
+    weight decay, ``decay·y`` is added to ``step·u``.
 
     Args:
         y: The weights.
@@ -76,11 +78,12 @@ def step_(
         u.mul_(step).addcmul_(y, n.decay)
         step = n.unit
     if is_offset:
-        y.addcmul_(z, n.c).addcmul_(u, step * n.y_fraction, value=-1)
-        z.addcmul_(z, n.c, value=-1).addcmul_(u, step * (1 - n.y_fraction), value=-1)
+        change = z * n.c
+        z.sub_(change).addcmul_(u, step * (1 - n.y_fraction), value=-1)
     else:
-        y.lerp_(z, n.c).addcmul_(u, step * n.y_fraction, value=-1)
+        change = (z - y).mul_(n.c)
         z.addcmul_(u, step, value=-1)
+    y.add_(change.addcmul_(u, step * n.y_fraction, value=-1))
 
 
 def propose_(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
@@ -228,6 +229,23 @@ def test_zero_redundancy_optimizer_is_refused(pool, make):
     for found in pool.run(2, with_zero, make):
         assert "process_group" in found
         assert make.__name__ in found
+
+
+def saved_with_a_frozen_stage():
+    stage = nn.Linear(4, 4)
+    stage.requires_grad_(dist.get_rank() == 1)
+    optimizer = ShardedProdigyPlusScheduleFree(stage.parameters(), process_group=dist.group.WORLD)
+    for _ in range(3):
+        for p in stage.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        optimizer.step()
+    optimizer.zero_grad()
+    return [get_optimizer_state_dict(stage, optimizer)["param_groups"][0]["k"] for _ in range(2)]
+
+
+def test_torchs_checkpoint_helpers_where_one_stage_is_frozen(pool):
+    """They make a step wherever there is no state, at every call: here on the first stage alone."""
+    assert pool.run(2, saved_with_a_frozen_stage) == [[3, 3], [3, 3]]
 
 
 def test_zero_redundancy_optimizer_with_a_shared_step_size(pool):

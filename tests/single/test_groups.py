@@ -307,6 +307,33 @@ def test_group_added_in_mid_run():
     assert d(optimizer)[1] > 1e-4
 
 
+@pytest.mark.parametrize("options", [{}, {"split_groups": False}, {"step_size": "balance"}], ids=str)
+def test_a_group_added_in_mid_run_warms_up(options):
+    """Its second moment begins at zero: moved by the full step size, its weights would leap."""
+    problem, optimizer = pair((40, 40), d0=1e-4, **options)
+    run(optimizer, problem, 30)
+    size = float(optimizer.metrics()[0]["step_size"])
+    added, at_once = Fed((12, 40), seed=1), Fed((12, 40), seed=1)
+    optimizer.add_param_group({"params": added.parameters})
+    optimizer.add_param_group({"params": at_once.parameters, "warmup_steps": 0})
+    assert [group["warmup_steps"] for group in optimizer.param_groups] == [0, 100, 0]
+    before = added.parameters[0].detach().clone()
+    for _ in range(2):
+        for late in (added, at_once):
+            late.backward()
+        run(optimizer, problem, 1)
+    moved = [(late.parameters[0] - before).square().mean().sqrt() for late in (added, at_once)]
+    assert moved[0] <= size
+    assert moved[1] > 5 * size
+
+
+def test_a_group_that_grows_a_step_size_of_its_own_needs_no_warm_up():
+    problem, optimizer = pair((40, 40), split_groups_mean=False)
+    run(optimizer, problem, 30)
+    optimizer.add_param_group({"params": Fed((12, 40)).parameters})
+    assert optimizer.param_groups[1]["warmup_steps"] == 0
+
+
 def test_group_added_in_eval_mode_is_in_eval_mode():
     problem, optimizer = pair((40, 40))
     run(optimizer, problem, 3)

@@ -41,6 +41,38 @@ def test_average_is_the_average_of_z():
     torch.testing.assert_close(p.detach(), total / weights)
 
 
+def average_after_many_steps(dtype, **options):
+    """How far the average moves, as a mean over elements, in steps that follow a hundred thousand others."""
+    random = torch.Generator().manual_seed(0)
+    p = nn.Parameter((1 + 0.5 * torch.rand(512, generator=random)).to(dtype))
+    optimizer = ProdigyPlusScheduleFree([p], d0=1e-5, prodigy_steps=1, **options)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    state, (group,) = optimizer.state[p], optimizer.param_groups
+    key = "z" if "z" in state else "z_minus_y"
+    state[key] += 5e-3
+    group["k"].fill_(100_000)
+    group["weight_sum"].fill_(100_000 * 1e-5**2)
+    averages = []
+    for step in range(41):
+        if step in (0, 40):
+            with optimizer.averaged_parameters():
+                averages.append(p.detach().clone().double())
+        p.grad = torch.randn(512, generator=random, dtype=torch.float64).to(dtype)
+        optimizer.step()
+    return float((averages[1] - averages[0]).mean())
+
+
+@pytest.mark.parametrize("options", [{}, {"bfloat16_z": True}, {"fused": True}], ids=str)
+def test_the_average_still_moves_late_in_a_run(options):
+    """Its move towards z, alone, is less than half of a weight's last bit."""
+    if options.get("fused"):
+        pytest.importorskip("triton")
+    expected = average_after_many_steps(torch.float64)
+    assert expected > 1e-6
+    assert average_after_many_steps(torch.float32, **options) == pytest.approx(expected, rel=0.2)
+
+
 def test_step_in_eval_mode_says_what_to_call():
     problem, optimizer = pair((4, 4))
     run(optimizer, problem, 1)
