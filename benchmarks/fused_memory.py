@@ -253,6 +253,7 @@ bucket costs two all-reduces.
 
 - A step uses the gradients of one backward pass. To accumulate several, let FSDP2 or DDP hold them back until
   the last (`set_requires_gradient_sync(False)`, `no_sync()`). A second gradient before `step()` is an error.
+  Checkpointing of a layer that is used several times makes several, unless `use_reentrant=False`.
 - Code that reads or changes gradients after the backward pass comes too late: `clip_grad_norm_` finds none
   and returns 0, a GradScaler raises "No inf checks were recorded".
 - Under DDP with `find_unused_parameters` or `static_graph`, only the end of the backward pass shows what was

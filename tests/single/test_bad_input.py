@@ -87,6 +87,16 @@ def test_parameters_of_other_dtypes(dtype):
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_model_that_becomes_float16_in_mid_run():
+    layer = nn.Linear(3, 2)
+    optimizer = ProdigyPlusScheduleFree(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    layer.half()  # the gradients too
+    with pytest.raises(ValueError, match=r"parameter 0 of param_groups\[0\] is torch.float16; the optimiser"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
