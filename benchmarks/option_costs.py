@@ -360,11 +360,11 @@ DIFFERENT = """\
   running average of the rms; here a direction has an rms of 1, as Adam's has, and no memory.
 - `lr=0` in a group: here the group then adds nothing to the evidence. In 2.0.1 it does, and with
   `split_groups=False` it holds the d of all groups down.
-- The move of y: 2.0.1 first moves y towards z, and then by the step. Late in a run of float32 weights the first
-  is less than half of their last bit, and is lost at every step, so that x stands still. Here the two are
-  added up before they are added to y.
-- `add_param_group` in mid-run: here the group trains, after a warm-up over 1/(1 − β2) steps. 2.0.1 ends with a
-  KeyError at the next step.
+- The move of y: 2.0.1 first moves y towards z, and then by the step. Late in a run of float32 weights the
+  first is less than half of their last bit, and is lost at every step, so that x stands still. Here the two
+  are added up before they are added to y.
+- `add_param_group` in mid-run: here the group trains, after a warm-up over 1/(1 − β2) steps. 2.0.1 ends with
+  a KeyError at the next step.
 - `fused_back_pass`: here a call of `step()` ends each step. 2.0.1 counts parameters, and miscounts if one is
   unused."""
 
