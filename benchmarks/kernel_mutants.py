@@ -106,6 +106,10 @@ UNSEEN: dict[tuple[str, str], str] = {
         "across = tl.where((across + 1) * (across + 3) // 2 <= pair, across + 1, across)",
     ): _NEAREST,
     ("_block_of", "across = (across)"): _NEAREST,
+    (
+        "factors",
+        "tensor, column, first = tl.load(row - B_TENSOR), tl.load(row + B_POINTER), tl.load(row + B_FIRST)",
+    ): "that column is the first, 0",
     ("squares", "MULTIPLE: tl.constexpr = 16 if FAST else 2"): "what the interpreter ignores",
     (
         "symmetric_product",
