@@ -145,12 +145,13 @@ def _moved(
         if DECAYS:
             u = u * step + y * decay
             step = unit
+        z = z - u * step
+        change = u * (step * (c - fraction)) + z * c
         if IS_OFFSET:
-            y = y + (z * c - u * (step * fraction))
-            z = z - z * c - u * (step * (1.0 - fraction))
+            z = z - change
         else:
-            y = y + (c * (z - y) - u * (step * fraction))
-            z = z - u * step
+            change = change - y * c
+        y = y + change
     return y, z
 
 
