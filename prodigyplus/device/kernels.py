@@ -145,13 +145,12 @@ def _moved(
         if DECAYS:
             u = u * step + y * decay
             step = unit
-        z = z - u * step
-        change = u * (step * (c - fraction)) + z * c
         if IS_OFFSET:
-            z = z - change
+            y = y + (z * c - u * (step * fraction))
+            z = z - z * c - u * (step * (1.0 - fraction))
         else:
-            change = change - y * c
-        y = y + change
+            y = y + (c * (z - y) - u * (step * fraction))
+            z = z - u * step
     return y, z
 
 

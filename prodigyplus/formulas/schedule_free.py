@@ -77,14 +77,13 @@ def step_(
     if decays:
         u.mul_(step).addcmul_(y, n.decay)
         step = n.unit
-    z.addcmul_(u, step, value=-1)
-    # The bracket by the new z, in the memory of u: c·(z_new − y) − step·(1−β1)(1−c)·u.
-    change = u.mul_(step * (n.c - n.y_fraction)).addcmul_(z, n.c)
     if is_offset:
-        z.sub_(change)
+        change = z * n.c
+        z.sub_(change).addcmul_(u, step * (1 - n.y_fraction), value=-1)
     else:
-        change.addcmul_(y, n.c, value=-1)
-    y.add_(change)
+        change = (z - y).mul_(n.c)  # the difference first: it is exact where z is near y
+        z.addcmul_(u, step, value=-1)
+    y.add_(change.addcmul_(u, step * n.y_fraction, value=-1))
 
 
 def propose_(
