@@ -16,6 +16,9 @@ from torch import Tensor
 
 from prodigyplus.terms.scalars import Scalars
 
+# How many elements of a large tensor step at once on a CPU, so that what is read again is still in a cache.
+_AT_ONCE = 1 << 17
+
 # The keys of z and of z − y in a parameter's state.
 BASE, OFFSET = "z", "z_minus_y"
 
@@ -74,6 +77,12 @@ def step_(
         decays: Whether there is weight decay.
         is_offset: Whether ``z`` holds z − y.
     """
+    if _goes_in_pieces(y):
+        rows = max(1, y.shape[1] * _AT_ONCE // y.numel())
+        pieces = (torch.split(tensor, rows, dim=1) for tensor in (y, z, u))
+        for some_y, some_z, some_u in zip(*pieces, strict=True):
+            step_(some_y, some_z, some_u, step, n, decays=decays, is_offset=is_offset)
+        return
     if decays:
         u.mul_(step).addcmul_(y, n.decay)
         step = n.unit
@@ -84,6 +93,12 @@ def step_(
         change = (z - y).mul_(n.c)  # the difference first: it is exact where z is near y
         z.addcmul_(u, step, value=-1)
     y.add_(change.addcmul_(u, step * n.y_fraction, value=-1))
+
+
+def _goes_in_pieces(y: Tensor) -> bool:
+    """Whether a single large tensor, (1, rows, …), steps a few rows at a time: on a CPU, if not compiled."""
+    is_large = y.numel() > _AT_ONCE and y.ndim > 1 and len(y) == 1 < y.shape[1]
+    return is_large and y.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def propose_(

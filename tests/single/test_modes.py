@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus.formulas import schedule_free
 from tests.single.problems import assert_same, pair, run, snapshot
 
 
@@ -71,6 +72,16 @@ def test_the_average_still_moves_late_in_a_run(options):
     expected = average_after_many_steps(torch.float64)
     assert expected > 1e-6
     assert average_after_many_steps(torch.float32, **options) == pytest.approx(expected, rel=0.2)
+
+
+def test_a_large_tensor_steps_in_pieces_to_the_same_bits(monkeypatch):
+    found = []
+    for at_once in (1 << 40, 1000):
+        monkeypatch.setattr(schedule_free, "_AT_ONCE", at_once)
+        problem, optimizer = pair((700, 301), (5000,), weight_decay=0.1)
+        run(optimizer, problem, 3)
+        found.append(snapshot(optimizer))
+    assert_same(*found)
 
 
 def test_step_in_eval_mode_says_what_to_call():
