@@ -13,7 +13,7 @@ from prodigyplus.engine.parameters import stored
 from prodigyplus.exchange import Exchange
 from prodigyplus.formulas import schedule_free
 from prodigyplus.options import Options
-from prodigyplus.placement import Location, Placement, locations, name_of
+from prodigyplus.placement import Location, Placement, locations
 from prodigyplus.reporting import warn_caller
 from prodigyplus.state_table import StateOptions
 from prodigyplus.terms import samples
@@ -360,7 +360,7 @@ def taken_apart(
     saved = list(_saved(states, groups, own))
     _keep_base_(groups, saved)
     for one in saved:
-        _check_state(one, name_of(own[one.location.group], one.location.group, one.location.in_group))
+        _check_state(one, one.location.name_in(own))
     keys = {key for group in groups for key in group["params"]}
     others = {key: value for key, value in states.items() if key not in keys}
     return groups, others, {one.location.p: loaded_state(one, placement) for one in saved}

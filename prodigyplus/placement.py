@@ -172,11 +172,17 @@ class Location(NamedTuple):
     in_group: int
     ordinal: int
 
+    def name_in(self, groups: Sequence[Mapping[str, Any]]) -> str:
+        """What to call the parameter in a message; see :func:`name_of`."""
+        return name_of(groups[self.group], self.group, self.in_group)
+
 
 def locations(groups: Sequence[Mapping[str, Any]]) -> list[Location]:
     """The parameters of ``param_groups`` in their order; one that was given twice is there twice."""
     places = (
-        (p, index, place) for index, group in enumerate(groups) for place, p in enumerate(group["params"])
+        (p, group, in_group)
+        for group, param_group in enumerate(groups)
+        for in_group, p in enumerate(param_group["params"])
     )
     return [Location(*place, ordinal) for ordinal, place in enumerate(places, 1)]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prodigyplus.constraints import Constraints
 from prodigyplus.formulas import schedule_free
-from prodigyplus.placement import Placement, locations, name_of
+from prodigyplus.placement import Placement, locations
 
 
 class View(NamedTuple):
@@ -52,11 +52,7 @@ class View(NamedTuple):
 
     def name_of(self, p: Tensor) -> str:
         """What to call a parameter in a message."""
-        return next(
-            name_of(self.groups[location.group], location.group, location.in_group)
-            for location in locations(self.groups)
-            if location.p is p
-        )
+        return next(location.name_in(self.groups) for location in locations(self.groups) if location.p is p)
 
     def lacks_gradients(self) -> bool:
         """Whether there are parameters to train, and none of them has a gradient."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prodigyplus.reporting import is_called_from
 from prodigyplus.terms.layout import Layout
 from prodigyplus.terms.requests import Answers, Asked, Matrices
 from prodigyplus_dist.layout import MeshLayout
@@ -87,7 +88,8 @@ class MeshExchange:
         )
 
     def sum_over_stages(self, values: Tensor) -> Tensor:
-        if self._process_group is None:
+        # torch's checkpoint helpers make a step where an optimiser has no state, maybe on one stage alone.
+        if self._process_group is None or is_called_from("torch.distributed.checkpoint.state_dict"):
             return values
         if not self._stages_agree:
             counts = torch.tensor([len(values), -len(values)], device=values.device)

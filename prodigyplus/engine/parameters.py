@@ -19,7 +19,7 @@ from prodigyplus.engine.batches import obstacle
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.engine.param_step import ParamStep, compute_dtype
 from prodigyplus.options import Options
-from prodigyplus.placement import Location, Placement, name_of
+from prodigyplus.placement import Location, Placement
 from prodigyplus.state_table import DTYPES, StateOptions
 from prodigyplus.terms.layout import Layout
 
@@ -59,7 +59,7 @@ class Parameters:
 
     def name(self, location: Location) -> str:
         """What to call a parameter in a message."""
-        return name_of(self._groups[location.group], location.group, location.in_group)
+        return location.name_in(self._groups)
 
     def bring(self, location: Location, grad: Tensor | None, group: GroupStep) -> ParamStep:
         """Gather what a step needs of a parameter.

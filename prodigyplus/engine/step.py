@@ -14,8 +14,7 @@ from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.engine.groups import Groups
 from prodigyplus.engine.param_step import ParamStep
 from prodigyplus.engine.rule import Moving
-from prodigyplus.exchange import Exchange, OneProcess
-from prodigyplus.reporting import is_called_from
+from prodigyplus.exchange import Exchange
 from prodigyplus.terms.scalars import Constants
 
 
@@ -57,9 +56,6 @@ class Step:
         self.groups = Groups(param_groups, columns, constants)
         # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
         self.initializes_state = not in_backward and all(g.options.lr_is_zero for g in self.groups.steps)
-        # They do so where an optimiser has no state, which may be one stage of a pipeline alone.
-        is_alone = self.initializes_state and is_called_from("torch.distributed.checkpoint.state_dict")
-        self._sum_over_stages = OneProcess().sum_over_stages if is_alone else exchange.sum_over_stages
         self.taken: set[Tensor] = set()
         self._seen: list[_Seen] = []
         self._waiting: list[ParamStep] = []
@@ -97,7 +93,7 @@ class Step:
             running = self._start(rest)
             learns = self._open_and_count()
             driver.finish(running, self._exchange)
-        totals = self._sum_over_stages(self.groups.totals())
+        totals = self._exchange.sum_over_stages(self.groups.totals())
         self.groups.end(totals, learns)
         for group in self.groups.steps:
             if not group.options.lr_is_zero:
@@ -181,5 +177,5 @@ class Step:
                 for seen, count in zip(self._seen, of_stacks, strict=True)
             ]
             sums.append(zeros.index_add(0, index, torch.cat([zeros[:0], *values])))
-        whole = self._sum_over_stages(torch.cat(sums))
+        whole = self._exchange.sum_over_stages(torch.cat(sums))
         return whole[0], *whole[1:].view(len(counts), -1).unbind()

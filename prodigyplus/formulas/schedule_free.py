@@ -97,8 +97,9 @@ def step_(
 
 def _goes_in_pieces(y: Tensor) -> bool:
     """Whether a single large tensor, (1, rows, …), steps a few rows at a time: on a CPU, if not compiled."""
-    is_large = y.numel() > _AT_ONCE and y.ndim > 1 and len(y) == 1 < y.shape[1]
-    return is_large and y.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():  # first, since a graph must not depend on the sizes
+        return False
+    return y.device.type == "cpu" and y.numel() > _AT_ONCE and y.ndim > 1 and len(y) == 1 < y.shape[1]
 
 
 def propose_(

@@ -53,9 +53,10 @@ def evaluated_before_it_is_saved(full):
 @pytest.mark.parametrize("full", [False, True])
 def test_the_average_is_saved_after_an_evaluation(pool, full):
     """FSDP2 keeps the root's weights gathered, in the place of the model's parameters."""
-    for found, expected in pool.run(2, evaluated_before_it_is_saved, full):
+    results = pool.run(2, evaluated_before_it_is_saved, full)
+    for found, expected in results:
         assert_same(found, expected)
-    assert pool.run(2, evaluated_before_it_is_saved, full)[0][0]
+    assert results[0][0]
 
 
 def test_parameters_offloaded_to_the_cpu(pool):

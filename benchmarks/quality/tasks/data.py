@@ -53,7 +53,7 @@ def mnist() -> tuple[Images, Images]:
 
 
 @cache
-def library(*, with_prose: bool = False) -> corpus.Corpus:
+def library(*, with_prose: bool) -> corpus.Corpus:
     """The source of Python's standard library as training and held-out text, with or without its prose."""
     paths = corpus.standard_library()
     return corpus.read(

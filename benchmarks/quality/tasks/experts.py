@@ -56,8 +56,8 @@ def build(setup: Setup) -> Problem:
     """Next bytes, on files that are not trained on."""
     model = model_of(setup).to(setup.device)
     mixtures = [module for module in model.modules() if isinstance(module, Experts)]
-    batch = data.text_batches(data.library().training, setup)
-    windows = data.text_to_evaluate(data.library().held_out, setup)
+    batch = data.text_batches(data.library(with_prose=False).training, setup)
+    windows = data.text_to_evaluate(data.library(with_prose=False).held_out, setup)
 
     def loss(step: int) -> Tensor:
         value: Tensor = model(*batch(step))

@@ -64,7 +64,9 @@ def pretrained(setup: Setup) -> GPT:
         shape["pretraining_batch"],
         {key: shape[key] for key in ("width", "layers", "context")},
     )
-    settings = json.dumps([asdict(scale), PRETRAINING_RATE, data.library().summary, torch.__version__])
+    settings = json.dumps(
+        [asdict(scale), PRETRAINING_RATE, data.library(with_prose=False).summary, torch.__version__]
+    )
     name = f"gpt-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.pt"
     path = data.folder(setup.cache) / name
     if not path.exists():
@@ -77,7 +79,7 @@ def pretrained(setup: Setup) -> GPT:
 def pretrain(setup: Setup, path: Path) -> None:
     """Train a GPT and save its weights; the file appears only when it is complete."""
     model = text.model_of(setup).to(setup.device)
-    batch = data.text_batches(data.library().training, setup)
+    batch = data.text_batches(data.library(with_prose=False).training, setup)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_RATE, betas=(0.9, 0.99))
     steps = setup.scale.steps
     for step in range(steps):
