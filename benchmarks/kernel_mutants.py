@@ -110,6 +110,7 @@ UNSEEN: dict[tuple[str, str], str] = {
         "factors",
         "tensor, column, first = tl.load(row - B_TENSOR), tl.load(row + B_POINTER), tl.load(row + B_FIRST)",
     ): "that column is the first, 0",
+    ("tile_of", "tensor = tl.load(matrix - M_TENSOR)"): "that column is the first, 0",
     ("squares", "MULTIPLE: tl.constexpr = 16 if FAST else 2"): "what the interpreter ignores",
     (
         "symmetric_product",

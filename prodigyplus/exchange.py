@@ -35,6 +35,27 @@ class Exchange(Protocol):
         """
         ...
 
+    def complete_and_compare(self, asked: Sequence[Asked], step_sizes: Callable[[], Tensor]) -> list[Answers]:
+        """Complete the sums of a step's first round, and compare what every rank should have alike.
+
+        Args:
+            asked: As for :meth:`complete`: sums of the gradients' squares.
+            step_sizes: Returns this rank's step sizes; float32, (groups,).
+
+        Returns:
+            The sums, as :meth:`complete`'s function does. What the comparison finds is :meth:`differ`'s.
+        """
+        ...
+
+    def differ(self) -> Tensor | None:
+        """Whether other ranks had other numbers when they were last compared; None if there are no others.
+
+        Returns:
+            For each group, whether its step size differs; maybe followed by whether the gradients of tensors
+            differ that each rank holds whole. bool, (groups,) or (groups + 1,).
+        """
+        ...
+
     def orthogonalize(
         self, asked: Sequence[tuple[Layout, Matrices]]
     ) -> Iterable[tuple[Sequence[int], Sequence[Tensor]]]:
@@ -59,6 +80,12 @@ class OneProcess:
     def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answers]]:
         answers = [{name: sum_.local for name, sum_ in sums.items()} for sums in asked]
         return lambda: answers
+
+    def complete_and_compare(self, asked: Sequence[Asked], step_sizes: Callable[[], Tensor]) -> list[Answers]:
+        return self.complete(asked)()
+
+    def differ(self) -> Tensor | None:
+        return None
 
     def orthogonalize(
         self, asked: Sequence[tuple[Layout, Matrices]]

@@ -6,13 +6,13 @@ have arrived. Each kind of problem is reported once.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prodigyplus.engine.groups import Groups
+from prodigyplus.exchange import Exchange
 from prodigyplus.reporting import Warner
 from prodigyplus.terms.isolation import is_captured
 from prodigyplus.torch_private import version_of
@@ -65,15 +65,15 @@ class Monitor:
             sent = self._sent
             if sent.event is None or (not is_captured(sent.event.device) and sent.event.query()):
                 self._sent = None
-                in_mean, d = sent.sizes.tolist()
-                self._read(sent.counts.tolist(), in_mean, d, sent.d0)
+                self._read(sent)
 
-    def end(self, view: View, groups: Groups, *, in_backward: bool) -> None:
+    def end(self, view: View, groups: Groups, exchange: Exchange, *, in_backward: bool) -> None:
         """After a step, note what to check later.
 
         Args:
             view: The optimiser.
             groups: The groups as the step has left them.
+            exchange: What has completed its sums.
             in_backward: Whether a backward pass has moved parameters, so that their gradients are gone.
         """
         self._steps += 1
@@ -92,7 +92,7 @@ class Monitor:
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:
             self._versions = {p: version_of(weight) for p, weight in view.own_weights()}
         if self._steps % _NUMBERS_EVERY == 0 and self._sent is None:
-            self._sent = _sent_to_host(groups)
+            self._sent = _sent_to_host(groups, exchange.differ())
 
     def forget_weights(self) -> None:
         """Forget the versions of weights, since the optimiser itself changes weights between two steps."""
@@ -147,11 +147,26 @@ class Monitor:
                 what="betas",
             )
 
-    def _read(
-        self, counts: list[list[int]], in_mean: list[float], d: list[float], d0: list[float | None]
-    ) -> None:
-        """Check numbers that have arrived; the arguments as in :class:`_Sent`."""
-        self._look_for_growth([k for k, _ in counts], d, d0)
+    def _read(self, sent: _Sent) -> None:
+        """Check numbers that have arrived."""
+        counts: list[list[int]] = sent.counts.tolist()
+        in_mean, d = sent.sizes.tolist()
+        self._look_for_growth([k for k, _ in counts], d, sent.d0)
+        self._look_for_skipped_steps(counts)
+        self._look_for_differences(sent.differ.tolist(), len(counts))
+        sizes = {index: d[index] for index in sent.sharing if in_mean[index] > 0}
+        if sizes and max(sizes.values()) > _FURTHEST_APART * min(sizes.values()):
+            low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+            self._warner.warn(
+                f"the step sizes of parameter groups are far apart: d is {sizes[low]:.1e} in "
+                f"param_groups[{low}] and {sizes[high]:.1e} in param_groups[{high}], but both move by the "
+                "harmonic mean of all. If they are parts of one network, pass split_groups=False; if not, "
+                "split_groups_mean=False lets each move by its own.",
+                what="groups",
+            )
+
+    def _look_for_skipped_steps(self, counts: list[list[int]]) -> None:
+        """Warn if a group has skipped many steps in a row; ``counts`` are k and skipped of each."""
         if len(self._moved_at) != len(counts):
             self._moved_at = [(k, skipped) for k, skipped in counts]
         for index, (k, skipped) in enumerate(counts):
@@ -166,15 +181,22 @@ class Monitor:
                     "checkpoint.",
                     what="skipped",
                 )
-        sizes = {index: d for index, d in enumerate(in_mean) if not math.isnan(d)}
-        if sizes and max(sizes.values()) > _FURTHEST_APART * min(sizes.values()):
-            low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+
+    def _look_for_differences(self, differ: list[bool], count: int) -> None:
+        """Warn if ranks differ: ``differ`` as :meth:`Exchange.differ` returns it, for ``count`` groups."""
+        if any(differ[count:]):
             self._warner.warn(
-                f"the step sizes of parameter groups are far apart: d is {sizes[low]:.1e} in "
-                f"param_groups[{low}] and {sizes[high]:.1e} in param_groups[{high}], but both move by the "
-                "harmonic mean of all. If they are parts of one network, pass split_groups=False; if not, "
-                "split_groups_mean=False lets each move by its own.",
-                what="groups",
+                "gradients of parameters that are plain tensors, whole on every rank, differ between ranks, "
+                "so that each rank trains another model. Average them over the ranks before step(), as DDP "
+                "does and FSDP2 does not for its ignored_params.",
+                what="gradients of copies",
+            )
+        elif True in differ:
+            self._warner.warn(
+                f"the step size of param_groups[{differ.index(True)}] differs between ranks. Give all ranks "
+                "the same options: an lr, for instance, must not follow each rank's own loss. "
+                "optimizer.check_replicas() says what differs, and where.",
+                what="ranks",
             )
 
     def _look_for_growth(self, steps: list[int], d: list[float], d0: list[float | None]) -> None:
@@ -196,26 +218,32 @@ class _Sent(NamedTuple):
     """Numbers of the groups on their way to the host."""
 
     counts: Tensor  # k and skipped of each group; (groups, 2)
-    sizes: Tensor  # (2, groups): d, or nan for groups that are in no mean; and d of each group
-    event: torch.Event | None  # recorded after the copies; None if the numbers are on the host already
+    sizes: Tensor  # in_mean and d of each group; (2, groups)
+    differ: Tensor  # see Exchange.differ; empty if it is None
+    sharing: list[int]  # the groups that move by the mean of several
     d0: list[float | None]  # of each group whose d should grow; None for others
+    event: torch.Event | None = None  # recorded after the copies; None if the numbers are on the host already
 
 
-def _sent_to_host(groups: Groups) -> _Sent | None:
+def _sent_to_host(groups: Groups, differ: Tensor | None) -> _Sent | None:
     """Begin to copy the groups' numbers to the host; None if that is not possible."""
     columns = groups.columns
     home = columns.device
     if type(columns["d"]) is not Tensor or home.type == "meta" or is_captured(home):
         return None  # a graph's replays do not run this code
-    counts = torch.stack([columns["k"], columns["skipped"]], dim=1)
-    sizes = torch.stack([groups.in_mean_or_nan(), columns["d"]])
-    d0 = [step.options.d0 if step.adapts and step.options.d0 <= _SMALL_D0 else None for step in groups.steps]
+    sent = _Sent(
+        torch.stack([columns["k"], columns["skipped"]], dim=1),
+        torch.stack([columns["in_mean"], columns["d"]]),
+        columns.zeros[:0].bool() if differ is None else differ.to(home),
+        [group.index for group in groups.sharing],
+        [step.options.d0 if step.adapts and step.options.d0 <= _SMALL_D0 else None for step in groups.steps],
+    )
     if _is_on_host(home):
-        return _Sent(counts, sizes, None, d0)
+        return sent
     event = torch.Event(device=home)
-    counts, sizes = (tensor.to("cpu", non_blocking=True) for tensor in (counts, sizes))
+    counts, sizes, differ = (tensor.to("cpu", non_blocking=True) for tensor in sent[:3])
     event.record()
-    return _Sent(counts, sizes, event, d0)
+    return sent._replace(counts=counts, sizes=sizes, differ=differ, event=event)
 
 
 def _is_on_host(device: torch.device) -> bool:

@@ -305,7 +305,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         steps.end(view, step)
         if not (view.is_evaluating or step.initializes_state):
             self._hold_(step)
-            self._cache.monitor.end(view, step.groups, in_backward=bool(step.taken))
+            self._cache.monitor.end(view, step.groups, self._exchange, in_backward=bool(step.taken))
         for group in fused:
             for p in group["params"]:
                 p.grad = None

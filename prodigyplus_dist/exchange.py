@@ -18,6 +18,8 @@ from torch import Tensor
 from prodigyplus.reporting import is_called_from
 from prodigyplus.terms.layout import Layout
 from prodigyplus.terms.requests import Answers, Asked, Matrices
+from prodigyplus_dist import agreement
+from prodigyplus_dist.agreement import Agreement
 from prodigyplus_dist.layout import MeshLayout
 from prodigyplus_dist.orthogonalize import Orthogonalizer
 
@@ -43,17 +45,18 @@ class MeshExchange:
         self.bucket_bytes = bucket_bytes
         self.replicas = replicas
         self._process_group = process_group
+        self._agreement: Agreement | None = None  # of the last round that compared numbers
         self._stages_agree = False  # whether all optimisers are known to have the same number of groups
         self._orthogonalizer = Orthogonalizer(bucket_bytes, all_to_all=all_to_all)
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeshExchange:
         return self  # the copy of an optimiser communicates with the same ranks
 
-    def complete(self, requests: Sequence[Asked]) -> Callable[[], list[Answers]]:
-        answers: list[Answers] = [{name: sum_.local for name, sum_ in sums.items()} for sums in requests]
+    def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answers]]:
+        answers: list[Answers] = [{name: sum_.local for name, sum_ in sums.items()} for sums in asked]
         # By process group, since meshes may share axes; in order of first use, the same on every rank.
         by_group: dict[dist.ProcessGroup, list[tuple[int, str]]] = {}
-        for index, sums in enumerate(requests):
+        for index, sums in enumerate(asked):
             for name, sum_ in sums.items():
                 for axis in sum_.axes:
                     by_group.setdefault(cast("dist.ProcessGroup", axis), []).append((index, name))
@@ -79,6 +82,16 @@ class MeshExchange:
             return answers
 
         return finish
+
+    def complete_and_compare(self, asked: Sequence[Asked], step_sizes: Callable[[], Tensor]) -> list[Answers]:
+        # With a process group, whole tensors may be others on other ranks, such as experts.
+        compared = agreement.requests(step_sizes(), asked, compare_whole=self._process_group is None)
+        *answers, totals = self.complete([*asked, compared])()
+        self._agreement = Agreement.of(compared, totals) or self._agreement
+        return answers
+
+    def differ(self) -> Tensor | None:
+        return None if self._agreement is None else self._agreement.fails()
 
     def orthogonalize(
         self, requests: Sequence[tuple[Layout, Matrices]]

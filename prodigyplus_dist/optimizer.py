@@ -31,8 +31,8 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     Parameters may be DTensors with any placement except ``Partial``, on one or several meshes (FSDP2, HSDP,
     tensor and expert parallelism and their combinations, with uneven and empty shards). Beside them may be
     plain tensors, whose replicas must get equal gradients, as under DDP. (FSDP2 does not reduce the gradients
-    of its ``ignored_params``: do so before :meth:`step`.) All ranks must call :meth:`step`,
-    :meth:`state_dict` and :meth:`load_state_dict` together.
+    of its ``ignored_params``: do so before :meth:`step`, which warns otherwise.) All ranks must call
+    :meth:`step`, :meth:`state_dict` and :meth:`load_state_dict` together.
 
     FSDP2 keeps the root module's weights gathered from a forward pass until a backward pass. If none follows,
     as in an evaluation, training would continue with the averaged weights that were gathered. So whenever the

@@ -40,15 +40,23 @@ class Asking(NamedTuple):
     wait: Callable[[], list[Answers]]
 
 
-def start(stacks: Sequence[Moving], exchange: Exchange, constants: Constants) -> list[Running]:
+def start(
+    stacks: Sequence[Moving], exchange: Exchange, constants: Constants, step_sizes: Callable[[], Tensor]
+) -> list[Running]:
     """Begin a step of all parameters: the first round, the sums of the raw gradients' squares.
 
     It covers all stacks at once, since its answers are small, and since nothing may move before it is known
     whether all gradients are finite. The numbers of the groups must be set before :func:`finish`.
+
+    Args:
+        stacks: What moves.
+        exchange: Completes the sums.
+        constants: The optimiser's.
+        step_sizes: Returns those of the last step, which every rank should have; float32, (groups,).
     """
     rules = [update(stack, constants) for stack in stacks]
     asked = [_sums(next(rule)) for rule in rules]
-    return list(map(Running, stacks, rules, exchange.complete(asked)()))
+    return list(map(Running, stacks, rules, exchange.complete_and_compare(asked, step_sizes)))
 
 
 def finish(running: Sequence[Running], exchange: Exchange) -> None:

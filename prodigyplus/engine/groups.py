@@ -80,7 +80,7 @@ class Groups:
 
     def _group_numbers(self) -> GroupNumbers:
         columns = self.columns
-        sharing = {step.index for step in self._sharing}
+        sharing = {step.index for step in self.sharing}
         rates = [step.options.lr for step in self.steps]
 
         def rows() -> list[GroupOptions]:
@@ -94,6 +94,10 @@ class Groups:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def last_step_sizes(self) -> Tensor:
+        """The step sizes that the groups used in their last steps; float32, (groups,)."""
+        return (self.columns["shared_d"] * self.columns["effective_lr"]).float()
 
     @functools.cached_property
     def _alike(self) -> list[AlikeGroups]:
@@ -175,7 +179,7 @@ class Groups:
     def _share(self, happens: Tensor) -> None:
         """Set the step sizes in use, if the step ``happens`` (bool, 0-dim) and is not skipped."""
         shared, in_mean = self.columns["d"].clone(), self.columns["in_mean"].clone()
-        if sharing := self._sharing:
+        if sharing := self.sharing:
             alike = AlikeGroups(sharing, self.columns, self.constants)
             for column, values in zip((shared, in_mean), alike.shared_d(), strict=True):
                 alike.scatter_(column, values)
@@ -192,13 +196,7 @@ class Groups:
         ]
 
     @property
-    def _sharing(self) -> list[GroupStep]:
+    def sharing(self) -> list[GroupStep]:
         """The groups that move by the mean of several."""
         sharing = [s for s in self.steps if s.options.pool is None and s.options.split_groups_mean]
         return sharing if len(sharing) > 1 else []
-
-    def in_mean_or_nan(self) -> Tensor:
-        """``d`` of the groups that count in the mean of several, NaN for the others; (groups,)."""
-        sharing = {step.index for step in self._sharing}
-        shares = self.constants.on(self.columns.device, [step.index in sharing for step in self.steps])
-        return prodigy.in_mean_or_nan(self.columns["d"], self.columns["in_mean"], shares)

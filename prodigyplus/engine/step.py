@@ -105,7 +105,7 @@ class Step:
         driver.finish(self._start(stacks), self._exchange)
 
     def _start(self, stacks: Sequence[Moving]) -> list[driver.Running]:
-        running = driver.start(stacks, self._exchange, self._constants)
+        running = driver.start(stacks, self._exchange, self._constants, self.groups.last_step_sizes)
         self._seen += [
             _Seen(one.stack.group, one.stack.ordinals, one.answers["total"], one.answers.get("present"))
             for one in running

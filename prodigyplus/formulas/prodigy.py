@@ -18,7 +18,6 @@ kind              product                                     norm
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -224,8 +223,3 @@ def _harmonic_mean(d: Tensor, where: Tensor) -> Tensor:
     """The harmonic mean of ``d`` where ``where`` (bool) holds, 0-dim; 0 if it holds nowhere."""
     total = torch.where(where, 1 / d, 0.0).sum()
     return torch.where(total > 0, where.sum() / total, 0.0)
-
-
-def in_mean_or_nan(d: Tensor, in_mean: Tensor, shares: Tensor) -> Tensor:
-    """``d`` of the groups that count in a shared mean, NaN for the others; shape (groups,)."""
-    return torch.where((in_mean > 0) & (shares > 0), d, math.nan)

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from prodigyplus import ProdigyPlusScheduleFree
+from prodigyplus import ProdigyPlusScheduleFree, monitor
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import MESHES, Placed, whole
 from tests.single.problems import Fed, assert_same
@@ -276,3 +277,33 @@ def test_tied_weights_are_saved_under_each_name(pool, tied):
     assert saved.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert len({pointer for pointer, _ in saved.values()}) == 4
     assert torch.equal(saved["0.weight"][1], saved["1.weight"][1]) == tied
+
+
+def disagreeing(mesh_name, what, options):
+    """The warnings of a run in which rank 1 differs from the others in ``what``."""
+    mesh, rank = MESHES[mesh_name], dist.get_rank()
+    placed = Placed(Fed(*mesh.shapes), mesh)
+    plain = nn.Parameter(torch.ones(3))
+    optimizer = ShardedProdigyPlusScheduleFree([*placed.parameters, plain], d0=1e-2, **options)
+    with warnings.catch_warnings(record=True) as caught, mock.patch.object(monitor, "_NUMBERS_EVERY", 5):
+        warnings.simplefilter("always")
+        for step in range(30):
+            if what == "lr" and rank == 1 and step == 10:
+                optimizer.param_groups[0]["lr"] = 0.995
+            placed.backward()
+            plain.grad = torch.full((3,), 1.0 + 100 * rank * (what == "gradients"))
+            optimizer.step()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("options", [{}, {"step_size": "balance"}], ids=str)
+@pytest.mark.parametrize("what", ["lr", "gradients", "nothing"])
+@pytest.mark.parametrize("mesh_name", ["fsdp2", "hsdp"])
+def test_ranks_that_disagree_are_told(pool, mesh_name, what, options):
+    for rank, messages in enumerate(pool.run(MESHES[mesh_name].ranks, disagreeing, mesh_name, what, options)):
+        if what == "nothing":
+            assert not messages
+        elif rank == 1:  # the ranks that are alike may not see it
+            (message,) = messages
+            assert what == "lr" or "plain tensors" in message
+            assert what == "gradients" or "step size of param_groups[0] differs between ranks" in message

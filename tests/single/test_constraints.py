@@ -305,4 +305,5 @@ def test_a_clamped_temperature_learns():
     optimizer.eval()
     assert math.log(20) < scale.item() <= top
     assert loss() < 0.1
-    assert float(optimizer.metrics()[0]["d"]) < 1
+    # With six seeds, it ends at 0.6 to 1.4; at 10 to 600 where the loop clamps instead.
+    assert float(optimizer.metrics()[0]["d"]) < 4
