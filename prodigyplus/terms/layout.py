@@ -114,13 +114,20 @@ class Layout:
         dims = len(self.shape)
         if self.is_run:
             return strided_samples(tensor, dims, -self.first % slice_p, slice_p)
-        key = slice_p, tensor.device
+        flat = tensor.reshape(*tensor.shape[: tensor.ndim - dims], math.prod(self.local_shape))
+        return flat.index_select(-1, self.sample_indices(slice_p, tensor.device))
+
+    def sample_indices(self, slice_p: int, device: torch.device) -> Tensor:
+        """The indices of the samples in the flattened local tensor, ascending; int64 or int32, (samples,)."""
+        if self.is_run:
+            numel = math.prod(self.local_shape)
+            return torch.arange(min(-self.first % slice_p, numel), numel, slice_p, device=device)
+        key = slice_p, device
         if key not in self._samples:
             # On the host: nonzero() on a device would synchronise, to know the size of its result.
             chosen = (self.positions().reshape(-1) % slice_p == 0).nonzero()
-            self._samples[key] = chosen.view(-1).to(torch.int32).to(tensor.device)
-        flat = tensor.reshape(*tensor.shape[: tensor.ndim - dims], math.prod(self.local_shape))
-        return flat.index_select(-1, self._samples[key])
+            self._samples[key] = chosen.view(-1).to(torch.int32).to(device)
+        return self._samples[key]
 
     def positions(self) -> Tensor:
         """The index of each local element in the row-major flattened global tensor; int64, on the host."""
@@ -178,7 +185,7 @@ def strided_samples(tensor: Tensor, dims: int, start: int, slice_p: int) -> Tens
     Args:
         tensor: A tensor of ``dims`` dimensions, or a stack of several, with extra leading dimensions.
         dims: The number of dimensions of a single tensor; these are flattened.
-        start, every: The first index, and the step.
+        start, slice_p: The first index, and the distance between samples.
     """
     stacked = tensor.shape[: tensor.ndim - dims]
     return tensor.reshape(*stacked, math.prod(tensor.shape[tensor.ndim - dims :]))[..., start::slice_p]

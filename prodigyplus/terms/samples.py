@@ -1,9 +1,9 @@
 """Prodigy's sampled state as rows, the form in which it is saved: it can be sharded as its parameter is.
 
 In memory ``p0`` and ``s`` are 1-D: the sampled elements one after another. In a parameter with C columns,
-the samples of row r of the flattened tensor are in the columns ``phase + every·j``, where the row's phase is
-``(−r·C) mod every``. So they are saved with shape ``(…, ceil(C/every))``, with zeros where a row has no j-th
-sample.
+each row of the flattened tensor has a sample in every slice_p-th column, from one that depends on the row. So
+samples are saved with shape ``(…, ceil(C/slice_p))``, each in column ``c // slice_p`` if c was its column,
+with zeros where a row has no sample.
 """
 
 from __future__ import annotations
@@ -34,26 +34,25 @@ def spread(samples: Tensor, layout: Layout, slice_p: int) -> Tensor:
     """
     shape = _local_rows_shape(layout, slice_p)
     rows = samples.new_zeros(math.prod(shape))
-    return rows.index_copy_(0, _row_indices(layout, slice_p).to(samples.device), samples).view(shape)
+    return rows.index_copy_(0, _row_indices(layout, slice_p, samples.device), samples).view(shape)
 
 
 def collect(rows: Tensor, layout: Layout, slice_p: int) -> Tensor:
     """The samples of a local tensor from its rows, complete in the last dimension: undoes :func:`spread`."""
-    return rows.reshape(-1).index_select(0, _row_indices(layout, slice_p).to(rows.device))
+    return rows.reshape(-1).index_select(0, _row_indices(layout, slice_p, rows.device))
 
 
 def _local_rows_shape(layout: Layout, slice_p: int) -> tuple[int, ...]:
     return (*layout.local_shape[:-1], rows_shape(layout.shape, slice_p)[-1])
 
 
-def _row_indices(layout: Layout, slice_p: int) -> Tensor:
-    """The index of each sample in the flattened rows; int64, on the host."""
-    elements = torch.arange(math.prod(layout.local_shape), device="cpu").view(layout.local_shape)
-    chosen = layout.sample(elements, slice_p)
-    columns, local_columns = (layout.shape or (1,))[-1], (layout.local_shape or (1,))[-1]
-    positions = layout.sample(layout.positions(), slice_p)
-    row, column = positions // max(1, columns), positions % max(1, columns)
-    phase = (-row * columns) % slice_p
-    return (
-        chosen // max(1, local_columns) * rows_shape(layout.shape, slice_p)[-1] + (column - phase) // slice_p
-    )
+def _row_indices(layout: Layout, slice_p: int, device: torch.device) -> Tensor:
+    """The index of each sample in the flattened rows; int64, (samples,)."""
+    chosen = layout.sample_indices(slice_p, device).long()
+    columns = layout.indices[-1] if layout.shape else range(1)  # of the whole tensor that are here
+    row, column = chosen // max(1, len(columns)), chosen % max(1, len(columns))
+    if isinstance(columns, range):
+        column = column + columns.start
+    else:
+        column = torch.tensor(columns, device="cpu").to(device)[column]
+    return row * rows_shape(layout.shape, slice_p)[-1] + column // slice_p
