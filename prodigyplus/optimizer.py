@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class _Cache:
         self.monitor = Monitor(self.warner)
         self.average = AverageSwap()
         self.fuses_backward = False  # whether fuse_backward() has been called
+        self.lock = threading.Lock()  # held while a backward pass moves a parameter
 
 
 class ProdigyPlusScheduleFree(Optimizer):
@@ -206,9 +208,9 @@ class ProdigyPlusScheduleFree(Optimizer):
         if not shares_d and is_called_from("torch.distributed.optim.zero_redundancy_optimizer"):
             raise ValueError(
                 f"ZeroRedundancyOptimizer gives each rank a {type(self).__name__} of other parameters, and "
-                "each would find a step size of its own. To share one, pass process_group=dist.group.WORLD "
-                "and optimizer_class=ShardedProdigyPlusScheduleFree (from prodigyplus_dist); or shard the "
-                "model with fully_shard."
+                "each would find a step size of its own. To share one, pass "
+                "optimizer_class=functools.partial(ShardedProdigyPlusScheduleFree, "
+                "process_group=dist.group.WORLD), from prodigyplus_dist; or shard the model with fully_shard."
             )
         self._placement, self._exchange, self._hooks = placement, exchange, hooks
         self._constraints = Constraints()
@@ -384,6 +386,10 @@ class ProdigyPlusScheduleFree(Optimizer):
     @isolated_from_compiler
     def _take(self, p: Tensor, grad: Tensor) -> bool:
         """Move a parameter by its gradient, now or later in the step. Returns whether its group is fused."""
+        with self._cache.lock:  # autograd has a thread for each device
+            return self._take_alone(p, grad)
+
+    def _take_alone(self, p: Tensor, grad: Tensor) -> bool:
         steps, view = self._cache.steps, self._view
         location = steps.location(view, p)
         if location is None or not self.param_groups[location.group]["fused_back_pass"]:

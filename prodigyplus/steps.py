@@ -1,4 +1,4 @@
-"""The steps of an optimiser: what each one takes part with, and what is kept from one to the next."""
+"""The steps of an optimiser: which parameters take part in each, and what is kept for the next."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prodigyplus.engine.bundle import Bundle
 from prodigyplus.engine.columns import Columns
 from prodigyplus.engine.param_step import ParamStep
 from prodigyplus.engine.parameters import Parameters
-from prodigyplus.engine.rule import Moving
-from prodigyplus.engine.standing import Standing
+from prodigyplus.engine.reusable_batches import ReusableBatches
 from prodigyplus.engine.step import Step
 from prodigyplus.exchange import Exchange
 from prodigyplus.options import Options
@@ -28,13 +28,13 @@ class Steps:
 
     Attributes:
         current: A step that a backward pass has begun, and that has not ended; else None.
-        standing: Batches that the next step may reuse, or None.
+        reusable: Batches that the next step may reuse, or None.
         constants: What is the same at every step.
     """
 
     def __init__(self) -> None:
         self.current: Step | None = None
-        self.standing: Standing | None = None
+        self.reusable: ReusableBatches | None = None
         self.constants = Constants()
         self._columns: Columns | None = None
         self._made_for: dict[Tensor, Any] = {}  # see engine/parameters.py
@@ -67,31 +67,33 @@ class Steps:
 
     def end(self, view: View, step: Step) -> None:
         """Move what has not moved yet, and update the step sizes; in eval mode, only make state."""
-        standing = self._take_standing(view, step)
-        if standing is None:
+        reused = self._reused(view, step)
+        if reused is None:
             self.constants.grow_older()
-        moving = step.stacked(self._remaining(view, step)) if standing is None else standing.batches
+        bundles = step.bundled(self._remaining(view, step)) if reused is None else reused.batches
         view.placement.end_step(location.p for location in self._locations(view))
         if not view.is_evaluating:
-            step.close(moving)
-            standing = standing or self._stand(view, step, moving)
-        if standing is not None:
-            standing.rest()
+            step.close(bundles)
+            reused = reused or self._reusable_after(view, step, bundles)
+        if reused is not None:
+            reused.drop_tensors_()
         # Kept only if the step did not raise.
-        self.standing = standing
+        self.reusable = reused
 
-    def _take_standing(self, view: View, step: Step) -> Standing | None:
+    def _reused(self, view: View, step: Step) -> ReusableBatches | None:
         """The last step's batches with this step's gradients; None if more than gradients has changed."""
-        standing, self.standing = self.standing, None
-        if standing is None or not _may_stand(step):
+        reusable, self.reusable = self.reusable, None
+        if reusable is None or not _can_reuse(step):
             return None
-        is_current = standing.renew(self._locations(view), step.groups.steps, view.state)
-        return standing if is_current else None
+        is_current = reusable.reuse_(self._locations(view), step.groups.steps, view.state)
+        return reusable if is_current else None
 
-    def _stand(self, view: View, step: Step, moving: Sequence[Moving]) -> Standing | None:
-        if not _may_stand(step):
+    def _reusable_after(self, view: View, step: Step, bundles: Sequence[Bundle]) -> ReusableBatches | None:
+        if not _can_reuse(step):
             return None
-        return Standing.of(view.placement, self._locations(view), step.groups.steps, view.state, moving)
+        return ReusableBatches.of(
+            view.placement, self._locations(view), step.groups.steps, view.state, bundles
+        )
 
     def _remaining(self, view: View, step: Step) -> list[ParamStep]:
         """What a step needs of the parameters that no backward pass has moved."""
@@ -119,6 +121,7 @@ class Steps:
     def know(self, view: View, loaded: Collection[Tensor]) -> None:
         """Note that the states of these parameters, and of no others, fit them: they have been loaded."""
         self._made_for.clear()
+        self.reusable = None  # which would keep the states alive that have been replaced
         parameters = self._parameters(view)
         for location in self._locations(view):
             if location.p in loaded:
@@ -133,7 +136,7 @@ class Steps:
         return self._columns
 
 
-def _may_stand(step: Step) -> bool:
+def _can_reuse(step: Step) -> bool:
     return not step.taken and not is_captured(step.groups.columns.device)
 
 

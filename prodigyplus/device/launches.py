@@ -135,15 +135,8 @@ class Launches:
         self._directions_are_aligned = False
         self._programs = programs()
 
-    def point_(
-        self, weights: list[Tensor], states: list[dict[str, Tensor]], grads: list[Tensor]
-    ) -> list[Tensor]:
-        """Point the kernels to these tensors, local ones. Entries that are not contiguous are made so.
-
-        Returns:
-            All entries of the states. As long as they are held, none other can be where they are: see
-            :meth:`is_current`.
-        """
+    def point_(self, weights: list[Tensor], states: list[dict[str, Tensor]], grads: list[Tensor]) -> None:
+        """Point the kernels to these tensors, local ones. Entries that are not contiguous are made so."""
         # This runs for every parameter at every step, so by map(), without a line of Python for each.
         entries = list(itertools.chain.from_iterable(map(dict.values, states)))
         tensors = [*weights, *entries]
@@ -156,7 +149,6 @@ class Launches:
             self._take(weights, states, grads[0].dtype)
             self._data_ptrs, self._found_dtypes = data_ptrs, found_dtypes
         self.point_to_gradients(grads)
-        return entries
 
     def _take(self, weights: list[Tensor], states: list[dict[str, Tensor]], grad: torch.dtype) -> None:
         """Set addresses and dtypes: tensors have been replaced, perhaps by those of other dtypes."""
@@ -168,6 +160,13 @@ class Launches:
             {tensor.dtype for tensor in column if tensor is not None} for column in zip(*rows, strict=True)
         ]
         assert all(len(dtypes) <= 1 for dtypes in of_column), "a state of several dtypes"
+        devices = {tensor.device for row in rows for tensor in row if tensor is not None}
+        if devices != {self.plan.device}:
+            found = ", ".join(sorted(map(str, devices)))
+            raise RuntimeError(
+                f"weights and the optimiser's state are on different devices ({found}): move the state to "
+                "the weights before step(). A model that moves to a GPU does so before load_state_dict()."
+            )
         self.dtypes = Dtypes._make([*(next(iter(dtypes), None) for dtypes in of_column), grad])
         self._addresses = [0 if tensor is None else tensor.data_ptr() for row in rows for tensor in row]
 
@@ -176,7 +175,7 @@ class Launches:
 
         Args:
             weights, grads: As for :meth:`point_`.
-            entries: All entries of the states; those that :meth:`point_` has returned must still be held.
+            entries: All entries of the states. None that :meth:`point_` was given may have been freed.
         """
         if {*map(_DTYPE, grads)} != {self.dtypes.grad} or {*map(_DTYPE, weights)} != {self.dtypes.weight}:
             return False
@@ -245,7 +244,10 @@ class Launches:
     def measure_(
         self, setup: Setup, n: Packed, *, takes_evidence: bool
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The directions' sums of squares, (tensors,), or None if not needed; and the evidence, as below."""
+        """The directions' sums of squares, (tensors,), or None if nothing needs them; and the evidence.
+
+        The evidence is what :meth:`move_` returns.
+        """
         evidence = self._evidence_parts(setup, takes_evidence)
         norms = self._empty(self.plan.tile_count) if setup.is_stable else None
         with jit.on_device(self.plan.device):

@@ -18,6 +18,7 @@ from prodigyplus.device import tables
 from prodigyplus.device.tables import Column, FactorRow, MatrixRow, PartsRow, RunRow, SizeRow, SumRow, TileRow
 from prodigyplus.formulas import moments
 from prodigyplus.terms.layout import Layout, Runs
+from prodigyplus.terms.tables import sent
 
 # The kernel ``add_parts``: how many sums a program makes, and how many parts it adds at a time.
 BLOCK, AT_ONCE = 64, 32
@@ -133,7 +134,7 @@ class Plan:
         self.keys = [_ROW_OUTER if row_first else _ROW_INNER for row_first in is_row_outer]
         self._lay_out_runs(is_row_outer, slice_p)
         numels = torch.tensor([layout.numel for layout in layouts], dtype=torch.int64, device="cpu")
-        self.numels = numels.to(device).to(torch.float32)
+        self.numels = sent(numels, device)[1].to(torch.float32)
         matrices = [
             _matrices(layout.local_shape, dims, tile.columns)
             for layout, dims in zip(layouts, self._dims, strict=True)
@@ -261,7 +262,7 @@ class Plan:
         for kind, of_launch in by_launch.items():
             joined = torch.cat([table for _, table in of_launch]).to(torch.int32)
             if len(joined):
-                self.tiles.append(Tiles(joined.to(self.device), kind, first))
+                self.tiles.append(Tiles(sent(joined, self.device)[1], kind, first))
             for tensor, table in of_launch:
                 of_tensors.append(SumRow(first, stride=1, values=len(table), out=tensor))
                 first += len(table)
@@ -274,7 +275,7 @@ class Plan:
 
     def _joined(self, each: Sequence[Tensor], fields: Sequence[str]) -> Tensor:
         """Tables one below the other, on the device; ``fields`` as above."""
-        return torch.cat([_rows([], fields), *each]).to(self.device)
+        return sent(torch.cat([_rows([], fields), *each]), self.device)[1]
 
 
 _Index = TypeVar("_Index", int, Tensor)

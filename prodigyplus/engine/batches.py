@@ -6,7 +6,9 @@ is like a stack (see :mod:`prodigyplus.engine.stack`) but of many layouts, and h
 
 from __future__ import annotations
 
+import itertools
 import operator
+import weakref
 from collections.abc import Generator, Hashable, Mapping, Sequence
 
 import torch
@@ -17,6 +19,7 @@ from prodigyplus.device import jit
 from prodigyplus.device.launches import Directions, Launches, Setup, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
 from prodigyplus.engine import passes
+from prodigyplus.engine.bundle import Bundle, Work
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.engine.kind import ADMITTED_BY_ALL, Kind
 from prodigyplus.engine.param_step import ParamStep, matrices, orthogonalized_in
@@ -25,7 +28,7 @@ from prodigyplus.options import Options
 from prodigyplus.state_table import TABLE, StateOptions, Subject
 from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Answers, Matrices, Requests, Sum
-from prodigyplus.terms.scalars import Constants, Scalars
+from prodigyplus.terms.scalars import Scalars
 
 # The values of the fields of a kind that the kernels can move.
 _ADMITTED: dict[str, tuple[object, ...]] = {
@@ -105,34 +108,33 @@ _LAYOUT, _DTYPE, _SHAPE = map(operator.attrgetter, ("layout", "dtype", "shape"))
 _MEMORY = (nn.Parameter, Tensor)
 
 
-class Batch:
-    """Parameters of one batch key; see :class:`prodigyplus.engine.stack.Stack`."""
+class Batch(Bundle):
+    """Parameters of one batch key, of any shapes; it may be reused in later steps."""
 
     nbytes = 0  # no direction is kept between passes
 
     def __init__(self, params: Sequence[ParamStep]) -> None:
-        first = params[0]
-        self.is_matrix = first.is_matrix
-        self.cost = first.cost if first.is_matrix else (0, 0, 0)
+        super().__init__(params)
+        self.grads = [grad.contiguous() for grad in self.grads]
         self.matrix_names = [f"matrices {param.ordinal}" for param in params]
-        self.weights = [param.weight for param in params]
-        self.grads = [param.grad.contiguous() for param in params]
-        self.states = [param.state for param in params]
-        self.layouts = [param.layout for param in params]
-        self.group = first.group
-        self.ordinals = [param.ordinal for param in params]
-        self.present = None if first.present is None else [bool(param.present) for param in params]
-        # Which operators its passes consist of. No kind that kernels admit depends on the number of elements.
-        self.kind = Kind.of(first.group.options, first.state, 2, adapts=first.group.adapts)
+        self._keys = [tuple(param.state) for param in params]
+        self._entries = list(itertools.chain.from_iterable(map(dict.values, [p.state for p in params])))
         # Kept apart, since ``p.data = …`` changes the shape of p itself.
         self._shapes = list(map(_SHAPE, self.weights))
         self._launches: Launches | None = None
-        self._entries: list[Tensor] = []  # all entries of its states, as they were when addresses were taken
+        self._watched: list[weakref.ref[Tensor]] = []  # the entries that the launches point to
+        self._freed: list[weakref.ref[Tensor]] = []  # those of them that are gone
 
-    def renew(
+    @property
+    def states(self) -> list[dict[str, Tensor]]:
+        """The states of its parameters, made from their entries."""
+        entries = iter(self._entries)
+        return [dict(zip(keys, entries, strict=False)) for keys in self._keys]
+
+    def reuse_(
         self, group: GroupStep, weights: list[Tensor], entries: list[Tensor], grads: list[Tensor]
     ) -> bool:
-        """Reuse this batch with the gradients of another step, if nothing else has changed.
+        """Take the tensors of another step, if nothing but gradients has been replaced.
 
         Args:
             group: Its parameters' group in that step.
@@ -154,21 +156,21 @@ class Batch:
         # Other weights may lie at the same address: a part of the old ones, or a buffer of the user's.
         if self._shapes != [*map(_SHAPE, weights)]:
             return False
-        # Other entries would lie elsewhere, since the old ones are held and so not freed.
-        if not launches.is_current(weights, entries, grads):
+        # So may another entry, of another dtype or with other strides, once the old one has been freed.
+        if self._freed or not launches.is_current(weights, entries, grads):
             return False
-        self.group, self.grads = group, grads
+        self.group, self.weights, self._entries, self.grads = group, weights, entries, grads
         self.present = None if self.present is None else [True] * len(grads)
         launches.point_to_gradients(grads)
         return True
 
-    def rest(self) -> None:
-        """Drop the references to the gradients, so that their memory can be freed until the next step."""
-        self.grads = []
+    def drop_tensors_(self) -> None:
+        """Drop all references to tensors, so that what is replaced before the next step can be freed."""
+        self.weights, self._entries, self.grads = [], [], []
 
-    def squares(self, constants: Constants) -> Requests:
-        """See :class:`prodigyplus.engine.rule.Moving`; one request for each piece of the buffer of sums."""
-        launches = self.launches(constants)
+    def squares(self) -> Requests:
+        """See :class:`Bundle`; one request for each piece of the buffer of sums."""
+        launches = self.launches
         sums, totals = launches.squares()
         pieces = {
             f"squares {index}": Sum(sums[piece.start : piece.end], piece.axes)
@@ -176,41 +178,27 @@ class Batch:
         }
         return {"total": Sum(totals, self.axes), **pieces}
 
-    def work(self, squares: Answers, n: Scalars, constants: Constants) -> _KernelWork:
-        """See :class:`prodigyplus.engine.rule.Moving`."""
-        return _KernelWork(self, squares, n, constants)
+    def work(self, squares: Answers, n: Scalars) -> Work:
+        return _KernelWork(self, squares, n)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the arithmetic."""
-        return torch.float32
-
-    @property
-    def axes(self) -> tuple[Hashable, ...]:
-        """See :class:`prodigyplus.engine.rule.Moving`; the same for all parameters of a batch."""
-        layout = self.layouts[0]
-        return layout.axes(layout.dims, count_replicas=True)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether its sums must be completed over other ranks before it moves."""
-        return bool(self.layouts[0].shard_axes)
-
-    def launches(self, constants: Constants) -> Launches:
+    def launches(self) -> Launches:
         """Its launches, which hold the addresses of its tensors; made at the first call."""
         if self._launches is None:
-            factored = tuple(map(moments.is_factored, self.states))
-            slice_p, device = self.group.options.slice_p, self.weights[0].device
+            states, slice_p, device = self.states, self.group.options.slice_p, self.weights[0].device
+            factored = tuple(map(moments.is_factored, states))
             key = "launches", tuple(self.ordinals), tuple(map(id, self.layouts)), factored, slice_p
-            self._launches = constants.recent(
+            self._launches = self.group.constants.recent(
                 device, key, lambda: Launches(Plan(self.layouts, factored, slice_p, device, tile_size()))
             )
-            self._entries = self._launches.point_(self.weights, self.states, self.grads)
+            self._launches.point_(self.weights, states, self.grads)
+            self._watched = [weakref.ref(entry, self._freed.append) for entry in self._entries]
         return self._launches
 
-    def setup(self, constants: Constants) -> Setup:
+    @property
+    def setup(self) -> Setup:
         """The constants that its kernels are compiled for."""
-        kind, o, dtypes = self.kind, self.group.options, self.launches(constants).dtypes
+        kind, o, dtypes = self.kind, self.group.options, self.launches.dtypes
         return Setup(
             dtypes,
             has_momentum=kind.has_momentum,
@@ -232,11 +220,12 @@ class Batch:
             for name, local, ordinal in zip(self.matrix_names, moved_by, self.ordinals, strict=True)
         }
 
-    def scales(self, constants: Constants) -> Tensor:
+    @property
+    def scales(self) -> Tensor:
         """The factor of each tensor's orthogonalised matrices, see ``muon.unit_rms``; float32, (tensors,)."""
         batched, device = self.group.options.muon_batched, self.weights[0].device
         shapes = tuple(muon.sizes(layout.shape, batched=batched)[1:] for layout in self.layouts)
-        return constants.made(
+        return self.group.constants.made(
             device,
             ("unit_rms", shapes),
             lambda: torch.tensor(
@@ -256,17 +245,16 @@ class _KernelWork:
         batch: The batch.
         squares: The sums of its gradients' squares, completed.
         n: The numbers of the step.
-        constants: The optimiser's.
     """
 
-    def __init__(self, batch: Batch, squares: Mapping[str, Tensor], n: Scalars, constants: Constants) -> None:
+    def __init__(self, batch: Batch, squares: Mapping[str, Tensor], n: Scalars) -> None:
         self.batch, self.kind, self.n = batch, batch.kind, n
         keys = prodigy.AVERAGES if self.kind.evidence == "relative" else ()
         self._averages = {key: stacks.stack_view([state[key] for state in batch.states]) for key in keys}
-        self._launches, self._sums, self._constants = batch.launches(constants), squares, constants
+        self._launches, self._sums = batch.launches, squares
         self._moves_at_once = not (batch.is_sharded or batch.is_matrix)
-        self._setup = batch.setup(constants)
-        self._ordinals = constants.on(n.step.device, batch.ordinals)
+        self._setup = batch.setup
+        self._ordinals = batch.group.constants.on(n.step.device, batch.ordinals)
         self._late: dict[str, Tensor] = {}  # see late_sums()
 
     def momentum_(self) -> None:
@@ -305,7 +293,7 @@ class _KernelWork:
             assert kind.evidence is not None
             return prodigy.evidence_(answers, self._averages, kind.evidence, self.n)
         if self.batch.is_matrix:
-            scales = passes.Scales(None, self.n.unit * self.batch.scales(self._constants))
+            scales = passes.Scales(None, self.n.unit * self.batch.scales)
         else:
             scales = passes.scales(answers, numels, self.batch.dtype, kind)
         return passes.balance_evidence(answers, scales, numels, self.n)
@@ -316,7 +304,7 @@ class _KernelWork:
         directions = None
         if self.batch.is_matrix:
             pieces = [answers.pop(name).contiguous() for name in self.batch.matrix_names]
-            directions = Directions(pieces, self.batch.scales(self._constants))
+            directions = Directions(pieces, self.batch.scales)
         norms = answers["uu"] if self._setup.is_stable else None
         late = self._move_(norms, takes_evidence=self.kind.is_late, directions=directions)
         if self.kind.is_late:

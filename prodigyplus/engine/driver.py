@@ -1,4 +1,4 @@
-"""Advance the rules of all stacks in lock-step, so that their requests to other ranks go out together.
+"""Advance the rules of all bundles in lock-step, so that their requests to other ranks go out together.
 
 Communication overlaps with computation: the sums of one bucket are completed while the directions of the next
 are computed, and while parameters that are whole on this rank move.
@@ -13,12 +13,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from prodigyplus.engine.batches import Batch, batch_key
+from prodigyplus.engine.bundle import Bundle
 from prodigyplus.engine.param_step import ParamStep
-from prodigyplus.engine.rule import Moving, Rule, update
+from prodigyplus.engine.rule import Rule, update
 from prodigyplus.engine.stack import Stack
 from prodigyplus.exchange import Exchange, split_by_bytes
 from prodigyplus.terms.requests import Answers, Asked, Matrices, Requests, Sum
-from prodigyplus.terms.scalars import Constants
 
 # The largest parameter, in elements, that is worth copying into a stack; and the largest stack, in bytes.
 SMALL = 1 << 17
@@ -26,9 +26,9 @@ STACK_BYTES = 4 << 20
 
 
 class Running(NamedTuple):
-    """A stack in the middle of its step: its rule, and the answers to be sent to it next."""
+    """A bundle in the middle of its step: its rule, and the answers to be sent to it next."""
 
-    stack: Moving
+    bundle: Bundle
     rule: Rule
     answers: Answers
 
@@ -36,39 +36,36 @@ class Running(NamedTuple):
 class Asking(NamedTuple):
     """Rules that have made requests, and the function that waits for the answers."""
 
-    rules: list[tuple[Moving, Rule]]
+    rules: list[tuple[Bundle, Rule]]
     wait: Callable[[], list[Answers]]
 
 
-def start(
-    stacks: Sequence[Moving], exchange: Exchange, constants: Constants, step_sizes: Callable[[], Tensor]
-) -> list[Running]:
+def start(bundles: Sequence[Bundle], exchange: Exchange, step_sizes: Callable[[], Tensor]) -> list[Running]:
     """Begin a step of all parameters: the first round, the sums of the raw gradients' squares.
 
-    It covers all stacks at once, since its answers are small, and since nothing may move before it is known
+    It covers all bundles at once, since its answers are small, and since nothing may move before it is known
     whether all gradients are finite. The numbers of the groups must be set before :func:`finish`.
 
     Args:
-        stacks: What moves.
+        bundles: What moves.
         exchange: Completes the sums.
-        constants: The optimiser's.
         step_sizes: Returns those of the last step, which every rank should have; float32, (groups,).
     """
-    rules = [update(stack, constants) for stack in stacks]
+    rules = list(map(update, bundles))
     asked = [_sums(next(rule)) for rule in rules]
-    return list(map(Running, stacks, rules, exchange.complete_and_compare(asked, step_sizes)))
+    return list(map(Running, bundles, rules, exchange.complete_and_compare(asked, step_sizes)))
 
 
 def finish(running: Sequence[Running], exchange: Exchange) -> None:
     """Finish the step that :func:`start` began, in buckets, so that few directions are alive at a time."""
     # Matrices travel to their owners while all other parameters move.
-    orthogonalized = _orthogonalize([one for one in running if one.stack.is_matrix], exchange)
+    orthogonalized = _orthogonalize([one for one in running if one.bundle.is_matrix], exchange)
     # In reverse order: the last gradients have just been read, and may still be in a cache.
-    elementwise = [one for one in reversed(running) if not one.stack.is_matrix]
-    buckets = _buckets([one for one in elementwise if one.stack.is_sharded], exchange.bucket_bytes)
+    elementwise = [one for one in reversed(running) if not one.bundle.is_matrix]
+    buckets = _buckets([one for one in elementwise if one.bundle.is_sharded], exchange.bucket_bytes)
     under_way = _ask(next(buckets, []), exchange)
     for one in elementwise:
-        if not one.stack.is_sharded:  # there is nothing to wait for
+        if not one.bundle.is_sharded:  # there is nothing to wait for
             _run_out(_ask([one], exchange), exchange)
     for bucket in buckets:
         following = _ask(bucket, exchange)
@@ -79,8 +76,8 @@ def finish(running: Sequence[Running], exchange: Exchange) -> None:
         _run_out(_ask(bucket, exchange), exchange)
 
 
-def stacked(params: Sequence[ParamStep], bucket_bytes: int) -> list[Moving]:
-    """Split parameters into what moves as one: batches for kernels, and stacks of small parameters.
+def bundled(params: Sequence[ParamStep], bucket_bytes: int) -> list[Bundle]:
+    """Split parameters into bundles: batches for kernels, and stacks of small parameters.
 
     The result is the same on all ranks, ordered by the first parameter of each.
     """
@@ -94,7 +91,7 @@ def stacked(params: Sequence[ParamStep], bucket_bytes: int) -> list[Moving]:
             continue
         alone = param.layout.max_local_numel > SMALL or param.is_matrix
         by_key.setdefault(index if alone else param.stack_key, []).append(index)
-    moving: dict[int, Moving] = {
+    bundles: dict[int, Bundle] = {
         run[0]: Batch([params[index] for index in run])
         for indices in batches.values()
         for run in _batch_runs(params, indices, bucket_bytes)
@@ -102,8 +99,8 @@ def stacked(params: Sequence[ParamStep], bucket_bytes: int) -> list[Moving]:
     for indices in by_key.values():
         count = max(1, limit // max(1, params[indices[0]].nbytes))
         for first in range(0, len(indices), count):
-            moving[indices[first]] = Stack.of([params[index] for index in indices[first : first + count]])
-    return [moving[index] for index in sorted(moving)]
+            bundles[indices[first]] = Stack([params[index] for index in indices[first : first + count]])
+    return [bundles[index] for index in sorted(bundles)]
 
 
 def _batch_runs(params: Sequence[ParamStep], indices: list[int], limit: int) -> Iterator[list[int]]:
@@ -126,16 +123,16 @@ def _matrices(asked: Requests) -> list[tuple[str, Matrices]]:
 
 
 def _orthogonalize(running: Sequence[Running], exchange: Exchange) -> Iterable[list[Running]]:
-    """Begin to orthogonalise all matrices; returns their stacks with the answers, as they are done."""
+    """Begin to orthogonalise all matrices; returns their bundles with the answers, as they are done."""
     if not running:
         return ()
     # Equal shapes together, the most expensive first, so that ranks share the work evenly.
-    running = sorted(running, key=lambda one: one.stack.cost, reverse=True)
+    running = sorted(running, key=lambda one: one.bundle.cost, reverse=True)
     asked = [one.rule.send(one.answers) for one in running]
     wanted = [
         (index, name, layout, request)
         for index, (one, requests) in enumerate(zip(running, asked, strict=True))
-        for layout, (name, request) in zip(one.stack.layouts, _matrices(requests), strict=True)
+        for layout, (name, request) in zip(one.bundle.layouts, _matrices(requests), strict=True)
     ]
     done = exchange.orthogonalize([(layout, request) for _, _, layout, request in wanted])
     answers = [dict(sums) for sums in exchange.complete(list(map(_sums, asked)))()]
@@ -148,12 +145,12 @@ def _completed(
     wanted: Sequence[tuple[int, str]],
     done: Iterable[tuple[Sequence[int], Sequence[Tensor]]],
 ) -> Iterator[list[Running]]:
-    """Yield the stacks whose matrices are all done, with their answers, as soon as they are.
+    """Yield the bundles whose matrices are all done, with their answers, as soon as they are.
 
     Args:
-        running: Stacks whose rules have asked for matrices.
+        running: Bundles whose rules have asked for matrices.
         answers: For each of them, the answers to its sums; the matrices are added.
-        wanted: For each matrix, the index of its stack in ``running``, and its name there.
+        wanted: For each matrix, the index of its bundle in ``running``, and its name there.
         done: Waves of indices into ``wanted`` and their results.
     """
     missing = Counter(index for index, _ in wanted)
@@ -169,12 +166,12 @@ def _completed(
 
 
 def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
-    """Split stacks into buckets whose directions take at most half of ``limit`` bytes, or of one stack.
+    """Split bundles into buckets whose directions take at most half of ``limit`` bytes, or one bundle's.
 
     Half, since two buckets are alive at a time: one whose sums are in flight, and one that is computed. Sizes
     are those of the largest piece on any rank, so that all ranks make the same buckets.
     """
-    sizes = [one.stack.nbytes for one in running]
+    sizes = [one.bundle.nbytes for one in running]
     several = sum(sizes) > limit
     for bucket in split_by_bytes([(size, 0) for size in sizes], limit // 2 if several else limit):
         yield [running[index] for index in bucket]
@@ -182,14 +179,14 @@ def _buckets(running: Sequence[Running], limit: int) -> Iterator[list[Running]]:
 
 def _ask(running: Sequence[Running], exchange: Exchange) -> Asking:
     """Run rules up to their next requests, or to their ends, and begin to answer the requests."""
-    rules: list[tuple[Moving, Rule]] = []
+    rules: list[tuple[Bundle, Rule]] = []
     asked: list[Asked] = []
-    for stack, rule, answers in running:
+    for bundle, rule, answers in running:
         try:
             asked.append(_sums(rule.send(answers)))
         except StopIteration:
             continue
-        rules.append((stack, rule))
+        rules.append((bundle, rule))
     return Asking(rules, exchange.complete(asked))
 
 
@@ -197,7 +194,7 @@ def _run_out(asking: Asking, exchange: Exchange) -> None:
     """Run rules to their ends, one round of requests and answers at a time."""
     while asking.rules:
         running = [
-            Running(stack, rule, answers)
-            for (stack, rule), answers in zip(asking.rules, asking.wait(), strict=True)
+            Running(bundle, rule, answers)
+            for (bundle, rule), answers in zip(asking.rules, asking.wait(), strict=True)
         ]
         asking = _ask(running, exchange)

@@ -20,6 +20,7 @@ class GroupStep:
     Args:
         index: Its index in ``param_groups``.
         param_group: The group itself; its numbers are views of the columns.
+        constants: The optimiser's.
 
     Attributes:
         skips_per_param: Whether each parameter is skipped individually, instead of all together.
@@ -27,9 +28,10 @@ class GroupStep:
         batch_keys: A cache of its parameters' batch keys, by what they depend on; see ``engine/batches.py``.
     """
 
-    def __init__(self, index: int, param_group: dict[str, Any]) -> None:
+    def __init__(self, index: int, param_group: dict[str, Any], constants: Constants) -> None:
         self.index = index
         self.param_group = param_group
+        self.constants = constants
         self.options = Options.of(param_group)
         self.skips_per_param = False
         self.adapts = not self.options.is_frozen(param_group)
@@ -73,7 +75,7 @@ class GroupStep:
         dlr = self._numbers[0].across(0).dlr
         return dlr if self.options.evidence == "balance" else torch.ones_like(dlr)
 
-    def totals(self, constants: Constants) -> Tensor:
+    def totals(self) -> Tensor:
         """The sums of this step over the group: products and norms, not weighted yet; shape (2,)."""
         d: Tensor = self.param_group["d"]
         if not self._observed:
@@ -81,7 +83,7 @@ class GroupStep:
         ordinals, *pairs = zip(*self._observed, strict=True)
         # Sum in the order of the parameters, not of arrival: the last bits of a sum depend on its order.
         came = tuple(map(tuple, ordinals))
-        rows = constants.made(d.device, ("order", came), lambda: _order(came, d.device))
+        rows = self.constants.made(d.device, ("order", came), lambda: _order(came, d.device))
         sums = []
         for values in pairs:
             wide = [value.to(d.device, d.dtype) for value in values]

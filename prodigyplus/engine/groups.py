@@ -64,7 +64,7 @@ class Groups:
     def __init__(
         self, param_groups: Sequence[dict[str, Any]], columns: Columns, constants: Constants
     ) -> None:
-        self.steps = [GroupStep(index, group) for index, group in enumerate(param_groups)]
+        self.steps = [GroupStep(index, group, constants) for index, group in enumerate(param_groups)]
         self.columns = columns
         self.constants = constants
         self._kernels = self._group_numbers() if self._has_kernels else None
@@ -140,7 +140,7 @@ class Groups:
 
     def totals(self) -> Tensor:
         """The sums of this step in each group, see :meth:`GroupStep.totals`; shape (groups, 2)."""
-        totals = [step.totals(self.constants) for step in self.steps]
+        totals = [step.totals() for step in self.steps]
         return torch.stack(totals) if len(totals) > 1 else totals[0].unsqueeze(0)
 
     def end(self, totals: Tensor, learns: Tensor) -> None:

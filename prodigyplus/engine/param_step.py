@@ -42,7 +42,7 @@ class ParamStep(NamedTuple):
 
     @property
     def cost(self) -> tuple[int, int, int]:
-        """See :attr:`Moving.cost`."""
+        """See :attr:`prodigyplus.engine.bundle.Bundle.cost`."""
         return cost_of(self.layout, self.group)
 
     @property
@@ -66,7 +66,7 @@ _promoted = functools.cache(torch.promote_types)  # called for every parameter a
 
 
 def cost_of(layout: Layout, group: GroupStep) -> tuple[int, int, int]:
-    """See :attr:`prodigyplus.engine.rule.Moving.cost`."""
+    """See :attr:`prodigyplus.engine.bundle.Bundle.cost`."""
     _, rows, columns = muon.sizes(layout.shape, batched=group.options.muon_batched)
     return muon.cost(rows, columns), rows, columns
 

@@ -5,68 +5,36 @@ Every tensor of a stack has an extra leading dimension, (count, *local shape).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from prodigyplus.engine import compiled, passes
-from prodigyplus.engine.group_step import GroupStep
-from prodigyplus.engine.kind import Kind
-from prodigyplus.engine.param_step import ParamStep, compute_dtype, cost_of, matrices
+from prodigyplus.engine.bundle import Bundle, Work
+from prodigyplus.engine.param_step import ParamStep, matrices
 from prodigyplus.engine.passes import FactorSums, Noise, Samples
-from prodigyplus.engine.rule import Work
 from prodigyplus.formulas import balance, moments, muon, prodigy, stochastic_rounding, variants
 from prodigyplus.terms import stacks
-from prodigyplus.terms.layout import Layout
 from prodigyplus.terms.requests import Answers, Requests
-from prodigyplus.terms.scalars import Constants, Scalars
+from prodigyplus.terms.scalars import Scalars
 
 
-@dataclass(slots=True)
-class Stack:
-    """Parameters with one stack key, or a single parameter, that move as one."""
+class Stack(Bundle):
+    """Parameters with one stack key, or a single parameter, that move as one tensor."""
 
-    weights: list[Tensor]
-    grads: list[Tensor]
-    states: list[dict[str, Tensor]]
-    layout: Layout
-    group: GroupStep
-    ordinals: list[int]
-    present: list[bool] | None
-    nbytes: int
-    is_matrix: bool
-    kind: Kind  # which operators its passes consist of
-
-    @classmethod
-    def of(cls, params: Sequence[ParamStep]) -> Stack:
-        """The stack of parameters that have equal stack keys."""
-        first = params[0]
-        return cls(
-            [param.weight for param in params],
-            [param.grad for param in params],
-            [param.state for param in params],
-            first.layout,
-            first.group,
-            [param.ordinal for param in params],
-            None if first.present is None else [bool(param.present) for param in params],
-            len(params) * first.nbytes,
-            first.is_matrix,
-            Kind.of(first.group.options, first.state, first.layout.numel, adapts=first.group.adapts),
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the arithmetic."""
-        return compute_dtype(self.weights[0])
+    def __init__(self, params: Sequence[ParamStep]) -> None:
+        super().__init__(params)
+        self.states = [param.state for param in params]
+        self.layout = params[0].layout
+        self.nbytes = len(params) * params[0].nbytes
 
     @property
     def compiles(self) -> bool:
         """Whether its passes are compiled."""
         return self.group.options.compile and compiled.admits(self.kind)
 
-    def squares(self, constants: Constants) -> Requests:
+    def squares(self) -> Requests:
         return moments.squares(
             stacks.stack_copy(self.grads),
             self.layout,
@@ -75,40 +43,21 @@ class Stack:
             square_sums=compiled.square_sums if self.compiles else moments.square_sums,
         )
 
-    def work(self, squares: Answers, n: Scalars, constants: Constants) -> Work:
-        kind = _MuonWork if self.is_matrix else _CompiledWork if self.compiles else _PlainWork
-        return kind(self, squares, n, constants)
+    def work(self, squares: Answers, n: Scalars) -> Work:
+        backend = _MuonWork if self.is_matrix else _CompiledWork if self.compiles else _PlainWork
+        return backend(self, squares, n)
 
-    @property
-    def axes(self) -> tuple[Hashable, ...]:
-        """The mesh axes along which ranks hold shards or replicas of its parameters."""
-        return self.layout.axes(self.layout.dims, count_replicas=True)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether its sums must be completed over other ranks before it moves."""
-        return bool(self.layout.shard_axes)
-
-    @property
-    def layouts(self) -> Sequence[Layout]:
-        return (self.layout,)
-
-    @property
-    def cost(self) -> tuple[int, int, int]:
-        return cost_of(self.layout, self.group)
-
-    def noise(self, z: str | None, step: Tensor, constants: Constants) -> Noise:
+    def noise(self, step: Tensor) -> Noise:
         """The noise that rounds the weights and z; None if they are not rounded stochastically.
 
         Args:
-            z: The key in the state of z or z − y; None without Schedule-Free.
             step: The number of the step.
-            constants: The optimiser's.
         """
+        z = self.kind.z
         kept = [self.weights[0].dtype, *([] if z is None else [self.states[0][z].dtype])]
         if not self.group.options.stochastic_rounding or torch.bfloat16 not in kept:
             return None
-        ordinals = constants.on(step.device, self.ordinals)
+        ordinals = self.group.constants.on(step.device, self.ordinals)
         return self.layout.index_terms(self.weights[0].device), stochastic_rounding.seeds(step, ordinals)
 
 
@@ -119,13 +68,12 @@ class _PlainWork:
         stack: The stack.
         squares: The sums of its gradients' squares, completed.
         n: The numbers of the step.
-        constants: The optimiser's.
     """
 
-    def __init__(self, stack: Stack, squares: Mapping[str, Tensor], n: Scalars, constants: Constants) -> None:
+    def __init__(self, stack: Stack, squares: Mapping[str, Tensor], n: Scalars) -> None:
         kind = stack.kind
         self.stack, self.kind, self.n = stack, kind, n
-        self.noise = stack.noise(kind.z, n.step, constants)
+        self.noise = stack.noise(n.step)
         self.across = n.across(len(stack.layout.shape))
         keys = stack.states[0]
         self.state = {key: stacks.stack_view([state[key] for state in stack.states]) for key in keys}
@@ -147,13 +95,13 @@ class _PlainWork:
         return self._grad
 
     @property
-    def sampled_every(self) -> int:
+    def sample_distance(self) -> int:
         """The distance between samples; 0 if none are taken."""
         return self.stack.group.options.slice_p if self.kind.evidence not in (None, "balance") else 0
 
     def samples(self) -> Samples | None:
         """The samples for Prodigy's evidence; None if it takes none."""
-        if not (slice_p := self.sampled_every):
+        if not (slice_p := self.sample_distance):
             return None
         layout = self.stack.layout
         return Samples.of(lambda stack: layout.sample(stack, slice_p), self.y, self.grad(), self.z, self.kind)
@@ -246,7 +194,7 @@ class _CompiledWork(_PlainWork):
                 self.grad(),
                 self.state,
                 self.factor_sums,
-                self.sampled_every,
+                self.sample_distance,
                 packed,
                 self.kind,
                 stack.layout.numel,

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from prodigyplus.engine import driver
+from prodigyplus.engine.bundle import Bundle
 from prodigyplus.engine.columns import Columns
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.engine.groups import Groups
 from prodigyplus.engine.param_step import ParamStep
-from prodigyplus.engine.rule import Moving
 from prodigyplus.exchange import Exchange
 from prodigyplus.terms.scalars import Constants
 
 
 class _Seen(NamedTuple):
-    """What the first round found out about a stack's gradients; shapes (count,)."""
+    """What the first round found out about a bundle's gradients; shapes (count,)."""
 
     group: GroupStep
     ordinals: list[int]  # of its parameters
@@ -80,11 +80,11 @@ class Step:
             waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
             self._move(waiting)
 
-    def stacked(self, params: Sequence[ParamStep]) -> list[Moving]:
-        """The rest of the parameters, split into what moves as one: those still waiting, and ``params``."""
-        return driver.stacked([*self._waiting, *params], self._exchange.bucket_bytes)
+    def bundled(self, params: Sequence[ParamStep]) -> list[Bundle]:
+        """The rest of the parameters in bundles: those still waiting, and ``params``."""
+        return driver.bundled([*self._waiting, *params], self._exchange.bucket_bytes)
 
-    def close(self, rest: Sequence[Moving]) -> None:
+    def close(self, rest: Sequence[Bundle]) -> None:
         """Move the rest of the parameters, then update the step sizes."""
         if self._skips_per_param:
             driver.finish(self._start(rest), self._exchange)
@@ -101,13 +101,13 @@ class Step:
                 group.param_group["frozen"] = not group.adapts
 
     def _move(self, params: Sequence[ParamStep]) -> None:
-        stacks = driver.stacked(params, self._exchange.bucket_bytes)
-        driver.finish(self._start(stacks), self._exchange)
+        bundles = driver.bundled(params, self._exchange.bucket_bytes)
+        driver.finish(self._start(bundles), self._exchange)
 
-    def _start(self, stacks: Sequence[Moving]) -> list[driver.Running]:
-        running = driver.start(stacks, self._exchange, self._constants, self.groups.last_step_sizes)
+    def _start(self, bundles: Sequence[Bundle]) -> list[driver.Running]:
+        running = driver.start(bundles, self._exchange, self.groups.last_step_sizes)
         self._seen += [
-            _Seen(one.stack.group, one.stack.ordinals, one.answers["total"], one.answers.get("present"))
+            _Seen(one.bundle.group, one.bundle.ordinals, one.answers["total"], one.answers.get("present"))
             for one in running
         ]
         return running
@@ -144,7 +144,7 @@ class Step:
         zero.
 
         Args:
-            counts: For each stack seen, a number for each parameter, or None if each counts as one.
+            counts: For each bundle seen, a number for each parameter, or None if each counts as one.
         """
         zeros = self._zeros
         squares = [seen.square.to(zeros.device, zeros.dtype) for seen in self._seen]
@@ -161,8 +161,8 @@ class Step:
             ),
         )
         ones = self._constants.made(zeros.device, "ones", lambda: zeros[:1] + 1)
-        for of_stacks in counts:
-            if all(count is None for count in of_stacks):
+        for of_bundles in counts:
+            if all(count is None for count in of_bundles):
                 # The sum is the same at every step.
                 sums.append(
                     self._constants.made(
@@ -174,7 +174,7 @@ class Step:
                 continue
             values = [
                 ones.expand(len(seen.ordinals)) if count is None else count.to(zeros)
-                for seen, count in zip(self._seen, of_stacks, strict=True)
+                for seen, count in zip(self._seen, of_bundles, strict=True)
             ]
             sums.append(zeros.index_add(0, index, torch.cat([zeros[:0], *values])))
         whole = self._exchange.sum_over_stages(torch.cat(sums))

@@ -10,6 +10,13 @@ from torch import Tensor
 from prodigyplus.terms.isolation import is_captured
 
 
+def sent(table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A table on the host, as it is sent, and its copy on a device; the host does not wait for the copy."""
+    # From pinned memory, which is not reused before it has been read.
+    on_host = table.pin_memory() if device.type == "cuda" else table
+    return on_host, on_host.to(device, non_blocking=True)
+
+
 class SentTable:
     """The copy on a device of a table that the host makes.
 
@@ -28,10 +35,7 @@ class SentTable:
         """The table on the device; ``make()`` makes it on the host, and is called if ``key`` has changed."""
         captured = is_captured(self._device)
         if self._key is None or key != self._key:
-            table = make()
-            # From pinned memory, which is not reused before it has been read: the copy does not block.
-            self._on_host = table.pin_memory() if self._device.type == "cuda" else table
-            self._table = self._on_host.to(self._device, non_blocking=True)
+            self._on_host, self._table = sent(make(), self._device)
             # A copy that is captured runs only when the graph is replayed, so the next call must send again.
             self._key = None if captured else key
         if captured:

@@ -40,8 +40,8 @@ def play(optimizer_class, problem, options):
     for _ in range(3):
         problem.backward()
         optimizer.step()
-        standing = optimizer._cache.steps.standing
-        sizes.add(0 if standing is None else sum(len(batch.ordinals) for batch in standing.batches))
+        reusable = optimizer._cache.steps.reusable
+        sizes.add(0 if reusable is None else sum(len(batch.ordinals) for batch in reusable.batches))
     if optimizer_class is ShardedProdigyPlusScheduleFree:
         optimizer.check_replicas()
     return [whole(p) for p in problem.parameters], optimizer.metrics()[0]["d"], sizes

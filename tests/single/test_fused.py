@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import threading
+import time
 import weakref
 
 import pytest
@@ -298,3 +300,25 @@ def test_a_step_with_lr_zero_makes_state_only():
     train(expected, optimizer_expected, Walks(4), 20)
     assert optimizer.metrics()[0]["d"] > 1e-6
     assert_same(dict(model.named_parameters()), dict(expected.named_parameters()))
+
+
+def test_backward_passes_in_several_threads(monkeypatch):
+    """As autograd's, which has one for each device: none begins a step that another has begun."""
+    towers = [nn.Linear(4, 4, bias=False) for _ in range(2)]
+    model = nn.ModuleList(towers)
+    optimizer = ProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True)
+    optimizer.fuse_backward(model)
+    begin = optimizer._begin
+
+    def slowly(*, in_backward):
+        time.sleep(0.2)
+        return begin(in_backward=in_backward)
+
+    monkeypatch.setattr(optimizer, "_begin", slowly)
+    threads = [threading.Thread(target=lambda t=t: t(torch.ones(2, 4)).sum().backward()) for t in towers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert optimizer._cache.steps.current.taken == {*model.parameters()}
+    optimizer.step()

@@ -117,7 +117,7 @@ def test_another_shape_at_the_same_address_is_seen(cut):
         assert torch.equal(p, before)
 
 
-@pytest.mark.parametrize("forgets", [False, True], ids=["standing", "found anew"])
+@pytest.mark.parametrize("forgets", [False, True], ids=["reused", "found anew"])
 def test_another_dtype_at_the_same_address_is_seen(forgets):
     """As when weights live in a flat buffer, and its owner widens them in place."""
     found = []
@@ -133,7 +133,7 @@ def test_another_dtype_at_the_same_address_is_seen(forgets):
                 p.data = buffer[:32].view(torch.float32)
                 p.data.copy_(wide)
             if forgets:
-                optimizer._cache.steps.standing = None
+                optimizer._cache.steps.reusable = None
             p.grad = torch.linspace(0.5, 1, 8, device=DEVICE)
             optimizer.step()
         found.append(p.detach().clone())

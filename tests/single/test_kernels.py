@@ -102,9 +102,9 @@ def used_kernels(monkeypatch):
     batches = []
     real = Batch.squares
 
-    def squares(self, constants):
+    def squares(self):
         batches.append(len(self.weights))
-        return real(self, constants)
+        return real(self)
 
     monkeypatch.setattr(Batch, "squares", squares)
     return batches

@@ -84,13 +84,13 @@ def steps(mesh, changes):
     ]
     stood = []
     for change in changes:
-        before = optimizers[0]._cache.steps.standing
-        optimizers[1]._cache.steps.standing = None
+        before = optimizers[0]._cache.steps.reusable
+        optimizers[1]._cache.steps.reusable = None
         for problem, optimizer in zip(problems, optimizers, strict=True):
             problem.backward()
             change(problem.parameters, optimizer, rank)
             optimizer.step()
-        stood.append(before is not None and optimizers[0]._cache.steps.standing is before)
+        stood.append(before is not None and optimizers[0]._cache.steps.reusable is before)
         optimizers[0].check_replicas()
     ours, anew = ([pieces_of(p.detach()) for p in problem.parameters] for problem in problems)
     return stood, all(map(torch.equal, ours, anew))
@@ -124,14 +124,14 @@ def elsewhere():
         for _ in range(2):
             problem.backward()
             optimizer.step()
-        assert optimizer._cache.steps.standing is not None
+        assert optimizer._cache.steps.reusable is not None
         problem.backward()
         p = problem.parameters[0]
         p.grad = p.grad.redistribute(p.device_mesh, [Replicate()])
         optimizer.step()
         problem.backward()
         optimizer.step()
-        return optimizer._cache.steps.standing is not None
+        return optimizer._cache.steps.reusable is not None
 
 
 def test_a_gradient_that_lies_elsewhere(pool):

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from prodigyplus.engine.batches import Batch
+from prodigyplus.engine.bundle import Bundle
 from prodigyplus.engine.group_step import GroupStep
-from prodigyplus.engine.rule import Moving
 from prodigyplus.placement import Location, Placement
 
 States = Mapping[Tensor, dict[str, Tensor]]
 
 
-class Standing:
+class ReusableBatches:
     """The batches of a step, kept to be reused.
 
     Ranks need not agree whether to reuse theirs: a rank that makes its batches again gets the same ones.
@@ -46,7 +46,7 @@ class Standing:
     ) -> None:
         self._placement = placement
         self._locations = locations
-        self._terms = [(group.options, group.adapts) for group in groups]
+        self._options = [(group.options, group.adapts) for group in groups]
         self._states = list(states.values())
         self.batches = batches
         # For each batch, its parameters and their states.
@@ -62,21 +62,21 @@ class Standing:
         locations: list[Location],
         groups: Sequence[GroupStep],
         states: States,
-        moving: Sequence[Moving],
-    ) -> Standing | None:
+        bundles: Sequence[Bundle],
+    ) -> ReusableBatches | None:
         """The batches of a step, if they are all that has moved; otherwise None.
 
         Args:
             placement, locations, groups, states: As for the class.
-            moving: All that has moved in the step.
+            bundles: All that has moved in the step.
         """
-        batches = [one for one in moving if isinstance(one, Batch)]
-        if not batches or len(batches) < len(moving):
+        batches = [bundle for bundle in bundles if isinstance(bundle, Batch)]
+        if not batches or len(batches) < len(bundles):
             return None
         return cls(placement, locations, groups, states, batches)
 
-    def renew(self, locations: list[Location], groups: Sequence[GroupStep], states: States) -> bool:
-        """Take the gradients of another step, if nothing else has changed.
+    def reuse_(self, locations: list[Location], groups: Sequence[GroupStep], states: States) -> bool:
+        """Take the tensors of another step, if nothing but gradients has been replaced.
 
         Args:
             locations, groups, states: As for the class, in that step.
@@ -84,9 +84,9 @@ class Standing:
         Returns:
             Whether the batches can be reused in that step. If not, discard this object.
         """
-        terms = zip(groups, self._terms, strict=False)
+        options = zip(groups, self._options, strict=False)
         # Equal options are one object.
-        if not all(group.options is o and group.adapts == adapts for group, (o, adapts) in terms):
+        if not all(group.options is o and group.adapts == adapts for group, (o, adapts) in options):
             return False
         if locations is not self._locations:
             return False
@@ -96,11 +96,11 @@ class Standing:
             return False
         found = zip(self.batches, self._parameters, self._states_of, strict=True)
         return all(
-            self._renew(batch, groups[batch.group.index], parameters, states_of)
+            self._reuse_(batch, groups[batch.group.index], parameters, states_of)
             for batch, parameters, states_of in found
         )
 
-    def _renew(
+    def _reuse_(
         self, batch: Batch, group: GroupStep, parameters: list[Tensor], states: list[dict[str, Tensor]]
     ) -> bool:
         placement = self._placement
@@ -108,9 +108,9 @@ class Standing:
         if grads is None:
             return False
         entries = placement.locals(itertools.chain.from_iterable(map(dict.values, states)))
-        return batch.renew(group, placement.locals(parameters), entries, grads)
+        return batch.reuse_(group, placement.locals(parameters), entries, grads)
 
-    def rest(self) -> None:
-        """Drop references to what only this step needs, such as gradients."""
+    def drop_tensors_(self) -> None:
+        """See :meth:`Batch.drop_tensors_`."""
         for batch in self.batches:
-            batch.rest()
+            batch.drop_tensors_()

@@ -1,5 +1,6 @@
 """Batches are reused from step to step while only gradients change; any other change makes new ones."""
 
+import copy
 import itertools
 import weakref
 
@@ -9,7 +10,7 @@ import torch
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.device import jit
 from prodigyplus.device.launches import Launches
-from prodigyplus.engine.standing import Standing
+from prodigyplus.engine.reusable_batches import ReusableBatches
 from tests.single.problems import Fed
 
 pytest.importorskip("triton")
@@ -35,22 +36,22 @@ class Pair:
     def step(self, change=lambda parameters, optimizer: None):
         """Apply a change to both, and step both; return whether the first reused its batches."""
         self._fed.backward()
-        found = [optimizer._cache.steps.standing for _, optimizer in self.both]
+        found = [optimizer._cache.steps.reusable for _, optimizer in self.both]
         for parameters, optimizer in self.both:
             for p, fed in zip(parameters, self._fed.parameters, strict=True):
                 p.grad = fed.grad.to(DEVICE, copy=True)
             change(parameters, optimizer)
-        self.both[1][1]._cache.steps.standing = None
+        self.both[1][1]._cache.steps.reusable = None
         for _, optimizer in self.both:
             optimizer.step()
-        return found[0] is not None and self.both[0][1]._cache.steps.standing is found[0]
+        return found[0] is not None and self.both[0][1]._cache.steps.reusable is found[0]
 
     def assert_same(self):
-        (ours, standing), (theirs, anew) = self.both
+        (ours, reusing), (theirs, anew) = self.both
         for p, q in zip(ours, theirs, strict=True):
             assert torch.equal(p, q)
             for key, value in anew.state[q].items():
-                assert torch.equal(standing.state[p][key], value), key
+                assert torch.equal(reusing.state[p][key], value), key
 
 
 def without(parameters, missing):
@@ -210,6 +211,41 @@ def test_gradients_are_let_go():
     assert not any(grad() for grad in grads)
 
 
+def all_loaded(parameters, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def all_weights_moved(parameters, optimizer):
+    for p in parameters:
+        p.data = p.data.clone()
+
+
+@pytest.mark.usefixtures("_without_launches")
+@pytest.mark.parametrize("replace", [other_entry, all_loaded, all_weights_moved])
+def test_what_is_replaced_is_let_go(replace):
+    """As where a trainer moves state and weights to the host between steps, to have their memory."""
+    pair = Pair()
+    for _ in range(2):
+        pair.step()
+    parameters, optimizer = pair.both[0]
+    old = parameters[0].data if replace is all_weights_moved else optimizer.state[parameters[0]]["z"]
+    storage = weakref.ref(old.untyped_storage())
+    del old
+    replace(parameters, optimizer)
+    assert storage() is None
+
+
+@pytest.mark.usefixtures("_without_launches")
+def test_state_on_another_device_is_refused():
+    pair = Pair()
+    pair.step()
+    (parameters, optimizer), _ = pair.both
+    state = optimizer.state[parameters[0]]
+    state["z"] = state["z"].to("meta")
+    with pytest.raises(RuntimeError, match=r"different devices .*meta.*: move the state to the weights"):
+        pair.step()
+
+
 @pytest.mark.usefixtures("_without_launches")
 def test_not_where_something_else_moves():
     """If kernels do not move one of the parameters, nothing is reused: all are examined in every step."""
@@ -224,12 +260,12 @@ def test_not_where_something_else_moves():
         for p in parameters:
             p.grad = torch.ones_like(p)
         optimizer.step()
-        assert optimizer._cache.steps.standing is None
-    assert Standing.of(optimizer._placement, [], [], {}, []) is None
+        assert optimizer._cache.steps.reusable is None
+    assert ReusableBatches.of(optimizer._placement, [], [], {}, []) is None
 
 
 @pytest.mark.usefixtures("_without_launches")
-def test_a_step_that_fails_leaves_nothing_standing(monkeypatch):
+def test_a_step_that_fails_leaves_nothing_to_reuse(monkeypatch):
     pair = Pair()
     pair.step()
     optimizer = pair.both[0][1]
@@ -241,7 +277,7 @@ def test_a_step_that_fails_leaves_nothing_standing(monkeypatch):
         patch.setattr(jit, "launch", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             optimizer.step()
-    assert optimizer._cache.steps.standing is None
+    assert optimizer._cache.steps.reusable is None
     assert not pair.step()
     assert pair.step()
 
