@@ -1,9 +1,9 @@
 """Sets that weights are held in: a projection onto the set, applied where a step has moved them.
 
-Whoever changes weights behind an optimiser's back, as ``clamp_()`` after a step does, changes the weights of
-training y alone: z goes on its way outside the set, which Prodigy takes for progress. Projected Schedule-Free
-projects z, of which x is the average. As y = (1−β1) z + β1 x, it then makes ``1 − β1 (1 − c)`` of the change:
-(1 − β1) of it, and β1 of the c that x takes. Of a convex set the average is in the set too.
+Clamping weights after a step changes the training weights y alone: z stays outside the set, and Prodigy takes
+that for progress. So z is projected, as in projected Schedule-Free. x, the average of z, takes a fraction c
+of the change, and y = (1−β1) z + β1 x takes (1−β1) + β1 c = 1 − β1 (1−c) of it. The average of points of a
+convex set is in the set.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Constraint(NamedTuple):
     parameters: Sequence[Tensor]
     project: Projection
 
-    def projected(self, values: Tensor) -> Tensor:
-        """What the projection makes of a copy of ``values``.
+    def projected(self, values: Tensor, placement: Placement) -> Tensor:
+        """What the projection makes of a copy of ``values``, which lies as these do.
 
         Raises:
             ValueError: It gives a tensor of another shape.
@@ -43,12 +43,7 @@ class Constraint(NamedTuple):
                 f"constrain: project() made {found} of a tensor of shape {tuple(values.shape)}: it must "
                 "change what it is given in place, or return what it makes of it, of the same shape."
             )
-        like: Any = values
-        placed: Any = result  # of DTensors, where the parameter is
-        if hasattr(like, "placements") and placed.placements != like.placements:
-            placed = placed.redistribute(like.device_mesh, like.placements)
-        held: Tensor = placed
-        return held
+        return placement.place_like(result, values)
 
     def hold_(
         self,
@@ -70,10 +65,10 @@ class Constraint(NamedTuple):
         local, y = placement.local, p.detach().clone()
         if schedule_free.is_averaged(state):
             z = schedule_free.base_iterate(p.detach(), state)
-            held_z = self.projected(z)
+            held_z = self.projected(z, placement)
             change = local(held_z) - local(z)
             local(y).add_(change * y_fraction.to(change))
-        y = self.projected(y)
+        y = self.projected(y, placement)
         if schedule_free.BASE in state:
             _write_(local(state[schedule_free.BASE]), local(held_z), happens)
         elif schedule_free.OFFSET in state:
@@ -96,13 +91,13 @@ class Constraint(NamedTuple):
             Pairs of the tensors to change, and what to copy into them.
         """
         if not schedule_free.is_averaged(state):
-            return [(p, self.projected(p))]
+            return [(p, self.projected(p, placement))]
         local, x, y = placement.local, p.detach().clone(), p.detach().clone()
         schedule_free.x_from_y(local(p), placement.local_state(state), beta1, out=local(x))
-        z = self.projected(schedule_free.base_iterate(p.detach(), state))
-        x = self.projected(x)
+        z = self.projected(schedule_free.base_iterate(p.detach(), state), placement)
+        x = self.projected(x, placement)
         schedule_free.y_from_x(local(x), {schedule_free.BASE: local(z)}, beta1, out=local(y))
-        y = self.projected(y).to(p.dtype)
+        y = self.projected(y, placement).to(p.dtype)
         if schedule_free.BASE in state:
             return [(p, y), (local(state[schedule_free.BASE]), local(z))]
         return [(p, y), (local(state[schedule_free.OFFSET]), local(z) - local(y))]
@@ -113,7 +108,7 @@ def _write_(target: Tensor, values: Tensor, happens: Tensor) -> None:
 
 
 class Constraints:
-    """The constraints of an optimiser, in the order in which they were laid on."""
+    """The constraints of an optimiser, in the order in which they were added."""
 
     def __init__(self) -> None:
         # Ordered, since RemovableHandle keeps a weak reference, which a plain dict cannot have.
@@ -126,7 +121,7 @@ class Constraints:
             self.add(constraint)
 
     def add(self, constraint: Constraint) -> RemovableHandle:
-        """Lay one on; returns a handle that lifts it."""
+        """Add a constraint; returns a handle that removes it."""
         handle = RemovableHandle(self._by_handle)
         self._by_handle[handle.id] = constraint
         return handle

@@ -67,7 +67,7 @@ class AverageSwap:
             schedule_free.y_from_x(local, state, beta1, out=local)
 
     def averages(self, view: View) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every parameter that does not hold x now, with its x, a new tensor of the same kind."""
+        """Yield (parameter, x) for each parameter that does not hold x now; x is new, laid out like it."""
         for group in view.groups:
             if group["use_schedulefree"] and group["train_mode"] and not self.is_lent:
                 for p, state in view.averaged(group):
@@ -139,7 +139,7 @@ def _average(view: View, group: Mapping[str, Any], p: Tensor, state: State) -> T
     x, local = torch.empty_like(p, requires_grad=False), view.placement.local
     schedule_free.x_from_y(local(p), state, group["betas"][0], out=local(x))
     for constraint in view.constraints.of(p):
-        x = constraint.projected(x)
+        x = constraint.projected(x, view.placement)
     return x
 
 

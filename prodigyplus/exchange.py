@@ -1,4 +1,4 @@
-"""What completes sums over whole tensors, and orthogonalises whole matrices: the protocol, and one process's.
+"""Complete sums over whole tensors and orthogonalise whole matrices: the protocol; one process's.
 
 :class:`prodigyplus_dist.exchange.MeshExchange` is that of a process that holds pieces of tensors.
 """

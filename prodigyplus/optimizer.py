@@ -252,7 +252,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         new = checkpoint.first_values(values["d0"]) | {"train_mode": not self._view.is_evaluating}
         super().add_param_group({**param_group, **given, **new})
         group, index = self.param_groups[-1], len(self.param_groups) - 1
-        for note in (*options.resolve_exclusions_(group), *options.doubts(group)):
+        for note in (*options.resolve_exclusions_(group), *options.likely_mistakes(group)):
             self._cache.warner.warn(note)
         try:
             for number, p in enumerate(group["params"]):

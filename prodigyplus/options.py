@@ -71,7 +71,7 @@ class Options:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
-        """The current options of a group of ``param_groups``, checked, with those off that others exclude.
+        """The current options of a group of ``param_groups``: checked, and with excluded ones switched off.
 
         Cheap where nothing has changed: the same values give the same object.
 
@@ -385,7 +385,7 @@ def late_warmup_steps(o: Options) -> int:
 
 
 def resolve_exclusions_(group: dict[str, Any]) -> list[str]:
-    """Switch off, in ``group``, what another option of it excludes; say so, a line for each."""
+    """Switch off the options of ``group`` that another one excludes; returns a note on each."""
     notes = []
     for excludes, consequence, note in _EXCLUSIONS:
         if excludes(group):
@@ -399,8 +399,8 @@ def resolve_exclusions_(group: dict[str, Any]) -> list[str]:
 _SMALL_LR = 0.01
 
 
-def doubts(group: Mapping[str, Any]) -> list[str]:
-    """What of ``group`` may be, and is seldom meant; a line for each."""
+def likely_mistakes(group: Mapping[str, Any]) -> list[str]:
+    """Warnings about values of ``group`` that are allowed, but probably not meant."""
     lr = group["lr"]
     if isinstance(lr, Tensor) or not 0 < lr < _SMALL_LR:
         return []

@@ -48,6 +48,10 @@ class Placement(Protocol):
         """The local piece of a saved entry, in new memory: undoes :meth:`store` of any layout."""
         ...
 
+    def place_like(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """A tensor of the same shape as another, laid out as that is."""
+        ...
+
     def takes_part(self, p: Tensor) -> bool:
         """Whether a parameter takes part in the step that begins; the same on all ranks that hold it."""
         ...
@@ -121,6 +125,9 @@ class WholeTensors:
         if hasattr(saved, "full_tensor"):  # a DTensor, saved by the sharded optimiser
             saved = saved.full_tensor()
         return saved.to(p.device, copy=True)
+
+    def place_like(self, tensor: Tensor, like: Tensor) -> Tensor:
+        return tensor
 
     def takes_part(self, p: Tensor) -> bool:
         return p.grad is not None

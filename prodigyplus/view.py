@@ -1,4 +1,4 @@
-"""What other modules than the step see of an optimiser: its parameters and their states."""
+"""An optimiser as its parts see it: parameters, states, where these lie, and what constrains them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class View(NamedTuple):
         return any(group["use_schedulefree"] and not group["train_mode"] for group in self.groups)
 
     def in_other_mode(self, *, train: bool) -> list[dict[str, Any]]:
-        """The groups that :meth:`AverageSwap.swap_` has to change."""
+        """The Schedule-Free groups that are in the other mode."""
         return [g for g in self.groups if g["use_schedulefree"] and g["train_mode"] != train]
 
     def averaged(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

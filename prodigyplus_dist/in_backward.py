@@ -65,7 +65,7 @@ def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
 
 
 class Buckets:
-    """DDP's buckets of gradients: each is averaged when it is full, and consumed when the next one is.
+    """DDP's buckets of gradients. A full one is averaged at once; its parameters move when the next is full.
 
     So the all-reduce of one runs while the backward pass fills the next. :meth:`consume` ends the last one.
 

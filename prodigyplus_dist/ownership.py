@@ -24,8 +24,8 @@ class Block(NamedTuple):
     first: int
     end: int
     travels: bool  # whether ranks other than the owner hold pieces of them
-    copy: int = 0  # the owner's copy, and
-    piece: int = 0  # its piece: its row and column in ``MeshLayout.ranks``
+    copy: int = 0  # the owner's row in ``MeshLayout.ranks``
+    piece: int = 0  # the owner's column there
 
     @property
     def size(self) -> int:

@@ -75,6 +75,11 @@ class MeshTensors:
                 saved = saved.index_select(dim, chosen)
         return saved.to(device, copy=True)
 
+    def place_like(self, tensor: Tensor, like: Tensor) -> Tensor:
+        if isinstance(like, DTensor) and isinstance(tensor, DTensor) and tensor.placements != like.placements:
+            return tensor.redistribute(like.device_mesh, like.placements)
+        return tensor
+
     def takes_part(self, p: Tensor) -> bool:
         # Another rank may have a gradient where this one has none, so this rank cannot decide by its own
         # gradient. A parameter frozen since the last step may still have a gradient on some rank, and takes
