@@ -19,7 +19,6 @@ from prodigyplus import metrics as metrics_
 from prodigyplus.constraints import Constraint, Constraints, Projection
 from prodigyplus.engine.columns import to_python_numbers_
 from prodigyplus.engine.in_backward import Hooks, ParameterHooks, fusable
-from prodigyplus.engine.param_step import compute_dtype
 from prodigyplus.engine.parameters import check_parameter
 from prodigyplus.engine.step import Step
 from prodigyplus.eval_mode import AverageSwap
@@ -29,6 +28,7 @@ from prodigyplus.options import Options
 from prodigyplus.placement import Placement, WholeTensors, name_of
 from prodigyplus.reporting import Warner, is_called_from
 from prodigyplus.steps import Steps
+from prodigyplus.terms.dtypes import compute_dtype
 from prodigyplus.terms.isolation import isolated, isolated_from_compiler
 from prodigyplus.view import View
 

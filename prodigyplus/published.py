@@ -35,15 +35,15 @@ from torch import Tensor
 
 from prodigyplus import checkpoint, options, state_table
 from prodigyplus.checkpoint import Group
-from prodigyplus.engine.param_step import compute_dtype
 from prodigyplus.formulas import moments, prodigy
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus.options import Options
 from prodigyplus.placement import name_of
 from prodigyplus.state_table import StateOptions
 from prodigyplus.terms import samples
+from prodigyplus.terms.dtypes import compute_dtype, wide_dtype
 from prodigyplus.terms.group_numbers import first_numbers
-from prodigyplus.terms.layout import Layout, wide_dtype
+from prodigyplus.terms.layout import Layout
 
 Unit = Literal["group", "parameter"]
 

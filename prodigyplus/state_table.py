@@ -16,7 +16,8 @@ from torch import Tensor
 from prodigyplus.formulas import moments, prodigy, schedule_free
 from prodigyplus.options import Options
 from prodigyplus.terms import samples
-from prodigyplus.terms.layout import Layout, wide_dtype
+from prodigyplus.terms.dtypes import wide_dtype
+from prodigyplus.terms.layout import Layout
 
 # Of parameters, gradients and state. float16 lacks the range for the squares of d·g.
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

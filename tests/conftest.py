@@ -26,7 +26,7 @@ def pytest_configure(config):
     config.option.loadscopereorder = False
 
 
-GROUPS = ("launch", "dist", "gpt", "integrations")  # the longest first
+GROUPS = ("launch", "dist", "compile", "gpt", "integrations")  # the longest first
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks

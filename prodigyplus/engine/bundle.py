@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from prodigyplus.engine.kind import Kind
-from prodigyplus.engine.param_step import ParamStep, compute_dtype, cost_of
+from prodigyplus.engine.param_step import ParamStep, cost_of
+from prodigyplus.terms.dtypes import compute_dtype
 from prodigyplus.terms.requests import Answers, Requests
 from prodigyplus.terms.scalars import Scalars
 

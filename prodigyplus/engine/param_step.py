@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from prodigyplus.device import launches
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.formulas import muon
+from prodigyplus.terms.dtypes import compute_dtype
 from prodigyplus.terms.layout import Layout
 from prodigyplus.terms.requests import Matrices, Method
 
@@ -55,14 +55,6 @@ class ParamStep(NamedTuple):
         """The bytes of its direction in the dtype of orthogonalising, on the rank with the largest piece."""
         dtype = orthogonalized_in(self.group, compute_dtype(self.weight))
         return self.layout.max_local_numel * dtype.itemsize
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic on a tensor: its own, but at least float32."""
-    return _promoted(tensor.dtype, torch.float32)
-
-
-_promoted = functools.cache(torch.promote_types)  # called for every parameter at every step
 
 
 def cost_of(layout: Layout, group: GroupStep) -> tuple[int, int, int]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from prodigyplus import state_table
 from prodigyplus.engine.batches import obstacle
 from prodigyplus.engine.group_step import GroupStep
-from prodigyplus.engine.param_step import ParamStep, compute_dtype
+from prodigyplus.engine.param_step import ParamStep
 from prodigyplus.options import Options
 from prodigyplus.placement import Location, Placement
 from prodigyplus.state_table import DTYPES, StateOptions
+from prodigyplus.terms.dtypes import compute_dtype
 from prodigyplus.terms.layout import Layout
 
 

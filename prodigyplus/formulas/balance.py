@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.terms import stacks
-from prodigyplus.terms.layout import wide_dtype
+from prodigyplus.terms.dtypes import wide_dtype
 
 # The value of −ρ towards which balance steers d.
 TARGET = 0.25

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from prodigyplus.formulas import directions
+from prodigyplus.terms.dtypes import compute_dtype, wide_dtype
 from prodigyplus.terms.isolation import isolated
-from prodigyplus.terms.layout import wide_dtype
 from prodigyplus.terms.requests import Matrices, Method, SymmetricProduct
 from prodigyplus.torch_private import foreach_copy_
 
@@ -104,9 +104,8 @@ def orthogonalized(matrices: Tensor, method: Method) -> Tensor:
     x = newton_schulz(matrices, quintic=method.quintic, symmetric_product=method.symmetric_product)
     if method.stable:
         rows, columns = x.shape[-2:]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        square = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).square()
-        x.mul_(directions.stable_scale(square * max(rows, columns), rows * columns).to(x.dtype))
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=compute_dtype(x))
+        x.mul_(directions.stable_scale(norm.square() * max(rows, columns), rows * columns).to(x.dtype))
     return x
 
 

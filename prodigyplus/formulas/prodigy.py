@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.terms import stacks
-from prodigyplus.terms.layout import wide_dtype
+from prodigyplus.terms.dtypes import wide_dtype
 from prodigyplus.terms.scalars import Scalars
 
 # How far the limiter lets d grow in one step.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prodigyplus.terms import stacks
-from prodigyplus.terms.layout import wide_dtype
+from prodigyplus.terms.dtypes import wide_dtype
 
 # FOCUS: how strongly the average of the weights attracts, relative to the sign of the gradient.
 _ATTRACTION = 0.1

@@ -21,11 +21,6 @@ class Runs(NamedTuple):
     length: int
 
 
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of numbers and sums that need more precision: float64, or float32 on devices without it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where a local tensor lies in its global tensor.

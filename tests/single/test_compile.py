@@ -17,8 +17,11 @@ from tests import option_table as table
 from tests.single.problems import assert_same, pair, run, snapshot
 from tests.watching import Watch
 
-# A warning from torch.compile's own imports.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.xdist_group("compile"),  # in one worker, which has what it has compiled
+    # A warning from torch.compile's own imports.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+]
 
 # Compiling takes seconds. All tests use these shapes, so that each reuses what another has compiled.
 VECTORS = ((60,),) * 3
