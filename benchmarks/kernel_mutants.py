@@ -42,7 +42,7 @@ TESTS = {
 
 # The tests that catch most mistakes of a function soonest; the others run where these catch none.
 FIRST = {
-    "_atan2": "eps",
+    "_atan2": "angles or eps",
     "_evidence": "plain_passes",
     "_hash": "bfloat16",
     "_moved": "plain_passes",
@@ -82,6 +82,7 @@ _PARTNERS = {one: other for pair in _SWAPPED for one, other in (pair, pair[::-1]
 _CALLS = {"tl.maximum": "tl.minimum", "tl.minimum": "tl.maximum", "tl.sqrt": "", "tl.abs": ""}
 
 # Mistakes that change nothing observable: the function, and the line with the mistake.
+_FIRST_COLUMN = "that column is the first, 0"
 _NO_GROUP = "of lanes that no group has"
 _NEAREST = "a root that is rounded to the nearest, as the interpreter's, needs no correction"
 UNSEEN: dict[tuple[str, str], str] = {
@@ -109,8 +110,16 @@ UNSEEN: dict[tuple[str, str], str] = {
     (
         "factors",
         "tensor, column, first = tl.load(row - B_TENSOR), tl.load(row + B_POINTER), tl.load(row + B_FIRST)",
-    ): "that column is the first, 0",
-    ("tile_of", "tensor = tl.load(matrix - M_TENSOR)"): "that column is the first, 0",
+    ): _FIRST_COLUMN,
+    ("tile_of", "tensor = tl.load(matrix - M_TENSOR)"): _FIRST_COLUMN,
+    ("tile_of", "local = tl.multiple_of(tl.load(size - S_LOCAL).to(tl.int32), MULTIPLE)"): _FIRST_COLUMN,
+    (
+        "elements_of",
+        "index = tl.max_contiguous(tl.multiple_of(index, (1, VECTOR)), (2, VECTOR))",
+    ): "what the interpreter ignores",
+    ("_atan2", "t = (smaller / tl.where(larger > 0, larger, 1.0))"): "what is NaN there is replaced by 0",
+    ("_atan2", "far = t > 0.4183556979968259"): "either series holds around the point where they meet",
+    ("_atan2", "return tl.where(y <= 0, -angle, angle)"): "the sign of a zero",
     ("squares", "MULTIPLE: tl.constexpr = 16 if FAST else 2"): "what the interpreter ignores",
     (
         "symmetric_product",

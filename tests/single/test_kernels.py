@@ -23,6 +23,11 @@ from tests.compiling import compile_alone
 from tests.single.problems import Fed
 
 pytest.importorskip("triton")
+import triton
+from triton import language as tl
+
+from prodigyplus.device import kernels
+
 if interprets():
     import tests.interpreting  # noqa: F401
 
@@ -441,3 +446,25 @@ def test_every_entry_of_the_state_is_known_to_them():
     assert set(entries("row", "col")) == set(entries("col", "row")) == pointed_to
     known = pointed_to | {"exp_avg_product", "max_l1", "max_l2"}
     assert known | {"exp_avg_weight"} == set(state_table.TABLE)
+
+
+@triton.jit
+def angles(y, x, out, COUNT: tl.constexpr):
+    index = tl.arange(0, COUNT)
+    tl.store(out + index, kernels._atan2(tl.load(y + index), tl.load(x + index)))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # of infinities
+def test_angles():
+    """Within 2 ulp, on either side of each case of the series, at zeros and infinities."""
+    special = [0.0, 1e-38, 1.0, 3.4e38, float("inf")]
+    ratios = [*(step / 1000 for step in range(1, 1001)), 0.41421354, 0.41421357]
+    points = [(y, x) for y in special for x in special] + [p for r in ratios for p in ((r, 1.0), (1.0, r))]
+    points += [(-y, x) for y, x in points]
+    count = 1 << 12
+    y, x = torch.tensor(points + [(0.0, 0.0)] * (count - len(points)), device=DEVICE).t().contiguous()
+    out = torch.full_like(y, torch.nan)
+    angles[(1,)](y, x, out, COUNT=count)
+    expected = torch.atan2(y.double(), x.double())
+    limits = torch.finfo(torch.float32)
+    assert ((out - expected).abs() <= 2 * limits.eps * expected.abs() + limits.tiny).all()
