@@ -231,7 +231,7 @@ def _check_state(saved: _Saved, name: str) -> None:
     weight_dtype = torch.float32 if o.bfloat16_z and schedule_free.OFFSET in state else p.dtype
     subject = state_table.Subject(weight_dtype, p.dtype, p.device, shape, StateOptions.of(o))
     expected = state_table.entries_of(subject)
-    freed = state_table.EVIDENCE if o.is_frozen(saved.group) else ()
+    freed = state_table.EVIDENCE_KEYS if o.is_frozen(saved.group) else ()
     if set(state).symmetric_difference(expected) - set(freed):
         raise ValueError(
             f"{name}: the state dict holds {sorted(state)}, this optimiser needs {sorted(expected)}: it was "
@@ -304,7 +304,7 @@ def saved_states(
         layout = placement.layout(p)
         rows = {
             key: samples.spread(entries[key], layout, slice_p)
-            for key in state_table.SAMPLED
+            for key in state_table.SAMPLED_KEYS
             if key in entries
         }
         asked.append({key: layout.sum(value, layout.dims[-1:]) for key, value in rows.items()})
@@ -325,14 +325,14 @@ def loaded_state(saved: _Saved, placement: Placement) -> dict[str, Tensor]:
     p, o = saved.location.p, Options.of(saved.group)
     slice_p, frozen = o.slice_p, o.is_frozen(saved.group)
     needed = {
-        key: value for key, value in saved.state.items() if not (frozen and key in state_table.EVIDENCE)
+        key: value for key, value in saved.state.items() if not (frozen and key in state_table.EVIDENCE_KEYS)
     }
     pieces = {key: placement.load(p, value, key, slice_p) for key, value in needed.items()}
     if "p0" in pieces:  # earlier versions kept it in bfloat16
         pieces["p0"] = pieces["p0"].to(torch.promote_types(pieces["p0"].dtype, p.dtype))
     return {
         key: samples.collect(piece, placement.layout(p), slice_p)
-        if key in state_table.SAMPLED
+        if key in state_table.SAMPLED_KEYS
         else placement.store(p, piece, key, slice_p)
         for key, piece in pieces.items()
     }

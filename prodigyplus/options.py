@@ -20,11 +20,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-Evidence = Literal["products", "signs", "relative", "balance"]
+EvidenceKind = Literal["products", "signs", "relative", "balance"]
 """The kinds of evidence for the step size."""
 
 # Prodigy's, by ``use_speed``.
-_PRODIGYS: dict[object, Evidence] = {False: "products", True: "signs", "relative": "relative"}
+_KIND_OF_SPEED: dict[object, EvidenceKind] = {False: "products", True: "signs", "relative": "relative"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +98,9 @@ class Options:
         return self.betas[1] if self.beta4 is None else self.beta4
 
     @property
-    def evidence(self) -> Evidence:
+    def evidence(self) -> EvidenceKind:
         """What the step size goes by; of Prodigy's kinds, see :mod:`prodigyplus.formulas.prodigy`."""
-        return "balance" if self.step_size == "balance" else _PRODIGYS[self.use_speed]
+        return "balance" if self.step_size == "balance" else _KIND_OF_SPEED[self.use_speed]
 
     @property
     def pool(self) -> str | None:

@@ -431,7 +431,7 @@ def _state(
     saved: Mapping[str, Any], p: Tensor, o: Options, scales: _Scales, name: str, tally: _Tally
 ) -> dict[str, Tensor]:
     """Convert a parameter's state to the form in which we save it; it may share tensors with ``saved``."""
-    converted = {*_MOMENTS, *_DROPPED, *state_table.SAMPLED, *_SPEED}
+    converted = {*_MOMENTS, *_DROPPED, *state_table.SAMPLED_KEYS, *_SPEED}
     state = {key: value for key, value in saved.items() if key not in converted}
     base = state.get("z", state.get("exp_avg"))
     if base is None or base.shape != p.shape:

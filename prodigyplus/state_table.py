@@ -191,8 +191,8 @@ TABLE = {
     **{key: Entry(_is_relative, _number, is_number=True, is_evidence=True) for key in prodigy.AVERAGES},
 }
 
-SAMPLED = tuple(key for key, entry in TABLE.items() if entry.is_sampled)
-EVIDENCE = tuple(key for key, entry in TABLE.items() if entry.is_evidence)
+SAMPLED_KEYS = tuple(key for key, entry in TABLE.items() if entry.is_sampled)
+EVIDENCE_KEYS = tuple(key for key, entry in TABLE.items() if entry.is_evidence)
 
 
 def new_state(weight: Tensor, grad: Tensor, layout: Layout, options: StateOptions) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ def freed_state(weight: Tensor, layout: Layout, options: StateOptions) -> dict[s
     torch's checkpoint helpers load into the state of a new optimiser, and fail if the file lacks an entry.
     """
     state = new_state(weight, weight, layout, options)
-    return {key: torch.zeros_like(value) for key, value in state.items() if key in EVIDENCE}
+    return {key: torch.zeros_like(value) for key, value in state.items() if key in EVIDENCE_KEYS}
 
 
 def expected_shapes(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from prodigyplus.device.jit import kernel
-from prodigyplus.device.tables import EVIDENCE, POOLS, GroupOptions
+from prodigyplus.device.tables import EVIDENCE_KINDS, POOLS, GroupOptions
 from prodigyplus.terms.group_numbers import COUNTS, FLOATS
 from prodigyplus.terms.scalars import VALUES
 
@@ -71,9 +71,9 @@ N_EMA_WEIGHT = tl.constexpr(VALUES.index("ema_weight"))
 N_ADOPT_CLIP = tl.constexpr(VALUES.index("adopt_clip"))
 
 # Options are float64, numbers of kinds too.
-SIGNS = tl.constexpr(float(EVIDENCE["signs"]))
-RELATIVE = tl.constexpr(float(EVIDENCE["relative"]))
-BALANCE = tl.constexpr(float(EVIDENCE["balance"]))
+SIGNS = tl.constexpr(float(EVIDENCE_KINDS["signs"]))
+RELATIVE = tl.constexpr(float(EVIDENCE_KINDS["relative"]))
+BALANCE = tl.constexpr(float(EVIDENCE_KINDS["balance"]))
 LAST_POOL = tl.constexpr(max(POOLS.values()))
 
 

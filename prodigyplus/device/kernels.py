@@ -64,9 +64,9 @@ N_D = tl.constexpr(VALUES.index("d"))
 N_EPS = tl.constexpr(VALUES.index("eps"))
 
 # The kinds of evidence.
-SIGNS = tl.constexpr(tables.EVIDENCE["signs"])
-RELATIVE = tl.constexpr(tables.EVIDENCE["relative"])
-BALANCE = tl.constexpr(tables.EVIDENCE["balance"])
+SIGNS = tl.constexpr(tables.EVIDENCE_KINDS["signs"])
+RELATIVE = tl.constexpr(tables.EVIDENCE_KINDS["relative"])
+BALANCE = tl.constexpr(tables.EVIDENCE_KINDS["balance"])
 
 _TINY = tl.constexpr(1e-30)
 _QUARTER_TURN = tl.constexpr(1.5707963267948966)
@@ -280,7 +280,7 @@ def sweep(
     EXP_AVG_DTYPE: tl.constexpr, EXP_AVG_SQ_DTYPE: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr, MEAN_DTYPE: tl.constexpr,
     P0_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, DIRECTION_DTYPE: tl.constexpr,
-    MOVES: tl.constexpr, EVIDENCE: tl.constexpr, READS: tl.constexpr,
+    MOVES: tl.constexpr, TAKES_EVIDENCE: tl.constexpr, READS: tl.constexpr,
     FACTORED: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, MOMENTUM: tl.constexpr,
     IS_OFFSET: tl.constexpr, ATAN2: tl.constexpr, STABLE: tl.constexpr, DECAYS: tl.constexpr,
     STOCHASTIC: tl.constexpr, KIND: tl.constexpr, SLICE_P: tl.constexpr, SAMPLES: tl.constexpr,
@@ -288,16 +288,16 @@ def sweep(
 ):  # fmt: skip
     """Measure: sum the squares of the direction over each tile. Or, with ``MOVES``, move y, z and moments.
 
-    With ``EVIDENCE``, also update s, and sum the evidence over each tile. Measuring writes nothing else: the
-    moments of elements are computed in both passes, and written by the one that moves.
+    With ``TAKES_EVIDENCE``, also update s, and sum the evidence over each tile. Measuring writes nothing
+    else: the moments of elements are computed in both passes, and written by the one that moves.
 
     With ``READS``, the move reads directions at the addresses in ``directions``, and scales them: they are
     orthogonalised between the two passes. So measuring updates the first moment, and takes all evidence
     except what balance needs of the directions, which the move takes.
     """
     MULTIPLE: tl.constexpr = 16 if FAST else 1
-    BALANCES: tl.constexpr = EVIDENCE and KIND == BALANCE
-    SAMPLED: tl.constexpr = EVIDENCE and KIND != BALANCE
+    BALANCES: tl.constexpr = TAKES_EVIDENCE and KIND == BALANCE
+    SAMPLED: tl.constexpr = TAKES_EVIDENCE and KIND != BALANCE
     program = tl.program_id(0)
     tile = tile_of(pointers, sizes, matrices, tiles, MULTIPLE)
     tensor, matrix = tile.tensor, tile.matrix
@@ -409,7 +409,7 @@ def sweep(
                 tl.store(base + index, _rounded(z, noise >> 16, BASE_DTYPE, STOCHASTIC), mask=exists)
     if STABLE and not MOVES:
         tl.store(norm_parts + program, tl.sum(norm))
-    if EVIDENCE:
+    if TAKES_EVIDENCE:
         tl.store(evidence_parts + program, tl.sum(product_sum))
         tl.store(evidence_parts + parts_stride + program, tl.sum(second_sum))
         if KIND == RELATIVE or BALANCES:

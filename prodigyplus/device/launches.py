@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prodigyplus.device import jit
 from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, TileKind, Tiles, TileSize
-from prodigyplus.device.tables import EVIDENCE, Dtypes
+from prodigyplus.device.tables import EVIDENCE_KINDS, Dtypes
 from prodigyplus.terms.requests import SymmetricProduct
 from prodigyplus.terms.scalars import Packed
 from prodigyplus.terms.tables import SentTable
@@ -70,7 +70,7 @@ class Setup(NamedTuple):
     is_atan2: bool
     is_stable: bool
     decays: bool
-    evidence: str  # a key of ``EVIDENCE``
+    evidence: str  # a key of ``EVIDENCE_KINDS``
     slice_p: int
     rounds: bool
     direction: torch.dtype | None = None  # the dtype of directions that are read; None if they are computed
@@ -309,7 +309,7 @@ class Launches:
                 self._pointers, plan.sizes, plan.runs, plan.matrices, tiles.table, *_numbers(n),
                 norm_parts[tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
                 norms, plan.numels, ordinals, n.step, *read,
-                MOVES=moves, EVIDENCE=len(evidence_parts) > 0,
+                MOVES=moves, TAKES_EVIDENCE=len(evidence_parts) > 0,
                 **self._constants(setup, tiles, is_aligned),
                 **self._tile(
                     self._programs.move if moves else self._programs.measure,
@@ -339,7 +339,7 @@ class Launches:
             "STABLE": setup.is_stable,
             "DECAYS": setup.decays,
             "STOCHASTIC": setup.rounds,
-            "KIND": EVIDENCE[setup.evidence],
+            "KIND": EVIDENCE_KINDS[setup.evidence],
             "SLICE_P": setup.slice_p,
             "SAMPLES": 1 << (-(-self.plan.tile.columns // setup.slice_p) - 1).bit_length(),
         }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # The kernels' numbers for the kinds of evidence: see ``Options.evidence``.
-EVIDENCE: dict[str, int] = {"products": 0, "signs": 1, "relative": 2, "balance": 3}
+EVIDENCE_KINDS: dict[str, int] = {"products": 0, "signs": 1, "relative": 2, "balance": 3}
 
 # The kernels' numbers for the pools: groups of one pool have one d.
 POOLS: dict[str | None, int] = {None: 0, "prodigy": 1, "balance": 2}
@@ -167,7 +167,7 @@ class GroupOptions(NamedTuple):
     use_schedulefree: float
     use_bias_correction: float
     use_adopt: float
-    evidence: float  # a value of ``EVIDENCE``
+    evidence: float  # a value of ``EVIDENCE_KINDS``
     weight_decay_by_lr: float
     d_limiter: float
     adapts: float

@@ -16,7 +16,7 @@ from torch import Tensor
 from prodigyplus.engine.columns import Columns
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.formulas import balance, prodigy, radam, schedule_free, variants
-from prodigyplus.options import Evidence, Options
+from prodigyplus.options import EvidenceKind, Options
 from prodigyplus.terms.scalars import VALUES, Constants, Packed
 from prodigyplus.torch_private import foreach_copy_
 
@@ -27,7 +27,7 @@ class _Branches(NamedTuple):
     use_schedulefree: bool
     use_bias_correction: bool
     use_adopt: bool
-    evidence: Evidence
+    evidence: EvidenceKind
     weight_decay_by_lr: bool
     d_limiter: bool
     scales_c: bool

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prodigyplus.device import jit
 from prodigyplus.device.group_launches import GroupNumbers, table_of
-from prodigyplus.device.tables import EVIDENCE, POOLS, GroupOptions
+from prodigyplus.device.tables import EVIDENCE_KINDS, POOLS, GroupOptions
 from prodigyplus.engine.alike_groups import AlikeGroups, Uncounted, each_group
 from prodigyplus.engine.columns import Columns
 from prodigyplus.engine.group_step import GroupStep
@@ -43,7 +43,7 @@ def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
         use_schedulefree=o.use_schedulefree,
         use_bias_correction=o.use_bias_correction,
         use_adopt=o.use_adopt,
-        evidence=EVIDENCE[o.evidence],
+        evidence=EVIDENCE_KINDS[o.evidence],
         weight_decay_by_lr=o.weight_decay_by_lr,
         d_limiter=o.d_limiter,
         adapts=group.adapts,

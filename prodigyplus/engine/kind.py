@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 from torch import Tensor
 
 from prodigyplus.formulas import schedule_free
-from prodigyplus.options import Evidence, Options
+from prodigyplus.options import EvidenceKind, Options
 
 # The options behind fields of a kind that have another name.
 _OPTION_OF: dict[tuple[str, object], str] = {
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     is_stable: bool = True  # StableAdamW
     decays: bool = False
     decays_by_lr: bool = True
-    evidence: Evidence | None = "products"  # None: none is taken
+    evidence: EvidenceKind | None = "products"  # None: none is taken
 
     @classmethod
     def of(cls, o: Options, state: Mapping[str, Tensor], numel: int, *, adapts: bool = True) -> Kind:
@@ -103,5 +103,5 @@ ADMITTED_BY_ALL: dict[str, tuple[object, ...]] = {
     "is_stable": _SWITCH,
     "decays": _SWITCH,
     "decays_by_lr": _SWITCH,
-    "evidence": (*get_args(Evidence), None),
+    "evidence": (*get_args(EvidenceKind), None),
 }

@@ -103,7 +103,7 @@ class Parameters:
                 self._check_state(location, weight, gradient, made_for, group)
             self._made_for[p] = made_for
         if not group.adapts:
-            for key in state_table.EVIDENCE:
+            for key in state_table.EVIDENCE_KEYS:
                 state.pop(key, None)
         local_state = self._placement.local_state(state)
         return ParamStep(weight, gradient, local_state, layout, group, location.ordinal, present)
@@ -143,7 +143,7 @@ class Parameters:
         needed = {
             key: shape
             for key, shape in state_table.expected_shapes(weight, grad, now.layout, now.options).items()
-            if key in state or group.adapts or key not in state_table.EVIDENCE
+            if key in state or group.adapts or key not in state_table.EVIDENCE_KEYS
         }
         found = {key: tuple(value.shape) for key, value in state.items()}
         if found != needed:
@@ -169,7 +169,7 @@ def _fits(grad: torch.dtype, arithmetic: torch.dtype) -> bool:
 def stored(placement: Placement, p: Tensor, local: dict[str, Tensor], slice_p: int) -> dict[str, Tensor]:
     """Entries of a state as they are kept, from their local pieces: samples stay as they are."""
     return {
-        key: value if key in state_table.SAMPLED else placement.store(p, value, key, slice_p)
+        key: value if key in state_table.SAMPLED_KEYS else placement.store(p, value, key, slice_p)
         for key, value in local.items()
     }
 

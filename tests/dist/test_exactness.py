@@ -8,7 +8,7 @@ import torch
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.formulas.prodigy import AVERAGES
-from prodigyplus.state_table import SAMPLED
+from prodigyplus.state_table import SAMPLED_KEYS
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests import option_table as table
 from tests.dist.meshes import MESHES, Placed, for_muon, whole
@@ -114,7 +114,7 @@ def play(optimizer_class, problem, shapes, name):
     for number, p in enumerate(parameters):
         tensors[f"weight.{number}"] = whole(p)
         for key, value in optimizer.state[p].items():
-            if key not in SAMPLED:
+            if key not in SAMPLED_KEYS:
                 tensors[f"{key}.{number}"] = whole(value)
     return tensors, torch.tensor(d, dtype=torch.float64)
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from prodigyplus import ProdigyPlusScheduleFree
-from prodigyplus.state_table import SAMPLED
+from prodigyplus.state_table import SAMPLED_KEYS
 from prodigyplus_dist import ShardedProdigyPlusScheduleFree
 from tests.dist.meshes import pieces_of, whole
 from tests.dist.sharding import ranks, wrap
@@ -35,7 +35,7 @@ def train(called, optimizer, number, count, steps=STEPS, data=None):
 
 def result(model, optimizer):
     saved = [
-        {key: whole(value) for key, value in optimizer.state[p].items() if key not in SAMPLED}
+        {key: whole(value) for key, value in optimizer.state[p].items() if key not in SAMPLED_KEYS}
         for p in model.parameters()
     ]
     numbers = {name: float(value) for name, value in optimizer.metrics()[0].items()}

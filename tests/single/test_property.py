@@ -19,7 +19,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from torch import nn
 
 from prodigyplus import ProdigyPlusScheduleFree, options
-from prodigyplus.state_table import EVIDENCE, TABLE
+from prodigyplus.state_table import EVIDENCE_KEYS, TABLE
 from prodigyplus.terms.group_numbers import NUMBERS
 from tests import option_table as table
 from tests.single.problems import Fed
@@ -312,7 +312,7 @@ def compared(number, found, expected, before):
     )
     theirs, ours, old = states
     # Shards free Prodigy's evidence even without a gradient; one process waits until there is one.
-    assert ours.keys() - theirs.keys() <= set(EVIDENCE)
+    assert ours.keys() - theirs.keys() <= set(EVIDENCE_KEYS)
     tensors = {"weight": weights}
     for key in ours.keys() & theirs.keys():
         first = weights[2] if key == "z" else torch.zeros_like(ours[key])
