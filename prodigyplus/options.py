@@ -33,7 +33,7 @@ class Options:
 
     lr: float | Tensor
     betas: tuple[float, float]
-    beta3: float | None
+    beta3: float  # None in the group stands for sqrt(β2)
     weight_decay: float
     weight_decay_by_lr: bool
     use_bias_correction: bool
@@ -59,7 +59,7 @@ class Options:
     use_focus: bool
     stochastic_rounding: bool
     bfloat16_z: bool
-    beta4: float | None
+    beta4: float  # None in the group stands for β2
     d_limiter: bool
     schedulefree_c: float
     use_schedulefree: bool
@@ -86,16 +86,6 @@ class Options:
             return _resolved(*values)
         except TypeError:  # not hashable, as a list of betas
             return _resolved.__wrapped__(*values)
-
-    @property
-    def prodigy_beta(self) -> float:
-        """β3, the decay of Prodigy's statistics: ``beta3``, or the square root of β2."""
-        return math.sqrt(self.betas[1]) if self.beta3 is None else self.beta3
-
-    @property
-    def d_beta(self) -> float:
-        """β4, the decay of a moving step size; 0 is Prodigy's step size, which never shrinks."""
-        return self.betas[1] if self.beta4 is None else self.beta4
 
     @property
     def evidence(self) -> EvidenceKind:
@@ -274,6 +264,10 @@ def _resolved(*values: Any) -> Options:
     if isinstance(checked["lr"], Tensor) and checked["lr"].ndim:
         checked["lr"] = checked["lr"].reshape(())  # an alias, which does not follow ``lr.data = …``
     resolve_exclusions_(checked)
+    _, beta2 = checked["betas"]
+    for name, of_none in (("beta3", math.sqrt(beta2)), ("beta4", beta2)):
+        if checked[name] is None:
+            checked[name] = of_none
     return Options(**checked)
 
 

@@ -38,7 +38,7 @@ class _Branches(NamedTuple):
     def of(cls, o: Options) -> _Branches:
         of_step = o.use_schedulefree, o.use_bias_correction, o.use_adopt
         of_d = o.evidence, o.weight_decay_by_lr, o.d_limiter
-        return cls(*of_step, *of_d, o.schedulefree_c > 0, o.d_beta > 0, o.warmup_steps > 0)
+        return cls(*of_step, *of_d, o.schedulefree_c > 0, o.beta4 > 0, o.warmup_steps > 0)
 
 
 class Uncounted(NamedTuple):
@@ -94,7 +94,7 @@ class AlikeGroups:
         lr, valid = self._lr(one)
         moves = _and(moves, valid)
         dlr, unit, rate = shared_d * lr, one, one * lr
-        beta3, observes = one * self._option(lambda o: o.prodigy_beta), torch.ones_like(moves)
+        beta3, observes = one * self._option(lambda o: o.beta3), torch.ones_like(moves)
         if do.evidence == "balance":
             evidence_weight = 1 / beta1  # the product is β1⟨g, x − z⟩
         else:
@@ -223,8 +223,8 @@ class AlikeGroups:
         return prodigy.Estimator(
             d0=self._option(lambda o: o.d0),
             d_coef=self._option(lambda o: o.d_coef),
-            beta3=self._option(lambda o: o.prodigy_beta),
-            beta4=self._option(lambda o: o.d_beta) if self._branches.averages_d else None,
+            beta3=self._option(lambda o: o.beta3),
+            beta4=self._option(lambda o: o.beta4) if self._branches.averages_d else None,
             kind=self._branches.evidence,
             limits=self._branches.d_limiter,
             limit=self._option(lambda o: prodigy.Estimator.limit_of(o.d_coef)),
