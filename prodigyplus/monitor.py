@@ -115,7 +115,7 @@ class Monitor:
 
     def _compare_rates(self, groups: Groups) -> None:
         fallen = None
-        for group in groups.steps:
+        for group in groups.group_steps:
             lr, index = group.options.lr, group.index
             if not isinstance(lr, Tensor) and lr > 0 and group.options.use_schedulefree:  # 0: held still
                 highest = self._highest_lr[index] = max(lr, self._highest_lr.get(index, lr))
@@ -133,9 +133,9 @@ class Monitor:
             )
 
     def _compare_betas(self, groups: Groups) -> None:
-        before, self._beta1 = self._beta1, [group.options.betas[0] for group in groups.steps]
+        before, self._beta1 = self._beta1, [group.options.betas[0] for group in groups.group_steps]
         # Groups are only added at the end.
-        pairs = zip(groups.steps, before, self._beta1, strict=False)
+        pairs = zip(groups.group_steps, before, self._beta1, strict=False)
         changed = [(g.index, old, new) for g, old, new in pairs if old != new and g.options.use_schedulefree]
         self._changes_of_beta1 += bool(changed)
         if changed and self._changes_of_beta1 == _MOST_CHANGES_OF_BETA1:
@@ -236,7 +236,7 @@ def _sent_to_host(groups: Groups, differ: Tensor | None) -> _Sent | None:
         torch.stack([columns["in_mean"], columns["d"]]),
         columns.zeros[:0].bool() if differ is None else differ.to(home),
         [group.index for group in groups.sharing],
-        [step.options.d0 if step.adapts and step.options.d0 <= _SMALL_D0 else None for step in groups.steps],
+        [g.options.d0 if g.adapts and g.options.d0 <= _SMALL_D0 else None for g in groups.group_steps],
     )
     if _is_on_host(home):
         return sent

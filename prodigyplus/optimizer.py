@@ -316,7 +316,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._check_average_is_not_lent()
         self._cache.monitor.begin(self._view)
         step = self._cache.steps.begin(self._view, self._exchange, in_backward=in_backward)
-        for group in step.groups.steps:
+        for group in step.groups.group_steps:
             if group.param_group["frozen"] and not group.options.freezes(group.param_group["calls"]):
                 self._cache.warner.warn(
                     "prodigy_steps was raised, or set to 0, after it had passed: the step size stays "
@@ -481,7 +481,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """After a step, project the constrained parameters onto their sets."""
         if not self._constraints:
             return
-        group_of = {p: group for group in step.groups.steps for p in group.param_group["params"]}
+        group_of = {p: group for group in step.groups.group_steps for p in group.param_group["params"]}
         for constraint, p in self._constraints:
             if p in group_of and self.state.get(p):
                 weight = self._placement.local(p)

@@ -47,7 +47,7 @@ class Steps:
         if is_captured(columns.device):
             self.constants.keep_for_graph()
         step = Step(view.groups, columns, exchange, self.constants, in_backward=in_backward)
-        for group in step.groups.steps:
+        for group in step.groups.group_steps:
             if group.param_group["calls"] == 0:  # state, if there is any, may be older than the weights
                 for p in filter(view.state.get, group.param_group["params"]):
                     weight, state = view.placement.local(p), view.placement.local_state(view.state[p])
@@ -62,7 +62,7 @@ class Steps:
 
     def take(self, view: View, step: Step, location: Location, grad: Tensor) -> None:
         """Move a parameter within a backward pass, now or later in the step."""
-        group = step.groups.steps[location.group]
+        group = step.groups.group_steps[location.group]
         step.take(location.p, self._parameters(view).bring(location, grad, group))
 
     def end(self, view: View, step: Step) -> None:
@@ -85,14 +85,14 @@ class Steps:
         reusable, self.reusable = self.reusable, None
         if reusable is None or not _can_reuse(step):
             return None
-        is_current = reusable.reuse_(self._locations(view), step.groups.steps, view.state)
+        is_current = reusable.reuse_(self._locations(view), step.groups.group_steps, view.state)
         return reusable if is_current else None
 
     def _reusable_after(self, view: View, step: Step, bundles: Sequence[Bundle]) -> ReusableBatches | None:
         if not _can_reuse(step):
             return None
         return ReusableBatches.of(
-            view.placement, self._locations(view), step.groups.steps, view.state, bundles
+            view.placement, self._locations(view), step.groups.group_steps, view.state, bundles
         )
 
     def _remaining(self, view: View, step: Step) -> list[ParamStep]:
@@ -101,7 +101,7 @@ class Steps:
         parameters.forget_replaced()
         every = self._locations(view)
         left = [location for location in every if location.p not in step.taken] if step.taken else every
-        takes_part, groups = view.placement.takes_part, step.groups.steps
+        takes_part, groups = view.placement.takes_part, step.groups.group_steps
         return [
             parameters.bring(location, location.p.grad, groups[location.group])
             for location in left

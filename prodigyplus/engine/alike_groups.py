@@ -188,17 +188,17 @@ class AlikeGroups:
         else:
             target.index_copy_(0, self._rows, values)
 
-    def adapt_(self, totals: Tensor, steps: Tensor, learns: Tensor) -> None:
+    def adapt_(self, totals: Tensor, steps_made: Tensor, learns: Tensor) -> None:
         """Update ``d`` from the sums of the step.
 
         Args:
             totals: The weighted sums of all groups of the optimiser, products and norms; (groups, 2).
-            steps: How many steps have contributed to each group's ``d``; int64, (groups,).
+            steps_made: How many steps have contributed to each group's ``d``; int64, (groups,).
             learns: Which groups to update; bool, (groups,).
         """
         product, norm = self.select(totals).unbind(1)
         if self._branches.evidence == "balance":
-            self._balance_(balance.Averages(product, norm), self.select(steps), self.select(learns))
+            self._balance_(balance.Averages(product, norm), self.select(steps_made), self.select(learns))
             return
         d, d_hat = self._read("d"), self._read("d_hat")
         evidence = prodigy.Evidence(self._read("d_numerator"), self._read("max_d_numerator"), product, norm)
@@ -212,9 +212,9 @@ class AlikeGroups:
             d_denom=norm,
         )
 
-    def _balance_(self, now: balance.Averages, steps: Tensor, learns: Tensor) -> None:
+    def _balance_(self, now: balance.Averages, steps_made: Tensor, learns: Tensor) -> None:
         before = balance.Averages(self._read("d_numerator"), self._read("d_denom"))
-        d, rho, averages = balance.next_d(self._read("d"), steps, before, now)
+        d, rho, averages = balance.next_d(self._read("d"), steps_made, before, now)
         numerator, denominator = averages
         self._write_(learns, d=d, d_hat=rho, d_numerator=numerator, d_denom=denominator)
 

@@ -65,15 +65,10 @@ class GroupStep:
         self._observed.append((ordinals, products, norms))
 
     @property
-    def evidence_weight(self) -> Tensor:
-        """The weight of the products in this step's evidence; 0-dim."""
-        return self._numbers[0].across(0).evidence_weight
-
-    @property
-    def norm_weight(self) -> Tensor:
-        """The weight of the norms in this step's evidence; 0-dim."""
-        dlr = self._numbers[0].across(0).dlr
-        return dlr if self.options.evidence == "balance" else torch.ones_like(dlr)
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The weights of the products and of the norms in this step's evidence; 0-dim."""
+        n = self._numbers[0].across(0)
+        return n.evidence_weight, n.dlr if self.options.evidence == "balance" else torch.ones_like(n.dlr)
 
     def totals(self) -> Tensor:
         """The sums of this step over the group: products and norms, not weighted yet; shape (2,)."""

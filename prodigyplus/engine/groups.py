@@ -64,7 +64,7 @@ class Groups:
     def __init__(
         self, param_groups: Sequence[dict[str, Any]], columns: Columns, constants: Constants
     ) -> None:
-        self.steps = [GroupStep(index, group, constants) for index, group in enumerate(param_groups)]
+        self.group_steps = [GroupStep(index, group, constants) for index, group in enumerate(param_groups)]
         self.columns = columns
         self.constants = constants
         self._kernels = self._group_numbers() if self._has_kernels else None
@@ -72,7 +72,7 @@ class Groups:
     @property
     def _has_kernels(self) -> bool:
         """Whether kernels update the groups' numbers: if they also move parameters."""
-        device, options = self.columns.device, [step.options for step in self.steps]
+        device, options = self.columns.device, [group.options for group in self.group_steps]
         if not jit.runs_on(device) or type(self.columns.floats) is not Tensor:
             return False  # fake tensors have no memory
         # With a fused backward pass, set_numbers() and count() happen at different times.
@@ -80,20 +80,17 @@ class Groups:
 
     def _group_numbers(self) -> GroupNumbers:
         columns = self.columns
-        sharing = {step.index for step in self.sharing}
-        rates = [step.options.lr for step in self.steps]
+        sharing = {group.index for group in self.sharing}
+        rates = [group.options.lr for group in self.group_steps]
 
         def rows() -> list[GroupOptions]:
-            return [_row(step, shares=step.index in sharing) for step in self.steps]
+            return [_row(group, shares=group.index in sharing) for group in self.group_steps]
 
         # Equal options are one object, so they compare fast. But an lr on a device must not be compared.
-        key: object = [(step.options, step.adapts, step.index in sharing) for step in self.steps]
+        key: object = [(group.options, group.adapts, group.index in sharing) for group in self.group_steps]
         if any(isinstance(rate, Tensor) for rate in rates):
             key = rows()
         return GroupNumbers(columns.floats, columns.counts, table_of(key, rows, rates, columns.sent_options))
-
-    def __len__(self) -> int:
-        return len(self.steps)
 
     def last_step_sizes(self) -> Tensor:
         """The step sizes that the groups used in their last steps; float32, (groups,)."""
@@ -101,10 +98,10 @@ class Groups:
 
     @functools.cached_property
     def _alike(self) -> list[AlikeGroups]:
-        return self._split(self.steps)
+        return self._split(self.group_steps)
 
-    def _split(self, steps: Sequence[GroupStep]) -> list[AlikeGroups]:
-        return AlikeGroups.split(steps, self.columns, self.constants)
+    def _split(self, groups: Sequence[GroupStep]) -> list[AlikeGroups]:
+        return AlikeGroups.split(groups, self.columns, self.constants)
 
     def begin(self, square: Tensor, present: Tensor, *, initializes: bool) -> Tensor:
         """Set this step's numbers, and count it, now that it is known whether all gradients are finite.
@@ -119,8 +116,8 @@ class Groups:
         """
         if self._kernels is not None:
             forms, learns = self._kernels.begin_(square, present, initializes=initializes)
-            for step, *of_group in zip(self.steps, *map(each_group, forms), strict=True):
-                step.set_numbers(*of_group)
+            for group, *numbers in zip(self.group_steps, *map(each_group, forms), strict=True):
+                group.set_numbers(*numbers)
             return learns
         finite = square.isfinite()
         counts = finite & (square > 0) if initializes else finite
@@ -140,7 +137,7 @@ class Groups:
 
     def totals(self) -> Tensor:
         """The sums of this step in each group, see :meth:`GroupStep.totals`; shape (groups, 2)."""
-        totals = [step.totals() for step in self.steps]
+        totals = [group.totals() for group in self.group_steps]
         return torch.stack(totals) if len(totals) > 1 else totals[0].unsqueeze(0)
 
     def end(self, totals: Tensor, learns: Tensor) -> None:
@@ -153,23 +150,21 @@ class Groups:
         if self._kernels is not None:
             self._kernels.end_(totals, learns)
             return
-        products, norms = totals.unbind(1)
-        products = products * torch.stack([step.evidence_weight for step in self.steps])
-        if any(step.options.evidence == "balance" for step in self.steps):
-            norms = norms * torch.stack([step.norm_weight for step in self.steps])
-        totals = torch.stack((products, norms), 1)
+        weights = torch.stack([weight for group in self.group_steps for weight in group.weights])
+        totals = totals * weights.view_as(totals)
         # Groups of one pool have one d: the first of them updates it from the sums of all. It may have made
         # fewer steps than others, or none, if its parameters are frozen.
-        leaders, steps = self._leaders, self.columns["k"]
+        leaders, steps_made = self._leaders, self.columns["k"]
         pools = [[index for index, of in enumerate(leaders) if of == leader] for leader in set(leaders)]
         for pool in sorted(pool for pool in pools if len(pool) > 1):
             rows, first = (self.constants.on(totals.device, indices) for indices in (pool, pool[:1]))
             totals = totals.index_copy(0, first, totals.index_select(0, rows).sum(dim=0, keepdim=True))
-            steps = steps.index_copy(0, first, steps.index_select(0, rows).amax(dim=0, keepdim=True))
+            most = steps_made.index_select(0, rows).amax(dim=0, keepdim=True)
+            steps_made = steps_made.index_copy(0, first, most)
             learns = learns.index_copy(0, first, learns.index_select(0, rows).any(dim=0, keepdim=True))
-        adapting = [step for step in self.steps if step.adapts and leaders[step.index] == step.index]
+        adapting = [g for g in self.group_steps if g.adapts and leaders[g.index] == g.index]
         for alike in self._split(adapting):
-            alike.adapt_(totals, steps, learns)
+            alike.adapt_(totals, steps_made, learns)
         if len(set(leaders)) < len(leaders):
             rows = self.constants.on(totals.device, leaders)
             for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
@@ -191,12 +186,16 @@ class Groups:
         """For each group, the index of the first group in its pool; its own index if it is in none."""
         first: dict[str, int] = {}
         return [
-            step.index if (pool := step.options.pool) is None else first.setdefault(pool, step.index)
-            for step in self.steps
+            group.index if (pool := group.options.pool) is None else first.setdefault(pool, group.index)
+            for group in self.group_steps
         ]
 
     @property
     def sharing(self) -> list[GroupStep]:
         """The groups that move by the mean of several."""
-        sharing = [s for s in self.steps if s.options.pool is None and s.options.split_groups_mean]
+        sharing = [
+            group
+            for group in self.group_steps
+            if group.options.pool is None and group.options.split_groups_mean
+        ]
         return sharing if len(sharing) > 1 else []

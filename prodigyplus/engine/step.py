@@ -54,16 +54,17 @@ class Step:
         self._constants = constants
         self._zeros = columns.zeros
         self.groups = Groups(param_groups, columns, constants)
+        group_steps = self.groups.group_steps
         # torch's checkpoint helpers make state by a step with lr=0 and zero gradients, in any mode.
-        self.initializes_state = not in_backward and all(g.options.lr_is_zero for g in self.groups.steps)
+        self.initializes_state = not in_backward and all(g.options.lr_is_zero for g in group_steps)
         self.taken: set[Tensor] = set()
         self._seen: list[_Seen] = []
         self._waiting: list[ParamStep] = []
         self._waiting_bytes = 0
-        fuses = any(group.options.fused_back_pass for group in self.groups.steps)
+        fuses = any(group.options.fused_back_pass for group in group_steps)
         self._skips_per_param = fuses and not self.initializes_state
         if self._skips_per_param:
-            for group in self.groups.steps:
+            for group in group_steps:
                 group.skips_per_param = True
             # A parameter may move before it is known whether others do.
             self._uncounted = self.groups.set_numbers(torch.ones_like(self._zeros, dtype=torch.bool))
@@ -95,7 +96,7 @@ class Step:
             driver.finish(running, self._exchange)
         totals = self._exchange.sum_over_stages(self.groups.totals())
         self.groups.end(totals, learns)
-        for group in self.groups.steps:
+        for group in self.groups.group_steps:
             if not group.options.lr_is_zero:
                 group.param_group["calls"] += 1
                 group.param_group["frozen"] = not group.adapts

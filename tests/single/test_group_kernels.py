@@ -84,7 +84,7 @@ def step(groups, square, present, evidence, *, initializes):
     learns = groups.begin(square, present, initializes=initializes)
     found = {"learns": learns.double()}
     for dtype in (torch.float64, torch.float32):
-        for index, of_group in enumerate(groups.steps):
+        for index, of_group in enumerate(groups.group_steps):
             n = of_group.scalars(DEVICE, dtype)
             found |= {
                 (dtype, index, name): value.double()
@@ -92,7 +92,7 @@ def step(groups, square, present, evidence, *, initializes):
                 if name != "packed"
             }
             assert n.gate.dtype == {torch.float64: torch.int64, torch.float32: torch.int32}[dtype]
-    for of_group, (product, norm) in zip(groups.steps, evidence, strict=True):
+    for of_group, (product, norm) in zip(groups.group_steps, evidence, strict=True):
         of_group.observe([1], product, norm)
     groups.end(groups.totals(), learns)
     return found | {name: groups.columns[name].double() for name in (*FLOATS, *COUNTS)}
