@@ -220,14 +220,15 @@ class AlikeGroups:
 
     @property
     def _estimator(self) -> prodigy.Estimator:
+        branches = self._branches
+        limit = self._option(lambda o: prodigy.Estimator.limit_of(o.d_coef)) if branches.d_limiter else None
         return prodigy.Estimator(
             d0=self._option(lambda o: o.d0),
             d_coef=self._option(lambda o: o.d_coef),
             beta3=self._option(lambda o: o.beta3),
-            beta4=self._option(lambda o: o.beta4) if self._branches.averages_d else None,
-            kind=self._branches.evidence,
-            limits=self._branches.d_limiter,
-            limit=self._option(lambda o: prodigy.Estimator.limit_of(o.d_coef)),
+            beta4=self._option(lambda o: o.beta4) if branches.averages_d else None,
+            kind=branches.evidence,
+            limit=limit,
             speed_coef=self._option(lambda o: prodigy.Estimator.speed_coef_of(o.d_coef)),
         )
 

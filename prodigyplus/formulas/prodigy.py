@@ -134,8 +134,8 @@ class Estimator(NamedTuple):
         beta3: Decay of the numerator.
         beta4: Decay of ``d`` itself, which can then shrink too; None if ``d`` never shrinks.
         kind: The kind of the evidence.
-        limits: Whether the limiter applies, the option ``d_limiter``.
-        limit, speed_coef: Derived from ``d_coef``, see :meth:`limit_of` and :meth:`speed_coef_of`.
+        limit: How far the estimate may grow in one step, see :meth:`limit_of`; None without the limiter.
+        speed_coef: See :meth:`speed_coef_of`.
     """
 
     d0: float | Tensor
@@ -143,8 +143,7 @@ class Estimator(NamedTuple):
     beta3: float | Tensor
     beta4: float | Tensor | None
     kind: str
-    limits: bool
-    limit: float | Tensor
+    limit: float | Tensor | None
     speed_coef: float | Tensor
 
     @staticmethod
@@ -185,7 +184,8 @@ def next_d(d: Tensor, evidence: Evidence, by: Estimator) -> tuple[Tensor, Tensor
         if by.kind == "signs":
             estimate = torch.minimum(d_hat * by.d_coef, d**SPEED_LIMIT)
         else:
-            estimate = (torch.minimum(d_hat, d * by.limit) if by.limits else d_hat) * by.d_coef
+            limited = d_hat if by.limit is None else torch.minimum(d_hat, d * by.limit)
+            estimate = limited * by.d_coef
     if by.beta4 is None:
         moved = torch.maximum(d, estimate)
     else:
