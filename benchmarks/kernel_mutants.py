@@ -86,7 +86,7 @@ _FIRST_COLUMN = "that column is the first, 0"
 _NO_GROUP = "of lanes that no group has"
 _NEAREST = "a root that is rounded to the nearest, as the interpreter's, needs no correction"
 UNSEEN: dict[tuple[str, str], str] = {
-    ("_rates", "rectifies = _row(settings, O_USE_BIAS_CORRECTION, count, group, 1.0) > 0"): _NO_GROUP,
+    ("_step_sizes", "rectifies = _row(settings, O_USE_BIAS_CORRECTION, count, group, 1.0) > 0"): _NO_GROUP,
     ("_next_d", "evidence = _row(settings, O_EVIDENCE, count, group, 1.0)"): _NO_GROUP,
     (
         "end",

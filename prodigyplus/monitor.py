@@ -87,7 +87,7 @@ class Monitor:
                     "backward() before step(), zero_grad() before backward().",
                     what="gradients",
                 )
-        self._compare_rates(groups)
+        self._compare_lrs(groups)
         self._compare_betas(groups)
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:
             self._versions = {p: version_of(weight) for p, weight in view.own_weights()}
@@ -113,7 +113,7 @@ class Monitor:
                 what="weights",
             )
 
-    def _compare_rates(self, groups: Groups) -> None:
+    def _compare_lrs(self, groups: Groups) -> None:
         fallen = None
         for group in groups.group_steps:
             lr, index = group.options.lr, group.index

@@ -105,16 +105,16 @@ def _rectified(step, beta2):
 
 
 @triton.jit
-def _rates(settings, count, group, lr, step, shared_d, beta2):
+def _step_sizes(settings, count, group, lr, step, shared_d, beta2):
     """``dlr``, and the same without d, with RAdam and warm-up; and β2, which RAdam corrects."""
     rectifies = _row(settings, O_USE_BIAS_CORRECTION, count, group, 0.0) > 0
     rectification, corrected = _rectified(step, beta2)
     beta2 = tl.where(rectifies, corrected, beta2)
     factor = tl.where(rectifies, rectification, 1.0)
-    dlr, rate = shared_d * lr * factor, lr * factor
+    dlr, effective_lr = shared_d * lr * factor, lr * factor
     warmup = _row(settings, O_WARMUP_STEPS, count, group, 0.0)
     factor = tl.where(warmup > 0, tl.minimum(step / tl.maximum(warmup, 1.0), 1.0), 1.0)
-    return dlr * factor, rate * factor, beta2
+    return dlr * factor, effective_lr * factor, beta2
 
 
 @triton.jit
@@ -143,17 +143,17 @@ def begin(
     infinity = float("inf")
     is_finite = tl.abs(total) < infinity  # False for NaN too
     has_gradients = exists & (tl.load(present + group, mask=exists, other=0.0) > 0)
-    valid = (lr >= 0) & (lr < infinity)
-    lr = tl.where(valid, lr, 0.0)
+    lr_is_valid = (lr >= 0) & (lr < infinity)
+    lr = tl.where(lr_is_valid, lr, 0.0)
     happens = is_finite & (total > 0) if INITIALIZES else is_finite
-    moves = has_gradients & happens & valid
+    moves = has_gradients & happens & lr_is_valid
     skips = has_gradients & (is_finite == 0)
-    skips = skips | (has_gradients & happens & (valid == 0))
+    skips = skips | (has_gradients & happens & (lr_is_valid == 0))
 
     d = _row(floats, F_D, count, group, 1.0)
     shared_d = _row(floats, F_SHARED_D, count, group, 1.0)
     weight_sum = _row(floats, F_WEIGHT_SUM, count, group, 0.0)
-    old_rate = _row(floats, F_EFFECTIVE_LR, count, group, 0.0)
+    old_effective_lr = _row(floats, F_EFFECTIVE_LR, count, group, 0.0)
     k = _row(counts, C_K, count, group, 0)
     skipped = _row(counts, C_SKIPPED, count, group, 0)
     beta1 = _row(settings, O_BETA1, count, group, 0.5)
@@ -165,18 +165,20 @@ def begin(
     step = (k + 1).to(tl.float64)
     evidence_weight = tl.where(evidence == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
     evidence_weight = tl.where(evidence == BALANCE, 1.0 / beta1, evidence_weight)
-    dlr, rate, beta2 = _rates(settings, count, group, lr, step, shared_d, beta2)
+    dlr, effective_lr, beta2 = _step_sizes(settings, count, group, lr, step, shared_d, beta2)
     # ADOPT's first gradient only starts the second moment.
     counts_evidence = (_row(settings, O_USE_ADOPT, count, group, 0.0) == 0) | (step > 1)
     unit = tl.where(counts_evidence, 1.0, 0.0)
-    dlr, rate, beta2 = dlr * unit, rate * unit, tl.where(counts_evidence, beta2, 0.0)
+    dlr, effective_lr = dlr * unit, effective_lr * unit
+    beta2 = tl.where(counts_evidence, beta2, 0.0)
     # What does not move shows nothing of a step size.
     counts_evidence = counts_evidence & (lr > 0)
     evidence_weight = tl.where(counts_evidence, evidence_weight, 0.0)
     beta3 = tl.where(counts_evidence, beta3, 1.0)
     new_sum = weight_sum + dlr * dlr
     c, y_fraction = _averaging(settings, count, group, dlr * dlr, new_sum, beta1)
-    rate = tl.where(_row(settings, O_USE_SCHEDULEFREE, count, group, 0.0) > 0, rate * y_fraction, rate)
+    use_schedulefree = _row(settings, O_USE_SCHEDULEFREE, count, group, 0.0) > 0
+    effective_lr = tl.where(use_schedulefree, effective_lr * y_fraction, effective_lr)
     by_lr = _row(settings, O_WEIGHT_DECAY_BY_LR, count, group, 0.0) > 0
     decay = tl.where(by_lr, dlr, unit) * _row(settings, O_WEIGHT_DECAY, count, group, 0.0)
     eps = _row(settings, O_EPS, count, group, 0.0)
@@ -206,7 +208,8 @@ def begin(
     tl.store(steps + group, k + 1, mask=exists)
     tl.store(learns + group, moves & (lr > 0), mask=exists)
     tl.store(floats + F_WEIGHT_SUM * count + group, tl.where(moves, new_sum, weight_sum), mask=exists)
-    tl.store(floats + F_EFFECTIVE_LR * count + group, tl.where(moves, rate, old_rate), mask=exists)
+    effective_lr = tl.where(moves, effective_lr, old_effective_lr)
+    tl.store(floats + F_EFFECTIVE_LR * count + group, effective_lr, mask=exists)
     tl.store(counts + C_K * count + group, k + moves.to(tl.int64), mask=exists)
     tl.store(counts + C_SKIPPED * count + group, skipped + skips.to(tl.int64), mask=exists)
 
@@ -321,8 +324,8 @@ def end(
     product = tl.load(totals + group * 2, mask=exists, other=0.0) * weight
     norm = tl.load(totals + group * 2 + 1, mask=exists, other=0.0)
     is_balanced = _row(settings, O_EVIDENCE, count, group, 0.0) == BALANCE
-    rate = tl.load(values + group * NUMBERS + N_DLR, mask=exists, other=0.0)
-    norm = tl.where(is_balanced, norm * rate, norm)
+    dlr = tl.load(values + group * NUMBERS + N_DLR, mask=exists, other=0.0)
+    norm = tl.where(is_balanced, norm * dlr, norm)
     learning = exists & tl.load(learns + group, mask=exists, other=0).to(tl.int1)
     happens = tl.max(learning.to(tl.int32), 0) + group * 0 > 0
     adapts = _row(settings, O_ADAPTS, count, group, 0.0) > 0

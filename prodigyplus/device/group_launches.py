@@ -16,24 +16,24 @@ from prodigyplus.terms.tables import SentTable
 
 
 def table_of(
-    key: object, rows: Callable[[], list[GroupOptions]], rates: Sequence[float | Tensor], sent: SentTable
+    key: object, rows: Callable[[], list[GroupOptions]], lrs: Sequence[float | Tensor], sent: SentTable
 ) -> Tensor:
     """The options of all groups as a table on a device; float64, (options, groups).
 
     Args:
         key: What the options are made from: the table is sent again only if it changes.
         rows: Returns the options of each group.
-        rates: The groups' ``lr``, 0-dim tensors or numbers.
+        lrs: The groups' ``lr``, 0-dim tensors or numbers.
         sent: The table, except for an ``lr`` that is a tensor.
     """
     table = sent.of(
         key, lambda: torch.tensor(list(zip(*rows(), strict=True)), dtype=torch.float64, device="cpu")
     )
-    if not any(isinstance(rate, Tensor) for rate in rates):
+    if not any(isinstance(lr, Tensor) for lr in lrs):
         return table
     # The value of such an lr may change without the host knowing.
     like = table[0, 0]
-    row = torch.stack([torch.ones_like(like) * rate for rate in rates])
+    row = torch.stack([torch.ones_like(like) * lr for lr in lrs])
     return torch.cat((row.unsqueeze(0), table[1:]))
 
 

@@ -36,9 +36,17 @@ class _Branches(NamedTuple):
 
     @classmethod
     def of(cls, o: Options) -> _Branches:
-        of_step = o.use_schedulefree, o.use_bias_correction, o.use_adopt
-        of_d = o.evidence, o.weight_decay_by_lr, o.d_limiter
-        return cls(*of_step, *of_d, o.schedulefree_c > 0, o.beta4 > 0, o.warmup_steps > 0)
+        return cls(
+            use_schedulefree=o.use_schedulefree,
+            use_bias_correction=o.use_bias_correction,
+            use_adopt=o.use_adopt,
+            evidence=o.evidence,
+            weight_decay_by_lr=o.weight_decay_by_lr,
+            d_limiter=o.d_limiter,
+            scales_c=o.schedulefree_c > 0,
+            averages_d=o.beta4 > 0,
+            warms_up=o.warmup_steps > 0,
+        )
 
 
 class Uncounted(NamedTuple):
@@ -46,8 +54,8 @@ class Uncounted(NamedTuple):
 
     weight_sum: Tensor
     effective_lr: Tensor
-    valid: Tensor | None  # bool: whether lr is valid; None if the host has checked it
-    moving: Tensor | None  # bool: whether lr is above 0; None if the host knows that it is
+    lr_is_valid: Tensor | None  # bool; None if the host has checked it
+    lr_is_positive: Tensor | None  # bool; None if the host knows it
 
 
 class AlikeGroups:
@@ -87,39 +95,32 @@ class AlikeGroups:
         Returns:
             What :meth:`count` needs.
         """
-        do, moves = self._branches, self.select(moves)
+        branches, moves = self._branches, self.select(moves)
         d, shared_d, k = self._read("d"), self._read("shared_d"), self._read("k")
-        step, one = k + 1, torch.ones_like(d)
-        beta1, beta2 = one * self._option(lambda o: o.betas[0]), one * self._option(lambda o: o.betas[1])
-        lr, valid = self._lr(one)
-        moves = _and(moves, valid)
-        dlr, unit, rate = shared_d * lr, one, one * lr
-        beta3, observes = one * self._option(lambda o: o.beta3), torch.ones_like(moves)
-        if do.evidence == "balance":
-            evidence_weight = 1 / beta1  # the product is β1⟨g, x − z⟩
-        else:
-            evidence_weight = prodigy.evidence_weight(
-                d, self._option(lambda o: o.d0), self._option(lambda o: math.sqrt(o.d0)), do.evidence
-            )
-        if do.use_bias_correction:
-            rectification, beta2 = radam.rectified(step, beta2)
-            dlr, rate = dlr * rectification, rate * rectification
-        if do.warms_up:
-            warmup = (step.to(d.dtype) / self._option(lambda o: o.warmup_steps)).clamp_(max=1)
-            dlr, rate = dlr * warmup, rate * warmup
-        if do.use_adopt:
+        step, ones = k + 1, torch.ones_like(d)
+        beta1, beta2 = ones * self._option(lambda o: o.betas[0]), ones * self._option(lambda o: o.betas[1])
+        beta3 = ones * self._option(lambda o: o.beta3)
+        lr, lr_is_valid = self._lr(ones)
+        moves = _and(moves, lr_is_valid)
+        unit, observes = ones, torch.ones_like(moves)
+        evidence_weight = self._evidence_weight(d, beta1)
+        dlr, effective_lr, beta2 = self._step_sizes(lr, step, shared_d, beta2)
+        if branches.use_adopt:
             observes = variants.adopt_observes(step)
-            dlr, unit, rate, beta2, evidence_weight = (
-                torch.where(observes, value, 0) for value in (dlr, unit, rate, beta2, evidence_weight)
+            dlr, unit, effective_lr, beta2, evidence_weight = (
+                torch.where(observes, value, 0) for value in (dlr, unit, effective_lr, beta2, evidence_weight)
             )
             beta3 = torch.where(observes, beta3, 1)
-        moving = None
+        lr_is_positive = None
         if isinstance(lr, Tensor) or lr == 0:  # what does not move shows nothing of a step size
-            moving = one * lr > 0
-            observes, beta3 = observes & moving, torch.where(moving, beta3, 1)
-            evidence_weight = torch.where(moving, evidence_weight, 0)
-        weight_sum, c = self._averaging(dlr.square(), beta1)
-        y_fraction = schedule_free.y_fraction(beta1, c)
+            lr_is_positive = ones * lr > 0
+            observes, beta3 = observes & lr_is_positive, torch.where(lr_is_positive, beta3, 1)
+            evidence_weight = torch.where(lr_is_positive, evidence_weight, 0)
+        weight = dlr.square()
+        weight_sum = self._read("weight_sum") + weight
+        c, y_fraction = self._averaging(weight, weight_sum, beta1)
+        if branches.use_schedulefree:
+            effective_lr = effective_lr * y_fraction
         values = {
             "beta1": beta1,
             "beta2": beta2,
@@ -129,11 +130,11 @@ class AlikeGroups:
             "evidence_weight": evidence_weight,
             "unit": unit,
             "dlr": dlr,
-            "decay": (dlr if do.weight_decay_by_lr else unit) * self._option(lambda o: o.weight_decay),
+            "decay": (dlr if branches.weight_decay_by_lr else unit) * self._option(lambda o: o.weight_decay),
             "c": c,
             "y_fraction": y_fraction,
             "d": d,
-            "eps": one * self._option(lambda o: o.eps or 0.0),
+            "eps": ones * self._option(lambda o: o.eps or 0.0),
             "ema_weight": step.to(d.dtype) ** -0.75,
             "adopt_clip": step.to(d.dtype) ** 0.25,
         }
@@ -142,23 +143,49 @@ class AlikeGroups:
         of_groups = each_group(numbers._replace(values=numbers.values.t().contiguous()))
         for group, of_group in zip(self._groups, of_groups, strict=True):
             group.set_numbers(of_group)
-        effective_lr = rate * y_fraction if do.use_schedulefree else rate
-        return Uncounted(weight_sum, effective_lr, valid, moving)
+        return Uncounted(weight_sum, effective_lr, lr_is_valid, lr_is_positive)
 
-    def _averaging(self, weight: Tensor, beta1: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the weights of all steps, including this one, in the average x; and c."""
-        weight_sum = self._read("weight_sum") + weight
+    def _evidence_weight(self, d: Tensor, beta1: Tensor) -> Tensor:
+        """The weight of this gradient in Prodigy's statistics, or of balance's products."""
+        kind = self._branches.evidence
+        if kind == "balance":
+            return 1 / beta1  # the product is β1⟨g, x − z⟩
+        d0, sqrt_d0 = self._option(lambda o: o.d0), self._option(lambda o: math.sqrt(o.d0))
+        return prodigy.evidence_weight(d, d0, sqrt_d0, kind)
+
+    def _step_sizes(
+        self, lr: float | Tensor, step: Tensor, shared_d: Tensor, beta2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``dlr``, and the same without d, with RAdam and warm-up; and β2, which RAdam corrects."""
+        dlr, effective_lr = shared_d * lr, torch.ones_like(shared_d) * lr
+        if self._branches.use_bias_correction:
+            rectification, beta2 = radam.rectified(step, beta2)
+            dlr, effective_lr = dlr * rectification, effective_lr * rectification
+        if self._branches.warms_up:
+            warmup = (step.to(shared_d.dtype) / self._option(lambda o: o.warmup_steps)).clamp_(max=1)
+            dlr, effective_lr = dlr * warmup, effective_lr * warmup
+        return dlr, effective_lr, beta2
+
+    def _averaging(self, weight: Tensor, weight_sum: Tensor, beta1: Tensor) -> tuple[Tensor, Tensor]:
+        """Schedule-Free's c, and the fraction of z's step that y makes.
+
+        Args:
+            weight: The weight of this step in the average x.
+            weight_sum: The sum of the weights of all steps, including this one.
+            beta1: β1.
+        """
         strength = self._option(lambda o: o.schedulefree_c) if self._branches.scales_c else None
-        return weight_sum, schedule_free.averaging_weight(weight, weight_sum, beta1, strength)
+        c = schedule_free.averaging_weight(weight, weight_sum, beta1, strength)
+        return c, schedule_free.y_fraction(beta1, c)
 
-    def _lr(self, one: Tensor) -> tuple[float | Tensor, Tensor | None]:
+    def _lr(self, ones: Tensor) -> tuple[float | Tensor, Tensor | None]:
         """The groups' ``lr``; and whether it is valid (bool), or None if the host has checked it."""
         lr = self._option(lambda o: o.lr)
         if not isinstance(lr, Tensor):
             return lr, None
         # The host refuses an invalid lr, but does not know the value of a tensor on a device.
-        valid = torch.isfinite(lr * one) & (lr * one >= 0)
-        return torch.where(valid, lr, 0.0), valid
+        is_valid = torch.isfinite(lr * ones) & (lr * ones >= 0)
+        return torch.where(is_valid, lr, 0.0), is_valid
 
     def count(self, uncounted: Uncounted, moves: Tensor, skips: Tensor, learns: Tensor) -> Tensor:
         """Count the step.
@@ -173,13 +200,13 @@ class AlikeGroups:
             ``learns`` of these groups, False where ``lr`` is 0 or invalid.
         """
         moves, skips, learns = self.select(moves), self.select(skips), self.select(learns)
-        if uncounted.valid is not None:
-            skips = skips | (moves & ~uncounted.valid)
-        moves, learns = _and(moves, uncounted.valid), _and(learns, uncounted.valid)
+        if uncounted.lr_is_valid is not None:
+            skips = skips | (moves & ~uncounted.lr_is_valid)
+        moves, learns = _and(moves, uncounted.lr_is_valid), _and(learns, uncounted.lr_is_valid)
         self._write_(moves, weight_sum=uncounted.weight_sum, effective_lr=uncounted.effective_lr)
         for name, counts in (("k", moves), ("skipped", skips)):
             self.scatter_(self._columns[name], self._read(name) + counts)
-        return _and(learns, uncounted.moving)
+        return _and(learns, uncounted.lr_is_positive)
 
     def scatter_(self, target: Tensor, values: Tensor) -> None:
         """Write the ``values`` of these groups into ``target``, of all groups of the optimiser."""

@@ -81,16 +81,16 @@ class Groups:
     def _group_numbers(self) -> GroupNumbers:
         columns = self.columns
         sharing = {group.index for group in self.sharing}
-        rates = [group.options.lr for group in self.group_steps]
+        lrs = [group.options.lr for group in self.group_steps]
 
         def rows() -> list[GroupOptions]:
             return [_row(group, shares=group.index in sharing) for group in self.group_steps]
 
         # Equal options are one object, so they compare fast. But an lr on a device must not be compared.
         key: object = [(group.options, group.adapts, group.index in sharing) for group in self.group_steps]
-        if any(isinstance(rate, Tensor) for rate in rates):
+        if any(isinstance(lr, Tensor) for lr in lrs):
             key = rows()
-        return GroupNumbers(columns.floats, columns.counts, table_of(key, rows, rates, columns.sent_options))
+        return GroupNumbers(columns.floats, columns.counts, table_of(key, rows, lrs, columns.sent_options))
 
     def last_step_sizes(self) -> Tensor:
         """The step sizes that the groups used in their last steps; float32, (groups,)."""

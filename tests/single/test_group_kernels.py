@@ -131,14 +131,14 @@ def test_as_operator_by_operator(sharing, seed, monkeypatch):
             torch.testing.assert_close(found[name], value, rtol=1e-9 if "beta2" in name else 1e-12, atol=0)
 
 
-def test_rates_are_read_where_they_are():
+def test_lrs_are_read_where_they_are():
     """The next step uses a new lr, whether its tensor was changed in place or the group has a new number.
 
     Options that have not changed are not sent again.
     """
-    rate = torch.tensor(1.0)
+    lr = torch.tensor(1.0)
     p = torch.nn.Parameter(torch.ones(2, 2, device=DEVICE))
-    optimizer = ProdigyPlusScheduleFree([{"params": [p], "lr": rate}], fused=True)
+    optimizer = ProdigyPlusScheduleFree([{"params": [p], "lr": lr}], fused=True)
 
     def effective():
         p.grad = torch.ones_like(p)
@@ -147,7 +147,7 @@ def test_rates_are_read_where_they_are():
         return (group["effective_lr"] / group["lr"]).item()
 
     alone = effective()
-    rate.fill_(0.5)
+    lr.fill_(0.5)
     assert effective() < alone
     optimizer.param_groups[0]["lr"] = 0.25
     effective()
