@@ -87,18 +87,18 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
             "optimiser with the groups that it was saved with."
         )
     groups = []
-    for index, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
-        if len(theirs["params"]) != len(ours["params"]):
+    for index, (saved_group, own_group) in enumerate(zip(saved, own, strict=True)):
+        if len(saved_group["params"]) != len(own_group["params"]):
             raise ValueError(
-                f"param_groups[{index}] of the state dict has {len(theirs['params'])} parameters, the "
-                f"optimiser's {len(ours['params'])}: build the optimiser with the parameters that it was "
-                "saved with."
+                f"param_groups[{index}] of the state dict has {len(saved_group['params'])} parameters, the "
+                f"optimiser's {len(own_group['params'])}: build the optimiser with the parameters that it "
+                "was saved with."
             )
-        if missing := {"d0", *NUMBERS} - _LATER_KEYS.keys() - theirs.keys():
+        if missing := {"d0", *NUMBERS} - _LATER_KEYS.keys() - saved_group.keys():
             why = (
                 "it is not of this optimiser. (Stages of a pipeline overwrite each other's groups in one "
                 "checkpoint, except with flatten_optimizer_state_dict=True.)"
-                if theirs["params"]
+                if saved_group["params"]
                 else "torch's set_optimizer_state_dict loses what a group without parameters has, unless it "
                 "is the last. Put it last, leave it out, or save and load optimizer.state_dict()."
             )
@@ -106,12 +106,12 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
                 f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: {why}"
             )
         # Only our own keys: torch puts some of its own among the defaults.
-        group = {**{name: defaults[name] for name in options.NAMES}, **theirs}
+        group = {**{name: defaults[name] for name in options.NAMES}, **saved_group}
         # Where gradients are consumed, and how steps are computed, belongs to the run, not to its state.
-        group |= {key: ours[key] for key in ("fused_back_pass", "compile", "fused")}
+        group |= {key: own_group[key] for key in ("fused_back_pass", "compile", "fused")}
         group |= options.plain(group)
-        group |= {name: value(group) for name, value in _LATER_KEYS.items() if name not in theirs}
-        group |= _in_our_order(theirs, ours, index)
+        group |= {name: value(group) for name, value in _LATER_KEYS.items() if name not in saved_group}
+        group |= _ordered_like(saved_group, own_group, index)
         groups.append(group)
     return groups
 
@@ -146,69 +146,71 @@ def unwrapped(name: str, wrappers: Collection[str] | None = None) -> str:
     return ".".join(kept)
 
 
-def _in_our_order(theirs: Group, ours: Group, index: int) -> dict[str, Any]:
-    """A saved group's keys and names of parameters, in our order; empty unless both groups have names.
+def _ordered_like(saved_group: Group, own_group: Group, index: int) -> dict[str, Any]:
+    """A saved group's keys and names of parameters, in our group's order; empty unless both have names.
 
     Raises:
         ValueError: The names differ.
     """
-    if "param_names" not in theirs or "param_names" not in ours:
+    if "param_names" not in saved_group or "param_names" not in own_group:
         return {}
-    names = {"param_names": list(ours["param_names"])}
-    if any(isinstance(key, str) for key in theirs["params"]):
+    names = {"param_names": list(own_group["param_names"])}
+    if any(isinstance(key, str) for key in saved_group["params"]):
         return names  # torch's checkpoint helpers use names as keys, and have already ordered them as ours
 
-    found, wanted = ([unwrapped(name) for name in group["param_names"]] for group in (theirs, ours))
-    if sorted(found) != sorted(wanted):
-        missing, foreign = (sorted({*one} - {*other}) for one, other in ((wanted, found), (found, wanted)))
+    saved_names, own_names = (
+        [unwrapped(name) for name in group["param_names"]] for group in (saved_group, own_group)
+    )
+    if sorted(saved_names) != sorted(own_names):
+        missing, foreign = sorted({*own_names} - {*saved_names}), sorted({*saved_names} - {*own_names})
         raise ValueError(
             f"param_groups[{index}] of the state dict has other parameters than the optimiser: of the "
             f"optimiser's it lacks {', '.join(missing[:3]) or 'none'}, and it has {', '.join(foreign[:3])}. "
             "Load it into the model it was saved with; if parameters have only been renamed, delete "
             '"param_names" from the groups of the state dict, and they are taken in their order.'
         )
-    if len({*found}) < len(found):
+    if len({*saved_names}) < len(saved_names):
         return names
-    keys = dict(zip(found, theirs["params"], strict=True))
-    return {"params": [keys[name] for name in wanted], **names}
+    keys = dict(zip(saved_names, saved_group["params"], strict=True))
+    return {"params": [keys[name] for name in own_names], **names}
 
 
-class _Saved(NamedTuple):
-    """A parameter of ours that a state dict has a state of."""
+class _SavedState(NamedTuple):
+    """A state in a state dict, and the parameter that it belongs to."""
 
     location: Location
-    group: Group  # of the state dict
+    group: Group  # of the state dict, completed
     state: Mapping[str, Tensor]
 
 
-def _saved(
+def _states_with_parameters(
     states: Mapping[Any, Mapping[str, Tensor]], groups: Sequence[Group], own: Sequence[Group]
-) -> Iterator[_Saved]:
-    """The parameters with a state among ``states``, which has them by their keys in ``groups``."""
+) -> Iterator[_SavedState]:
+    """The parameters' ``states``, which are given by the parameters' keys in ``groups``."""
     for location in locations(own):
         group = groups[location.group]
         if state := states.get(group["params"][location.in_group]):
-            yield _Saved(location, group, state)
+            yield _SavedState(location, group, state)
 
 
 def _check_has_state(
-    group: Group, states: Mapping[Any, Mapping[str, Tensor]], own: Group, index: int
+    saved_group: Group, states: Mapping[Any, Mapping[str, Tensor]], own_group: Group, index: int
 ) -> None:
     """Refuse a group that has made steps and has no states.
 
     Raises:
         ValueError: It is such a group.
     """
-    trains = any(p.requires_grad for p in own["params"])
-    if group["k"] and trains and not any(states.get(key) for key in group["params"]):
+    trains = any(p.requires_grad for p in own_group["params"])
+    if saved_group["k"] and trains and not any(states.get(key) for key in saved_group["params"]):
         raise ValueError(
-            f"param_groups[{index}] of the state dict has made {group['k']} steps, but none of its "
+            f"param_groups[{index}] of the state dict has made {saved_group['k']} steps, but none of its "
             "parameters has state. torch's set_optimizer_state_dict loses it where parameters have "
             "gradients: call optimizer.zero_grad() before."
         )
 
 
-def _keep_base_(groups: Sequence[dict[str, Any]], saved: Iterable[_Saved]) -> None:
+def _keep_base_(groups: Sequence[dict[str, Any]], saved: Iterable[_SavedState]) -> None:
     """Switch off ``bfloat16_z`` where states hold z itself, as earlier versions saved it."""
     for location, group, state in saved:
         if group["bfloat16_z"] and schedule_free.BASE in state and location.p.dtype == torch.float32:
@@ -219,7 +221,7 @@ def _keep_base_(groups: Sequence[dict[str, Any]], saved: Iterable[_Saved]) -> No
             )
 
 
-def _check_state(saved: _Saved, name: str) -> None:
+def _check_state(saved: _SavedState, name: str) -> None:
     """Refuse a state that its parameter could not have.
 
     Raises:
@@ -260,7 +262,7 @@ def _check_state(saved: _Saved, name: str) -> None:
             )
 
 
-class _Kept(NamedTuple):
+class _StateToSave(NamedTuple):
     """A parameter whose state is to be saved."""
 
     saved_as: int  # its key in the state dict, from 0
@@ -269,9 +271,9 @@ class _Kept(NamedTuple):
     state: Mapping[str, Tensor]
 
 
-def _kept(
+def _states_to_save(
     groups: Sequence[Group], state: Mapping[Tensor, Mapping[str, Tensor]], placement: Placement
-) -> Iterator[_Kept]:
+) -> Iterator[_StateToSave]:
     last = {location.p: location.ordinal for location in locations(groups)}  # of one given twice, the last
     for location in locations(groups):
         p, group = location.p, groups[location.group]
@@ -280,7 +282,7 @@ def _kept(
             if entries and o.is_frozen(group):
                 freed = state_table.freed_state(placement.local(p), placement.layout(p), StateOptions.of(o))
                 entries = {**entries, **stored(placement, p, freed, o.slice_p)}
-            yield _Kept(location.ordinal - 1, p, o.slice_p, entries)
+            yield _StateToSave(location.ordinal - 1, p, o.slice_p, entries)
 
 
 @isolated
@@ -298,9 +300,9 @@ def saved_states(
         placement: Where the tensors lie.
         exchange: Completes rows whose columns are on several ranks.
     """
-    kept = list(_kept(groups, state, placement))
+    to_save = list(_states_to_save(groups, state, placement))
     asked: list[Asked] = []
-    for _, p, slice_p, entries in kept:
+    for _, p, slice_p, entries in to_save:
         layout = placement.layout(p)
         rows = {
             key: samples.spread(entries[key], layout, slice_p)
@@ -315,12 +317,12 @@ def saved_states(
             **{key: value if value.ndim else value.clone() for key, value in entries.items()},
             **{key: placement.store(p, value.clone(), key, slice_p) for key, value in rows.items()},
         }
-        for (saved_as, p, slice_p, entries), rows in zip(kept, exchange.complete(asked)(), strict=True)
+        for (saved_as, p, slice_p, entries), rows in zip(to_save, exchange.complete(asked)(), strict=True)
     }
 
 
 @isolated
-def loaded_state(saved: _Saved, placement: Placement) -> dict[str, Tensor]:
+def loaded_state(saved: _SavedState, placement: Placement) -> dict[str, Tensor]:
     """A parameter's state as the optimiser keeps it, from its saved form: undoes :func:`saved_states`."""
     p, o = saved.location.p, Options.of(saved.group)
     slice_p, frozen = o.slice_p, o.is_frozen(saved.group)
@@ -338,7 +340,7 @@ def loaded_state(saved: _Saved, placement: Placement) -> dict[str, Tensor]:
     }
 
 
-def taken_apart(
+def checked_parts(
     state_dict: Group, own: Sequence[Group], defaults: Group, placement: Placement
 ) -> tuple[list[dict[str, Any]], dict[Any, Any], dict[Tensor, dict[str, Tensor]]]:
     """Check a state dict, and split it into the parts that the optimiser loads.
@@ -355,12 +357,12 @@ def taken_apart(
         ValueError: The state dict does not fit this optimiser.
     """
     groups, states = checked_groups(state_dict, own, defaults), state_dict["state"]
-    for index, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
-        _check_has_state(theirs, states, ours, index)
-    saved = list(_saved(states, groups, own))
+    for index, (saved_group, own_group) in enumerate(zip(groups, own, strict=True)):
+        _check_has_state(saved_group, states, own_group, index)
+    saved = list(_states_with_parameters(states, groups, own))
     _keep_base_(groups, saved)
-    for one in saved:
-        _check_state(one, one.location.name_in(own))
+    for state in saved:
+        _check_state(state, state.location.name_in(own))
     keys = {key for group in groups for key in group["params"]}
     others = {key: value for key, value in states.items() if key not in keys}
-    return groups, others, {one.location.p: loaded_state(one, placement) for one in saved}
+    return groups, others, {state.location.p: loaded_state(state, placement) for state in saved}

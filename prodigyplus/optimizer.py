@@ -656,7 +656,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         loaded: dict[Tensor, dict[str, Tensor]] = {}
 
         def take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            groups, others, states = checkpoint.taken_apart(
+            groups, others, states = checkpoint.checked_parts(
                 state_dict, self.param_groups, self.defaults, self._placement
             )
             loaded.update(states)

@@ -242,8 +242,8 @@ def _keep_weights_in_state(optimizer: ProdigyPlusScheduleFree, trains: Callable[
         loaded.clear()
         groups = checkpoint.checked_groups(saved, optimizer.param_groups, optimizer.defaults)
         states = dict(saved["state"])
-        for theirs, ours in zip(groups, optimizer.param_groups, strict=True):
-            for key, p in zip(theirs["params"], ours["params"], strict=True):
+        for saved_group, own_group in zip(groups, optimizer.param_groups, strict=True):
+            for key, p in zip(saved_group["params"], own_group["params"], strict=True):
                 if WEIGHTS in states.get(key, ()):
                     states[key] = dict(states[key])
                     loaded.append((p, states[key].pop(WEIGHTS)))
