@@ -90,7 +90,7 @@ UNSEEN: dict[tuple[str, str], str] = {
     ("_next_d", "evidence = _row(settings, O_EVIDENCE, count, group, 1.0)"): _NO_GROUP,
     (
         "end",
-        "weight = tl.load(values + group * NUMBERS + N_EVIDENCE_WEIGHT, mask=exists, other=1.0)",
+        "weight = tl.load(values + group * VALUE_COUNT + N_EVIDENCE_WEIGHT, mask=exists, other=1.0)",
     ): _NO_GROUP,
     (
         "_share",

@@ -18,8 +18,8 @@ from prodigyplus.exchange import Exchange
 from prodigyplus.options import Options
 from prodigyplus.placement import Location, locations
 from prodigyplus.state_table import StateOptions, restart_
+from prodigyplus.terms.device_constants import Constants
 from prodigyplus.terms.isolation import is_captured, isolated
-from prodigyplus.terms.scalars import Constants
 from prodigyplus.view import View
 
 
@@ -69,7 +69,7 @@ class Steps:
         """Move what has not moved yet, and update the step sizes; in eval mode, only make state."""
         reused = self._reused(view, step)
         if reused is None:
-            self.constants.grow_older()
+            self.constants.forget_unused_()
         bundles = step.bundled(self._remaining(view, step)) if reused is None else reused.batches
         view.placement.end_step(location.p for location in self._locations(view))
         if not view.is_evaluating:

@@ -30,7 +30,6 @@ class MeshExchange:
     Args:
         process_group: The ranks that share one step size and hold other parameters, as pipeline stages do.
         bucket_bytes: How many bytes of directions may be alive at once; each half of it takes a collective.
-        replicas: The ranks that hold copies of plain tensors.
         all_to_all: Whether matrices are sent with all-to-alls; see :class:`Orthogonalizer`.
     """
 
@@ -38,12 +37,10 @@ class MeshExchange:
         self,
         process_group: dist.ProcessGroup | None,
         bucket_bytes: int,
-        replicas: dist.ProcessGroup | None = None,
         *,
         all_to_all: bool = True,
     ) -> None:
         self.bucket_bytes = bucket_bytes
-        self.replicas = replicas
         self._process_group = process_group
         self._agreement: Agreement | None = None  # of the last round that compared numbers
         self._stages_agree = False  # whether all optimisers are known to have the same number of groups

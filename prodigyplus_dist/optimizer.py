@@ -72,7 +72,7 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
     ) -> None:
         if whole_number(0)(bucket_bytes) is None:
             raise ValueError(f"bucket_bytes={bucket_bytes!r}: must be a whole number, 0 or greater.")
-        exchange = MeshExchange(process_group, bucket_bytes, replicas, all_to_all=all_to_all)
+        exchange = MeshExchange(process_group, bucket_bytes, all_to_all=all_to_all)
         self._set_up(MeshTensors(replicas), exchange, MeshHooks(), shares_d=process_group is not None)
         super().__init__(params, *args, **options)
 

@@ -24,13 +24,13 @@ class MeshTensors:
     """
 
     def __init__(self, replicas: dist.ProcessGroup | None) -> None:
-        self._replicas = replicas
+        self.replicas = replicas
         self._whole = WholeTensors()
         self._layouts: dict[Hashable, MeshLayout] = {}  # cached, as in WholeTensors
         self._trained: Set[Tensor] = frozenset()  # the parameters that required gradients at the last step
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeshTensors:
-        return MeshTensors(self._replicas)  # the copy of an optimiser talks to the same ranks
+        return MeshTensors(self.replicas)  # the copy of an optimiser talks to the same ranks
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layouts": {}, "_trained": frozenset()}
@@ -45,7 +45,7 @@ class MeshTensors:
         key = (p.shape, p.device_mesh, p.placements) if isinstance(p, DTensor) else p.shape
         layout = self._layouts.get(key)
         if layout is None:
-            layout = self._layouts[key] = layout_of(p, self._replicas)
+            layout = self._layouts[key] = layout_of(p, self.replicas)
         return layout
 
     def store(self, p: Tensor, local: Tensor, key: str, slice_p: int) -> Tensor:

@@ -27,6 +27,7 @@ from prodigyplus.terms.isolation import isolated
 from prodigyplus_dist import torch_private
 from prodigyplus_dist.exchange import MeshExchange
 from prodigyplus_dist.layout import shard_dim
+from prodigyplus_dist.placement import MeshTensors
 
 Ranks = tuple[int, ...]
 """Global ranks, ascending."""
@@ -142,7 +143,8 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
 def _items(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGroup | None) -> Iterator[_Item]:
     exchange, groups = optimizer._exchange, optimizer.param_groups
     stages = exchange._process_group if isinstance(exchange, MeshExchange) else None
-    replicas = replicas or getattr(exchange, "replicas", None)
+    if isinstance(optimizer._placement, MeshTensors):
+        replicas = replicas or optimizer._placement.replicas
     sharing = set() if stages is None else {_ranks(stages)}  # sets of ranks that have equal param_groups
     for index, group in enumerate(groups):
         for in_group, p in enumerate(group["params"]):

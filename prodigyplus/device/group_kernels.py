@@ -53,7 +53,7 @@ O_POOL = tl.constexpr(GroupOptions._fields.index("pool"))
 O_SHARES = tl.constexpr(GroupOptions._fields.index("shares"))
 
 # The columns of ``values``, the numbers of a step.
-NUMBERS = tl.constexpr(len(VALUES))
+VALUE_COUNT = tl.constexpr(len(VALUES))
 N_BETA1 = tl.constexpr(VALUES.index("beta1"))
 N_BETA2 = tl.constexpr(VALUES.index("beta2"))
 N_BETA3 = tl.constexpr(VALUES.index("beta3"))
@@ -86,7 +86,7 @@ def _row(table, row: tl.constexpr, count, group, other):
 @triton.jit
 def _store_number(values, values32, number: tl.constexpr, group, exists, value):
     """Write one number of a step, for all groups, in float64 and float32."""
-    index = group * NUMBERS + number
+    index = group * VALUE_COUNT + number
     tl.store(values + index, value, mask=exists)
     tl.store(values32 + index, value.to(tl.float32), mask=exists)
 
@@ -134,7 +134,7 @@ def begin(
 ):  # fmt: skip
     """Set the numbers of a step, and count it; see :meth:`prodigyplus.engine.groups.Groups.begin`.
 
-    ``values`` and ``values32`` are of shape (groups, ``NUMBERS``), in the order of ``VALUES``.
+    ``values`` and ``values32`` are of shape (groups, ``VALUE_COUNT``), in the order of ``VALUES``.
     """
     group = tl.arange(0, BLOCK)
     exists = group < count
@@ -320,11 +320,11 @@ def end(
     """
     group = tl.arange(0, BLOCK)
     exists = group < count
-    weight = tl.load(values + group * NUMBERS + N_EVIDENCE_WEIGHT, mask=exists, other=0.0)
+    weight = tl.load(values + group * VALUE_COUNT + N_EVIDENCE_WEIGHT, mask=exists, other=0.0)
     product = tl.load(totals + group * 2, mask=exists, other=0.0) * weight
     norm = tl.load(totals + group * 2 + 1, mask=exists, other=0.0)
     is_balanced = _row(settings, O_EVIDENCE, count, group, 0.0) == BALANCE
-    dlr = tl.load(values + group * NUMBERS + N_DLR, mask=exists, other=0.0)
+    dlr = tl.load(values + group * VALUE_COUNT + N_DLR, mask=exists, other=0.0)
     norm = tl.where(is_balanced, norm * dlr, norm)
     learning = exists & tl.load(learns + group, mask=exists, other=0).to(tl.int1)
     happens = tl.max(learning.to(tl.int32), 0) + group * 0 > 0

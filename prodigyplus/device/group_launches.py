@@ -11,8 +11,8 @@ from torch import Tensor
 from prodigyplus.device import jit
 from prodigyplus.device.tables import GroupOptions
 from prodigyplus.formulas import balance, prodigy
+from prodigyplus.terms.device_constants import SentTable
 from prodigyplus.terms.scalars import VALUES, Packed
-from prodigyplus.terms.tables import SentTable
 
 
 def table_of(
@@ -37,8 +37,8 @@ def table_of(
     return torch.cat((row.unsqueeze(0), table[1:]))
 
 
-class GroupNumbers:
-    """The numbers of all groups, and the launches that update them.
+class GroupLaunches:
+    """The launches that update the numbers of all groups.
 
     Args:
         floats, counts: The numbers themselves, (numbers, groups), in the order of ``FLOATS`` and ``COUNTS``.

@@ -15,9 +15,9 @@ from torch import Tensor
 from prodigyplus.device import jit
 from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, TileKind, Tiles, TileSize
 from prodigyplus.device.tables import EVIDENCE_KINDS, Dtypes
+from prodigyplus.terms.device_constants import SentTable
 from prodigyplus.terms.requests import SymmetricProduct
 from prodigyplus.terms.scalars import Packed
-from prodigyplus.terms.tables import SentTable
 
 _DTYPE = operator.attrgetter("dtype")
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from prodigyplus.device import tables
 from prodigyplus.device.tables import Column, FactorRow, MatrixRow, PartsRow, RunRow, SizeRow, SumRow, TileRow
 from prodigyplus.formulas import moments
+from prodigyplus.terms.device_constants import sent
 from prodigyplus.terms.layout import Layout, Runs
-from prodigyplus.terms.tables import sent
 
 # The kernel ``add_parts``: how many sums a program makes, and how many parts it adds at a time.
 BLOCK, AT_ONCE = 64, 32

@@ -17,7 +17,8 @@ from prodigyplus.engine.columns import Columns
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.formulas import balance, prodigy, radam, schedule_free, variants
 from prodigyplus.options import EvidenceKind, Options
-from prodigyplus.terms.scalars import VALUES, Constants, Packed
+from prodigyplus.terms.device_constants import Constants
+from prodigyplus.terms.scalars import VALUES, Packed
 from prodigyplus.torch_private import foreach_copy_
 
 
@@ -72,7 +73,7 @@ class AlikeGroups:
         self._columns = columns
         self._branches = _Branches.of(groups[0].options)
         rows = [group.index for group in groups]
-        self._rows = None if len(rows) == len(columns) else constants.on(columns.device, rows)
+        self._rows = None if len(rows) == len(columns) else constants.int64(columns.device, rows)
 
     @classmethod
     def split(cls, groups: Sequence[GroupStep], columns: Columns, constants: Constants) -> list[AlikeGroups]:

@@ -188,7 +188,7 @@ class Batch(Bundle):
             states, slice_p, device = self.states, self.group.options.slice_p, self.weights[0].device
             factored = tuple(map(moments.is_factored, states))
             key = "launches", tuple(self.ordinals), tuple(map(id, self.layouts)), factored, slice_p
-            self._launches = self.group.constants.recent(
+            self._launches = self.group.constants.get_recent(
                 device, key, lambda: Launches(Plan(self.layouts, factored, slice_p, device, tile_size()))
             )
             self._launches.point_(self.weights, states, self.grads)
@@ -225,7 +225,7 @@ class Batch(Bundle):
         """The factor of each tensor's orthogonalised matrices, see ``muon.unit_rms``; float32, (tensors,)."""
         batched, device = self.group.options.muon_batched, self.weights[0].device
         shapes = tuple(muon.sizes(layout.shape, batched=batched)[1:] for layout in self.layouts)
-        return self.group.constants.made(
+        return self.group.constants.get(
             device,
             ("unit_rms", shapes),
             lambda: torch.tensor(
@@ -254,7 +254,7 @@ class _KernelWork:
         self._launches, self._sums = batch.launches, squares
         self._moves_at_once = not (batch.is_sharded or batch.is_matrix)
         self._setup = batch.setup
-        self._ordinals = batch.group.constants.on(n.step.device, batch.ordinals)
+        self._ordinals = batch.group.constants.int64(n.step.device, batch.ordinals)
         self._late: dict[str, Tensor] = {}  # see late_sums()
 
     def momentum_(self) -> None:

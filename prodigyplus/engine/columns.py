@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prodigyplus.terms.device_constants import SentTable
 from prodigyplus.terms.dtypes import wide_dtype
 from prodigyplus.terms.group_numbers import COUNTS, FLOATS, NUMBERS
-from prodigyplus.terms.tables import SentTable
 
 _CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from prodigyplus.options import Options
 from prodigyplus.state_table import StateOptions
-from prodigyplus.terms.scalars import Constants, Packed, Scalars
+from prodigyplus.terms.device_constants import Constants, int64_on
+from prodigyplus.terms.scalars import Packed, Scalars
 
 
 class GroupStep:
@@ -78,7 +79,7 @@ class GroupStep:
         ordinals, *pairs = zip(*self._observed, strict=True)
         # Sum in the order of the parameters, not of arrival: the last bits of a sum depend on its order.
         came = tuple(map(tuple, ordinals))
-        rows = self.constants.made(d.device, ("order", came), lambda: _order(came, d.device))
+        rows = self.constants.get(d.device, ("order", came), lambda: _order(came, d.device))
         sums = []
         for values in pairs:
             wide = [value.to(d.device, d.dtype) for value in values]
@@ -93,4 +94,4 @@ def _order(ordinals: Sequence[Sequence[int]], device: torch.device) -> Tensor | 
     order = sorted(range(len(every)), key=every.__getitem__)
     if order == list(range(len(order))):
         return None
-    return torch.tensor(order, device="cpu").to(device, non_blocking=True)
+    return int64_on(device, order)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from prodigyplus.device import jit
-from prodigyplus.device.group_launches import GroupNumbers, table_of
+from prodigyplus.device.group_launches import GroupLaunches, table_of
 from prodigyplus.device.tables import EVIDENCE_KINDS, POOLS, GroupOptions
 from prodigyplus.engine.alike_groups import AlikeGroups, Uncounted, each_group
 from prodigyplus.engine.columns import Columns
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.formulas import prodigy
-from prodigyplus.terms.scalars import Constants
+from prodigyplus.terms.device_constants import Constants
 
 
 def _row(group: GroupStep, *, shares: bool) -> GroupOptions:
@@ -67,7 +67,7 @@ class Groups:
         self.group_steps = [GroupStep(index, group, constants) for index, group in enumerate(param_groups)]
         self.columns = columns
         self.constants = constants
-        self._kernels = self._group_numbers() if self._has_kernels else None
+        self._kernels = self._launches_of_groups() if self._has_kernels else None
 
     @property
     def _has_kernels(self) -> bool:
@@ -78,7 +78,7 @@ class Groups:
         # With a fused backward pass, set_numbers() and count() happen at different times.
         return any(o.wants_kernels(device) for o in options) and not any(o.fused_back_pass for o in options)
 
-    def _group_numbers(self) -> GroupNumbers:
+    def _launches_of_groups(self) -> GroupLaunches:
         columns = self.columns
         sharing = {group.index for group in self.sharing}
         lrs = [group.options.lr for group in self.group_steps]
@@ -90,7 +90,7 @@ class Groups:
         key: object = [(group.options, group.adapts, group.index in sharing) for group in self.group_steps]
         if any(isinstance(lr, Tensor) for lr in lrs):
             key = rows()
-        return GroupNumbers(columns.floats, columns.counts, table_of(key, rows, lrs, columns.sent_options))
+        return GroupLaunches(columns.floats, columns.counts, table_of(key, rows, lrs, columns.sent_options))
 
     def last_step_sizes(self) -> Tensor:
         """The step sizes that the groups used in their last steps; float32, (groups,)."""
@@ -157,7 +157,7 @@ class Groups:
         leaders, steps_made = self._leaders, self.columns["k"]
         pools = [[index for index, of in enumerate(leaders) if of == leader] for leader in set(leaders)]
         for pool in sorted(pool for pool in pools if len(pool) > 1):
-            rows, first = (self.constants.on(totals.device, indices) for indices in (pool, pool[:1]))
+            rows, first = (self.constants.int64(totals.device, indices) for indices in (pool, pool[:1]))
             totals = totals.index_copy(0, first, totals.index_select(0, rows).sum(dim=0, keepdim=True))
             most = steps_made.index_select(0, rows).amax(dim=0, keepdim=True)
             steps_made = steps_made.index_copy(0, first, most)
@@ -166,7 +166,7 @@ class Groups:
         for alike in self._split(adapting):
             alike.adapt_(totals, steps_made, learns)
         if len(set(leaders)) < len(leaders):
-            rows = self.constants.on(totals.device, leaders)
+            rows = self.constants.int64(totals.device, leaders)
             for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
                 self.columns[name].copy_(self.columns[name].index_select(0, rows))
         self._share(learns.any())

@@ -57,7 +57,7 @@ class Stack(Bundle):
         kept = [self.weights[0].dtype, *([] if z is None else [self.states[0][z].dtype])]
         if not self.group.options.stochastic_rounding or torch.bfloat16 not in kept:
             return None
-        ordinals = self.group.constants.on(step.device, self.ordinals)
+        ordinals = self.group.constants.int64(step.device, self.ordinals)
         return self.layout.index_terms(self.weights[0].device), stochastic_rounding.seeds(step, ordinals)
 
 

@@ -15,7 +15,7 @@ from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.engine.groups import Groups
 from prodigyplus.engine.param_step import ParamStep
 from prodigyplus.exchange import Exchange
-from prodigyplus.terms.scalars import Constants
+from prodigyplus.terms.device_constants import Constants, int64_on
 
 
 class _Seen(NamedTuple):
@@ -152,21 +152,17 @@ class Step:
         every = torch.cat([zeros[:1], *squares]) if len(squares) != 1 else squares[0]
         sums = [every.sum(0, keepdim=True)]
         groups = tuple((seen.group.index, len(seen.ordinals)) for seen in self._seen)
-        index = self._constants.made(
+        index = self._constants.get(
             zeros.device,
             ("groups", groups),
-            lambda: (
-                torch.tensor([group for group, count in groups for _ in range(count)], device="cpu")
-                .long()
-                .to(zeros.device, non_blocking=True)
-            ),
+            lambda: int64_on(zeros.device, [group for group, count in groups for _ in range(count)]),
         )
-        ones = self._constants.made(zeros.device, "ones", lambda: zeros[:1] + 1)
+        ones = self._constants.get(zeros.device, "ones", lambda: zeros[:1] + 1)
         for of_bundles in counts:
             if all(count is None for count in of_bundles):
                 # The sum is the same at every step.
                 sums.append(
-                    self._constants.made(
+                    self._constants.get(
                         zeros.device,
                         ("parameters", len(zeros), groups),
                         lambda: zeros.index_add(0, index, ones.expand(len(index))),

@@ -6,21 +6,10 @@ numbers that make it change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-
-from prodigyplus.terms.isolation import is_captured
-
-T = TypeVar("T")
-
-# How many constants an optimiser keeps at most.
-_MAX_CONSTANTS = 1 << 14
-
-# For how many steps that make their batches anew, large tables are kept without being used.
-_RECENT = 4
 
 # Integers as wide as the dtypes of a step's arithmetic.
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -126,60 +115,3 @@ class Packed(NamedTuple):
 
 Numbers: TypeAlias = "Scalars | Packed"
 """The numbers of a step in either form; both have ``across``."""
-
-
-class Constants:
-    """A cache of what is mostly the same at every step, such as integers on a device, and tables of them.
-
-    Each optimiser has its own: its tensors may be fake ones, which are of no use to another.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[Hashable, Any] = {}
-        self._age = 0
-        self._used: dict[Hashable, int] = {}  # what is recent, and at which age it was last used
-        self._in_graphs: list[dict[Hashable, Any]] = []
-
-    def made(self, device: torch.device, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of ``make()``, which is called once for each device and key, and then cached.
-
-        Raises:
-            RuntimeError: A CUDA graph is being captured and the result is not cached yet: it would exist only
-                when the graph is replayed.
-        """
-        key = device, key
-        if key not in self._made:
-            if is_captured(device):
-                raise RuntimeError(
-                    "a step is captured in a CUDA graph that differs from those before: before the capture, "
-                    "make at least one step with the same options and with gradients of the same parameters."
-                )
-            if len(self._made) >= _MAX_CONSTANTS:
-                self._made.clear()
-            self._made[key] = make()
-        made: T = self._made[key]
-        return made
-
-    def recent(self, device: torch.device, key: Hashable, make: Callable[[], T]) -> T:
-        """As :meth:`made`, for what is large: forgotten some calls of :meth:`grow_older` after its use."""
-        self._used[device, key] = self._age
-        return self.made(device, key, make)
-
-    def grow_older(self) -> None:
-        """Forget what was not used recently; see :meth:`recent`."""
-        self._age += 1
-        for key in [key for key, used in self._used.items() if used + _RECENT < self._age]:
-            del self._used[key]
-            self._made.pop(key, None)
-
-    def on(self, device: torch.device, numbers: Sequence[int]) -> Tensor:
-        """``numbers`` as an int64 tensor on ``device``; cached."""
-
-        def make() -> Tensor:
-            return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-
-        return self.made(device, tuple(numbers), make)
-
-    def keep_for_graph(self) -> None:
-        """Keep everything cached so far from being freed: a graph that is captured now reads it."""
-        self._in_graphs.append(dict(self._made))

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.device import jit
 from prodigyplus.device.jit import interprets
-from prodigyplus.terms import scalars, tables
+from prodigyplus.terms import device_constants
 
 pytest.importorskip("triton")
 if interprets():
@@ -113,8 +113,7 @@ def test_replayed_as_stepped(options):
 
 
 def captured(monkeypatch, value):
-    for module in (scalars, tables):
-        monkeypatch.setattr(module, "is_captured", lambda device: value)
+    monkeypatch.setattr(device_constants, "is_captured", lambda device: value)
 
 
 def test_nothing_is_made_while_a_graph_is_captured(monkeypatch):
@@ -134,7 +133,7 @@ def test_what_is_sent_to_a_gpu_is_pinned(monkeypatch):
     """Otherwise the copy would block the host. A table that has not changed is not sent again."""
     captured(monkeypatch, value=False)
     table = mock.Mock()
-    sent = tables.SentTable(torch.device("cuda", 0))
+    sent = device_constants.SentTable(torch.device("cuda", 0))
     for _ in range(2):
         assert sent.of("key", lambda: table) is table.pin_memory().to.return_value
     table.pin_memory().to.assert_called_once_with(torch.device("cuda", 0), non_blocking=True)
@@ -145,7 +144,7 @@ def test_what_a_graph_sends_is_sent_again_by_the_next_step(monkeypatch):
 
     The tables that a graph reads are kept alive.
     """
-    table = tables.SentTable(torch.device("cpu"))
+    table = device_constants.SentTable(torch.device("cpu"))
     first = table.of(1, lambda: torch.ones(1))
     captured(monkeypatch, value=True)
     assert table.of(1, lambda: torch.zeros(1)) is first

@@ -12,8 +12,8 @@ import torch
 from prodigyplus import ProdigyPlusScheduleFree, options
 from prodigyplus.device.jit import interprets
 from prodigyplus.engine.groups import Groups
+from prodigyplus.terms.device_constants import Constants
 from prodigyplus.terms.group_numbers import COUNTS, FLOATS
-from prodigyplus.terms.scalars import Constants
 
 pytest.importorskip("triton")
 if interprets():
