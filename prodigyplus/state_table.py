@@ -23,8 +23,12 @@ from prodigyplus.terms.layout import Layout
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
+# bfloat16 has 8 bits: a product with a larger factor is rounded back to where it was.
+_LARGEST_DECAY_IN_BFLOAT16 = 1 - 2**-8
+
+
 class StateOptions(NamedTuple):
-    """The options that decide which entries a parameter has; they may not change once it has any."""
+    """What of the options decides about a parameter's entries; only ``decays_slowly`` may change later."""
 
     use_schedulefree: bool
     bfloat16_z: bool
@@ -35,12 +39,17 @@ class StateOptions(NamedTuple):
     factored_fp32: bool
     slice_p: int
     step_size: str
+    decays_slowly: bool  # whether β3 is so close to 1 that s, in bfloat16, would not decay
 
     @classmethod
     def of(cls, o: Options) -> StateOptions:
-        """The state options among a group's options."""
-        values = {name: getattr(o, name) for name in cls._fields}
-        return cls(**{**values, "use_speed": o.use_speed == "relative"})
+        """The state options of a group."""
+        names = [name for name in cls._fields if name not in ("use_speed", "decays_slowly")]
+        return cls(
+            **{name: getattr(o, name) for name in names},
+            use_speed=o.use_speed == "relative",
+            decays_slowly=o.beta3 > _LARGEST_DECAY_IN_BFLOAT16,
+        )
 
 
 class Subject(NamedTuple):
@@ -133,7 +142,9 @@ def _factored(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _of_statistics(s: Subject) -> torch.dtype:
-    return torch.float64 if s.weight_dtype == torch.float64 else torch.bfloat16
+    if s.weight_dtype == torch.float64:
+        return torch.float64
+    return torch.float32 if s.options.decays_slowly else torch.bfloat16
 
 
 def _number(s: Subject) -> torch.dtype:

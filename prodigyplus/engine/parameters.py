@@ -133,7 +133,7 @@ class Parameters:
         before = self._made_for.get(location.p)
         if before is not None:
             for name, old, new in zip(StateOptions._fields, before.options, now.options, strict=True):
-                if old != new:
+                if old != new and name in group.param_group:
                     value, index = group.param_group[name], location.group
                     raise RuntimeError(
                         f"{name}={value!r} in param_groups[{index}], whose state was made under another "
