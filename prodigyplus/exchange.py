@@ -1,4 +1,4 @@
-"""Complete sums over whole tensors and orthogonalise whole matrices: the protocol; one process's.
+"""Complete sums over whole tensors and orthogonalise whole matrices: the protocol, and :class:`OneProcess`.
 
 :class:`prodigyplus_dist.exchange.MeshExchange` is that of a process that holds pieces of tensors.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,11 +33,11 @@ class Agreement(NamedTuple):
         return (totals - ranks * own).abs() > _TOLERANCE * ranks * own.abs()
 
 
-def requests(step_sizes: Tensor, asked: Sequence[Asked], *, compare_whole: bool) -> Asked:
+def requests(step_sizes: Callable[[], Tensor], asked: Sequence[Asked], *, compare_whole: bool) -> Asked:
     """What to ask for beside the sums of a step's first round; nothing if none of these spans ranks.
 
     Args:
-        step_sizes: This rank's; float32, (groups,).
+        step_sizes: Returns this rank's; float32, (groups,).
         asked: The sums of the round: of the gradients' squares.
         compare_whole: Whether the gradients of tensors that each rank holds whole should be equal. The sum of
             all their squares is then the last number.
@@ -48,7 +48,7 @@ def requests(step_sizes: Tensor, asked: Sequence[Asked], *, compare_whole: bool)
     # What travels along one axis travels in one buffer, and so must be on one device.
     device = spanning[0].local.device
     axes = tuple(dict.fromkeys(axis for s in spanning if s.local.device == device for axis in s.axes))
-    own = step_sizes.to(device)
+    own = step_sizes().to(device)
     whole = [sums["total"].local.sum() for sums in asked if not sums["total"].axes]
     if whole and compare_whole:
         total = torch.stack([value.to(own) for value in whole]).sum(0, keepdim=True)

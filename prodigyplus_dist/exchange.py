@@ -82,7 +82,7 @@ class MeshExchange:
 
     def complete_and_compare(self, asked: Sequence[Asked], step_sizes: Callable[[], Tensor]) -> list[Answers]:
         # With a process group, whole tensors may be others on other ranks, such as experts.
-        compared = agreement.requests(step_sizes(), asked, compare_whole=self._process_group is None)
+        compared = agreement.requests(step_sizes, asked, compare_whole=self._process_group is None)
         *answers, totals = self.complete([*asked, compared])()
         self._agreement = Agreement.of(compared, totals) or self._agreement
         return answers

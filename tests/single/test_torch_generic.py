@@ -80,7 +80,8 @@ def test_the_loss_falls_under_schedules(cls, options):
         for schedule in timed:
             schedule.step()
         plateau.step(losses[-1])
-    assert losses[-1] < 0.8 * losses[0]
+    # Muon comes to 0.70, a little more or less by how a processor rounds in bfloat16.
+    assert losses[-1] < (0.8 if "use_muon_pp" in options else 0.7) * losses[0]
     for group in o.param_groups:
         assert float(group["lr"]) == pytest.approx(0.9**3 * 0.9**3)  # StepLR's and ReduceLROnPlateau's
     # A tensor lr is written to, not replaced: who holds it, such as a captured step, sees the new value.
