@@ -174,7 +174,7 @@ class Checkpoints:
         if self._group is not None:
             dist.broadcast_object_list(writer, group=self._group)
         (self._writer,) = writer
-        with ranks.together():
+        with ranks.fail_together():
             if ranks.rank == 0:
                 # A file server releases the lock of a dead host only after a minute or two.
                 patience = args.timeout / 2 if _restarted() else timedelta()
@@ -248,12 +248,12 @@ def resume(
     Returns:
         What writes the checkpoints to come, and the run until now.
     """
-    with ranks.together():
+    with ranks.fail_together():
         find(args, settings)  # report errors before --out is created
     written = Checkpoints(args, ranks)
-    with ranks.together():
+    with ranks.fail_together():
         path, before = find(args, settings)  # again, now that no other run can write to --out
-    with ranks.together():
+    with ranks.fail_together():
         if not ranks.agree((settings, before.step)):
             raise ValueError(
                 "the nodes differ in their options, data or checkpoints: start all of them by the same "
@@ -276,7 +276,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> No
         OSError: The checkpoint has other tensors, or cannot be read.
         SystemExit: It is damaged.
     """
-    with ranks.together():
+    with ranks.fail_together():
         storage.check(path, ranks.rank, ranks.size)
     _ignore_no_process_group()
     state = _map_tensors(_state(model, optimizer), torch.empty_like)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from files import replacing
+from optimizers import averaged
 from ranks import Ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
-
-from prodigyplus import ProdigyPlusScheduleFree
 
 SAFETENSORS = importlib.util.find_spec("safetensors") is not None
 
@@ -24,34 +22,29 @@ SAFETENSORS = importlib.util.find_spec("safetensors") is not None
 def save_model(
     folder: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks, config: Mapping[str, Any]
 ) -> Path:
-    """Write the weights that the model holds to ``model.safetensors``, or ``model.pt`` without safetensors.
+    """Write the averaged weights to ``model.safetensors``, or ``model.pt`` without safetensors.
 
     All processes call it together. It leaves the training state unchanged.
 
     Args:
         folder: Where the files go.
         model: The model, wrapped or sharded in any way.
-        optimizer: Its optimiser; a warning is issued unless the model holds the averaged weights.
+        optimizer: Its optimiser.
         ranks: The processes of the run.
         config: The arguments that build the model, written to ``model.json``.
 
     Returns:
         The path of the weights.
     """
-    if isinstance(optimizer, ProdigyPlusScheduleFree) and not optimizer.holds_average:
-        warnings.warn(
-            "save_model: the model holds the weights of training, not their average. Call it "
-            "within optimizer.averaged_parameters(), or in eval mode.",
-            stacklevel=2,
-        )
     path = folder / ("model.safetensors" if SAFETENSORS else "model.pt")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    if ranks.rank == 0:
-        with replacing(folder / "model.json") as draft:
-            draft.write_text(json.dumps(config, indent=1) + "\n")
-        with replacing(path) as draft:
-            write(weights, draft, path.suffix)
+    with averaged(optimizer):
+        weights = get_model_state_dict(model, options=options)
+        if ranks.rank == 0:
+            with replacing(folder / "model.json") as draft:
+                draft.write_text(json.dumps(config, indent=1) + "\n")
+            with replacing(path) as draft:
+                write(weights, draft, path.suffix)
     return path
 
 

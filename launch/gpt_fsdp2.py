@@ -33,7 +33,7 @@ from interruption import Interruption
 from meshes import MeshShape, device_mesh, parallelize_, parse_mesh
 from optimizers import averaged, in_short, scalars
 from options import Parser, duration, natural, positive, probability
-from ranks import Ranks, start, wait_at_most
+from ranks import Ranks, run_script, wait_at_most
 from report import Report
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -58,11 +58,7 @@ SHARED = (*MODEL, *optimizers.SHARED, "batch_size", "seed", "dropout")
 
 def main() -> None:
     """Train, evaluate and save."""
-    with start() as ranks:
-        with ranks.together():
-            args = parse()
-        wait_at_most(args.timeout)
-        run(args, ranks)
+    run_script(parse, run)
 
 
 def parse() -> argparse.Namespace:
@@ -97,23 +93,11 @@ def parse() -> argparse.Namespace:
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     """The whole run, as each process executes it."""
     started = time.monotonic()
-    with ranks.together():
-        shape = parse_mesh(args.mesh, ranks.size)
-        check(args, shape)
-        text = read_corpus(args).to(ranks.device)
-        torch.manual_seed(args.seed)  # every process starts with the same weights
-        model = build_model(args, ranks.device)
-    size = sum(p.numel() for p in model.parameters())
-    if dist.is_initialized():
-        mesh = device_mesh(shape, ranks.device)
-        ranks.meshes.append(mesh)
-        wait_at_most(args.timeout, mesh.get_all_groups())
-        parallelize_(model, mesh)
-    with ranks.together():
-        optimizer = build_optimizer(args, model)
+    shape, text, model, optimizer = set_up(args, ranks)
     settings = {name: getattr(args, name) for name in SHARED} | {"data": text.summary}
     saves, before = checkpoints.resume(args, settings, model, optimizer, ranks)
-    with ranks.together():
+    size = sum(p.numel() for p in model.parameters())
+    with ranks.fail_together():
         options = vars(args) | {"mesh": shape, "data": text.summary, "parameters": size}
         silent = ranks.rank != 0
         report = Report(args.out, ranks.about() | options, silent=silent, records=before.records)
@@ -135,28 +119,44 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             last, stopped = done == args.steps, interruption.requested()
             save = last or stopped or (args.save_every is not None and done % args.save_every == 0)
             if done % args.log_every == 0 or save:  # a checkpoint holds the whole log up to it
-                with ranks.together():
+                with ranks.fail_together():
                     last |= meter.log(done, scalars(optimizer), bar)
             if done % args.eval_every == 0 or last:
                 with meter.paused(), averaged(optimizer):
-                    loss = in_bits(evaluate(model, text.held_out, args, share, ranks))
-                    with ranks.together():
-                        report.log("held out", step=done, minutes=meter.minutes(), **loss)
-                        report.say(f"step {done}: held-out {loss['bits_per_byte']:.4f} bits/byte")
-                        report.draw(PANELS)
+                    loss = evaluate(model, text.held_out, args, share, ranks)
+                    with ranks.fail_together():
+                        report_evaluation(report, done, meter.minutes(), loss)
             if save or last:
-                with meter.paused(), ranks.together():
+                with meter.paused(), ranks.fail_together():
                     now = Run(done, settings, report.records, minutes=meter.minutes())
                     saves.begin(now, model, optimizer)
             if last or stopped:
                 break
-        with ranks.together():
+        with ranks.fail_together():
             saves.finish()
     if stopped and not last:
         interruption.end(report, done)
-    with ranks.together(), averaged(optimizer):
+    with ranks.fail_together():
         path = save_model(args.out, model, optimizer, ranks, shape_of(args))
     report.say(f"The trained model is in {path}")
+
+
+def set_up(args: argparse.Namespace, ranks: Ranks) -> tuple[MeshShape, Corpus, GPT, Optimizer]:
+    """The shape of the mesh, the text, the model parallelised over the mesh, and its optimiser."""
+    with ranks.fail_together():
+        shape = parse_mesh(args.mesh, ranks.size)
+        check(args, shape)
+        text = read_corpus(args).to(ranks.device)
+        torch.manual_seed(args.seed)  # every process starts with the same weights
+        model = build_model(args, ranks.device)
+    if dist.is_initialized():
+        mesh = device_mesh(shape, ranks.device)
+        ranks.meshes.append(mesh)
+        wait_at_most(args.timeout, mesh.get_all_groups())
+        parallelize_(model, mesh)
+    with ranks.fail_together():
+        optimizer = build_optimizer(args, model)
+    return shape, text, model, optimizer
 
 
 def check(args: argparse.Namespace, shape: MeshShape) -> None:
@@ -319,6 +319,14 @@ class Meter:
         before = time.monotonic()
         yield
         self._since += time.monotonic() - before
+
+
+def report_evaluation(report: Report, step: int, minutes: float, loss: float) -> None:
+    """Log and print the loss of the held-out text, and draw the curves so far."""
+    losses = in_bits(loss)
+    report.log("held out", step=step, minutes=minutes, **losses)
+    report.say(f"step {step}: held-out {losses['bits_per_byte']:.4f} bits/byte")
+    report.draw(PANELS)
 
 
 def in_bits(loss: float) -> dict[str, float]:

@@ -24,7 +24,7 @@ from export import save_model
 from interruption import Interruption
 from optimizers import averaged, in_short, scalars
 from options import LARGEST, Parser, natural, positive
-from ranks import Ranks, start, wait_at_most
+from ranks import Ranks, run_script
 from report import Report
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
@@ -47,11 +47,7 @@ SHARED = (*optimizers.SHARED, "batch_size", "seed", "limit")
 
 def main() -> None:
     """Train, test and save, epoch by epoch."""
-    with start() as ranks:
-        with ranks.together():
-            args = parse()
-        wait_at_most(args.timeout)
-        run(args, ranks)
+    run_script(parse, run)
 
 
 def parse() -> argparse.Namespace:
@@ -73,22 +69,10 @@ def parse() -> argparse.Namespace:
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     """The whole run, as each process executes it."""
-    with ranks.together():
-        if args.batch_size % ranks.size:
-            raise ValueError(
-                f"--batch-size {args.batch_size} cannot be split evenly over {ranks.size} processes: choose "
-                f"a multiple of {ranks.size}."
-            )
-        if args.data is None and ranks.local_rank == 0:
-            mnist_data.fetch(mnist_data.cache_folder())
-        torch.manual_seed(args.seed)
-        net = network().to(ranks.device)
-        optimizer = build_optimizer(args, net)
-    with ranks.together():
-        train, test = load_data(args.data or mnist_data.cache_folder(), args.limit, ranks.device)
+    train, test, model, optimizer = set_up(args, ranks)
     settings = {name: getattr(args, name) for name in SHARED}
-    saves, before = checkpoints.resume(args, settings, net, optimizer, ranks)
-    with ranks.together():
+    saves, before = checkpoints.resume(args, settings, model, optimizer, ranks)
+    with ranks.fail_together():
         about = ranks.about() | vars(args)
         report = Report(args.out, about, silent=ranks.rank != 0, records=before.records)
 
@@ -99,7 +83,6 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     steps = range(before.step, min(args.epochs * per_epoch, LARGEST))
     if not steps:
         report.say(f"It has been trained for {args.epochs} epochs: ask for more with --epochs.")
-    model = wrapped(net, ranks)
     losses: list[Tensor] = []
     last = stopped = False
     with Interruption() as interruption, report.bar(steps, "step") as bar:
@@ -115,38 +98,57 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                 mean = ranks.sum_(torch.stack(losses).mean()).item() / ranks.size
                 losses.clear()
                 numbers = scalars(optimizer)
-                with ranks.together():
+                with ranks.fail_together():
                     report.log("train", step=done, epoch=done / per_epoch, loss=mean, **numbers)
                 shown = f"epoch {done / per_epoch:.1f}, loss {mean:.4f}, {in_short(numbers)}"
                 bar.set_postfix_str(shown, refresh=False)
             if epoch_ends:
                 with averaged(optimizer):
-                    loss, correct = evaluate(net, test, ranks)
-                accuracy = correct / len(test)
-                if isinstance(optimizer, ProdigyPlusScheduleFree):
-                    report.say(f"Prodigy LR: {optimizer.metrics()[0]['d'].item():.6f}")
-                report.say(
-                    f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{len(test)} ({accuracy:.2%})"
-                )
-                with ranks.together():
-                    report.log("test", step=done, epoch=done // per_epoch, loss=loss, accuracy=accuracy)
-                    report.draw()
+                    loss, correct = evaluate(model, test, ranks)
+                with ranks.fail_together():
+                    report_evaluation(report, optimizer, done, done // per_epoch, loss, correct, len(test))
             if save:
-                with ranks.together():
-                    saves.begin(Run(done, settings, report.records), net, optimizer)
-                model = wrapped(net, ranks)
+                with ranks.fail_together():
+                    saves.begin(Run(done, settings, report.records), model, optimizer)
             if stopped:
                 break
-        with ranks.together():
+        with ranks.fail_together():
             saves.finish()
     if stopped and not last:
         interruption.end(report, done)
-    with ranks.together(), averaged(optimizer):
-        path = save_model(args.out, net, optimizer, ranks, {})
+    with ranks.fail_together():
+        path = save_model(args.out, model, optimizer, ranks, {})
     report.say(f"The trained model is in {path}")
 
 
 # --------------------------------------------------------------------------------- network and data
+
+
+def set_up(
+    args: argparse.Namespace, ranks: Ranks
+) -> tuple[TensorDataset, TensorDataset, nn.Module, Optimizer]:
+    """The training and the test set, the network (under DDP, if it has several processes), its optimiser."""
+    with ranks.fail_together():
+        if args.batch_size % ranks.size:
+            raise ValueError(
+                f"--batch-size {args.batch_size} cannot be split evenly over {ranks.size} processes: choose "
+                f"a multiple of {ranks.size}."
+            )
+        if args.data is None and ranks.local_rank == 0:
+            mnist_data.fetch(mnist_data.cache_folder())
+    with ranks.fail_together():
+        train, test = load_data(args.data or mnist_data.cache_folder(), args.limit, ranks.device)
+        torch.manual_seed(args.seed)
+        model: nn.Module = network().to(ranks.device)
+        optimizer = build_optimizer(args, model)
+    if ranks.size > 1:
+        model = DistributedDataParallel(model)
+        # DDP regroups the gradients after its first backward pass, which changes the rounding of sums over
+        # more than two processes. After a pass before training, a resumed run rounds as one never stopped.
+        images, _ = prepare(*train[:1])
+        model(images).sum().backward()
+        model.zero_grad()
+    return train, test, model, optimizer
 
 
 def network() -> nn.Sequential:
@@ -170,9 +172,7 @@ def network() -> nn.Sequential:
 def build_optimizer(args: argparse.Namespace, net: nn.Module) -> Optimizer:
     """The optimiser that the command line chooses."""
     if args.option.get("fused_back_pass"):
-        raise ValueError(
-            "--option fused_back_pass: this script wraps its network anew every epoch; see gpt_fsdp2.py."
-        )
+        raise ValueError("--option fused_back_pass: this script steps after backward(); see gpt_fsdp2.py.")
     if args.optimizer == "adamw":
         return AdamW(net.parameters(), lr=args.lr)
     parameters = optimizers.parameters(args, net)
@@ -199,15 +199,6 @@ def prepare(images: Tensor, labels: Tensor) -> Batch:
 # ---------------------------------------------------------------------------------------- the steps
 
 
-def wrapped(net: nn.Module, ranks: Ranks) -> nn.Module:
-    """The network under DDP, to be wrapped again after every checkpoint.
-
-    DDP rebuilds its buckets after the first step, and with more than two processes the bucketing changes the
-    rounding of the sums. This way a resumed run rounds as one that never stopped.
-    """
-    return net if ranks.size == 1 else DistributedDataParallel(net)
-
-
 def endless(batches: BatchSampler, sampler: DistributedSampler[int]) -> Iterator[list[int]]:
     """The batches of one epoch after the other, as indices of the data."""
     for epoch in count():
@@ -226,19 +217,31 @@ def take_step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, data: TensorDataset, ranks: Ranks) -> tuple[float, int]:
+def evaluate(model: nn.Module, data: TensorDataset, ranks: Ranks) -> tuple[float, int]:
     """The mean loss and the number of correct predictions; each process evaluates a shard of the data."""
-    net.eval()
+    model.eval()
     shard = [torch.split(tensor[ranks.rank :: ranks.size], TEST_BATCH) for tensor in data.tensors]
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for batch in zip(*shard, strict=True):
         images, labels = prepare(*batch)
-        output = net(images)
+        output = model(images)
         sums[0] += nll_loss(output, labels, reduction="sum")
         sums[1] += (output.argmax(dim=1) == labels).sum()
-    net.train()
+    model.train()
     loss, correct = ranks.sum_(sums).tolist()
     return loss / len(data), int(correct)
+
+
+def report_evaluation(
+    report: Report, optimizer: Optimizer, step: int, epoch: int, loss: float, correct: int, count: int
+) -> None:
+    """Log and print the loss and accuracy on the test set, of ``count`` images; draw the curves so far."""
+    if isinstance(optimizer, ProdigyPlusScheduleFree):
+        report.say(f"Prodigy LR: {optimizer.metrics()[0]['d'].item():.6f}")
+    accuracy = correct / count
+    report.say(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{count} ({accuracy:.2%})")
+    report.log("test", step=step, epoch=epoch, loss=loss, accuracy=accuracy)
+    report.draw()
 
 
 if __name__ == "__main__":

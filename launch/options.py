@@ -13,7 +13,7 @@ YEAR = 365 * 24 * 60 * 60  # in seconds; gloo counts nanoseconds, which overflow
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises errors instead of exiting, so that :meth:`ranks.Ranks.together` can print them."""
+    """Raises errors instead of exiting, so that :meth:`ranks.Ranks.fail_together` can print them."""
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse.

@@ -1,13 +1,14 @@
-"""The processes of a run: the rank of this one, its device, and how all of them fail together."""
+"""The processes of a run: how a script starts in each, its rank and device, and how all fail together."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -62,8 +63,8 @@ class Ranks:
         return all(other == value for other in values)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """If the body raises OSError or ValueError in any process, end all of them and print the reason once.
+    def fail_together(self) -> Iterator[None]:
+        """If the body raises OSError or ValueError on any rank, print the reason once and end all.
 
         Every process must enter the block; none leaves it before all have reached its end.
         """
@@ -84,6 +85,22 @@ class Ranks:
             if dist.is_initialized():
                 dist.barrier()  # torchrun ends the others once one has exited, even while one prints
             raise SystemExit(1)
+
+
+def run_script(
+    parse: Callable[[], argparse.Namespace], run: Callable[[argparse.Namespace, Ranks], None]
+) -> None:
+    """Run a script in this process, which is one of those that ``torchrun`` has started, or the only one.
+
+    Args:
+        parse: Parses the command line.
+        run: The script itself.
+    """
+    with start() as ranks:
+        with ranks.fail_together():
+            args = parse()
+        wait_at_most(args.timeout)
+        run(args, ranks)
 
 
 def _cores() -> int:

@@ -21,7 +21,7 @@ class Report:
     """Writes the output of a run, in the process that is not ``silent``.
 
     All processes call its methods, and a failed write raises in the one that writes: call them within
-    :meth:`ranks.Ranks.together`.
+    :meth:`ranks.Ranks.fail_together`.
 
     Args:
         folder: Where ``log.jsonl`` and ``progress.png`` go; it is created if it does not exist.

@@ -34,21 +34,10 @@ def test_average_is_written_and_training_undisturbed(tmp_path, monkeypatch, safe
     model, optimizer = trained()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = optimizer.averaged_state_dict(model)
-    with optimizer.averaged_parameters():
-        path = save_model(tmp_path, model, optimizer, ALONE, {"width": 8})
+    path = save_model(tmp_path, model, optimizer, ALONE, {"width": 8})
     assert_same(model.state_dict(), before)
     saved = load_file(path) if safetensors else torch.load(path, weights_only=True)
     assert_same(saved, dict(expected))
     assert not torch.equal(saved["0.weight"], before["0.weight"])
     assert json.loads((tmp_path / "model.json").read_text()) == {"width": 8}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.json", path.name]
-
-
-def test_weights_of_training_are_warned_of(tmp_path):
-    model, optimizer = trained()
-    with pytest.warns(UserWarning, match="the model holds the weights of training") as told:
-        save_model(tmp_path, model, optimizer, ALONE, {})
-    assert told[0].filename == __file__
-    optimizer.eval()
-    save_model(tmp_path, model, optimizer, ALONE, {})  # no warning: it would be an error
-    save_model(tmp_path, model, torch.optim.AdamW(model.parameters()), ALONE, {})

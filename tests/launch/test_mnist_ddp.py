@@ -56,6 +56,20 @@ def test_resumed_run_equals_an_uninterrupted_one(mnist, tmp_path, options):
     assert len([line for line in lines(whole) if line["kind"] == "test"]) == 2
 
 
+@pytest.mark.xdist_group("launch")
+def test_ddp_goes_on_within_an_epoch(tmp_path):
+    """On three processes: there the rounding of sums depends on how DDP groups gradients."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    # An epoch has 31 steps. Before steps 42, 52 and 62, each of them after a checkpoint, the optimiser looks
+    # whether others have written to its weights.
+    options = ["--batch-size", 3, "--epochs", 2, "--save-every", 10, "--option", "d0=0.01"]
+    for out, resume in ((whole, []), (parts, ["--resume", whole / "checkpoints" / "00000051"])):
+        done = running.launch("tests.launch.noise", 3, *options, *resume, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert "UserWarning" not in done.stderr
+    assert_same(weights(whole), weights(parts))
+
+
 @pytest.mark.slow
 def test_run_tells_what_it_does(mnist, tmp_path):
     out = tmp_path / "new" / "folder"
