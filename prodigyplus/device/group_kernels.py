@@ -78,9 +78,16 @@ LAST_POOL = tl.constexpr(max(POOLS.values()))
 
 
 @triton.jit
-def _row(table, row: tl.constexpr, count, group, other):
-    """A row of a table, for all groups; ``other`` in lanes that have no group."""
-    return tl.load(table + row * count + group, mask=group < count, other=other)
+def _groups(count, BLOCK: tl.constexpr):
+    """The group of each lane, and whether it has one: lanes without one read the numbers of the last group."""
+    lane = tl.arange(0, BLOCK)
+    return tl.minimum(lane, count - 1), lane < count
+
+
+@triton.jit
+def _row(table, row: tl.constexpr, count, group):
+    """A row of a table, for all groups."""
+    return tl.load(table + row * count + group)
 
 
 @triton.jit
@@ -107,12 +114,12 @@ def _rectified(step, beta2):
 @triton.jit
 def _step_sizes(settings, count, group, lr, step, shared_d, beta2):
     """``dlr``, and the same without d, with RAdam and warm-up; and β2, which RAdam corrects."""
-    rectifies = _row(settings, O_USE_BIAS_CORRECTION, count, group, 0.0) > 0
+    rectifies = _row(settings, O_USE_BIAS_CORRECTION, count, group) > 0
     rectification, corrected = _rectified(step, beta2)
     beta2 = tl.where(rectifies, corrected, beta2)
     factor = tl.where(rectifies, rectification, 1.0)
     dlr, effective_lr = shared_d * lr * factor, lr * factor
-    warmup = _row(settings, O_WARMUP_STEPS, count, group, 0.0)
+    warmup = _row(settings, O_WARMUP_STEPS, count, group)
     factor = tl.where(warmup > 0, tl.minimum(step / tl.maximum(warmup, 1.0), 1.0), 1.0)
     return dlr * factor, effective_lr * factor, beta2
 
@@ -121,7 +128,7 @@ def _step_sizes(settings, count, group, lr, step, shared_d, beta2):
 def _averaging(settings, count, group, weight, weight_sum, beta1):
     """Schedule-Free's c, and the fraction of z's step that y makes."""
     c = tl.where(weight_sum > 0, weight / tl.where(weight_sum > 0, weight_sum, 1.0), 0.0)
-    strength = _row(settings, O_SCHEDULEFREE_C, count, group, 0.0)
+    strength = _row(settings, O_SCHEDULEFREE_C, count, group)
     c = tl.where(strength > 0, tl.minimum(c * ((1.0 - beta1) * strength), 1.0), c)
     return c, 1.0 - beta1 * (1.0 - c)
 
@@ -136,13 +143,12 @@ def begin(
 
     ``values`` and ``values32`` are of shape (groups, ``VALUE_COUNT``), in the order of ``VALUES``.
     """
-    group = tl.arange(0, BLOCK)
-    exists = group < count
+    group, exists = _groups(count, BLOCK)
     total = tl.load(square + group * 0)
-    lr = _row(settings, O_LR, count, group, 0.0)
+    lr = _row(settings, O_LR, count, group)
     infinity = float("inf")
-    is_finite = tl.abs(total) < infinity  # False for NaN too
-    has_gradients = exists & (tl.load(present + group, mask=exists, other=0.0) > 0)
+    is_finite = total < infinity  # False for NaN too; a sum of squares is never negative
+    has_gradients = tl.load(present + group) > 0
     lr_is_valid = (lr >= 0) & (lr < infinity)
     lr = tl.where(lr_is_valid, lr, 0.0)
     happens = is_finite & (total > 0) if INITIALIZES else is_finite
@@ -150,24 +156,24 @@ def begin(
     skips = has_gradients & (is_finite == 0)
     skips = skips | (has_gradients & happens & (lr_is_valid == 0))
 
-    d = _row(floats, F_D, count, group, 1.0)
-    shared_d = _row(floats, F_SHARED_D, count, group, 1.0)
-    weight_sum = _row(floats, F_WEIGHT_SUM, count, group, 0.0)
-    old_effective_lr = _row(floats, F_EFFECTIVE_LR, count, group, 0.0)
-    k = _row(counts, C_K, count, group, 0)
-    skipped = _row(counts, C_SKIPPED, count, group, 0)
-    beta1 = _row(settings, O_BETA1, count, group, 0.5)
-    beta2 = _row(settings, O_BETA2, count, group, 0.9)
-    beta3 = _row(settings, O_BETA3, count, group, 0.9)
-    d0 = _row(settings, O_D0, count, group, 1.0)
-    evidence = _row(settings, O_EVIDENCE, count, group, 0.0)
+    d = _row(floats, F_D, count, group)
+    shared_d = _row(floats, F_SHARED_D, count, group)
+    weight_sum = _row(floats, F_WEIGHT_SUM, count, group)
+    old_effective_lr = _row(floats, F_EFFECTIVE_LR, count, group)
+    k = _row(counts, C_K, count, group)
+    skipped = _row(counts, C_SKIPPED, count, group)
+    beta1 = _row(settings, O_BETA1, count, group)
+    beta2 = _row(settings, O_BETA2, count, group)
+    beta3 = _row(settings, O_BETA3, count, group)
+    d0 = _row(settings, O_D0, count, group)
+    evidence = _row(settings, O_EVIDENCE, count, group)
 
     step = (k + 1).to(tl.float64)
     evidence_weight = tl.where(evidence == SIGNS, tl.sqrt(d) * d0, d * d / tl.sqrt(d0))
     evidence_weight = tl.where(evidence == BALANCE, 1.0 / beta1, evidence_weight)
     dlr, effective_lr, beta2 = _step_sizes(settings, count, group, lr, step, shared_d, beta2)
     # ADOPT's first gradient only starts the second moment.
-    counts_evidence = (_row(settings, O_USE_ADOPT, count, group, 0.0) == 0) | (step > 1)
+    counts_evidence = (_row(settings, O_USE_ADOPT, count, group) == 0) | (step > 1)
     unit = tl.where(counts_evidence, 1.0, 0.0)
     dlr, effective_lr = dlr * unit, effective_lr * unit
     beta2 = tl.where(counts_evidence, beta2, 0.0)
@@ -177,11 +183,11 @@ def begin(
     beta3 = tl.where(counts_evidence, beta3, 1.0)
     new_sum = weight_sum + dlr * dlr
     c, y_fraction = _averaging(settings, count, group, dlr * dlr, new_sum, beta1)
-    use_schedulefree = _row(settings, O_USE_SCHEDULEFREE, count, group, 0.0) > 0
+    use_schedulefree = _row(settings, O_USE_SCHEDULEFREE, count, group) > 0
     effective_lr = tl.where(use_schedulefree, effective_lr * y_fraction, effective_lr)
-    by_lr = _row(settings, O_WEIGHT_DECAY_BY_LR, count, group, 0.0) > 0
-    decay = tl.where(by_lr, dlr, unit) * _row(settings, O_WEIGHT_DECAY, count, group, 0.0)
-    eps = _row(settings, O_EPS, count, group, 0.0)
+    by_lr = _row(settings, O_WEIGHT_DECAY_BY_LR, count, group) > 0
+    decay = tl.where(by_lr, dlr, unit) * _row(settings, O_WEIGHT_DECAY, count, group)
+    eps = _row(settings, O_EPS, count, group)
     fourth_root = tl.sqrt(tl.sqrt(step))
 
     # In a no-op, weights that keep something are 1, and weights that add something are 0.
@@ -220,21 +226,21 @@ def _next_d(
     LIMIT_OF_SPEED: tl.constexpr, LARGEST_FACTOR: tl.constexpr,
 ):  # fmt: skip
     """:func:`prodigyplus.formulas.prodigy.next_d`: the next ``d``, the estimate, and the next numerator."""
-    d0 = _row(settings, O_D0, count, group, 1.0)
-    d_coef = _row(settings, O_D_COEF, count, group, 1.0)
-    limit = _row(settings, O_LIMIT, count, group, 1.0)
-    speed_coef = _row(settings, O_SPEED_COEF, count, group, 1.0)
-    evidence = _row(settings, O_EVIDENCE, count, group, 0.0)
-    limits = _row(settings, O_D_LIMITER, count, group, 0.0) > 0
-    beta4 = _row(settings, O_BETA4, count, group, 0.0)
+    d0 = _row(settings, O_D0, count, group)
+    d_coef = _row(settings, O_D_COEF, count, group)
+    limit = _row(settings, O_LIMIT, count, group)
+    speed_coef = _row(settings, O_SPEED_COEF, count, group)
+    evidence = _row(settings, O_EVIDENCE, count, group)
+    limits = _row(settings, O_D_LIMITER, count, group) > 0
+    beta4 = _row(settings, O_BETA4, count, group)
     before = numerator
-    numerator = numerator * _row(settings, O_BETA3, count, group, 0.0)
+    numerator = numerator * _row(settings, O_BETA3, count, group)
     numerator = tl.where((d > d0) | (product > 0), numerator + product, numerator)
     grows = (numerator >= largest) & (numerator > 0) & (before > 0)
     growth = tl.sqrt(tl.where(grows, numerator, 1.0) / tl.where(grows, before, 1.0))
     # As float64: versions of Triton differ in the dtype that they give to a constant.
     largest_factor = tl.full(growth.shape, LARGEST_FACTOR, tl.float64)
-    relative = tl.where(grows, d * tl.minimum(growth, largest_factor), d)
+    relative = d * tl.minimum(growth, largest_factor)
     observed = norm > 0
     d_hat = numerator / tl.where(observed, norm, 1.0)
     by_speed = tl.minimum(d_hat * d_coef, tl.exp(LIMIT_OF_SPEED * tl.log(d)))
@@ -278,7 +284,7 @@ def _led(values, leads, pooled):
 def _harmonic_mean(d, where):
     """:func:`prodigyplus.formulas.prodigy._harmonic_mean`."""
     total = tl.sum(tl.where(where, 1.0 / d, 0.0), 0)
-    return tl.where(total > 0, tl.sum(where.to(tl.float64), 0) / tl.where(total > 0, total, 1.0), 0.0)
+    return tl.sum(where.to(tl.float64), 0) / tl.where(total > 0, total, 1.0)
 
 
 @triton.jit
@@ -287,12 +293,12 @@ def _share(
     LEAST_GROWTH: tl.constexpr, NEAR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Set the step sizes in use; groups may share one, see :func:`prodigyplus.formulas.prodigy.shared_d`."""
-    shares = exists & (_row(settings, O_SHARES, count, group, 0.0) > 0)
-    weight_sum = _row(floats, F_WEIGHT_SUM, count, group, 0.0)
-    k = _row(counts, C_K, count, group, 0)
-    in_mean = _row(floats, F_IN_MEAN, count, group, 0.0)
-    shared_d = _row(floats, F_SHARED_D, count, group, 1.0)
-    d0 = _row(settings, O_D0, count, group, 1.0)
+    shares = exists & (_row(settings, O_SHARES, count, group) > 0)
+    weight_sum = _row(floats, F_WEIGHT_SUM, count, group)
+    k = _row(counts, C_K, count, group)
+    in_mean = _row(floats, F_IN_MEAN, count, group)
+    shared_d = _row(floats, F_SHARED_D, count, group)
+    d0 = _row(settings, O_D0, count, group)
     moved = shares & (weight_sum > 0)
     is_early = (k == tl.max(tl.where(shares, k, 0), 0)) & (k <= EARLY)
     is_near = d * NEAR >= _harmonic_mean(d, moved & (in_mean > 0))
@@ -318,21 +324,20 @@ def end(
     ``totals`` are not weighted yet: the weights of products, and of norms with balance, are in ``values``,
     which :func:`begin` has set.
     """
-    group = tl.arange(0, BLOCK)
-    exists = group < count
-    weight = tl.load(values + group * VALUE_COUNT + N_EVIDENCE_WEIGHT, mask=exists, other=0.0)
-    product = tl.load(totals + group * 2, mask=exists, other=0.0) * weight
-    norm = tl.load(totals + group * 2 + 1, mask=exists, other=0.0)
-    is_balanced = _row(settings, O_EVIDENCE, count, group, 0.0) == BALANCE
-    dlr = tl.load(values + group * VALUE_COUNT + N_DLR, mask=exists, other=0.0)
+    group, exists = _groups(count, BLOCK)
+    weight = tl.load(values + group * VALUE_COUNT + N_EVIDENCE_WEIGHT)
+    product = tl.load(totals + group * 2) * weight
+    norm = tl.load(totals + group * 2 + 1)
+    is_balanced = _row(settings, O_EVIDENCE, count, group) == BALANCE
+    dlr = tl.load(values + group * VALUE_COUNT + N_DLR)
     norm = tl.where(is_balanced, norm * dlr, norm)
-    learning = exists & tl.load(learns + group, mask=exists, other=0).to(tl.int1)
+    learning = tl.load(learns + group).to(tl.int1)
     happens = tl.max(learning.to(tl.int32), 0) + group * 0 > 0
-    adapts = _row(settings, O_ADAPTS, count, group, 0.0) > 0
+    adapts = _row(settings, O_ADAPTS, count, group) > 0
     # Groups of one pool have one d: the first of them updates it from the sums of all. It may have made fewer
     # steps than others.
-    k = _row(counts, C_K, count, group, 0)
-    pool = _row(settings, O_POOL, count, group, 0.0)
+    k = _row(counts, C_K, count, group)
+    pool = _row(settings, O_POOL, count, group)
     follows = exists & (pool > 0)
     for number in tl.static_range(1, LAST_POOL + 1):
         pooled = exists & (pool == number)
@@ -344,11 +349,11 @@ def end(
         learning = tl.where(leads, pool_learns, learning.to(tl.int32)) > 0
         follows = follows & (leads == 0)
 
-    d = _row(floats, F_D, count, group, 1.0)
-    d_hat = _row(floats, F_D_HAT, count, group, 1.0)
-    numerator = _row(floats, F_D_NUMERATOR, count, group, 0.0)
-    largest = _row(floats, F_MAX_D_NUMERATOR, count, group, 0.0)
-    denominator = _row(floats, F_D_DENOM, count, group, 0.0)
+    d = _row(floats, F_D, count, group)
+    d_hat = _row(floats, F_D_HAT, count, group)
+    numerator = _row(floats, F_D_NUMERATOR, count, group)
+    largest = _row(floats, F_MAX_D_NUMERATOR, count, group)
+    denominator = _row(floats, F_D_DENOM, count, group)
     next_d, estimate, next_numerator = _next_d(
         d, numerator, largest, product, norm, settings, group, count, LIMIT_OF_SPEED, LARGEST_FACTOR
     )

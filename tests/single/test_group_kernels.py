@@ -26,14 +26,22 @@ KINDS = (
     {"lr": 0.3, "weight_decay": 0.1},
     {"lr": torch.tensor(0.7), "weight_decay": 0.1, "weight_decay_by_lr": False},
     {"lr": torch.tensor(float("nan"))},
+    {"lr": torch.tensor(float("inf"))},
+    {"lr": torch.tensor(-0.5)},
     {"lr": 0.0},
     {"lr": torch.tensor(0.0)},
     {"lr": 0.0, "step_size": "balance"},
     {"use_bias_correction": True},
+    {
+        "use_bias_correction": True,
+        "betas": (0.9, 0.602),
+    },  # RAdam's length tends to 4.025; it rectifies above 4
     {"use_bias_correction": True, "use_schedulefree": False, "warmup_steps": 5},
     {"warmup_steps": 30, "schedulefree_c": 8.0, "betas": (0.9, 0.95)},
+    {"warmup_steps": 1, "schedulefree_c": 0.5},
     {"use_adopt": True, "use_schedulefree": False},
     {"use_speed": True, "d0": 1e-5},
+    {"use_speed": True, "d_coef": 2.0},
     {"use_speed": "relative", "d_coef": 3.0},
     {"beta4": 0.9, "beta3": 0.8},
     {"d_limiter": False, "eps": None, "use_stableadamw": False},
@@ -55,28 +63,38 @@ def groups_of(sharing, draw):
         kind |= SHARING[index % 3] if sharing == "mixed" else sharing
         kind["params"] = [torch.nn.Parameter(torch.ones(2, device=DEVICE))]
     optimizer = ProdigyPlusScheduleFree(kinds)
-    pair = []
     columns = optimizer._cache.steps.columns(optimizer._view)
-    for name in FLOATS:
-        columns[name].copy_(torch.tensor([10 ** draw.uniform(-6, -2) for _ in kinds]))
-    columns["d_numerator"].mul_(torch.tensor([draw.choice((1.0, -1.0, 0.5)) for _ in kinds], device=DEVICE))
-    columns["in_mean"].copy_(torch.tensor([draw.choice((0.0, 1.0)) for _ in kinds]))
-    columns["weight_sum"].mul_(torch.tensor([draw.choice((0.0, 1.0, 1.0)) for _ in kinds], device=DEVICE))
-    columns["k"].copy_(torch.tensor([draw.choice((0, 1, 3, 29, 30, 31, 500)) for _ in kinds]))
-    for index, group in enumerate(optimizer.param_groups):
-        if draw.random() < 0.3:  # d is still where it started
-            columns["d"][index] = group["d0"]
-        if group["use_adopt"]:
-            columns["k"][index] = draw.choice((0, 7))
-        group |= {"calls": 3, "fused": True}
+    for name, values in drawn_numbers(optimizer.param_groups, draw).items():
+        columns[name].copy_(torch.tensor(values))
+    pair = []
     for by_kernels in (True, False):
-        copies = [dict(group) for group in optimizer.param_groups]
-        of_copy = type(columns)(copies, DEVICE)
-        pair.append(Groups(copies, of_copy, Constants()))
+        copies = [{**group, "calls": 3, "fused": True} for group in optimizer.param_groups]
+        pair.append(Groups(copies, type(columns)(copies, DEVICE), Constants()))
         assert pair[-1]._kernels is not None
         if not by_kernels:
             pair[-1]._kernels = None
     return pair
+
+
+def drawn_numbers(groups, draw):
+    """Numbers such as the groups may have in a run, by name."""
+    numbers = {name: [10 ** draw.uniform(-6, -2) for _ in groups] for name in FLOATS}
+    low, started = draw.choice(((-6, 0.3), (-2.5, 0.0), (-6, 1.0)))  # d near each other, and d still at d0
+    numbers["d"] = [g["d0"] if draw.random() < started else 10 ** draw.uniform(low, -2) for g in groups]
+    counting = draw.choice((0.0, 0.5))
+    numbers["in_mean"] = [float(draw.random() < counting) for _ in groups]
+    numbers["weight_sum"] = [draw.choice((0, 1, 1)) * value for value in numbers["weight_sum"]]
+    steps = draw.choice(((0, 1, 3), (0, 29, 30, 31), (30, 31, 500)))
+    numbers["k"] = [draw.choice((0, 7) if g["use_adopt"] else steps) for g in groups]
+    numbers["skipped"] = [draw.choice((0, 5)) for _ in groups]
+    for index, group in enumerate(groups):
+        largest = (
+            numbers["d_denom"][index]
+            if group["step_size"] == "balance"
+            else numbers["max_d_numerator"][index]
+        )
+        numbers["d_numerator"][index] = largest * draw.uniform(-0.5, 1.0)
+    return numbers
 
 
 def step(groups, square, present, evidence, *, initializes):
@@ -104,12 +122,12 @@ def test_as_operator_by_operator(sharing, seed, monkeypatch):
     # As on a GPU, where the host does not read a tensor's value.
     monkeypatch.setattr(options, "_is_on_host", lambda tensor: False)
     draw = random.Random(seed)
-    for square in (1.0, 1.0, 0.0, float("nan"), float("inf")):
+    for square in (1.0, 1.0, 1.0, 1.0, 0.0, float("nan"), float("inf")):
         pair = groups_of(sharing, draw)
         present = torch.tensor([float(draw.choice((0, 1, 2, 3))) for _ in KINDS], device=DEVICE).double()
         evidence = [
             torch.tensor(
-                [[draw.uniform(-1, 1)], [draw.choice((0.0, 1.0)) * 10 ** draw.uniform(-9, 2)]]
+                [[drawn_product(draw)], [draw.choice((0.0, 1.0)) * 10 ** draw.uniform(-9, 2)]]
             ).double()
             for _ in KINDS
         ]
@@ -129,6 +147,10 @@ def test_as_operator_by_operator(sharing, seed, monkeypatch):
             assert not value.isnan().any(), name
             # Kernels compute powers as exponentials of logarithms; RAdam subtracts powers of β2 from 1.
             torch.testing.assert_close(found[name], value, rtol=1e-9 if "beta2" in name else 1e-12, atol=0)
+
+
+def drawn_product(draw):
+    return draw.choice((1, -1)) * 10 ** draw.uniform(-9, 0)
 
 
 def test_lrs_are_read_where_they_are():
