@@ -83,15 +83,11 @@ _CALLS = {"tl.maximum": "tl.minimum", "tl.minimum": "tl.maximum", "tl.sqrt": "",
 
 # Mistakes that change nothing observable: the function, and the line with the mistake.
 _FIRST_COLUMN = "that column is the first, 0"
-_NO_GROUP = "of lanes that no group has"
+_NO_ELEMENT = "of lanes that hold no element, and whose results are masked"
+_ONLY_IF_IT_MOVES = "what it sets is used only by a launch that moves, or that rounds with noise"
+_HINT = "what the interpreter ignores"
 _NEAREST = "a root that is rounded to the nearest, as the interpreter's, needs no correction"
 UNSEEN: dict[tuple[str, str], str] = {
-    ("_step_sizes", "rectifies = _row(settings, O_USE_BIAS_CORRECTION, count, group, 1.0) > 0"): _NO_GROUP,
-    ("_next_d", "evidence = _row(settings, O_EVIDENCE, count, group, 1.0)"): _NO_GROUP,
-    (
-        "end",
-        "weight = tl.load(values + group * VALUE_COUNT + N_EVIDENCE_WEIGHT, mask=exists, other=1.0)",
-    ): _NO_GROUP,
     (
         "_share",
         "counting = moved & ((in_mean > 0) | ((d >= LEAST_GROWTH * d0) & (is_early | is_near)))",
@@ -116,11 +112,44 @@ UNSEEN: dict[tuple[str, str], str] = {
     (
         "elements_of",
         "index = tl.max_contiguous(tl.multiple_of(index, (1, VECTOR)), (2, VECTOR))",
-    ): "what the interpreter ignores",
+    ): _HINT,
     ("_atan2", "t = (smaller / tl.where(larger > 0, larger, 1.0))"): "what is NaN there is replaced by 0",
     ("_atan2", "far = t > 0.4183556979968259"): "either series holds around the point where they meet",
     ("_atan2", "return tl.where(y <= 0, -angle, angle)"): "the sign of a zero",
-    ("squares", "MULTIPLE: tl.constexpr = 16 if FAST else 2"): "what the interpreter ignores",
+    ("squares", "MULTIPLE: tl.constexpr = 16 if FAST else 2"): _HINT,
+    ("sweep", "MULTIPLE: tl.constexpr = 16 if FAST else 2"): _HINT,
+    (
+        "sweep",
+        "outer = pointer(tile.pointers, P_OUTER, FACTOR_DTYPE, 2) + tl.load(matrix + M_OUTER_OFFSET)",
+    ): _HINT,
+    (
+        "_momentum",
+        "old = tl.load(exp_avg + index, mask=exists, other=1.0).to(tl.float32)",
+    ): _NO_ELEMENT,
+    (
+        "_moments",
+        "old = tl.load(exp_avg_sq + index, mask=exists, other=1.0).to(tl.float32)",
+    ): _NO_ELEMENT,
+    (
+        "_whole_indices",
+        "first = tl.load(run + R_FIRST_INDEX, mask=exists, other=1).to(tl.uint32, bitcast=True)",
+    ): _NO_ELEMENT,
+    ("_samples", "phase = tl.load(run + R_FIRST_PHASE, mask=exists, other=1)"): _NO_ELEMENT,
+    (
+        "sweep",
+        "g = tl.where(opens, tl.load(grad + index, mask=exists, other=1.0).to(tl.float32), 0.0)",
+    ): "it is multiplied by a direction, which is 0 there",
+    (
+        "_evidence",
+        "g = tl.where(opens, tl.load(grad + at, mask=sampled, other=0.0).to(tl.float32), 1.0)",
+    ): "in a no-op, the evidence has the weight 0",
+    (
+        "sweep",
+        "is_row_outer = tl.load(tile.size + S_IS_ROW_OUTER) != 1",
+    ): "the product of both roots is the same but for its rounding",
+    ("sweep", "if MOVES or STABLE:"): _ONLY_IF_IT_MOVES,
+    ("sweep", "seed = tl.full((), 1, tl.uint32)"): _ONLY_IF_IT_MOVES,
+    ("sweep", "if MOVES or STOCHASTIC:"): _ONLY_IF_IT_MOVES,
     (
         "symmetric_product",
         "x, out, size, terms, pairs, *x.stride(), *(coefficients or (0.0, 1.0, 1.0)),",

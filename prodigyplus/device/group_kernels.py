@@ -79,7 +79,7 @@ LAST_POOL = tl.constexpr(max(POOLS.values()))
 
 @triton.jit
 def _groups(count, BLOCK: tl.constexpr):
-    """The group of each lane, and whether it has one: lanes without one read the numbers of the last group."""
+    """The group of each lane, and whether it is the lane's own: lanes beyond the last group read that one."""
     lane = tl.arange(0, BLOCK)
     return tl.minimum(lane, count - 1), lane < count
 

@@ -229,11 +229,10 @@ def _evidence(
         beta3, evidence_weight: Numbers of the step.
     """
     g = tl.where(opens, tl.load(grad + at, mask=sampled, other=0.0).to(tl.float32), 0.0)
-    iterate = tl.zeros(at.shape, tl.float32)  # z, or without Schedule-Free y
-    if MOMENTUM or IS_OFFSET:
+    # z, or without Schedule-Free y.
+    iterate = tl.load((weight if MOMENTUM else base) + at, mask=sampled, other=0.0).to(tl.float32)
+    if IS_OFFSET:
         iterate += tl.load(weight + at, mask=sampled, other=0.0).to(tl.float32)
-    if not MOMENTUM:
-        iterate += tl.load(base + at, mask=sampled, other=0.0).to(tl.float32)
     distance = tl.load(p0 + slot, mask=sampled, other=0.0).to(tl.float32) - iterate
     product = distance * g
     if KIND == RELATIVE:
