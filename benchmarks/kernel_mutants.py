@@ -113,7 +113,6 @@ UNSEEN: dict[tuple[str, str], str] = {
         "elements_of",
         "index = tl.max_contiguous(tl.multiple_of(index, (1, VECTOR)), (2, VECTOR))",
     ): _HINT,
-    ("_atan2", "t = (smaller / tl.where(larger > 0, larger, 1.0))"): "what is NaN there is replaced by 0",
     ("_atan2", "far = t > 0.4183556979968259"): "either series holds around the point where they meet",
     ("_atan2", "return tl.where(y <= 0, -angle, angle)"): "the sign of a zero",
     ("squares", "MULTIPLE: tl.constexpr = 16 if FAST else 2"): _HINT,

@@ -105,10 +105,7 @@ def _rectified(step, beta2):
     longest = 2.0 / (1.0 - beta2) - 1.0
     length = longest - 2.0 * step * decayed / (1.0 - decayed)
     variance = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
-    rectifies = length > 4.0
-    return tl.where(rectifies, tl.sqrt(tl.where(rectifies, variance, 0.0)), 0.0), (
-        1.0 - (1.0 - beta2) / (1.0 - decayed)
-    )
+    return tl.sqrt(tl.where(length > 4.0, variance, 0.0)), 1.0 - (1.0 - beta2) / (1.0 - decayed)
 
 
 @triton.jit
@@ -120,14 +117,14 @@ def _step_sizes(settings, count, group, lr, step, shared_d, beta2):
     factor = tl.where(rectifies, rectification, 1.0)
     dlr, effective_lr = shared_d * lr * factor, lr * factor
     warmup = _row(settings, O_WARMUP_STEPS, count, group)
-    factor = tl.where(warmup > 0, tl.minimum(step / tl.maximum(warmup, 1.0), 1.0), 1.0)
+    factor = tl.minimum(step / tl.maximum(warmup, 1.0), 1.0)
     return dlr * factor, effective_lr * factor, beta2
 
 
 @triton.jit
 def _averaging(settings, count, group, weight, weight_sum, beta1):
     """Schedule-Free's c, and the fraction of z's step that y makes."""
-    c = tl.where(weight_sum > 0, weight / tl.where(weight_sum > 0, weight_sum, 1.0), 0.0)
+    c = weight / tl.where(weight_sum > 0, weight_sum, 1.0)  # the sum includes the weight
     strength = _row(settings, O_SCHEDULEFREE_C, count, group)
     c = tl.where(strength > 0, tl.minimum(c * ((1.0 - beta1) * strength), 1.0), c)
     return c, 1.0 - beta1 * (1.0 - c)

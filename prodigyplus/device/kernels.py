@@ -78,8 +78,8 @@ def _atan2(y, x):
     """The angle of (x, y) for x ≥ 0; 0 for (0, 0). The error is at most 2 ulp of float32."""
     size = tl.abs(y)
     larger, smaller = tl.maximum(size, x), tl.minimum(size, x)
-    t = tl.where(larger > 0, smaller / tl.where(larger > 0, larger, 1.0), 0.0)
-    t = tl.where(smaller == larger, tl.where(larger > 0, 1.0, 0.0), t)  # also for two infinities
+    t = smaller / tl.where(larger > 0, larger, 1.0)
+    t = tl.where((smaller == larger) & (larger > 0), 1.0, t)  # also for two infinities
     # A series of atan(t) on [0, tan(π/8)]; above, atan(t) = π/4 + atan((t − 1)/(t + 1)) (Cephes).
     far = t > 0.4142135623730950
     reduced = tl.where(far, (t - 1.0) / (t + 1.0), t)
