@@ -85,9 +85,30 @@ _CALLS = {"tl.maximum": "tl.minimum", "tl.minimum": "tl.maximum", "tl.sqrt": "",
 _FIRST_COLUMN = "that column is the first, 0"
 _NO_ELEMENT = "of lanes that hold no element, and whose results are masked"
 _ONLY_IF_IT_MOVES = "what it sets is used only by a launch that moves, or that rounds with noise"
+_NOTHING = "it divides 0"
 _HINT = "what the interpreter ignores"
 _NEAREST = "a root that is rounded to the nearest, as the interpreter's, needs no correction"
 UNSEEN: dict[tuple[str, str], str] = {
+    (
+        "_rectified",
+        "return tl.sqrt(tl.where(length >= 4.0, variance, 0.0)), 1.0 - (1.0 - beta2) / (1.0 - decayed)",
+    ): "the variance is 0 at 4",
+    ("begin", "total = tl.load(square - group * 0)"): "that only gives each lane the number",
+    ("begin", "tl.store(counts - C_K * count + group, k + moves.to(tl.int64), mask=exists)"): _FIRST_COLUMN,
+    (
+        "_averaging",
+        "c = weight / tl.where(weight_sum > 0, weight_sum, 1.01)  # the sum includes the weight",
+    ): _NOTHING,
+    ("_harmonic_mean", "return tl.sum(where.to(tl.float64), 0) / tl.where(total > 0, total, 1.01)"): _NOTHING,
+    (
+        "_next_d",
+        "numerator = tl.where((d > d0) | (product >= 0), numerator + product, numerator)",
+    ): "it adds 0",
+    (
+        "_next_d",
+        "grows = (numerator >= largest) & (numerator >= 0) & (before > 0)",
+    ): "a numerator that was above 0 stays there",
+    ("_moments", "return (u)"): "0 divided by eps is 0 there, too",
     (
         "_share",
         "counting = moved & ((in_mean > 0) | ((d >= LEAST_GROWTH * d0) & (is_early | is_near)))",

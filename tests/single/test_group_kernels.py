@@ -42,6 +42,7 @@ KINDS = (
     {"use_adopt": True, "use_schedulefree": False},
     {"use_speed": True, "d0": 1e-5},
     {"use_speed": True, "d_coef": 2.0},
+    {"use_speed": "relative"},
     {"use_speed": "relative", "d_coef": 3.0},
     {"beta4": 0.9, "beta3": 0.8},
     {"d_limiter": False, "eps": None, "use_stableadamw": False},
@@ -87,12 +88,9 @@ def drawn_numbers(groups, draw):
     steps = draw.choice(((0, 1, 3), (0, 29, 30, 31), (30, 31, 500)))
     numbers["k"] = [draw.choice((0, 1, 7) if g["use_adopt"] else steps) for g in groups]
     numbers["skipped"] = [draw.choice((0, 5)) for _ in groups]
+    numbers["max_d_numerator"] = [10 ** draw.uniform(-12, -3) for _ in groups]
     for index, group in enumerate(groups):
-        largest = (
-            numbers["d_denom"][index]
-            if group["step_size"] == "balance"
-            else numbers["max_d_numerator"][index]
-        )
+        largest = numbers["d_denom" if group["step_size"] == "balance" else "max_d_numerator"][index]
         numbers["d_numerator"][index] = largest * draw.uniform(-0.5, 1.0)
     return numbers
 
