@@ -86,6 +86,9 @@ _FIRST_COLUMN = "that column is the first, 0"
 _NO_ELEMENT = "of lanes that hold no element, and whose results are masked"
 _ONLY_IF_IT_MOVES = "what it sets is used only by a launch that moves, or that rounds with noise"
 _NOTHING = "it divides 0"
+_NOT_USED = "the quotient is not used there"
+_HAS_STEPS = "a group that has moved has made a step"
+_EACH_LANE = "that only gives each lane the number"
 _HINT = "what the interpreter ignores"
 _NEAREST = "a root that is rounded to the nearest, as the interpreter's, needs no correction"
 UNSEEN: dict[tuple[str, str], str] = {
@@ -93,7 +96,7 @@ UNSEEN: dict[tuple[str, str], str] = {
         "_rectified",
         "return tl.sqrt(tl.where(length >= 4.0, variance, 0.0)), 1.0 - (1.0 - beta2) / (1.0 - decayed)",
     ): "the variance is 0 at 4",
-    ("begin", "total = tl.load(square - group * 0)"): "that only gives each lane the number",
+    ("begin", "total = tl.load(square - group * 0)"): _EACH_LANE,
     ("begin", "tl.store(counts - C_K * count + group, k + moves.to(tl.int64), mask=exists)"): _FIRST_COLUMN,
     (
         "_averaging",
@@ -109,14 +112,30 @@ UNSEEN: dict[tuple[str, str], str] = {
         "grows = (numerator >= largest) & (numerator >= 0) & (before > 0)",
     ): "a numerator that was above 0 stays there",
     ("_moments", "return (u)"): "0 divided by eps is 0 there, too",
+    ("_next_d", "d_hat = numerator / tl.where(observed, norm, 1.01)"): _NOT_USED,
+    (
+        "_next_balanced",
+        "rho = tl.where(known, numerator / tl.where(known, denominator, 1.01), 0.0)",
+    ): _NOT_USED,
+    (
+        "_next_balanced",
+        "keep = tl.maximum(1.0 - WINDOW / tl.maximum(count, 1.01), 0.0)",
+    ): "in the first step, nothing is kept",
+    ("_next_balanced", "power = tl.where(above >= 0, rise * GROWTH, fall * 0.5)"): "both are 0 at 0",
     (
         "_share",
         "counting = moved & ((in_mean > 0) | ((d >= LEAST_GROWTH * d0) & (is_early | is_near)))",
     ): "d is never exactly that",
     (
         "_harmonic_mean",
-        "return tl.where(total > 1, tl.sum(where.to(tl.float64), 0) / tl.where(total > 0, total, 1.0), 0.0)",
+        "return tl.sum(where.to(tl.float64), 0) / tl.where(total > 1, total, 1.0)",
     ): "step sizes are below 1, and the sum is of their inverses",
+    ("_share", "is_early = (k == tl.max(tl.where(shares, k, 1), 0)) & (k <= EARLY)"): _HAS_STEPS,
+    ("end", "k = tl.where(leads, tl.max(tl.where(pooled, k, 1), 0), k)"): _HAS_STEPS,
+    ("_share", "over = tl.where(tl.max(over.to(tl.int32), 0) - group * 0 > 0, over, moved)"): _EACH_LANE,
+    ("end", "happens = tl.max(learning.to(tl.int32), 0) - group * 0 > 0"): _EACH_LANE,
+    ("end", "for number in tl.static_range(1, LAST_POOL + 2):"): "no group is in that pool",
+    ("end", "tl.store(floats - F_D * count + group, d, mask=exists)"): _FIRST_COLUMN,
     ("_block_of", "across = ((tl.sqrt((8 * pair + 2).to(tl.float32)) - 1.0) / 2.0).to(tl.int32)"): _NEAREST,
     ("_block_of", "across = tl.where(across * (across + 1) // 2 > pair, across - 2, across)"): _NEAREST,
     (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prodigyplus.formulas import schedule_free
 from prodigyplus.terms.isolation import isolated
+from prodigyplus.torch_private import version_of
 from prodigyplus.view import View
 
 State = Mapping[str, Tensor]
@@ -21,8 +22,9 @@ class AverageSwap:
 
     def __init__(self) -> None:
         self.is_lent = False  # whether the model holds x within a context of :meth:`lent`
-        # In eval mode, y of the parameters whose x was projected, from which y cannot be recomputed.
-        self._saved_y: dict[Tensor, Tensor] = {}
+        # In eval mode, y of the parameters whose x was projected, from which y cannot be recomputed; and the
+        # version of the weights that hold x: those that others have loaded since are no x of this y.
+        self._saved_y: dict[Tensor, tuple[Tensor, int]] = {}
 
     def forget(self) -> None:
         """Drop the saved y, since the weights in the model have been replaced."""
@@ -42,8 +44,9 @@ class AverageSwap:
                 if train:
                     self._put_y_(view, p, state, beta1)
                 elif p in projected:
-                    self._saved_y[p] = p.detach().clone()
+                    y = p.detach().clone()
                     p.copy_(projected.pop(p))
+                    self._saved_y[p] = y, version_of(view.placement.local(p))
                 else:
                     local = view.placement.local(p)
                     schedule_free.x_from_y(local, state, beta1, out=local)
@@ -60,8 +63,9 @@ class AverageSwap:
         }
 
     def _put_y_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
-        y, local = self._saved_y.pop(p, None), view.placement.local(p)
-        if y is not None:
+        local = view.placement.local(p)
+        y, version = self._saved_y.pop(p, (None, None))
+        if y is not None and version == version_of(local):
             p.copy_(y)
         else:
             schedule_free.y_from_x(local, state, beta1, out=local)

@@ -237,7 +237,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         During a run, a group that shares the step size of others has ``warmup_steps`` of 1/(1 − β2), unless
         it sets them: see :func:`prodigyplus.options.late_warmup_steps`.
 
-        If it is to be fused with the backward pass, call :meth:`fuse_backward` afterwards.
+        If it is to be fused with the backward pass, call :meth:`fuse_backward` afterwards. (Under DDP, a call
+        before serves new groups too, and another does nothing.)
         """
         self._check_no_step_is_under_way()
         if not isinstance(param_group, dict):
@@ -483,7 +484,13 @@ class ProdigyPlusScheduleFree(Optimizer):
             return
         group_of = {p: group for group in step.groups.group_steps for p in group.param_group["params"]}
         for constraint, p in self._constraints:
-            if p in group_of and self.state.get(p):
+            if p not in group_of:
+                self._cache.warner.warn(
+                    f"constrain() was given a parameter of shape {tuple(p.shape)} that param_groups has no "
+                    "more: nothing holds what is in its place. Remove the constraint by its handle, and call "
+                    "constrain() again with the parameters as they are now."
+                )
+            elif self.state.get(p):
                 weight = self._placement.local(p)
                 n = group_of[p].scalars(weight.device, compute_dtype(weight))
                 constraint.hold_(p, self.state[p], self._placement, n.y_fraction, n.gate != 0)

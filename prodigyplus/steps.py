@@ -123,7 +123,8 @@ class Steps:
         self._made_for.clear()
         self.reusable = None  # which would keep the states alive that have been replaced
         parameters = self._parameters(view)
-        for location in self._locations(view):
+        # Not listed for the next step: accelerate loads a state before it shards, and frees these parameters.
+        for location in locations(view.groups):
             if location.p in loaded:
                 parameters.know(location.p, StateOptions.of(Options.of(view.groups[location.group])))
 

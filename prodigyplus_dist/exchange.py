@@ -51,31 +51,33 @@ class MeshExchange:
 
     def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answers]]:
         answers: list[Answers] = [{name: sum_.local for name, sum_ in sums.items()} for sums in asked]
-        # By process group, since meshes may share axes; in order of first use, the same on every rank.
-        by_group: dict[dist.ProcessGroup, list[tuple[int, str]]] = {}
+        # By process group, since meshes may share axes, and by device, since only some may be offloaded; in
+        # order of first use, the same on every rank.
+        packed: dict[tuple[dist.ProcessGroup, torch.device], list[tuple[int, str]]] = {}
         for index, sums in enumerate(asked):
             for name, sum_ in sums.items():
                 for axis in sum_.axes:
-                    by_group.setdefault(cast("dist.ProcessGroup", axis), []).append((index, name))
+                    key = cast("dist.ProcessGroup", axis), sum_.local.device
+                    packed.setdefault(key, []).append((index, name))
 
-        def begin(group: dist.ProcessGroup) -> Callable[[], None]:
-            wait = _all_reduce([answers[index][name] for index, name in by_group[group]], group)
+        def begin(key: tuple[dist.ProcessGroup, torch.device]) -> Callable[[], None]:
+            wait = _all_reduce([answers[index][name] for index, name in packed[key]], key[0])
 
             def end() -> None:
-                for (index, name), value in zip(by_group[group], wait(), strict=True):
+                for (index, name), value in zip(packed[key], wait(), strict=True):
                     answers[index][name] = value
 
             return end
 
-        # One group after the other, since a sum may need several: the first begins now, the others later.
-        groups = list(by_group)
-        end_first = begin(groups[0]) if groups else None
+        # One after the other, since a sum may need several: the first begins now, the others later.
+        keys = list(packed)
+        end_first = begin(keys[0]) if keys else None
 
         def finish() -> list[Answers]:
             if end_first is not None:
                 end_first()
-            for group in groups[1:]:
-                begin(group)()
+            for key in keys[1:]:
+                begin(key)()
             return answers
 
         return finish

@@ -5,7 +5,8 @@ gradient is averaged, since DDP reduces bucket by bucket: there a communication 
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from prodigyplus.engine.in_backward import Take, hook_parameters
-from prodigyplus_dist.torch_private import fsdp_groups_of
+from prodigyplus_dist.torch_private import HOOKS_WAIT_FOR_OFFLOAD, fsdp_groups_of
 
 Average: TypeAlias = "torch.futures.Future[Tensor]"
 
 
 def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse parameters whose gradients are not reduced over all ranks when a hook sees them.
+    """Refuse models whose gradients are kept twice, or are not there, reduced, when a hook sees them.
 
     Decides by what all ranks know, so that all raise or none does.
 
@@ -55,6 +56,15 @@ def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
                 "ranks, and nothing sums its gradient over them before a hook sees it: pass the model "
                 "wrapped with fully_shard or DistributedDataParallel, or set fused_back_pass=False."
             )
+    if not HOOKS_WAIT_FOR_OFFLOAD and any(
+        fsdp_param.offload_to_cpu and fsdp_param.pin_memory
+        for group in groups
+        for fsdp_param in group.fsdp_params
+    ):
+        raise ValueError(
+            "fuse_backward: before torch 2.13, FSDP2 runs a parameter's hooks while its gradient is still on "
+            "its way to pinned memory: pass CPUOffloadPolicy(pin_memory=False), or set fused_back_pass=False."
+        )
     on_a_device = any(p.device.type != "cpu" for p in parameters.values())
     if on_a_device and len({group._is_hsdp for group in groups}) > 1:
         raise ValueError(
@@ -103,23 +113,24 @@ class MeshHooks:
     """Hooks that run once gradients have been reduced; see :class:`prodigyplus.engine.in_backward.Hooks`."""
 
     def __init__(self) -> None:
-        self._buckets: list[Buckets] = []
+        self._buckets: WeakKeyDictionary[DistributedDataParallel, Buckets] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "MeshHooks":
         return MeshHooks()  # hooks on a model update one optimiser's parameters
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_buckets": []}
+    def __reduce__(self) -> "tuple[type[MeshHooks], tuple[()]]":
+        return MeshHooks, ()
 
     def attach(self, model: nn.Module, parameters: Mapping[str, Tensor], take: Take) -> list[RemovableHandle]:
         check_whole(model, parameters)
         if not isinstance(model, DistributedDataParallel):
             return hook_parameters(parameters, take)
         # With these options DDP knows the unused parameters only after the backward pass: step() moves all.
-        if not (model.find_unused_parameters or model.static_graph):
-            self._buckets.append(Buckets(model, take))
+        # A model can have one hook alone, which moves whatever groups with fused_back_pass have by then.
+        if not (model.find_unused_parameters or model.static_graph or model in self._buckets):
+            self._buckets[model] = Buckets(model, take)
         return []
 
     def finish(self) -> None:
-        for buckets in self._buckets:
+        for buckets in self._buckets.values():
             buckets.consume()

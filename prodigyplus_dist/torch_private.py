@@ -17,12 +17,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
+# Whether FSDP2, if a parameter has hooks, waits until its gradient has reached the CPU. Without it, a hook
+# would read what has not arrived.
+HOOKS_WAIT_FOR_OFFLOAD: bool = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+
 
 def fsdp_groups_of(modules: Iterable[nn.Module]) -> list[Any]:
     """FSDP2's own groups of the parameters that it manages in these modules.
 
-    Each has ``fsdp_params`` with their ``sharded_param``, and ``_is_hsdp``. Without it, ``fuse_backward``
-    would accept parameters whose gradients are not whole where a hook sees them.
+    Each has ``_is_hsdp``, and ``fsdp_params`` with their ``sharded_param`` and how they are offloaded.
+    Without it, ``fuse_backward`` would accept parameters whose gradients are not whole when hooks see them.
     """
     return [group for module in modules for group in _fsdp_groups(module)]
 

@@ -79,7 +79,7 @@ class GroupStep:
         ordinals, *pairs = zip(*self._observed, strict=True)
         # Sum in the order of the parameters, not of arrival: the last bits of a sum depend on its order.
         came = tuple(map(tuple, ordinals))
-        rows = self.constants.get(d.device, ("order", came), lambda: _order(came, d.device))
+        rows = self.constants.get_recent(d.device, ("order", came), lambda: _order(came, d.device))
         sums = []
         for values in pairs:
             wide = [value.to(d.device, d.dtype) for value in values]

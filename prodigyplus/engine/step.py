@@ -152,7 +152,7 @@ class Step:
         every = torch.cat([zeros[:1], *squares]) if len(squares) != 1 else squares[0]
         sums = [every.sum(0, keepdim=True)]
         groups = tuple((seen.group.index, len(seen.ordinals)) for seen in self._seen)
-        index = self._constants.get(
+        index = self._constants.get_recent(
             zeros.device,
             ("groups", groups),
             lambda: int64_on(zeros.device, [group for group, count in groups for _ in range(count)]),
@@ -162,7 +162,7 @@ class Step:
             if all(count is None for count in of_bundles):
                 # The sum is the same at every step.
                 sums.append(
-                    self._constants.get(
+                    self._constants.get_recent(
                         zeros.device,
                         ("parameters", len(zeros), groups),
                         lambda: zeros.index_add(0, index, ones.expand(len(index))),

@@ -18,7 +18,7 @@ T = TypeVar("T")
 # How many constants an optimiser keeps at most.
 _MAX_CONSTANTS = 1 << 14
 
-# For how many steps that make their batches anew, large tables are kept without being used.
+# For how many steps that make their batches anew, what is recent is kept without being used.
 _RECENT = 4
 
 
@@ -60,7 +60,10 @@ class Constants:
         return made
 
     def get_recent(self, device: torch.device, key: Hashable, make: Callable[[], T]) -> T:
-        """As :meth:`get`, for what is large: forgotten some calls of :meth:`forget_unused_` after its use."""
+        """As :meth:`get`, for what is large, or another whenever other parameters have gradients.
+
+        It is forgotten some calls of :meth:`forget_unused_` after its use.
+        """
         self._used[device, key] = self._age
         return self.get(device, key, make)
 

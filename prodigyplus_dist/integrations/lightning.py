@@ -114,9 +114,9 @@ class ScheduleFreeCallback(_pl.Callback):
         """Leave the model with x for good."""
         self._take_back()
         self._unwrap.close()
-        for optimizer in self._optimizers:
+        ended, self._optimizers = self._optimizers, []  # also if one of them raises
+        for optimizer in ended:
             optimizer.eval()
-        self._optimizers = []
 
     def _trains(self, optimizer: Optimizer) -> bool:
         return any(optimizer is one for one in self._optimizers)

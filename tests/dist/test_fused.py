@@ -1,5 +1,7 @@
 """The fused backward pass where ranks share a model."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prodigyplus import ProdigyPlusScheduleFree
 from prodigyplus.state_table import SAMPLED_KEYS
-from prodigyplus_dist import ShardedProdigyPlusScheduleFree
+from prodigyplus_dist import ShardedProdigyPlusScheduleFree, in_backward
 from tests.dist.meshes import pieces_of, whole
 from tests.dist.sharding import ranks, wrap
 from tests.models import SYMBOLS, Transformer, Walks, distance, loss_of
@@ -89,7 +91,8 @@ def moved_in_backward():
     model = Transformer(1)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=0.05)
     optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True, d0=1e-3)
-    optimizer.fuse_backward(wrapped)
+    for _ in range(2):
+        optimizer.fuse_backward(wrapped)  # again, as after add_param_group
     data = Walks()
     train(wrapped, optimizer, dist.get_rank(), 2, 2, data)  # DDP rearranges its buckets after one step
     before = [p.detach().clone() for p in model.parameters()]
@@ -182,8 +185,25 @@ def offloaded(fused):
 
 
 def test_fsdp_offloaded_to_the_cpu(pool):
-    """If there is a hook, FSDP2 waits for a gradient's copy to the CPU, so that the hook may read it."""
+    """If there is a hook, FSDP2 of torch 2.13 waits for a gradient's copy to the CPU."""
     assert_same(pool.run(2, offloaded, True), pool.run(2, offloaded, False))
+
+
+def offloaded_to_pinned_memory():
+    model = nn.Linear(4, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    (group,) = in_backward.fsdp_groups_of([model])
+    for fsdp_param in group.fsdp_params:
+        fsdp_param.pin_memory = True  # which takes a GPU
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters(), fused_back_pass=True)
+    for in_backward.HOOKS_WAIT_FOR_OFFLOAD in (False, True):
+        refused = pytest.raises(ValueError, match="pin_memory=False")
+        with contextlib.nullcontext() if in_backward.HOOKS_WAIT_FOR_OFFLOAD else refused:
+            optimizer.fuse_backward(model)
+
+
+def test_hooks_that_would_not_wait_for_pinned_memory_are_refused(pool):
+    pool.run(2, offloaded_to_pinned_memory)
 
 
 def collectives_of_backward_and_step(name, fused):

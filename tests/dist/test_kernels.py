@@ -11,9 +11,10 @@ from tests.single.problems import Fed
 
 pytest.importorskip("triton")
 
-# Matrices that are cut evenly or unevenly; a tensor whose two largest dimensions are not its last; a bias;
-# and a single element, so that one rank holds nothing.
-SHAPES = ((33, 40), (3, 40), (35, 6, 3), (13,), (1,))
+# Matrices that are cut evenly or unevenly; one whose shards are read 16 bytes at a time, and the second of
+# which begins between samples; a tensor whose two largest dimensions are not its last; a bias; and a single
+# element, so that one rank holds nothing.
+SHAPES = ((33, 40), (3, 40), (64, 48), (35, 6, 3), (13,), (1,))
 MATRICES = ((33, 40), (3, 40), (35, 6, 3), (40, 33))
 ON = {
     "rows": Mesh((2,), SHAPES, along(0)),

@@ -641,6 +641,27 @@ def test_a_fused_backward_pass(tmp_path):
         fit_module(Fused(), tmp_path, ScheduleFreeCallback(), plugins=[scaled])
 
 
+class FailsWithinBackward(pl.Callback):
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == 9:
+            raise Interrupted
+
+
+@pytest.mark.filterwarnings("ignore:ScheduleFreeCallback. the model is left with the training weights y")
+def test_an_exception_within_a_fused_backward_pass(tmp_path):
+    """A step has begun. The callback leaves y, and can be used again."""
+    callback, module = ScheduleFreeCallback(), Fused()
+    trainer = trainer_for("one", tmp_path, callback, FailsWithinBackward())
+    with pytest.raises(Interrupted):
+        trainer.fit(module, Batches(), HELD_OUT)
+    optimizer = trainer.optimizers[0]
+    assert not optimizer.holds_average
+    trainer.test(module, HELD_OUT, verbose=False)
+    optimizer.step()
+    optimizer.eval()
+    fit_module(Fused(), tmp_path, callback)
+
+
 def test_numbers_are_read_at_steps_that_are_logged_alone(tmp_path, monkeypatch):
     reads, scalars = [], ProdigyPlusScheduleFree.scalars
 

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -459,3 +460,12 @@ def test_the_numbers_of_several_groups_in_one_dict():
     }
     with pytest.raises(ValueError, match=r"names=\['d', 'rate'\]: \['rate'\] is none of d, d_hat"):
         optimizer.scalars(names=("d", "rate"))
+
+
+def test_a_state_that_is_loaded_early_keeps_no_parameter_alive():
+    """accelerate loads an optimiser's own state, and replaces its parameters before they are sharded."""
+    optimizer = ProdigyPlusScheduleFree([nn.Parameter(torch.ones(3))])
+    optimizer.load_state_dict(optimizer.state_dict())
+    old = weakref.ref(optimizer.param_groups[0]["params"][0])
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3))
+    assert old() is None

@@ -307,3 +307,30 @@ def test_a_clamped_temperature_learns():
     assert loss() < 0.1
     # With six seeds, it ends at 0.6 to 1.4; at 10 to 600 where the loop clamps instead.
     assert float(optimizer.metrics()[0]["d"]) < 4
+
+
+def test_a_parameter_that_was_replaced_is_told_of():
+    problem, optimizer = pulled()
+    optimizer.constrain(problem.parameters, clamp)
+    run(optimizer, problem, 1)
+    old = problem.parameters[0]
+    problem.parameters[0] = optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(40, 33))
+    del optimizer.state[old]
+    with pytest.warns(UserWarning, match=r"constrain\(\) was given a parameter of shape \(40, 33\).*no more"):
+        run(optimizer, problem, 1)
+
+
+def test_weights_loaded_in_eval_mode_are_trained_on():
+    """They are no x of the y that eval() has kept."""
+    trained = []
+    for constrained in (True, False):
+        problem, optimizer = pulled()
+        if constrained:
+            optimizer.constrain(problem.parameters, lambda w: w.clamp_(-100, 100))
+        run(optimizer, problem, 5)
+        optimizer.eval()
+        with torch.no_grad():
+            problem.parameters[0].copy_(problem.target)
+        optimizer.train()
+        trained.append(problem.parameters[0])
+    assert torch.equal(*trained)

@@ -66,7 +66,7 @@ def groups_of(sharing, draw):
     optimizer = ProdigyPlusScheduleFree(kinds)
     columns = optimizer._cache.steps.columns(optimizer._view)
     for name, values in drawn_numbers(optimizer.param_groups, draw).items():
-        columns[name].copy_(torch.tensor(values))
+        columns[name].copy_(torch.tensor(values, dtype=torch.float64))
     pair = []
     for by_kernels in (True, False):
         copies = [{**group, "calls": 3, "fused": True} for group in optimizer.param_groups]
@@ -82,16 +82,24 @@ def drawn_numbers(groups, draw):
     numbers = {name: [10 ** draw.uniform(-6, -2) for _ in groups] for name in FLOATS}
     low, started = draw.choice(((-6, 0.3), (-2.5, 0.0), (-6, 1.0)))  # d near each other, and d still at d0
     numbers["d"] = [g["d0"] if draw.random() < started else 10 ** draw.uniform(low, -2) for g in groups]
-    counting = draw.choice((0.0, 0.5))
+    counting, apart = draw.choice((0.0, 0.5)), draw.choice((1.0, 0.03))
     numbers["in_mean"] = [float(draw.random() < counting) for _ in groups]
+    numbers["d"] = [
+        d if counts or d == g["d0"] else apart * d
+        for d, counts, g in zip(numbers["d"], numbers["in_mean"], groups, strict=True)
+    ]
     numbers["weight_sum"] = [draw.choice((0, 1, 1)) * value for value in numbers["weight_sum"]]
     steps = draw.choice(((0, 1, 3), (0, 29, 30, 31), (30, 31, 500)))
-    numbers["k"] = [draw.choice((0, 1, 7) if g["use_adopt"] else steps) for g in groups]
+    later = draw.choice((0, 5))  # how many more steps those have made that share no step size
+    numbers["k"] = [
+        draw.choice((0, 1, 7) if g["use_adopt"] else steps) + (0 if g["split_groups_mean"] else later)
+        for g in groups
+    ]
     numbers["skipped"] = [draw.choice((0, 5)) for _ in groups]
     numbers["max_d_numerator"] = [10 ** draw.uniform(-12, -3) for _ in groups]
     for index, group in enumerate(groups):
         largest = numbers["d_denom" if group["step_size"] == "balance" else "max_d_numerator"][index]
-        numbers["d_numerator"][index] = largest * draw.uniform(-0.5, 1.0)
+        numbers["d_numerator"][index] = largest * draw.choice((draw.uniform(-0.5, 1.0), 1.0))
     return numbers
 
 
@@ -120,12 +128,12 @@ def test_as_operator_by_operator(sharing, seed, monkeypatch):
     # As on a GPU, where the host does not read a tensor's value.
     monkeypatch.setattr(options, "_is_on_host", lambda tensor: False)
     draw = random.Random(f"{sharing} {seed}")
-    for square in (1.0, 1.0, 1.0, 1.0, 0.0, float("nan"), float("inf")):
+    for square in (0.0, float("nan"), float("inf"), *[1.0] * 5) if sharing == "mixed" else [1.0] * 7:
         pair = groups_of(sharing, draw)
         present = torch.tensor([float(draw.choice((0, 1, 2, 3))) for _ in KINDS], device=DEVICE).double()
         evidence = [
             torch.tensor(
-                [[drawn_product(draw)], [draw.choice((0.0, 1.0)) * 10 ** draw.uniform(-9, 2)]]
+                [[drawn_product(draw)], [draw.choice((0.0, 1.0, 1.0)) * 10 ** draw.uniform(-9, 2)]]
             ).double()
             for _ in KINDS
         ]
@@ -148,7 +156,7 @@ def test_as_operator_by_operator(sharing, seed, monkeypatch):
 
 
 def drawn_product(draw):
-    return draw.choice((1, -1)) * 10 ** draw.uniform(-9, 0)
+    return draw.choice((1, -1)) * 10 ** draw.uniform(-6, 0)
 
 
 def test_lrs_are_read_where_they_are():

@@ -294,3 +294,16 @@ def test_state_that_is_made_in_eval_mode():
         optimizer.train()
     assert not pair.step()
     assert pair.step()
+
+
+def test_what_is_kept_does_not_grow_with_the_sets_of_gradients():
+    """As in a model that skips layers at random: almost every step has gradients of other parameters."""
+    parameters = [torch.nn.Parameter(torch.ones(3, device=DEVICE)) for _ in range(8)]
+    optimizer = ProdigyPlusScheduleFree(parameters, fused=False)
+    kept = []
+    for step in range(1, 60):
+        for bit, p in enumerate(parameters):
+            p.grad = torch.ones_like(p) if step >> bit & 1 else None
+        optimizer.step()
+        kept.append(len(optimizer._cache.steps.constants._made))
+    assert kept[-1] <= max(kept[:10])
