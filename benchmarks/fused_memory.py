@@ -231,10 +231,10 @@ for batch in batches:
 """
 
 EXPLAINED = f"""\
-What a training step holds, in bytes per float32 parameter of the process: under FSDP2, here on two processes,
-each has half of the model's. The model is a transformer of {LAYERS} layers; batches have {TOKENS} tokens, so
-that activations take next to nothing. `bucket_bytes` is {SMALL >> 20} MiB, and in the last two lines the
-default.
+The memory of a training step, in bytes per float32 parameter that the process holds: under FSDP2, here on
+two processes, each holds half of the model's. The model is a transformer of {LAYERS} layers; batches have
+{TOKENS} tokens, so that activations take next to nothing. `bucket_bytes` is {SMALL >> 20} MiB, and in the
+last two lines the default.
 
 - Gradients: the memory of every `.grad`, for as long as anything refers to it, and DDP's buckets. A gradient
   that FSDP2 holds whole, before cutting it, is not counted.
@@ -245,11 +245,11 @@ default.
 COLUMNS = " | parameters, 10⁶: | gradients, after backward: | gradients, at most: | everything, at most:"
 
 SAID = """
-On one process a gradient is freed as soon as its weight has moved, so at any time about the largest one is
-there. DDP keeps its buckets between steps, so fusing saves nothing beyond `gradient_as_bucket_view=True`.
-Under FSDP2 gradients wait until their updates fill `bucket_bytes`, and those of a layer share one piece of
-memory, which is freed with the last of them. Set `bucket_bytes` well below the gradients of a rank; each
-bucket costs two all-reduces.
+On one process a gradient is freed as soon as its weight has moved, so at any time there is memory in use
+for about the largest one. DDP keeps its buckets between steps, so fusing saves nothing beyond
+`gradient_as_bucket_view=True`. Under FSDP2 gradients wait until their updates fill `bucket_bytes`, and
+those of a layer share one piece of memory, which is freed with the last of them. Set `bucket_bytes` well
+below the gradients of a rank; each bucket costs two all-reduces.
 
 - A step uses the gradients of one backward pass. To accumulate several, let FSDP2 or DDP hold them back until
   the last (`set_requires_gradient_sync(False)`, `no_sync()`). A second gradient before `step()` is an error.

@@ -37,12 +37,12 @@ HALF = 2  # bytes of a bfloat16
 
 ASSUMED = f"""\
 The matrices of {MODEL} except the embedding and the head, in bfloat16; layouts as in [scale.md](scale.md).
-A wave is what is exchanged at once, by two all-to-alls. "Least" is 2 · (2P/S) · (S−1)/S for P parameters on S
-ranks; in HSDP, where each copy orthogonalises its share, it is that for P/copies, plus what it takes to share
-the results with the other copies. The load counts multiplications. The busiest owner of a wave holds the
-others up, so the longest way is the sum of these over the waves. "Bound" is what no assignment of whole
-matrices can beat: the most expensive matrix or the mean, whichever is larger. Bytes are those that a rank
-sends: n(R-1)/R in a broadcast of n bytes over R ranks."""
+A wave is what is exchanged at once, by two all-to-alls. "Least" is 2 · (2P/S) · (S−1)/S for P parameters on
+S ranks; in HSDP, where each copy orthogonalises its share, it is that for P/copies, plus what it takes to
+share the results with the other copies. The load counts multiplications. In each wave all owners wait for
+the busiest, so the longest way adds up the loads of the busiest owners. "Bound" is what no assignment of
+whole matrices can beat: the most expensive matrix or the mean, whichever is larger. Bytes are those that a
+rank sends: n(R-1)/R in a broadcast of n bytes over R ranks."""
 
 
 class Cost(NamedTuple):

@@ -50,15 +50,15 @@ factored=False | A second moment for every element. When factors train worse.
   | source: on: {1804.04235, eq. 4}
 factored_fp32=False | The factors in the gradient's dtype. For bfloat16, when the last bytes count.
   | source: 2.0.1 | dtype: bfloat16
-stochastic_rounding=False | Rounds to nearest: faster, but steps below a weight's last bit are lost. To
-  compare with.
+stochastic_rounding=False | Rounds to nearest: faster, but steps below a weight's last bit are lost. For
+  comparison.
   | source: 2.0.1 | dtype: bfloat16
 bfloat16_z=True | z as its distance from y, in bfloat16. When state matters:
   [performance.md](performance.md).
   | source: here
 compile=True | The defaults' passes through `torch.compile`. On devices: [performance.md](performance.md).
   | source: here | passes: two, compiled
-fused=False | Operator by operator on a GPU, where else kernels move a group. To compare with.
+fused=False | On a GPU: torch operators in place of the Triton kernels. For comparison.
   | source: here
 fused_back_pass=True | Moves weights within the backward pass. When gradients do not fit:
   [fused.md](fused.md).
@@ -72,7 +72,8 @@ use_bias_correction=True | RAdam's warm-up. When the first steps do harm; d then
   | source: {1908.03265, algorithm 2}
 use_adopt=True | Normalises a gradient by those before it, to converge with any β2. When Adam does not.
   | source: {2411.02853}
-use_cautious=True | Drops what of a move disagrees with its gradient, scales up the rest. To try for speed.
+use_cautious=True | Drops the elements of a move whose sign disagrees with the gradient's, and scales up the
+  rest. May train faster.
   | source: {2411.16085, algorithm 1}
 use_grams=True | A move's magnitudes with its gradient's signs. To try instead of Cautious.
   | source: {2412.17107, algorithm 1}
@@ -81,9 +82,9 @@ use_orthograd=True | Leaves out of an update what only scales the weights. Again
 use_muon_pp=True | Muon: matrices by their whole gradient, orthogonalised. For hidden ones:
   [muon.md](muon.md).
   | source: [blog](https://kellerjordan.github.io/posts/muon), {2505.16932}
-muon_fp32=True (with Muon) | Orthogonalises in float32, and sends it. To compare with.
+muon_fp32=True (with Muon) | Orthogonalises in float32, and sends that. For comparison.
   | beside: use_muon_pp=True
-muon_quintic=True (with Muon) | The first Muon's polynomial, not Polar Express's. To compare with.
+muon_quintic=True (with Muon) | The first Muon's polynomial, not Polar Express's. For comparison.
   | source: [blog](https://kellerjordan.github.io/posts/muon), {2505.16932} | beside: use_muon_pp=True
 muon_batched=True (with Muon) | Tensors of three or more dimensions are batches of matrices. For experts.
   | beside: use_muon_pp=True
@@ -308,25 +309,25 @@ NOTES = """\
   `bfloat16_z`, `slice_p`, `step_size` decide what state there is, and are fixed from a parameter's first step
   on. The others may change between two steps, and are checked when they do. Once `prodigy_steps` has passed,
   d stays frozen.
-- `step_size="balance"`: Prodigy's own options have no effect on it (`beta3`, `d_limiter`, `slice_p`; `d0` has
-  hardly any), or are switched off with a warning. Groups that would share a mean of step sizes
-  (`split_groups_mean=True`) then have one step size, from the evidence of all, as with `split_groups=False`.
-  Balance finds the product lr·d: another `lr` is only another start, and balance undoes a schedule as far as
-  it can. Keep lr constant. On a mesh, the evidence of Muon's groups takes a small all-reduce for each wave of
-  matrices.
+- `step_size="balance"`: Prodigy's own options have no effect on it (`beta3`, `d_limiter`, `slice_p`; `d0`
+  has hardly any), or are switched off with a warning. Groups that would share a mean of step sizes
+  (`split_groups_mean=True`) then have one step size, from the evidence of all, as with
+  `split_groups=False`. Balance adapts the product lr·d. So another `lr` only changes where it starts, and
+  balance works against a schedule. Keep lr constant. On a mesh, the evidence of Muon's groups takes a small
+  all-reduce for each wave of matrices.
 - `split_groups_mean=True` (2.0.1's default is False) moves every group by the harmonic mean of d over the
-  groups with evidence: those whose d has grown tenfold from its d0, either within the first 30 steps or else
-  to a tenth of the others' mean (and within those steps, those whose d has left d0). So a group does not hold
-  the others back if its gradients are zero or pure noise, if it is frozen at its start, or if it has just
-  been added; it moves by the mean. The optimiser warns once if the step sizes that count are more than a
-  hundredfold apart. If a single network's parameters are in several groups only for their weight decay, use
-  `split_groups=False`.
+  groups with evidence: those whose d has grown at least tenfold from d0; after step 30 it must also have
+  come to a tenth of the other groups' mean. In the first 30 steps, a group counts as soon as its d has left
+  d0. So a group does not hold the others back if its gradients are zero or pure noise, if it is frozen at
+  its start, or if it has just been added; it moves by the mean. The optimiser warns once if the step sizes
+  that count are more than a hundredfold apart. If a single network's parameters are in several groups only
+  for their weight decay, use `split_groups=False`.
 - A group of a few elements has few samples, so its step size may be down to chance: leave it in the mean, or
   merge it into another group. `d_coef` far above 1 amplifies chance too. If a run goes on long after it has
   converged, use `prodigy_steps`: as gradients vanish, the steps of any Adam become noise of the size of its
   step size.
-- `beta4=None` starts slowly: the limiter lets the estimate be at most 2^¼ d, and the average takes in 1 %
-  of it.
+- `beta4=None` starts slowly: the estimate may exceed d by a factor of at most 2^¼ (by 19 %), and d makes
+  only 1 % of the way to it in a step.
 - Do not combine SPEED with strong weight decay: it ignores the size of the evidence, so the steady pull of
   the decay may weigh as much as the gradients. 2.0.1's documentation has the same warning for its SPEED.
 - FOCUS, as in 2.0.1: the average of the weights is weighted with d², so while d grows it covers only the last

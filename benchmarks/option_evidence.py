@@ -77,16 +77,16 @@ The figures on this page are printed by
     PYTHONPATH=. python benchmarks/option_evidence.py --out docs/research/options.jsonl --report
 
 How much the final loss of a small task changes with an option, in percent; negative is better. **Bold**
-helps. In brackets is what is nothing: within 1 %, or within twice what the run changes that is begun at 1.1
-times `d0`, which should change nothing. That is the least of what chance makes: before the rule weighed
-tensors, the same nudge changed the regression by 4 and the MLP by 3 %. The last column counts the tasks that
-the option helps and hurts.
+helps. Changes in brackets are too small to count: within 1 %, or within twice the change from starting
+at 1.1 times `d0`, which should make no difference. Chance does at least that much: with an earlier
+version of balance, starting at 1.1 times `d0` changed the regression by 4 and the MLP by 3 %. The last
+column counts the tasks that the option helps and hurts.
 
 The tasks are those of [quality.md](quality.md): half a minute on one core, one seed, Schedule-Free
 evaluated at its average. They say where an option may matter, not what it does to a long run of a large
 model. What options cost is in [options.md](options.md).
 
-With `eps=None` goes `use_stableadamw=False`, and with `use_focus=True` `factored=False`, as they have to.
+`eps=None` was run with `use_stableadamw=False`, and `use_focus=True` with `factored=False`, as they require.
 `use_muon_pp=True` is for the hidden matrices, with a step size of their own, orthogonalised in float32."""
 
 

@@ -43,11 +43,11 @@ HALF = 2  # bytes of a bfloat16; FSDP2 is assumed to send everything in it
 
 ASSUMED = f"""\
 State is of float32 parameters under the default options, on rank 0, which holds most; AdamW's is 8 bytes a
-parameter. All-reduces are those of one step of the optimiser. Of mesh axes of more than one rank, `cut`
-counts those that cut a parameter and `copy` those that only copy. `buckets` hold {BUCKET_MIB} MiB of
-local parameters if one holds them all, and otherwise half as much, since two are under way at a time. Bytes
-are what a rank sends in a ring: 2n(S-1)/S in an all-reduce of n bytes over S ranks,
-n(S-1)/S in an all-gather or a reduce-scatter.
+parameter. All-reduces are those of one step of the optimiser. Of the mesh axes of more than one rank, `cut`
+is how many shard some parameter, and `copy` how many only replicate. A bucket holds {BUCKET_MIB} MiB if all
+local parameters fit into one, and otherwise {BUCKET_MIB // 2} MiB, since two are in flight at a time. Bytes
+are what a rank sends in a ring: 2n(S-1)/S in an all-reduce of n bytes over S ranks, n(S-1)/S in an
+all-gather or a reduce-scatter.
 
 "FSDP2 sends" is the least that it can send, for one microbatch a step: an all-gather in the forward pass,
 another in the backward pass and a reduce-scatter of the gradients, all in bfloat16; with HSDP also an

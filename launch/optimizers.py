@@ -44,7 +44,8 @@ def complete_(args: argparse.Namespace) -> None:
     if args.option and args.optimizer != "prodigyplus":
         raise ValueError(f"--option {args.option[0][0]}=…: only --optimizer prodigyplus has options.")
     args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
-    args.option = dict(args.option)
+    # A step size of its own for Muon's group, which one for all serves badly (docs/muon.md).
+    args.option = ({"split_groups_mean": False} if args.muon else {}) | dict(args.option)
 
 
 def prefer_balance_(args: argparse.Namespace) -> None:

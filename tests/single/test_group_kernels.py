@@ -80,13 +80,15 @@ def groups_of(sharing, draw):
 def drawn_numbers(groups, draw):
     """Numbers such as the groups may have in a run, by name."""
     numbers = {name: [10 ** draw.uniform(-6, -2) for _ in groups] for name in FLOATS}
-    low, started = draw.choice(((-6, 0.3), (-2.5, 0.0), (-6, 1.0)))  # d near each other, and d still at d0
-    numbers["d"] = [g["d0"] if draw.random() < started else 10 ** draw.uniform(low, -2) for g in groups]
-    counting, apart = draw.choice((0.0, 0.5)), draw.choice((1.0, 0.03))
+    # The least d that is drawn, and how many are still at d0; how many count in the mean, and by what the d of
+    # the others is divided.
+    low, started, counting, apart = draw.choice(
+        ((-6, 0.3, 0.5, 1), (-6, 0.3, 0.0, 1), (-2.5, 0.0, 0.5, 30), (-6, 1.0, 0.0, 1))
+    )
     numbers["in_mean"] = [float(draw.random() < counting) for _ in groups]
     numbers["d"] = [
-        d if counts or d == g["d0"] else apart * d
-        for d, counts, g in zip(numbers["d"], numbers["in_mean"], groups, strict=True)
+        g["d0"] if draw.random() < started else 10 ** draw.uniform(low, -2) / (1 if counts else apart)
+        for g, counts in zip(groups, numbers["in_mean"], strict=True)
     ]
     numbers["weight_sum"] = [draw.choice((0, 1, 1)) * value for value in numbers["weight_sum"]]
     steps = draw.choice(((0, 1, 3), (0, 29, 30, 31), (30, 31, 500)))
