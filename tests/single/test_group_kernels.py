@@ -80,8 +80,8 @@ def groups_of(sharing, draw):
 def drawn_numbers(groups, draw):
     """Numbers such as the groups may have in a run, by name."""
     numbers = {name: [10 ** draw.uniform(-6, -2) for _ in groups] for name in FLOATS}
-    # The least d that is drawn, and how many are still at d0; how many count in the mean, and by what the d of
-    # the others is divided.
+    # The least d that is drawn, and how many are still at d0; how many count in the mean, and by what the
+    # others' d is divided.
     low, started, counting, apart = draw.choice(
         ((-6, 0.3, 0.5, 1), (-6, 0.3, 0.0, 1), (-2.5, 0.0, 0.5, 30), (-6, 1.0, 0.0, 1))
     )
