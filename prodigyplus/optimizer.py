@@ -486,9 +486,9 @@ class ProdigyPlusScheduleFree(Optimizer):
         for constraint, p in self._constraints:
             if p not in group_of:
                 self._cache.warner.warn(
-                    f"constrain() was given a parameter of shape {tuple(p.shape)} that param_groups has no "
-                    "more: nothing holds what is in its place. Remove the constraint by its handle, and call "
-                    "constrain() again with the parameters as they are now."
+                    f"constrain() was given a parameter of shape {tuple(p.shape)} that is no longer in "
+                    "param_groups: nothing holds what is in its place. Remove the constraint by its handle, "
+                    "and call constrain() again with the parameters as they are now."
                 )
             elif self.state.get(p):
                 weight = self._placement.local(p)

@@ -316,7 +316,9 @@ def test_a_parameter_that_was_replaced_is_told_of():
     old = problem.parameters[0]
     problem.parameters[0] = optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(40, 33))
     del optimizer.state[old]
-    with pytest.warns(UserWarning, match=r"constrain\(\) was given a parameter of shape \(40, 33\).*no more"):
+    with pytest.warns(
+        UserWarning, match=r"constrain\(\) was given a parameter of shape \(40, 33\).*no longer"
+    ):
         run(optimizer, problem, 1)
 
 
