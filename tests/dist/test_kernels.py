@@ -26,6 +26,7 @@ ON = {
 
 NOISY = {"bfloat16_z": True, "factored": False, "slice_p": 3}
 CASES = [
+    ("rows", {}),
     ("rows", {"use_speed": "relative", "use_schedulefree": False}),
     ("columns", {"weight_decay": 0.1}),
     ("columns", NOISY),
