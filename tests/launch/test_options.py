@@ -80,3 +80,10 @@ def test_sizes_that_no_memory_holds(parse, tmp_path, capsys, options, message):
         gpt_fsdp2.run(args, Ranks(0, 1, 0, 1))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], False), (["--option", "split_groups_mean=True"], True)], ids=str
+)
+def test_muon_has_a_step_size_of_its_own_unless_it_is_said(parse, given, expected):
+    assert parse(mnist_ddp, "--muon", *given).option == {"split_groups_mean": expected}
