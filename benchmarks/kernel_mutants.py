@@ -155,6 +155,10 @@ UNSEEN: dict[tuple[str, str], str] = {
     ): _HINT,
     ("_atan2", "far = t > 0.4183556979968259"): "either series holds around the point where they meet",
     ("_atan2", "return tl.where(y <= 0, -angle, angle)"): "the sign of a zero",
+    (
+        "add_parts",
+        "exists = (part[:, None] < count) & (column[None, :] <= length)",
+    ): "what is added up there is not stored",
     ("squares", "MULTIPLE: tl.constexpr = 16 if FAST else 2"): _HINT,
     ("sweep", "MULTIPLE: tl.constexpr = 16 if FAST else 2"): _HINT,
     (

@@ -262,6 +262,17 @@ def test_a_step_with_a_nan_changes_nothing(options):
     assert found[0].metrics()[0]["skipped_steps"] == 1
 
 
+def test_a_nan_in_any_tile_is_seen():
+    tile = tile_size()
+    size = tile.rows * tile.columns
+
+    def spoil(step, index, p):
+        p.grad[step * size] = torch.nan
+
+    optimizer, _ = play(True, {}, shapes=((3 * size,),), device=DEVICE, spoil=spoil)
+    assert optimizer.metrics()[0]["skipped_steps"] == 3
+
+
 def test_a_missing_gradient():
     def leave_out(step, index, p):
         if step == index:
