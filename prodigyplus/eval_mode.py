@@ -41,14 +41,14 @@ class AverageSwap:
             beta1 = group["average_beta1"] if train else None
             beta1 = group["betas"][0] if beta1 is None else beta1
             for p, state in view.averaged(group):
+                local = view.placement.local(p)
                 if train:
-                    self._put_y_(view, p, state, beta1)
+                    self._put_y_(p, local, state, beta1)
                 elif p in projected:
                     y = p.detach().clone()
                     p.copy_(projected.pop(p))
-                    self._saved_y[p] = y, version_of(view.placement.local(p))
+                    self._saved_y[p] = y, version_of(local)
                 else:
-                    local = view.placement.local(p)
                     schedule_free.x_from_y(local, state, beta1, out=local)
             group["train_mode"], group["average_beta1"] = train, None if train else beta1
 
@@ -62,11 +62,10 @@ class AverageSwap:
             if view.constraints.of(p)
         }
 
-    def _put_y_(self, view: View, p: Tensor, state: State, beta1: float) -> None:
-        local = view.placement.local(p)
-        y, version = self._saved_y.pop(p, (None, None))
-        if y is not None and version == version_of(local):
-            p.copy_(y)
+    def _put_y_(self, p: Tensor, local: Tensor, state: State, beta1: float) -> None:
+        saved = self._saved_y.pop(p, None)
+        if saved is not None and saved[1] == version_of(local):
+            p.copy_(saved[0])
         else:
             schedule_free.y_from_x(local, state, beta1, out=local)
 

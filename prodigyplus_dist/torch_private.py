@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 # Whether FSDP2, if a parameter has hooks, waits until its gradient has reached the CPU. Without it, a hook
 # would read what has not arrived.
-HOOKS_WAIT_FOR_OFFLOAD: bool = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+HOOKS_WAIT_FOR_OFFLOAD: bool = torch.__version__ >= "2.13"  # compared as versions
 
 
 def fsdp_groups_of(modules: Iterable[nn.Module]) -> list[Any]:

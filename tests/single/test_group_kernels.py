@@ -32,10 +32,8 @@ KINDS = (
     {"lr": torch.tensor(0.0)},
     {"lr": 0.0, "step_size": "balance"},
     {"use_bias_correction": True},
-    {
-        "use_bias_correction": True,
-        "betas": (0.9, 0.602),
-    },  # RAdam's length tends to 4.025; it rectifies above 4
+    # RAdam's length tends to 4.025; it rectifies above 4.
+    {"use_bias_correction": True, "betas": (0.9, 0.602)},
     {"use_bias_correction": True, "use_schedulefree": False, "warmup_steps": 5},
     {"warmup_steps": 30, "schedulefree_c": 30.0, "betas": (0.9, 0.95)},
     {"warmup_steps": 1, "schedulefree_c": 0.5},
