@@ -68,13 +68,13 @@ def check_is_state_dict(state_dict: Mapping[str, Any]) -> None:
             raise ValueError(f"the state dict has no {key!r}: pass what state_dict() gave.")
 
 
-def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> list[dict[str, Any]]:
+def checked_groups(state_dict: Group, own: Sequence[Group]) -> list[dict[str, Any]]:
     """The groups of a state dict, completed, and with validated options.
 
     Args:
         state_dict: The state dict to load.
-        own: The groups of the optimiser to load it into.
-        defaults: The optimiser's ``defaults``, for options that were added after the state dict was saved.
+        own: The groups of the optimiser to load it into. They keep options that the state dict lacks, since
+            they were added after it was saved.
 
     Raises:
         ValueError: The groups do not fit this optimiser.
@@ -106,7 +106,7 @@ def checked_groups(state_dict: Group, own: Sequence[Group], defaults: Group) -> 
                 f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: {why}"
             )
         # Only our own keys: torch puts some of its own among the defaults.
-        group = {**{name: defaults[name] for name in options.NAMES}, **saved_group}
+        group = {**{name: own_group[name] for name in options.NAMES}, **saved_group}
         # Where gradients are consumed, and how steps are computed, belongs to the run, not to its state.
         group |= {key: own_group[key] for key in ("fused_back_pass", "compile", "fused")}
         group |= options.plain(group)
@@ -341,12 +341,12 @@ def loaded_state(saved: _SavedState, placement: Placement) -> dict[str, Tensor]:
 
 
 def checked_parts(
-    state_dict: Group, own: Sequence[Group], defaults: Group, placement: Placement
+    state_dict: Group, own: Sequence[Group], placement: Placement
 ) -> tuple[list[dict[str, Any]], dict[Any, Any], dict[Tensor, dict[str, Tensor]]]:
     """Check a state dict, and split it into the parts that the optimiser loads.
 
     Args:
-        state_dict, own, defaults: As for :func:`checked_groups`.
+        state_dict, own: As for :func:`checked_groups`.
         placement: Where the tensors lie.
 
     Returns:
@@ -356,7 +356,7 @@ def checked_parts(
     Raises:
         ValueError: The state dict does not fit this optimiser.
     """
-    groups, states = checked_groups(state_dict, own, defaults), state_dict["state"]
+    groups, states = checked_groups(state_dict, own), state_dict["state"]
     for index, (saved_group, own_group) in enumerate(zip(groups, own, strict=True)):
         _check_has_state(saved_group, states, own_group, index)
     saved = list(_states_with_parameters(states, groups, own))

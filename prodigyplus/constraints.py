@@ -77,10 +77,10 @@ class Constraint(NamedTuple):
             _write_(offset, offset + (change - (local(y) - local(p))), happens)
         _write_(local(p), local(y), happens)
 
-    def put_in(
+    def changes(
         self, p: Tensor, state: dict[str, Tensor], placement: Placement, beta1: float
     ) -> list[tuple[Tensor, Tensor]]:
-        """A parameter, its base iterate and their average, put into the set from however far outside.
+        """What puts a parameter, its base iterate and their average into the set, from however far outside.
 
         Args:
             p, placement: As for :meth:`hold_`.

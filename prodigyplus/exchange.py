@@ -47,12 +47,13 @@ class Exchange(Protocol):
         """
         ...
 
-    def differ(self) -> Tensor | None:
-        """Whether other ranks had other numbers when they were last compared; None if there are no others.
+    def differing(self) -> dict[str, Tensor]:
+        """Whether other ranks had other numbers when they were last compared; empty if there are no others.
 
         Returns:
-            For each group, whether its step size differs; maybe followed by whether the gradients of tensors
-            differ that each rank holds whole. bool, (groups,) or (groups + 1,).
+            ``step_sizes``: for each group, whether its step size differs; bool, (groups,). If whole gradients
+            were compared, ``gradients``: whether the gradients differ of tensors that each rank holds whole;
+            bool, 0-dim.
         """
         ...
 
@@ -84,8 +85,8 @@ class OneProcess:
     def complete_and_compare(self, asked: Sequence[Asked], step_sizes: Callable[[], Tensor]) -> list[Answers]:
         return self.complete(asked)()
 
-    def differ(self) -> Tensor | None:
-        return None
+    def differing(self) -> dict[str, Tensor]:
+        return {}
 
     def orthogonalize(
         self, asked: Sequence[tuple[Layout, Matrices]]

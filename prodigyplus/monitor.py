@@ -6,7 +6,8 @@ have arrived. Each kind of problem is reported once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class Monitor:
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:
             self._versions = {p: version_of(weight) for p, weight in view.own_weights()}
         if self._steps % _NUMBERS_EVERY == 0 and self._sent is None:
-            self._sent = _sent_to_host(groups, exchange.differ())
+            self._sent = _sent_to_host(groups, exchange.differing())
 
     def forget_weights(self) -> None:
         """Forget the versions of weights, since the optimiser itself changes weights between two steps."""
@@ -153,7 +154,7 @@ class Monitor:
         in_mean, d = sent.sizes.tolist()
         self._look_for_growth([k for k, _ in counts], d, sent.d0)
         self._look_for_skipped_steps(counts)
-        self._look_for_differences(sent.differ.tolist(), len(counts))
+        self._look_for_differences({name: value.tolist() for name, value in sent.differing.items()})
         sizes = {index: d[index] for index in sent.sharing if in_mean[index] > 0}
         if sizes and max(sizes.values()) > _FURTHEST_APART * min(sizes.values()):
             low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
@@ -182,18 +183,18 @@ class Monitor:
                     what="skipped",
                 )
 
-    def _look_for_differences(self, differ: list[bool], count: int) -> None:
-        """Warn if ranks differ: ``differ`` as :meth:`Exchange.differ` returns it, for ``count`` groups."""
-        if any(differ[count:]):
+    def _look_for_differences(self, differing: Mapping[str, Any]) -> None:
+        """Warn if ranks differ, as :meth:`prodigyplus.exchange.Exchange.differing` says."""
+        if differing.get("gradients"):
             self._warner.warn(
                 "gradients of parameters that are plain tensors, whole on every rank, differ between ranks, "
                 "so that each rank trains another model. Average them over the ranks before step(), as DDP "
                 "does and FSDP2 does not for its ignored_params.",
                 what="gradients of copies",
             )
-        elif True in differ:
+        elif True in (groups := differing.get("step_sizes", [])):
             self._warner.warn(
-                f"the step size of param_groups[{differ.index(True)}] differs between ranks. Give all ranks "
+                f"the step size of param_groups[{groups.index(True)}] differs between ranks. Give all ranks "
                 "the same options: an lr, for instance, must not follow each rank's own loss. "
                 "optimizer.check_replicas() says what differs, and where.",
                 what="ranks",
@@ -219,13 +220,13 @@ class _Sent(NamedTuple):
 
     counts: Tensor  # k and skipped of each group; (groups, 2)
     sizes: Tensor  # in_mean and d of each group; (2, groups)
-    differ: Tensor  # see Exchange.differ; empty if it is None
+    differing: dict[str, Tensor]  # see Exchange.differing
     sharing: list[int]  # the groups that move by the mean of several
     d0: list[float | None]  # of each group whose d should grow; None for others
     event: torch.Event | None = None  # recorded after the copies; None if the numbers are on the host already
 
 
-def _sent_to_host(groups: Groups, differ: Tensor | None) -> _Sent | None:
+def _sent_to_host(groups: Groups, differing: dict[str, Tensor]) -> _Sent | None:
     """Begin to copy the groups' numbers to the host; None if that is not possible."""
     columns = groups.columns
     home = columns.device
@@ -234,16 +235,17 @@ def _sent_to_host(groups: Groups, differ: Tensor | None) -> _Sent | None:
     sent = _Sent(
         torch.stack([columns["k"], columns["skipped"]], dim=1),
         torch.stack([columns["in_mean"], columns["d"]]),
-        columns.zeros[:0].bool() if differ is None else differ.to(home),
+        {name: value.to(home) for name, value in differing.items()},
         [group.index for group in groups.sharing],
         [g.options.d0 if g.adapts and g.options.d0 <= _SMALL_D0 else None for g in groups.group_steps],
     )
     if _is_on_host(home):
         return sent
     event = torch.Event(device=home)
-    counts, sizes, differ = (tensor.to("cpu", non_blocking=True) for tensor in sent[:3])
+    copied = {name: value.to("cpu", non_blocking=True) for name, value in sent.differing.items()}
+    counts, sizes = (tensor.to("cpu", non_blocking=True) for tensor in (sent.counts, sent.sizes))
     event.record()
-    return sent._replace(counts=counts, sizes=sizes, differ=differ, event=event)
+    return sent._replace(counts=counts, sizes=sizes, differing=copied, event=event)
 
 
 def _is_on_host(device: torch.device) -> bool:

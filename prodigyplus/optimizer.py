@@ -456,7 +456,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         constraint, is_evaluating = Constraint(tensors, project), self._view.is_evaluating
         self._swap(train=True)
         try:
-            self._put_in_(constraint)
+            self._project_(constraint)
             return self._constraints.add(constraint)
         finally:
             self._has_changed_weights()
@@ -464,8 +464,8 @@ class ProdigyPlusScheduleFree(Optimizer):
                 self._swap(train=False)
 
     @isolated
-    def _put_in_(self, constraint: Constraint) -> None:
-        """Put parameters into a set that they may be far from; the model is in train mode.
+    def _project_(self, constraint: Constraint) -> None:
+        """Project parameters onto their set, which they may be far from; the model is in train mode.
 
         Every parameter is projected before any is changed, so that nothing is if a projection fails.
         """
@@ -474,7 +474,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         changes = []
         for p in constraint.parameters:  # in their order, which is the same on all ranks
             state = self.state[p] if p in has_average else {}
-            changes += constraint.put_in(p, state, self._placement, group_of[p]["betas"][0])
+            changes += constraint.changes(p, state, self._placement, group_of[p]["betas"][0])
         for target, values in changes:
             target.copy_(values)
 
@@ -662,14 +662,12 @@ class ProdigyPlusScheduleFree(Optimizer):
         # torch's loader would cast all state to the parameter's dtype, so the state bypasses it.
         loaded: dict[Tensor, dict[str, Tensor]] = {}
 
-        def take_out(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            groups, others, states = checkpoint.checked_parts(
-                state_dict, self.param_groups, self.defaults, self._placement
-            )
+        def take_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            groups, others, states = checkpoint.checked_parts(state_dict, self.param_groups, self._placement)
             loaded.update(states)
             return {"state": others, "param_groups": groups}
 
-        def put_in(optimizer: Optimizer) -> None:
+        def put_states(optimizer: Optimizer) -> None:
             self._cache.average.forget()
             self._has_changed_weights()
             self._cache.steps.columns(self._view)
@@ -677,8 +675,8 @@ class ProdigyPlusScheduleFree(Optimizer):
             self._cache.steps.know(self._view, loaded)
 
         hooks = (
-            self.register_load_state_dict_pre_hook(take_out),
-            self.register_load_state_dict_post_hook(put_in, prepend=True),
+            self.register_load_state_dict_pre_hook(take_states),
+            self.register_load_state_dict_post_hook(put_states, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)

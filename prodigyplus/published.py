@@ -286,12 +286,9 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
     saved, saved_states = state_dict["param_groups"], state_dict["state"]
     tally = _Tally()
     converted = [_group(package, saved, index, saved_states, tally) for index in range(len(saved))]
-    groups = checkpoint.checked_groups(
-        {"state": {}, "param_groups": converted}, optimizer.param_groups, optimizer.defaults
-    )
+    groups = checkpoint.checked_groups({"state": {}, "param_groups": converted}, optimizer.param_groups)
     of_ours = {}
     for index, (group, ours) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        group.update({name: ours[name] for name in options.NAMES if name not in converted[index]})
         for applies, name, how in package.changes:
             if applies(group):
                 tally.add(Outcome.CHANGES, name, unit="group", note=how)

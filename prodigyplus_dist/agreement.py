@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,21 +16,27 @@ _TOLERANCE = 1e-3
 
 
 class Agreement(NamedTuple):
-    """Numbers that all ranks should have, and their sums over some ranks."""
+    """Numbers that all ranks should have, by name, and their sums over some ranks."""
 
-    own: Tensor  # this rank's; float32, (numbers,)
-    totals: Tensor
+    own: Mapping[str, Tensor]  # this rank's
+    totals: Mapping[str, Tensor]  # of the same shapes
     ranks: Tensor  # how many ranks these are; 0-dim
 
     @classmethod
     def of(cls, asked: Asked, answers: Answers) -> Agreement | None:
         """From what :func:`requests` has asked for, and its answers; None if that was nothing."""
-        return cls(asked["totals"].local, **answers) if asked else None
+        if not asked:
+            return None
+        totals = dict(answers)
+        ranks = totals.pop("ranks")
+        return cls({name: asked[name].local for name in totals}, totals, ranks)
 
-    def fails(self) -> Tensor:
-        """Which of the numbers differ on other ranks; bool, (numbers,)."""
-        own, totals, ranks = self
-        return (totals - ranks * own).abs() > _TOLERANCE * ranks * own.abs()
+    def differing(self) -> dict[str, Tensor]:
+        """Which of the numbers differ from their mean over the ranks, so that some rank has another; bool."""
+        return {
+            name: (total - self.ranks * own).abs() > _TOLERANCE * self.ranks * own.abs()
+            for (name, total), own in zip(self.totals.items(), self.own.values(), strict=True)
+        }
 
 
 def requests(step_sizes: Callable[[], Tensor], asked: Sequence[Asked], *, compare_whole: bool) -> Asked:
@@ -40,7 +46,7 @@ def requests(step_sizes: Callable[[], Tensor], asked: Sequence[Asked], *, compar
         step_sizes: Returns this rank's; float32, (groups,).
         asked: The sums of the round: of the gradients' squares.
         compare_whole: Whether the gradients of tensors that each rank holds whole should be equal. The sum of
-            all their squares is then the last number.
+            all their squares is then compared, too.
     """
     spanning = [sum_ for sums in asked for sum_ in sums.values() if sum_.axes]
     if not spanning:
@@ -48,9 +54,9 @@ def requests(step_sizes: Callable[[], Tensor], asked: Sequence[Asked], *, compar
     # What travels along one axis travels in one buffer, and so must be on one device.
     device = spanning[0].local.device
     axes = tuple(dict.fromkeys(axis for s in spanning if s.local.device == device for axis in s.axes))
-    own = step_sizes().to(device)
+    own = {"step_sizes": step_sizes().to(device)}
     whole = [sums["total"].local.sum() for sums in asked if not sums["total"].axes]
     if whole and compare_whole:
-        total = torch.stack([value.to(own) for value in whole]).sum(0, keepdim=True)
-        own = torch.cat((own, total))
-    return {"totals": Sum(own, axes), "ranks": Sum(own.new_ones(()), axes)}
+        own["gradients"] = torch.stack([value.to(own["step_sizes"]) for value in whole]).sum()
+    own["ranks"] = own["step_sizes"].new_ones(())
+    return {name: Sum(number, axes) for name, number in own.items()}

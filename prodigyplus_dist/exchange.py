@@ -85,12 +85,12 @@ class MeshExchange:
     def complete_and_compare(self, asked: Sequence[Asked], step_sizes: Callable[[], Tensor]) -> list[Answers]:
         # With a process group, whole tensors may be others on other ranks, such as experts.
         compared = agreement.requests(step_sizes, asked, compare_whole=self._process_group is None)
-        *answers, totals = self.complete([*asked, compared])()
-        self._agreement = Agreement.of(compared, totals) or self._agreement
+        *answers, of_all = self.complete([*asked, compared])()
+        self._agreement = Agreement.of(compared, of_all) or self._agreement
         return answers
 
-    def differ(self) -> Tensor | None:
-        return None if self._agreement is None else self._agreement.fails()
+    def differing(self) -> dict[str, Tensor]:
+        return {} if self._agreement is None else self._agreement.differing()
 
     def orthogonalize(
         self, requests: Sequence[tuple[Layout, Matrices]]

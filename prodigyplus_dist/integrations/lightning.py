@@ -231,16 +231,16 @@ def _keep_weights_in_state(optimizer: ProdigyPlusScheduleFree, trains: Callable[
         handle.remove()
     loaded: list[tuple[Tensor, Tensor]] = []
 
-    def add(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    def add_weights(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         for keys, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             for key, p in zip(keys["params"], group["params"], strict=True):
                 if key in saved["state"]:
                     # A copy: torch's distributed checkpoint loads into what it is given here.
                     saved["state"][key][WEIGHTS] = p.detach().clone()
 
-    def take_out(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    def take_weights(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         loaded.clear()
-        groups = checkpoint.checked_groups(saved, optimizer.param_groups, optimizer.defaults)
+        groups = checkpoint.checked_groups(saved, optimizer.param_groups)
         states = dict(saved["state"])
         for saved_group, own_group in zip(groups, optimizer.param_groups, strict=True):
             for key, p in zip(saved_group["params"], own_group["params"], strict=True):
@@ -249,7 +249,7 @@ def _keep_weights_in_state(optimizer: ProdigyPlusScheduleFree, trains: Callable[
                     loaded.append((p, states[key].pop(WEIGHTS)))
         return {**saved, "state": states}
 
-    def put_in(optimizer: Optimizer) -> None:
+    def put_weights(optimizer: Optimizer) -> None:
         if trains(optimizer):
             placement = optimizer._placement  # type: ignore[attr-defined]
             with torch.no_grad():
@@ -259,9 +259,9 @@ def _keep_weights_in_state(optimizer: ProdigyPlusScheduleFree, trains: Callable[
         loaded.clear()
 
     _hooks[optimizer] = (
-        optimizer.register_state_dict_post_hook(add),
-        optimizer.register_load_state_dict_pre_hook(take_out),
-        optimizer.register_load_state_dict_post_hook(put_in),
+        optimizer.register_state_dict_post_hook(add_weights),
+        optimizer.register_load_state_dict_pre_hook(take_weights),
+        optimizer.register_load_state_dict_post_hook(put_weights),
     )
 
 

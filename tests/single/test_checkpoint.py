@@ -166,6 +166,16 @@ def test_options_that_came_since_it_was_saved():
     run(optimizer_other, other, 1)
 
 
+def test_options_that_came_since_it_was_saved_stay_those_of_the_group():
+    _, optimizer = pair((40, 12), (9,))
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["warmup_steps"]
+    other = Fed((40, 12), (9,))
+    optimizer_other = ProdigyPlusScheduleFree([{"params": other.parameters, "warmup_steps": 10}])
+    optimizer_other.load_state_dict(saved)
+    assert optimizer_other.param_groups[0]["warmup_steps"] == 10
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_state_with_muon_and_one_without(before):
     problem, optimizer = pair((40, 12), use_muon_pp=before)
