@@ -28,6 +28,7 @@ ARMS: tuple[tuple[str, str, list[str], str], ...] = (
     ("one group, no Muon", "", [], "C7"),
     ("Muon's groups, no Muon", SPLIT, ["--muon"], "C0"),
     ("Muon", "", ["--muon"], "C1"),
+    ("Muon, split_groups_mean=True", "", ["--muon", "--option", "split_groups_mean=True"], "C3"),
     ("Muon, split_groups=False", "", ["--muon", "--option", "split_groups=False"], "C2"),
 )
 

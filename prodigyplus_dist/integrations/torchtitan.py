@@ -48,7 +48,8 @@ def with_prodigyplus(
         config: The configuration, which is not changed.
         groups: Options that differ for some parameters, by a regular expression that is searched for in their
             names: ``{r"norm": {"weight_decay": 0.0}}``. The first match decides.
-        muon: Train hidden matrices with Muon, as :func:`prodigyplus.muon_groups` chooses them.
+        muon: Train hidden matrices with Muon, as :func:`prodigyplus.muon_groups` chooses them. Each group
+            then has a step size of its own, unless ``options`` say otherwise.
         options: Options of ``ShardedProdigyPlusScheduleFree``.
 
     Raises:
@@ -153,7 +154,9 @@ class Optimizers(OptimizersContainer):
                 if not group["params"]:
                     raise ValueError(f"groups: {pattern!r} is found in no name of a trained parameter.")
             groups = [group for group in groups if group["params"]]
-        optimizer = ShardedProdigyPlusScheduleFree(groups, process_group=pipeline, **config.options)
+        # A step size of its own for Muon's group, which one for all serves badly (docs/muon.md).
+        options = ({"split_groups_mean": False} if config.muon else {}) | config.options
+        optimizer = ShardedProdigyPlusScheduleFree(groups, process_group=pipeline, **options)
         self.optimizers = [optimizer]
         self._validate_params([p for group in optimizer.param_groups for p in group["params"]])
         for group in optimizer.param_groups:

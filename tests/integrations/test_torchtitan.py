@@ -106,6 +106,8 @@ def test_groups_are_those_asked_for(run):
     # Two layers with five matrices each, one of them fused; five norms, embedding and head.
     assert run["muon groups"] == [10, 7]
     assert run["groups groups"] == [5, 12]
+    assert run["muon share a mean"] == [False, False]
+    assert run["groups share a mean"] == [True, True]
 
 
 def test_stages_of_a_pipeline_share_one_step_size(ranks):

@@ -266,9 +266,9 @@ def main() -> None:
         ),
     }.items():
         trainer, results[name] = trained(variant(name, ours))
-        results[f"{name} groups"] = [
-            len(group["params"]) for group in trainer.optimizers.optimizers[0].param_groups
-        ]
+        groups = trainer.optimizers.optimizers[0].param_groups
+        results[f"{name} groups"] = [len(group["params"]) for group in groups]
+        results[f"{name} share a mean"] = [group["split_groups_mean"] for group in groups]
         _, results[f"{name} from the middle"] = trained(variant(name, ours, load_step=MIDDLE, load_only=True))
 
     # torchtitan's own validation of the saved model.
