@@ -13,10 +13,10 @@ from torch import Tensor
 
 from prodigyplus.formulas import muon
 from prodigyplus.terms.layout import Layout
-from prodigyplus.terms.requests import Answers, Asked, Matrices, Method
+from prodigyplus.terms.requests import Answers, Asked, Matrices, Method, local_answers
 from prodigyplus.torch_private import foreach_copy_
 
-# How many bytes of updates may be alive at once, by default.
+# How many bytes of directions may be alive at once, by default.
 BUCKET_BYTES = 64 << 20
 
 
@@ -79,7 +79,7 @@ class OneProcess:
     bucket_bytes = BUCKET_BYTES
 
     def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answers]]:
-        answers = [{name: sum_.local for name, sum_ in sums.items()} for sums in asked]
+        answers = local_answers(asked)
         return lambda: answers
 
     def complete_and_compare(self, asked: Sequence[Asked], step_sizes: Callable[[], Tensor]) -> list[Answers]:

@@ -235,7 +235,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         """Add a group of parameters: ``{"params": …}`` and any options that differ; see the class.
 
         During a run, a group that shares the step size of others has ``warmup_steps`` of 1/(1 − β2), unless
-        it sets them: see :func:`prodigyplus.options.late_warmup_steps`.
+        it sets them: see :attr:`prodigyplus.options.Options.late_warmup_steps`.
 
         If it is to be fused with the backward pass, call :meth:`fuse_backward` afterwards. (Under DDP, a call
         before serves new groups too, and another does nothing.)
@@ -249,7 +249,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         # is replaced. The mode of the group is that of the others.
         given = {name: values[name] for name in options.NAMES if name in param_group}
         if any(group["calls"] for group in self.param_groups) and "warmup_steps" not in given:
-            given["warmup_steps"] = max(values["warmup_steps"], options.late_warmup_steps(Options.of(values)))
+            given["warmup_steps"] = max(values["warmup_steps"], Options.of(values).late_warmup_steps)
         new = checkpoint.first_values(values["d0"]) | {"train_mode": not self._view.is_evaluating}
         super().add_param_group({**param_group, **given, **new})
         group, index = self.param_groups[-1], len(self.param_groups) - 1

@@ -99,6 +99,21 @@ class Options:
         is_pooled = not self.split_groups or (self.step_size == "balance" and self.split_groups_mean)
         return self.step_size if is_pooled else None
 
+    @property
+    def shares_mean(self) -> bool:
+        """Whether it moves by the harmonic mean of its own step size and those of other such groups."""
+        return self.pool is None and self.split_groups_mean
+
+    @property
+    def late_warmup_steps(self) -> int:
+        """How many steps a group warms up over that joins groups with a grown step size, which it shares.
+
+        Its second moment averages over 1/(1 − β2) steps and begins at zero, so that its first directions are
+        1/√(1 − β2) times too long. In a new run, d is tiny as long as that is so.
+        """
+        has_its_own = self.pool is None and not self.shares_mean
+        return 0 if has_its_own or self.use_bias_correction else round(1 / (1 - self.betas[1]))
+
     def wants_kernels(self, device: torch.device) -> bool:
         """Whether what is on ``device`` is to move by kernels, if they can move it."""
         return device.type == "cuda" if self.fused is None else self.fused
@@ -366,16 +381,6 @@ _EXCLUSIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], dict[str, Any], st
         "use_muon_pp=True excludes use_orthograd=True: OrthoGrad is off",
     ),
 )
-
-
-def late_warmup_steps(o: Options) -> int:
-    """How many steps a group warms up over that joins groups with a grown step size, which it shares.
-
-    Its second moment averages over 1/(1 − β2) steps and begins at zero, so that its first directions are
-    1/√(1 − β2) times too long. In a new run, d is tiny as long as that is so.
-    """
-    has_its_own = o.split_groups and not o.split_groups_mean
-    return 0 if has_its_own or o.use_bias_correction else round(1 / (1 - o.betas[1]))
 
 
 def resolve_exclusions_(group: dict[str, Any]) -> list[str]:

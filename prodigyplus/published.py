@@ -407,8 +407,8 @@ def _numbers(theirs: Group, index: int, statistic: float, tally: _Tally) -> dict
 
 
 def _set_shared_d_(groups: Sequence[dict[str, Any]], saved: Sequence[Group], tally: _Tally) -> None:
-    """Set the shared d of our groups, as :func:`prodigyplus.engine.groups.Groups.end` does."""
-    sharing = [group for group in groups if group["split_groups"] and group["split_groups_mean"]]
+    """Set the shared d of our groups, see :func:`prodigyplus.formulas.prodigy.shared_d`."""
+    sharing = [group for group in groups if Options.of(group).shares_mean]
     if len(sharing) > 1:
         d, d0, weight_sum, k = (
             torch.tensor([group[name] for group in sharing], dtype=torch.float64, device="cpu")

@@ -7,7 +7,6 @@ all-reduce gives every rank the same bits, so every rank computes the same numbe
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
@@ -17,11 +16,12 @@ from torch import Tensor
 
 from prodigyplus.reporting import is_called_from
 from prodigyplus.terms.layout import Layout
-from prodigyplus.terms.requests import Answers, Asked, Matrices
+from prodigyplus.terms.requests import Answers, Asked, Matrices, local_answers
 from prodigyplus_dist import agreement
 from prodigyplus_dist.agreement import Agreement
 from prodigyplus_dist.layout import MeshLayout
 from prodigyplus_dist.orthogonalize import Orthogonalizer
+from prodigyplus_dist.transport import packed, unpacked
 
 
 class MeshExchange:
@@ -50,7 +50,7 @@ class MeshExchange:
         return self  # the copy of an optimiser communicates with the same ranks
 
     def complete(self, asked: Sequence[Asked]) -> Callable[[], list[Answers]]:
-        answers: list[Answers] = [{name: sum_.local for name, sum_ in sums.items()} for sums in asked]
+        answers = local_answers(asked)
         # By process group, since meshes may share axes, and by device, since only some may be offloaded; in
         # order of first use, the same on every rank.
         packed: dict[tuple[dist.ProcessGroup, torch.device], list[tuple[int, str]]] = {}
@@ -122,13 +122,12 @@ def _all_reduce(values: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[
         A function that waits for the sums and returns them, in the shapes and dtypes of ``values``.
     """
     dtype = functools.reduce(torch.promote_types, {value.dtype for value in values})
-    buffer = torch.cat([value.reshape(-1).to(dtype) for value in values])
+    buffer = packed(values, like=values[0].new_empty(0, dtype=dtype))
     work = dist.all_reduce(buffer, group=group, async_op=True)
-    formats = [(value.shape, value.dtype) for value in values]
+    shapes, dtypes = [value.shape for value in values], [value.dtype for value in values]
 
     def wait() -> list[Tensor]:
         work.wait()
-        pieces = torch.split(buffer, [math.prod(shape) for shape, _ in formats])
-        return [piece.view(shape).to(dtype) for piece, (shape, dtype) in zip(pieces, formats, strict=True)]
+        return [sum_.to(dtype) for sum_, dtype in zip(unpacked(buffer, shapes), dtypes, strict=True)]
 
     return wait

@@ -160,4 +160,4 @@ def unpacked(buffer: Tensor, shapes: Iterable[Shape]) -> list[Tensor]:
     """Views, of these shapes, of a buffer from :func:`packed`."""
     shapes = list(shapes)
     pieces = torch.split(buffer, [math.prod(shape) for shape in shapes])
-    return [piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

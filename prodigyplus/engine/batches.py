@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from prodigyplus import state_table
 from prodigyplus.device import jit
 from prodigyplus.device.launches import Directions, Launches, Setup, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
@@ -25,7 +26,7 @@ from prodigyplus.engine.kind import ADMITTED_BY_ALL, Kind
 from prodigyplus.engine.param_step import ParamStep, matrices, orthogonalized_in
 from prodigyplus.formulas import moments, muon, prodigy, schedule_free
 from prodigyplus.options import Options
-from prodigyplus.state_table import TABLE, StateOptions, Subject
+from prodigyplus.state_table import Subject
 from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Answers, Matrices, Requests, Sum
 from prodigyplus.terms.scalars import Scalars
@@ -37,7 +38,6 @@ _ADMITTED: dict[str, tuple[object, ...]] = {
     "z": (schedule_free.BASE, schedule_free.OFFSET, None),
 }
 _DTYPES = (torch.float32, torch.bfloat16)
-_DTYPES_OF_STATE = {*_DTYPES, torch.float64}
 
 
 def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -48,7 +48,9 @@ def obstacle(o: Options, dtype: torch.dtype, device: torch.device) -> str | None
         dtype: The dtype of its weights.
         device: The device that it is on.
     """
-    if refused := Kind.of(o, {}, 2).refused_by(_ADMITTED):
+    # Of a tensor of several elements, without any state: then there is neither z nor evidence, which kernels
+    # do without.
+    if refused := Kind.of(o, {}, numel=2).refused_by(_ADMITTED):
         return f"the kernels have no {refused}"
     if dtype not in _DTYPES:
         return f"the kernels move {' and '.join(map(str, _DTYPES))}, not {dtype}"
@@ -67,18 +69,18 @@ def batch_key(param: ParamStep) -> Hashable | None:
     # This runs for every parameter at every step, so the key is cached by what it depends on. Groups and
     # layouts live as long as the step, so their ids stay valid.
     kept = *state, *map(_DTYPE, state.values())
-    kind = id(layout), weight.dtype, weight.get_device(), grad.dtype, kept, param.present is None
+    depends_on = id(layout), weight.dtype, weight.get_device(), grad.dtype, kept, param.present is None
     keys = group.batch_keys
-    if kind not in keys:
-        keys[kind] = _batch_key(param)
-    return keys[kind]
+    if depends_on not in keys:
+        keys[depends_on] = _batch_key(param)
+    return keys[depends_on]
 
 
 def _batch_key(param: ParamStep) -> Hashable | None:
     weight, grad, group, layout = param.weight, param.grad, param.group, param.layout
     if grad.dtype not in _DTYPES or layout.max_local_numel > MAX_NUMEL:
         return None
-    if not _DTYPES_OF_STATE.issuperset(map(_DTYPE, param.state.values())):
+    if not set(state_table.DTYPES).issuperset(map(_DTYPE, param.state.values())):
         return None
     if obstacle(group.options, weight.dtype, weight.device):
         return None
@@ -94,14 +96,14 @@ def _unusual_dtypes(param: ParamStep) -> Hashable | None:
     The kernels of a batch read each entry in one dtype, but its parameters need not all have the same
     entries.
     """
-    options = StateOptions.of(param.group.options)
+    options = param.group.state_options
     subject = Subject(param.weight.dtype, param.grad.dtype, param.weight.device, param.layout.shape, options)
     found = {key: value.dtype for key, value in param.state.items()}
-    new = {key: TABLE[key].dtype(subject) for key in found}
+    new = {key: state_table.TABLE[key].dtype(subject) for key in found}
     return None if found == new else tuple(sorted(found.items(), key=operator.itemgetter(0)))
 
 
-_LAYOUT, _DTYPE, _SHAPE = map(operator.attrgetter, ("layout", "dtype", "shape"))
+_TORCH_LAYOUT, _DTYPE, _SHAPE = map(operator.attrgetter, ("layout", "dtype", "shape"))
 
 # The types of tensors whose elements are at ``data_ptr()``. Those of other types are elsewhere (quantised
 # tensors), or nowhere (fake tensors).
@@ -147,7 +149,7 @@ class Batch(Bundle):
         launches = self._launches
         assert launches is not None
         # This runs for every parameter at every step, so by map(), without a line of Python for each.
-        if {*map(type, grads)} != {Tensor} or {*map(_LAYOUT, grads)} != {torch.strided}:
+        if {*map(type, grads)} != {Tensor} or {*map(_TORCH_LAYOUT, grads)} != {torch.strided}:
             return False
         if not all(map(Tensor.is_contiguous, grads + weights)):
             return False
@@ -251,7 +253,7 @@ class _KernelWork:
         self.batch, self.kind, self.n = batch, batch.kind, n
         keys = prodigy.AVERAGES if self.kind.evidence == "relative" else ()
         self._averages = {key: stacks.stack_view([state[key] for state in batch.states]) for key in keys}
-        self._launches, self._sums = batch.launches, squares
+        self._launches, self._squares = batch.launches, squares
         self._moves_at_once = not (batch.is_sharded or batch.is_matrix)
         self._setup = batch.setup
         self._ordinals = batch.group.constants.int64(n.step.device, batch.ordinals)
@@ -266,7 +268,7 @@ class _KernelWork:
 
     def measure_(self) -> Requests:
         batch, setup, n = self.batch, self._setup, self.n.packed
-        squares = [self._sums[f"squares {index}"] for index in range(len(self._launches.plan.sum_pieces))]
+        squares = [self._squares[f"squares {index}"] for index in range(len(self._launches.plan.sum_pieces))]
         if squares:
             self._launches.factors_(squares[0] if len(squares) == 1 else torch.cat(squares), setup, n)
         takes = self.kind.evidence is not None
@@ -274,18 +276,14 @@ class _KernelWork:
         if self._moves_at_once:
             sums = self._move_(norms, takes_evidence=takes)
         if self.kind.is_late:
-            del sums["gu"], sums["uu"]
+            del sums["gu"], sums["uu"]  # of g: Muon's directions come later, and late_sums() asks for theirs
         if norms is not None and not self._moves_at_once:
             sums["uu"] = norms  # in float32, as the move reads it
-        asked = self._asked(sums)
+        asked = batch.whole_sums(sums)
         return {**asked, **batch.matrices()} if batch.is_matrix else asked
 
-    def _asked(self, sums: Mapping[str, Tensor]) -> Requests:
-        layout = self.batch.layouts[0]
-        return {name: Sum(value, layout.axes(layout.dims)) for name, value in sums.items()}
-
     def late_sums(self) -> Requests:
-        return self._asked(self._late)
+        return self.batch.whole_sums(self._late)
 
     def evidence_(self, answers: Answers) -> tuple[Tensor, Tensor]:
         kind, numels = self.kind, self._launches.plan.numels

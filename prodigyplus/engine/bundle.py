@@ -7,7 +7,7 @@ A bundle is a ``Stack`` (:mod:`prodigyplus.engine.stack`), which moves by operat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -54,6 +54,11 @@ class Bundle(ABC):
             squares: The sums of the gradients' squares, completed.
             n: The numbers of the step.
         """
+
+    def whole_sums(self, sums: Mapping[str, Tensor]) -> Requests:
+        """Requests to complete local sums, each of shape (count,), over whole tensors."""
+        layout = self.layouts[0]  # the mesh axes are those of all
+        return {name: layout.sum(value, layout.dims) for name, value in sums.items()}
 
     @property
     def dtype(self) -> torch.dtype:

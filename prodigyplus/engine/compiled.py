@@ -21,7 +21,7 @@ from prodigyplus import torch_private
 from prodigyplus.engine import passes
 from prodigyplus.engine.kind import ADMITTED_BY_ALL, Kind
 from prodigyplus.engine.passes import FactorSums, Noise, Samples, State
-from prodigyplus.formulas import directions, moments, schedule_free
+from prodigyplus.formulas import moments, schedule_free
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import strided_samples
 from prodigyplus.terms.scalars import Packed
@@ -144,7 +144,8 @@ def measure_and_move_(
         samples = Samples.of(lambda stack: strided_samples(stack, dims, 0, slice_p), y, grad, z, kind)
         samples = Samples(*map(_written, samples))
     sums, roots = _measure_(y, grad, state, factor_sums, samples, n, kind)
-    scale = directions.stable_scale(sums["uu"], numel) if kind.is_stable else n.across(0).unit
+    numbers = n.across(0)
+    scale = passes.step_factor(passes.scales(sums, numel, numbers.d.dtype, kind), numbers)
     _move_(y, z, grad, roots, scale, n, kind, noise)
     return sums
 

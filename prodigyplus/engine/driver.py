@@ -49,10 +49,10 @@ def start(bundles: Sequence[Bundle], exchange: Exchange, step_sizes: Callable[[]
     Args:
         bundles: What moves.
         exchange: Completes the sums.
-        step_sizes: Returns those of the last step, which every rank should have; float32, (groups,).
+        step_sizes: Returns the step sizes of the last step, which every rank should have; float32, (groups,).
     """
     rules = list(map(update, bundles))
-    asked = [_sums(next(rule)) for rule in rules]
+    asked = [_sums_among(next(rule)) for rule in rules]
     return list(map(Running, bundles, rules, exchange.complete_and_compare(asked, step_sizes)))
 
 
@@ -114,11 +114,11 @@ def _batch_runs(params: Sequence[ParamStep], indices: list[int], limit: int) -> 
         yield [ordered[number] for number in wave]
 
 
-def _sums(asked: Requests) -> dict[str, Sum]:
+def _sums_among(asked: Requests) -> dict[str, Sum]:
     return {name: request for name, request in asked.items() if isinstance(request, Sum)}
 
 
-def _matrices(asked: Requests) -> list[tuple[str, Matrices]]:
+def _matrices_among(asked: Requests) -> list[tuple[str, Matrices]]:
     return [(name, request) for name, request in asked.items() if isinstance(request, Matrices)]
 
 
@@ -132,10 +132,10 @@ def _orthogonalize(running: Sequence[Running], exchange: Exchange) -> Iterable[l
     wanted = [
         (index, name, layout, request)
         for index, (one, requests) in enumerate(zip(running, asked, strict=True))
-        for layout, (name, request) in zip(one.bundle.layouts, _matrices(requests), strict=True)
+        for layout, (name, request) in zip(one.bundle.layouts, _matrices_among(requests), strict=True)
     ]
     done = exchange.orthogonalize([(layout, request) for _, _, layout, request in wanted])
-    answers = [dict(sums) for sums in exchange.complete(list(map(_sums, asked)))()]
+    answers = [dict(sums) for sums in exchange.complete(list(map(_sums_among, asked)))()]
     return _completed(running, answers, [(index, name) for index, name, _, _ in wanted], done)
 
 
@@ -183,7 +183,7 @@ def _ask(running: Sequence[Running], exchange: Exchange) -> Asking:
     asked: list[Asked] = []
     for bundle, rule, answers in running:
         try:
-            asked.append(_sums(rule.send(answers)))
+            asked.append(_sums_among(rule.send(answers)))
         except StopIteration:
             continue
         rules.append((bundle, rule))

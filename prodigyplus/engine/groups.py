@@ -193,9 +193,5 @@ class Groups:
     @property
     def sharing(self) -> list[GroupStep]:
         """The groups that move by the mean of several."""
-        sharing = [
-            group
-            for group in self.group_steps
-            if group.options.pool is None and group.options.split_groups_mean
-        ]
+        sharing = [group for group in self.group_steps if group.options.shares_mean]
         return sharing if len(sharing) > 1 else []

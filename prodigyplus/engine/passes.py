@@ -181,6 +181,11 @@ def scales(sums: State, numel: int | Tensor, dtype: torch.dtype, kind: Kind) -> 
     return Scales(along, factor)
 
 
+def step_factor(by: Scales, n: Scalars) -> Tensor:
+    """What the step size is multiplied by for each tensor, (count,) or 0-dim; 0 in a no-op."""
+    return n.unit if by.factor is None else n.unit * by.factor
+
+
 def balance_evidence(sums: State, by: Scales, numel: int | Tensor, n: Scalars) -> tuple[Tensor, Tensor]:
     """The evidence of balance, see :func:`prodigyplus.formulas.balance.evidence`; shapes (count,).
 

@@ -112,10 +112,9 @@ class _PlainWork:
 
     def scale_up_(self, agreeing: Tensor | None) -> Generator[Requests, Answers, None]:
         if agreeing is not None:
-            layout = self.stack.layout
-            whole = yield {"agreeing": layout.sum(agreeing, layout.dims)}
+            whole = yield self.stack.whole_sums({"agreeing": agreeing})
             assert self._masked is not None
-            variants.scale_up_(self._masked, whole["agreeing"], layout.numel)
+            variants.scale_up_(self._masked, whole["agreeing"], self.stack.layout.numel)
 
     def measure_(self) -> Requests:
         momentum, self._masked = self._masked, None
@@ -131,11 +130,7 @@ class _PlainWork:
             keeps_direction=True,
         )
         self._grad = None  # a copy, if the stack is of several
-        return self._sums(sums)
-
-    def _sums(self, sums: Mapping[str, Tensor]) -> Requests:
-        layout = self.stack.layout
-        return {name: layout.sum(value, layout.dims) for name, value in sums.items()}
+        return self.stack.whole_sums(sums)
 
     def move_(self, answers: Answers) -> Tensor | None:
         y, z, n, kind, noise = self.y, self.z, self.across, self.kind, self.noise
@@ -200,12 +195,11 @@ class _CompiledWork(_PlainWork):
                 stack.layout.numel,
                 self.noise,
             )
-        return self._sums(sums)
+        return stack.whole_sums(sums)
 
     def move_(self, answers: Answers) -> Tensor | None:
         if self._kept:
-            factor, unit = self._scales(answers).factor, self.n.unit.expand(len(self.y))
-            scale = unit if factor is None else unit * factor
+            scale = passes.step_factor(self._scales(answers), self.n).expand(len(self.y))
             assert self.z is not None
             compiled.move_(
                 self.y, self.z, self.grad(), self._kept, scale, self.n.packed, self.kind, self.noise
@@ -251,4 +245,4 @@ class _MuonWork(_PlainWork):
         return passes.Scales(None, self.n.unit * self._unit_rms)
 
     def late_sums(self) -> Requests:
-        return self._sums(self._late)
+        return self.stack.whole_sums(self._late)

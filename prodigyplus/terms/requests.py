@@ -7,7 +7,7 @@ process the local tensor is the global one, and the sum is already complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,3 +71,8 @@ Asked = Mapping[str, Sum]
 
 Answers = dict[str, Tensor]
 """The answers to requests, by name."""
+
+
+def local_answers(asked: Sequence[Asked]) -> list[Answers]:
+    """The local sums as answers, which they are wherever no other rank holds a piece."""
+    return [{name: sum_.local for name, sum_ in sums.items()} for sums in asked]
