@@ -105,7 +105,6 @@ def checked_groups(state_dict: Group, own: Sequence[Group]) -> list[dict[str, An
             raise ValueError(
                 f"param_groups[{index}] of the state dict has no {', '.join(sorted(missing))}: {why}"
             )
-        # Only our own keys: torch puts some of its own among the defaults.
         group = {**{name: own_group[name] for name in options.NAMES}, **saved_group}
         # Where gradients are consumed, and how steps are computed, belongs to the run, not to its state.
         group |= {key: own_group[key] for key in ("fused_back_pass", "compile", "fused")}

@@ -22,8 +22,9 @@ class AverageSwap:
 
     def __init__(self) -> None:
         self.is_lent = False  # whether the model holds x within a context of :meth:`lent`
-        # In eval mode, y of the parameters whose x was projected, from which y cannot be recomputed; and the
-        # version of the weights that hold x: those that others have loaded since are no x of this y.
+        # In eval mode: y of each parameter whose x was projected, since y cannot be recomputed from such an
+        # x; and the version of the weights that hold x. If it has changed, someone has loaded other weights,
+        # to which this y does not belong.
         self._saved_y: dict[Tensor, tuple[Tensor, int]] = {}
 
     def forget(self) -> None:
@@ -112,23 +113,25 @@ class AverageSwap:
             model: A model with parameters of it.
             has_changed: See :meth:`lent`.
         """
+        # By id(): with keep_vars the entries are the parameters themselves, and tensors compare by value.
         own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         averages = {id(p): x for p, x in self.averages(view)}
-        # Where the model holds x now, its tensors become y again, and what is saved must not.
-        lent = {id(p) for g in view.groups if g["use_schedulefree"] for p, _ in view.averaged(g)}
+        has_average = {id(p) for g in view.groups if g["use_schedulefree"] for p, _ in view.averaged(g)}
         entries: dict[str, Any] = {}
         seen: set[int] = set()
         made: list[str] = []
-        # By id(): with keep_vars the entries are the parameters themselves, and tensors compare by value.
         for name, value in model.state_dict(keep_vars=True).items():
-            entry = averages.get(id(value), value.detach() if isinstance(value, Tensor) else value)
-            if isinstance(value, Tensor):
-                is_x = id(value) not in averages and (id(value) in lent or id(value) not in own)
-                entry = entry.clone() if is_x or id(value) in seen else entry
-                seen.add(id(value))
-                if id(value) not in own:
-                    made.append(name)
-            entries[name] = entry
+            if not isinstance(value, Tensor):
+                entries[name] = value
+                continue
+            key = id(value)
+            entry = averages.get(key, value.detach())
+            # The model's own tensors will hold y again: an entry that holds x now must be a copy.
+            holds_x = key not in averages and (key in has_average or key not in own)
+            entries[name] = entry.clone() if holds_x or key in seen else entry
+            seen.add(key)
+            if key not in own:
+                made.append(name)
         # A hook has made them, maybe of parameters, as one that takes a fused matrix apart.
         if made and averages:
             with self.lent(view, has_changed):
@@ -161,7 +164,7 @@ def check_model(view: View, model: nn.Module) -> None:
         ValueError: It has parameters, but none of the model's.
     """
     # After a forward pass without a backward pass, they may still be in the place of the model's parameters.
-    view.placement.forget_copies(view.parameters)
+    view.placement.free_gathered(view.parameters)
     parameters = set(view.parameters)
     if parameters and parameters.isdisjoint(model.parameters()):
         raise ValueError(

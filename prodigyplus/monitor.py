@@ -25,24 +25,25 @@ _NUMBERS_EVERY, _WEIGHTS_EVERY = 50, 10
 # How many steps may be skipped in a row, and by what factor step sizes that share a mean may differ.
 _MOST_SKIPPED, _FURTHEST_APART = 500, 100.0
 
-# To what part of its maximum lr may fall, and for how many steps in a row: users may lower it briefly.
+# Below which part of its maximum lr must be, and for how many steps in a row, to warn: a shorter dip may be
+# meant.
 _LEAST_LR, _MOST_STEPS_BELOW = 0.99, 10
 
 # After how many changes of β1 to warn: a single one may be a decision.
 _MOST_CHANGES_OF_BETA1 = 3
 
-# By which step some d must have doubled, and up to which d0 that is expected.
+# By which step the d of some group must have doubled, and the largest d0 of groups of which that is expected.
 _STEPS_TO_GROW, _SMALL_D0 = 500, 1e-4
 
-# By which step some parameter must have had a gradient.
-_STEPS_TO_A_GRADIENT = 10
+# How many steps in a row may pass in which no parameter has a gradient.
+_MOST_WITHOUT_GRADIENTS = 10
 
 # After how many changes of weights to warn: a single one may be a checkpoint that was loaded.
 _MOST_CHANGES = 3
 
 
 class Monitor:
-    """Watches the steps of an optimiser, of which each call is passed a view, and warns."""
+    """Watches the steps of an optimiser, and warns. Every call takes a view of the optimiser."""
 
     def __init__(self, warner: Warner) -> None:
         self._warner = warner
@@ -54,7 +55,7 @@ class Monitor:
         self._steps_below = 0
         self._beta1: list[float] = []  # of each group, at the last step
         self._changes_of_beta1 = 0
-        self._had_gradients = False
+        self._steps_without_gradients = 0  # in a row
         self._versions: dict[Tensor, int] = {}  # of the weights, as the last step has left them
         self._changes = 0
 
@@ -78,16 +79,17 @@ class Monitor:
             in_backward: Whether a backward pass has moved parameters, so that their gradients are gone.
         """
         self._steps += 1
-        if not self._had_gradients:
-            self._had_gradients = in_backward or not view.lacks_gradients()
-            if not self._had_gradients and self._steps == _STEPS_TO_A_GRADIENT:
-                self._warner.warn(
-                    f"none of the optimiser's parameters has had a gradient in {self._steps} steps, so "
-                    "nothing is trained. Give it the parameters of the model that is trained, after wrapping "
-                    "the model: fully_shard and parallelize_module replace parameters by new ones. And call "
-                    "backward() before step(), zero_grad() before backward().",
-                    what="gradients",
-                )
+        is_without = not in_backward and view.lacks_gradients()
+        self._steps_without_gradients = self._steps_without_gradients + 1 if is_without else 0
+        if self._steps_without_gradients == _MOST_WITHOUT_GRADIENTS:
+            self._warner.warn(
+                f"none of the optimiser's parameters has had a gradient in {_MOST_WITHOUT_GRADIENTS} "
+                "steps, so nothing is trained. Give it the parameters of the model that is trained, after "
+                "wrapping the model: fully_shard and parallelize_module replace parameters by new ones. "
+                "Call backward() before step(), and zero_grad() before backward(). Under FSDP2, the last "
+                "backward pass before a step must reduce gradients: set_requires_gradient_sync(True).",
+                what="gradients",
+            )
         self._compare_lrs(groups)
         self._compare_betas(groups)
         if self._changes < _MOST_CHANGES and self._steps % _WEIGHTS_EVERY == 1:

@@ -349,7 +349,7 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _has_changed_weights(self) -> None:
         """Drop what was computed from the weights that the model held before."""
         self._cache.monitor.forget_weights()
-        self._placement.forget_copies(self._view.parameters)
+        self._placement.free_gathered(self._view.parameters)
 
     # ------------------------------------------------------------------- within the backward pass
 
@@ -492,7 +492,7 @@ class ProdigyPlusScheduleFree(Optimizer):
                 )
             elif self.state.get(p):
                 weight = self._placement.local(p)
-                n = group_of[p].scalars(weight.device, compute_dtype(weight))
+                n = group_of[p].step_numbers(weight.device, compute_dtype(weight))
                 constraint.hold_(p, self.state[p], self._placement, n.y_fraction, n.gate != 0)
 
     # ------------------------------------------------------------------------- train, eval, average
@@ -672,7 +672,7 @@ class ProdigyPlusScheduleFree(Optimizer):
             self._has_changed_weights()
             self._cache.steps.columns(self._view)
             self.state.update(loaded)
-            self._cache.steps.know(self._view, loaded)
+            self._cache.steps.note_loaded(self._view, loaded)
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_states),

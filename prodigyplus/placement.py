@@ -56,8 +56,8 @@ class Placement(Protocol):
         """Whether a parameter takes part in the step that begins; the same on all ranks that hold it."""
         ...
 
-    def end_step(self, parameters: Iterable[Tensor]) -> None:
-        """Note that a step has begun to end; ``parameters`` are all that the optimiser has."""
+    def remember_trained(self, parameters: Iterable[Tensor]) -> None:
+        """Note which of the parameters require gradients now: they take part in the next step, too."""
         ...
 
     def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -91,8 +91,8 @@ class Placement(Protocol):
         """
         ...
 
-    def forget_copies(self, parameters: Collection[Tensor]) -> None:
-        """Free copies that others, such as FSDP2, hold of parameters whose values have changed."""
+    def free_gathered(self, parameters: Collection[Tensor]) -> None:
+        """Free whole copies that FSDP2 has gathered of parameters whose values have changed."""
         ...
 
 
@@ -132,7 +132,7 @@ class WholeTensors:
     def takes_part(self, p: Tensor) -> bool:
         return p.grad is not None
 
-    def end_step(self, parameters: Iterable[Tensor]) -> None:
+    def remember_trained(self, parameters: Iterable[Tensor]) -> None:
         pass
 
     def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ class WholeTensors:
                 "(from prodigyplus_dist)."
             )
 
-    def forget_copies(self, parameters: Collection[Tensor]) -> None:
+    def free_gathered(self, parameters: Collection[Tensor]) -> None:
         pass
 
 

@@ -313,7 +313,7 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
     report = ImportReport(package.version, all(group["train_mode"] for group in groups), items)
     if notable := report.of(Outcome.CHANGES, Outcome.ANEW):
         warnings.warn(
-            f"the run goes on otherwise than with prodigy-plus-schedule-free {package.version}:\n  "
+            f"the run will continue differently than with prodigy-plus-schedule-free {package.version}:\n  "
             + "\n  ".join(map(str, notable)),
             stacklevel=2,
         )

@@ -28,7 +28,10 @@ _LARGEST_DECAY_IN_BFLOAT16 = 1 - 2**-8
 
 
 class StateOptions(NamedTuple):
-    """What of the options decides about a parameter's entries; only ``decays_slowly`` may change later."""
+    """The options that decide which entries a parameter's state has, and their dtypes.
+
+    Only ``decays_slowly`` may change once there is state.
+    """
 
     use_schedulefree: bool
     bfloat16_z: bool
@@ -141,22 +144,22 @@ def _factored(shape: tuple[int, ...]) -> tuple[int, int]:
     return dims
 
 
-def _of_statistics(s: Subject) -> torch.dtype:
+def _statistics_dtype(s: Subject) -> torch.dtype:
     if s.weight_dtype == torch.float64:
         return torch.float64
     return torch.float32 if s.options.decays_slowly else torch.bfloat16
 
 
-def _number(s: Subject) -> torch.dtype:
+def _number_dtype(s: Subject) -> torch.dtype:
     return wide_dtype(s.device)
 
 
-def _is_prodigys(s: Subject) -> bool:
+def _uses_prodigy(s: Subject) -> bool:
     return s.options.step_size == "prodigy"
 
 
 def _is_relative(s: Subject) -> bool:
-    return _is_prodigys(s) and s.options.use_speed
+    return _uses_prodigy(s) and s.options.use_speed
 
 
 TABLE = {
@@ -186,7 +189,7 @@ TABLE = {
     # Prodigy's evidence. p0 is in the weight's dtype: if it were rounded, its distance from the weights would
     # pass for progress.
     "p0": Entry(
-        _is_prodigys,
+        _uses_prodigy,
         lambda s: s.weight_dtype,
         is_sampled=True,
         starts_at_weight=True,
@@ -194,12 +197,12 @@ TABLE = {
         is_evidence=True,
     ),
     "s": Entry(
-        lambda s: _is_prodigys(s) and not s.options.use_speed,
-        _of_statistics,
+        lambda s: _uses_prodigy(s) and not s.options.use_speed,
+        _statistics_dtype,
         is_sampled=True,
         is_evidence=True,
     ),
-    **{key: Entry(_is_relative, _number, is_number=True, is_evidence=True) for key in prodigy.AVERAGES},
+    **{key: Entry(_is_relative, _number_dtype, is_number=True, is_evidence=True) for key in prodigy.AVERAGES},
 }
 
 SAMPLED_KEYS = tuple(key for key, entry in TABLE.items() if entry.is_sampled)

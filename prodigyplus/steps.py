@@ -24,7 +24,7 @@ from prodigyplus.view import View
 
 
 class Steps:
-    """Begins and ends the steps of an optimiser, of which each call is passed a view.
+    """Begins and ends the steps of an optimiser. Every call takes a view of the optimiser.
 
     Attributes:
         current: A step that a backward pass has begun, and that has not ended; else None.
@@ -71,7 +71,8 @@ class Steps:
         if reused is None:
             self.constants.forget_unused_()
         bundles = step.bundled(self._remaining(view, step)) if reused is None else reused.batches
-        view.placement.end_step(location.p for location in self._locations(view))
+        # Before anything moves: what is frozen from now on takes part once more.
+        view.placement.remember_trained(location.p for location in self._locations(view))
         if not view.is_evaluating:
             step.close(bundles)
             reused = reused or self._reusable_after(view, step, bundles)
@@ -118,7 +119,7 @@ class Steps:
     def _parameters(self, view: View) -> Parameters:
         return Parameters(view.groups, view.state, view.placement, self._made_for)
 
-    def know(self, view: View, loaded: Collection[Tensor]) -> None:
+    def note_loaded(self, view: View, loaded: Collection[Tensor]) -> None:
         """Note that the states of these parameters, and of no others, fit them: they have been loaded."""
         self._made_for.clear()
         self.reusable = None  # which would keep the states alive that have been replaced
@@ -126,7 +127,7 @@ class Steps:
         # Not listed for the next step: accelerate loads a state before it shards, and frees these parameters.
         for location in locations(view.groups):
             if location.p in loaded:
-                parameters.know(location.p, StateOptions.of(Options.of(view.groups[location.group])))
+                parameters.note_fit(location.p, StateOptions.of(Options.of(view.groups[location.group])))
 
     @isolated
     def columns(self, view: View) -> Columns:

@@ -56,5 +56,10 @@ class View(NamedTuple):
 
     def lacks_gradients(self) -> bool:
         """Whether there are parameters to train, and none of them has a gradient."""
-        trained = [p for p in self.parameters if p.requires_grad]
-        return bool(trained) and all(p.grad is None for p in trained)
+        trains = False
+        # At every step: it ends at the first gradient, without a list of all parameters.
+        for p in (p for group in self.groups for p in group["params"]):
+            if p.grad is not None:
+                return False
+            trains |= p.requires_grad
+        return trains

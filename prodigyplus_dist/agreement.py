@@ -10,8 +10,8 @@ from torch import Tensor
 
 from prodigyplus.terms.requests import Answers, Asked, Sum
 
-# How far a rank's number may be from the mean of all, relative to its own. What differs by less, as between
-# GPUs of two kinds that hold the same plain tensors, does no harm.
+# How far a rank's number may be from the mean over the ranks, as a fraction of its own. Smaller differences,
+# such as those between two models of GPU, do no harm.
 _TOLERANCE = 1e-3
 
 
@@ -43,7 +43,7 @@ def requests(step_sizes: Callable[[], Tensor], asked: Sequence[Asked], *, compar
     """What to ask for beside the sums of a step's first round; nothing if none of these spans ranks.
 
     Args:
-        step_sizes: Returns this rank's; float32, (groups,).
+        step_sizes: Returns this rank's step sizes; float32, (groups,).
         asked: The sums of the round: of the gradients' squares.
         compare_whole: Whether the gradients of tensors that each rank holds whole should be equal. The sum of
             all their squares is then compared, too.

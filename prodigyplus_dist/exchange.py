@@ -41,7 +41,7 @@ class MeshExchange:
         all_to_all: bool = True,
     ) -> None:
         self.bucket_bytes = bucket_bytes
-        self._process_group = process_group
+        self.process_group = process_group
         self._agreement: Agreement | None = None  # of the last round that compared numbers
         self._stages_agree = False  # whether all optimisers are known to have the same number of groups
         self._orthogonalizer = Orthogonalizer(bucket_bytes, all_to_all=all_to_all)
@@ -84,7 +84,7 @@ class MeshExchange:
 
     def complete_and_compare(self, asked: Sequence[Asked], step_sizes: Callable[[], Tensor]) -> list[Answers]:
         # With a process group, whole tensors may be others on other ranks, such as experts.
-        compared = agreement.requests(step_sizes, asked, compare_whole=self._process_group is None)
+        compared = agreement.requests(step_sizes, asked, compare_whole=self.process_group is None)
         *answers, of_all = self.complete([*asked, compared])()
         self._agreement = Agreement.of(compared, of_all) or self._agreement
         return answers
@@ -101,18 +101,18 @@ class MeshExchange:
 
     def sum_over_stages(self, values: Tensor) -> Tensor:
         # torch's checkpoint helpers make a step where an optimiser has no state, maybe on one stage alone.
-        if self._process_group is None or is_called_from("torch.distributed.checkpoint.state_dict"):
+        if self.process_group is None or is_called_from("torch.distributed.checkpoint.state_dict"):
             return values
         if not self._stages_agree:
             counts = torch.tensor([len(values), -len(values)], device=values.device)
-            dist.all_reduce(counts, dist.ReduceOp.MAX, group=self._process_group)
+            dist.all_reduce(counts, dist.ReduceOp.MAX, group=self.process_group)
             if int(counts.sum()):
                 raise ValueError(
                     "the optimisers of process_group have different numbers of parameter groups: give all "
                     "as many, of the same options; they may be empty."
                 )
             self._stages_agree = True
-        return _all_reduce([values], self._process_group)()[0]
+        return _all_reduce([values], self.process_group)()[0]
 
 
 def _all_reduce(values: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], list[Tensor]]:

@@ -21,8 +21,8 @@ from prodigyplus_dist.torch_private import HOOKS_WAIT_FOR_OFFLOAD, fsdp_groups_o
 Average: TypeAlias = "torch.futures.Future[Tensor]"
 
 
-def check_whole(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse models whose gradients are kept twice, or are not there, reduced, when a hook sees them.
+def check_gradients_are_reduced(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse models in which DDP keeps each gradient twice, or a hook sees a gradient before it is reduced.
 
     Decides by what all ranks know, so that all raise or none does.
 
@@ -122,11 +122,11 @@ class MeshHooks:
         return MeshHooks, ()
 
     def attach(self, model: nn.Module, parameters: Mapping[str, Tensor], take: Take) -> list[RemovableHandle]:
-        check_whole(model, parameters)
+        check_gradients_are_reduced(model, parameters)
         if not isinstance(model, DistributedDataParallel):
             return hook_parameters(parameters, take)
-        # With these options DDP knows the unused parameters only after the backward pass: step() moves all.
-        # A model can have one hook alone, which moves whatever groups with fused_back_pass have by then.
+        # With these options, DDP learns which parameters are unused only after the backward pass, so step()
+        # moves all. And DDP takes one communication hook for a model: the first serves later groups, too.
         if not (model.find_unused_parameters or model.static_graph or model in self._buckets):
             self._buckets[model] = Buckets(model, take)
         return []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
-from prodigyplus.eval_mode import check_model
+from prodigyplus import checkpoint
 from prodigyplus.exchange import BUCKET_BYTES
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus.options import whole_number
@@ -83,19 +83,34 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
 
         Args:
             model: The model whose parameters the optimiser was given, wrapped or not.
-            full: Gather every tensor on the CPU of rank 0, under its name in the unwrapped model. Other ranks
-                get an empty dict.
+            full: Gather every tensor, one after the other, and keep copies on the CPU of rank 0, under their
+                names in the unwrapped model; with ``process_group``, on the first rank of each stage. Other
+                ranks get an empty dict.
         """
+        entries = super().averaged_state_dict(model)
         if not full:
-            return super().averaged_state_dict(model)
-        check_model(self._view, model)
-        with self.averaged_parameters():
-            whole = get_model_state_dict(
-                model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-            )
-            # Tensors that are not cut are still the model's own, which will soon hold other weights again.
-            # Tied weights are one tensor.
-            return {name: v.clone() if isinstance(v, Tensor) else v for name, v in whole.items()}
+            return entries
+        wrappers, keeps = checkpoint.parallel_wrappers(model), self._keeps_whole(entries.values())
+        whole: dict[str, Any] = {}
+        for name, value in entries.items():
+            gathered = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
+            if keeps:
+                is_tensor = isinstance(gathered, Tensor)
+                whole[checkpoint.unwrapped(name, wrappers)] = (
+                    gathered.to("cpu", copy=True) if is_tensor else gathered
+                )
+        return whole
+
+    def _keeps_whole(self, entries: Iterable[Any]) -> bool:
+        """Whether this rank keeps the whole tensors that ranks gather together.
+
+        Args:
+            entries: Those of the model's state dict.
+        """
+        if cast("MeshExchange", self._exchange).process_group is None:
+            return not dist.is_initialized() or dist.get_rank() == 0
+        meshes = {entry.device_mesh for entry in entries if isinstance(entry, DTensor)}
+        return not any(any(mesh.get_coordinate() or ()) for mesh in meshes)
 
     def check_replicas(self, replicas: dist.ProcessGroup | None = None) -> None:
         """Check that all ranks agree where they have to; see :func:`prodigyplus_dist.check_replicas`."""

@@ -36,7 +36,7 @@ class MeshTensors:
         return {**self.__dict__, "_layouts": {}, "_trained": frozenset()}
 
     def local(self, tensor: Tensor) -> Tensor:
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local_tensors([tensor])[0]
 
     def locals(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         return local_tensors(tensors)
@@ -86,7 +86,7 @@ class MeshTensors:
         # part once more.
         return p.requires_grad or p.grad is not None or p in self._trained
 
-    def end_step(self, parameters: Iterable[Tensor]) -> None:
+    def remember_trained(self, parameters: Iterable[Tensor]) -> None:
         self._trained = {p for p in parameters if p.requires_grad}
 
     def local_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,8 +105,8 @@ class MeshTensors:
                     f"{name(location)} is on {p.device_mesh}, but its gradient is {found}: give it "
                     "one on the parameter's mesh."
                 )
-            # Autograd leaves it as its last operator has made it: of a norm whose activations are cut by
-            # SequenceParallel, as a sum that is not completed. All ranks come here, in the same order.
+            # Autograd returns a gradient in the placements of its last operator: under SequenceParallel, that
+            # of a norm is still Partial. All ranks redistribute it, in the same order.
             grad = grad.redistribute(p.device_mesh, p.placements)
         return grad, True
 
@@ -122,7 +122,7 @@ class MeshTensors:
                 f"{name} has placements {p.placements}: a Partial parameter has no value to train."
             )
 
-    def forget_copies(self, parameters: Collection[Tensor]) -> None:
+    def free_gathered(self, parameters: Collection[Tensor]) -> None:
         # FSDP2 keeps the weights of a root module gathered after a forward pass, until a backward pass.
         reshard_modules_of({p for p in parameters if isinstance(p, DTensor)})
 

@@ -142,7 +142,7 @@ def check_replicas(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGro
 
 def _items(optimizer: ProdigyPlusScheduleFree, replicas: dist.ProcessGroup | None) -> Iterator[_Item]:
     exchange, groups = optimizer._exchange, optimizer.param_groups
-    stages = exchange._process_group if isinstance(exchange, MeshExchange) else None
+    stages = exchange.process_group if isinstance(exchange, MeshExchange) else None
     if isinstance(optimizer._placement, MeshTensors):
         replicas = replicas or optimizer._placement.replicas
     sharing = set() if stages is None else {_ranks(stages)}  # sets of ranks that have equal param_groups

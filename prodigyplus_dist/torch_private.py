@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _composable_state
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
@@ -20,6 +21,10 @@ from torch.distributed.tensor.placement_types import Placement
 # Whether FSDP2, if a parameter has hooks, waits until its gradient has reached the CPU. Without it, a hook
 # would read what has not arrived.
 HOOKS_WAIT_FOR_OFFLOAD: bool = torch.__version__ >= "2.13"  # compared as versions
+
+
+# The types of tensors that are no wrappers of others.
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def fsdp_groups_of(modules: Iterable[nn.Module]) -> list[Any]:
@@ -64,7 +69,25 @@ def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
 
     Without it, ``to_local()`` of each would take most of the host's time in a step of many parameters.
     """
-    return [tensor._local_tensor if type(tensor) is DTensor else tensor for tensor in tensors]
+    found = [tensor._local_tensor if type(tensor) is DTensor else tensor for tensor in tensors]
+    if not _PLAIN.issuperset(map(type, found)):
+        found = [_wrapped(tensor) for tensor in found]
+    return found
+
+
+def _wrapped(tensor: Tensor) -> Tensor:
+    """What a tensor of another class wraps, if that is one tensor of the same shape and dtype; else itself.
+
+    Under FSDP2, the weights of torchao's FP8 training are such wrappers: they gather themselves in FP8. Their
+    values are those of the tensor that they wrap, which has memory that kernels can address.
+    """
+    # An AsyncCollectiveTensor wraps what has not arrived; the first operator on it waits.
+    if isinstance(tensor, AsyncCollectiveTensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return tensor
+    names, _ = tensor.__tensor_flatten__()
+    inner = [getattr(tensor, name) for name in names]
+    same = [its for its in inner if its.shape == tensor.shape and its.dtype == tensor.dtype]
+    return same[0] if len(same) == 1 else tensor
 
 
 def split(placement: Placement, tensor: Tensor, count: int) -> Sequence[Tensor]:

@@ -13,8 +13,8 @@ from tests.pages import ELSEWHERE, LANGUAGES, NEEDS, PAGES, RANKS, ROOT
 
 # Pages that show a warning of the optimiser, and its text.
 WARN = {
-    "docs/published.md": "the run goes on otherwise",
-    "docs/guides/migrating.md": "the run goes on otherwise",
+    "docs/published.md": "the run will continue differently",
+    "docs/guides/migrating.md": "the run will continue differently",
 }
 
 OTHERS = {*RANKS, *ELSEWHERE}

@@ -12,7 +12,7 @@ import triton.language as tl
 from prodigyplus.device.jit import kernel
 from prodigyplus.device.tables import EVIDENCE_KINDS, POOLS, GroupOptions
 from prodigyplus.terms.group_numbers import COUNTS, FLOATS
-from prodigyplus.terms.scalars import VALUES
+from prodigyplus.terms.step_numbers import VALUES
 
 # The rows of ``floats`` and of ``counts``, the numbers that groups keep.
 F_D = tl.constexpr(FLOATS.index("d"))

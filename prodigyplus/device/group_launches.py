@@ -12,7 +12,7 @@ from prodigyplus.device import jit
 from prodigyplus.device.tables import GroupOptions
 from prodigyplus.formulas import balance, prodigy
 from prodigyplus.terms.device_constants import SentTable
-from prodigyplus.terms.scalars import VALUES, Packed
+from prodigyplus.terms.step_numbers import VALUES, PackedNumbers
 
 
 def table_of(
@@ -51,7 +51,9 @@ class GroupLaunches:
         self._block = max(4, 1 << (self._count - 1).bit_length())
         self._values: Tensor
 
-    def begin_(self, square: Tensor, present: Tensor, *, initializes: bool) -> tuple[list[Packed], Tensor]:
+    def begin_(
+        self, square: Tensor, present: Tensor, *, initializes: bool
+    ) -> tuple[list[PackedNumbers], Tensor]:
         """Set the numbers of a step, and count it; see :meth:`prodigyplus.engine.groups.Groups.begin`.
 
         Returns:
@@ -62,7 +64,7 @@ class GroupLaunches:
         observes, learns = (torch.empty(count, dtype=torch.bool, device=device) for _ in range(2))
         steps = torch.empty(count, dtype=torch.int64, device=device)
         wide, narrow = (
-            Packed(
+            PackedNumbers(
                 torch.empty(count, len(VALUES), dtype=dtype, device=device),
                 torch.empty(count, dtype=bits, device=device),
                 observes,

@@ -21,7 +21,8 @@ from prodigyplus.device import tables
 from prodigyplus.device.jit import kernel
 from prodigyplus.device.tables import POINTERS, MatrixRow, RunRow, SizeRow
 from prodigyplus.device.tiles import elements_of, pointer, tile_of
-from prodigyplus.terms.scalars import VALUES
+from prodigyplus.formulas import directions, moments
+from prodigyplus.terms.step_numbers import VALUES
 
 # Indices of columns, and how many columns a table has; see ``prodigyplus.device.tables``.
 P_WEIGHT = tl.constexpr(POINTERS.index("weight"))
@@ -68,9 +69,9 @@ SIGNS = tl.constexpr(tables.EVIDENCE_KINDS["signs"])
 RELATIVE = tl.constexpr(tables.EVIDENCE_KINDS["relative"])
 BALANCE = tl.constexpr(tables.EVIDENCE_KINDS["balance"])
 
-_TINY = tl.constexpr(1e-30)
+_TINY = tl.constexpr(moments.TINY)
 _QUARTER_TURN = tl.constexpr(1.5707963267948966)
-_ATAN2_SCALE = tl.constexpr(1.2732395447351628)  # 4/π
+_ATAN2_SCALE = tl.constexpr(directions.ATAN2_SCALE)
 
 
 @triton.jit

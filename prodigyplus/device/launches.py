@@ -17,7 +17,7 @@ from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Pla
 from prodigyplus.device.tables import EVIDENCE_KINDS, Dtypes
 from prodigyplus.terms.device_constants import SentTable
 from prodigyplus.terms.requests import SymmetricProduct
-from prodigyplus.terms.scalars import Packed
+from prodigyplus.terms.step_numbers import PackedNumbers
 
 _DTYPE = operator.attrgetter("dtype")
 
@@ -99,7 +99,7 @@ def _square_kernels() -> ModuleType:
 
 @functools.cache
 def symmetric_product(dtype: torch.dtype, device: torch.device) -> SymmetricProduct | None:
-    """The function that multiplies matrices by their own transposes by a kernel; None if it has none."""
+    """The kernel that multiplies matrices by their own transposes; None if the device has none for it."""
     if device.type != "cuda" or not jit.has_triton():
         return None
     from prodigyplus.device import symmetric
@@ -146,11 +146,13 @@ class Launches:
             for value in entries:
                 if not value.is_contiguous():  # as a loaded state may be
                     value.set_(value.contiguous())  # type: ignore[call-overload]
-            self._take(weights, states, grads[0].dtype)
+            self._set_addresses(weights, states, grads[0].dtype)
             self._data_ptrs, self._found_dtypes = data_ptrs, found_dtypes
         self.point_to_gradients(grads)
 
-    def _take(self, weights: list[Tensor], states: list[dict[str, Tensor]], grad: torch.dtype) -> None:
+    def _set_addresses(
+        self, weights: list[Tensor], states: list[dict[str, Tensor]], grad: torch.dtype
+    ) -> None:
         """Set addresses and dtypes: tensors have been replaced, perhaps by those of other dtypes."""
         rows = [
             (weight, *map(state.get, keys))
@@ -228,7 +230,7 @@ class Launches:
             self._add_up(every, every, plan.totals)
         return sums, totals
 
-    def factors_(self, sums: Tensor, setup: Setup, n: Packed) -> None:
+    def factors_(self, sums: Tensor, setup: Setup, n: PackedNumbers) -> None:
         """Update the factors of the second moment from the completed sums of g²."""
         plan = self.plan
         if not len(plan.factor_blocks):
@@ -242,7 +244,7 @@ class Launches:
             )  # fmt: skip
 
     def measure_(
-        self, setup: Setup, n: Packed, *, takes_evidence: bool
+        self, setup: Setup, n: PackedNumbers, *, takes_evidence: bool
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The directions' sums of squares, (tensors,), or None if nothing needs them; and the evidence.
 
@@ -259,7 +261,7 @@ class Launches:
     def move_(
         self,
         setup: Setup,
-        n: Packed,
+        n: PackedNumbers,
         norms: Tensor | None,
         ordinals: Tensor,
         *,
@@ -288,7 +290,7 @@ class Launches:
     def _sweep(
         self,
         setup: Setup,
-        n: Packed,
+        n: PackedNumbers,
         evidence_parts: Tensor,
         *,
         moves: bool = False,
@@ -385,7 +387,7 @@ class Launches:
         return torch.empty(count, dtype=torch.float32, device=self.plan.device)
 
 
-def _numbers(n: Packed) -> tuple[Tensor, int, int, Tensor, int]:
+def _numbers(n: PackedNumbers) -> tuple[Tensor, int, int, Tensor, int]:
     """The numbers of a step with their strides over numbers and tensors, and the gate with its stride."""
     values, gate = n.values, n.gate
     per_tensor = values.ndim == 2

@@ -11,7 +11,7 @@ import triton.language as tl
 from prodigyplus.device.jit import kernel
 from prodigyplus.device.tables import POINTERS, FactorRow, MatrixRow, PartsRow, SumRow
 from prodigyplus.device.tiles import POINTER_COLUMNS, elements_of, pointer, tile_of
-from prodigyplus.terms.scalars import VALUES
+from prodigyplus.terms.step_numbers import VALUES
 
 # Indices of columns, and how many columns tables have; see ``prodigyplus.device.tables``.
 P_GRAD = tl.constexpr(POINTERS.index("grad"))

@@ -121,7 +121,7 @@ class PartsRow(NamedTuple):
     out: Column  # the index of the first sum
     stride: Column  # of sums
     length: Column  # of a part: all sums of the rows, or of the columns
-    parts: Column  # how many
+    parts: Column  # the number of parts
     block: Column  # which of the sums: the index of the block
 
 
@@ -130,7 +130,7 @@ class SumRow(NamedTuple):
 
     first: Column  # the index of the first value
     stride: Column  # of values
-    values: Column  # how many
+    values: Column  # the number of values
     out: Column  # the index of the sum
 
 

@@ -1,7 +1,7 @@
 """The numbers of parameter groups that the same operators compute, all of them at once.
 
 Decisions are made by ``torch.where``, so that no step waits for the device. In a group that must not change,
-the step runs with the numbers of a no-op (see :class:`prodigyplus.terms.scalars.Scalars`).
+the step runs with the numbers of a no-op (see :class:`prodigyplus.terms.step_numbers.StepNumbers`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.formulas import balance, prodigy, radam, schedule_free, variants
 from prodigyplus.options import EvidenceKind, Options
 from prodigyplus.terms.device_constants import Constants
-from prodigyplus.terms.scalars import VALUES, Packed
+from prodigyplus.terms.step_numbers import VALUES, PackedNumbers
 from prodigyplus.torch_private import foreach_copy_
 
 
@@ -140,7 +140,7 @@ class AlikeGroups:
             "adopt_clip": step.to(d.dtype) ** 0.25,
         }
         in_order = torch.stack([values[name] for name in VALUES])
-        numbers = Packed(in_order, torch.full_like(step, -1), observes, step).where(moves)
+        numbers = PackedNumbers(in_order, torch.full_like(step, -1), observes, step).where(moves)
         of_groups = each_group(numbers._replace(values=numbers.values.t().contiguous()))
         for group, of_group in zip(self._groups, of_groups, strict=True):
             group.set_numbers(of_group)
@@ -289,9 +289,9 @@ class AlikeGroups:
                 self.scatter_(self._columns[name], value)
 
 
-def each_group(numbers: Packed) -> list[Packed]:
+def each_group(numbers: PackedNumbers) -> list[PackedNumbers]:
     """Split the numbers of all groups, of shapes (groups, …), into those of each."""
-    return list(map(Packed, *(column.unbind() for column in numbers)))
+    return list(map(PackedNumbers, *(column.unbind() for column in numbers)))
 
 
 def _and(condition: Tensor, also: Tensor | None) -> Tensor:

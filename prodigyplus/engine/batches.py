@@ -20,7 +20,7 @@ from prodigyplus.device import jit
 from prodigyplus.device.launches import Directions, Launches, Setup, tile_size
 from prodigyplus.device.plan import MAX_NUMEL, Plan
 from prodigyplus.engine import passes
-from prodigyplus.engine.bundle import Bundle, Work
+from prodigyplus.engine.bundle import Backend, Bundle
 from prodigyplus.engine.group_step import GroupStep
 from prodigyplus.engine.kind import ADMITTED_BY_ALL, Kind
 from prodigyplus.engine.param_step import ParamStep, matrices, orthogonalized_in
@@ -29,7 +29,7 @@ from prodigyplus.options import Options
 from prodigyplus.state_table import Subject
 from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Answers, Matrices, Requests, Sum
-from prodigyplus.terms.scalars import Scalars
+from prodigyplus.terms.step_numbers import StepNumbers
 
 # The values of the fields of a kind that the kernels can move.
 _ADMITTED: dict[str, tuple[object, ...]] = {
@@ -180,8 +180,8 @@ class Batch(Bundle):
         }
         return {"total": Sum(totals, self.axes), **pieces}
 
-    def work(self, squares: Answers, n: Scalars) -> Work:
-        return _KernelWork(self, squares, n)
+    def backend(self, squares: Answers, n: StepNumbers) -> Backend:
+        return _KernelBackend(self, squares, n)
 
     @property
     def launches(self) -> Launches:
@@ -236,7 +236,7 @@ class Batch(Bundle):
         )
 
 
-class _KernelWork:
+class _KernelBackend:
     """The passes of a batch by kernels: the direction is computed again for the move instead of kept.
 
     If no other rank is needed between the two passes, ``measure_`` also moves, and the move takes the
@@ -249,7 +249,7 @@ class _KernelWork:
         n: The numbers of the step.
     """
 
-    def __init__(self, batch: Batch, squares: Mapping[str, Tensor], n: Scalars) -> None:
+    def __init__(self, batch: Batch, squares: Mapping[str, Tensor], n: StepNumbers) -> None:
         self.batch, self.kind, self.n = batch, batch.kind, n
         keys = prodigy.AVERAGES if self.kind.evidence == "relative" else ()
         self._averages = {key: stacks.stack_view([state[key] for state in batch.states]) for key in keys}

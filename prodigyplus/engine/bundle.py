@@ -17,7 +17,7 @@ from prodigyplus.engine.kind import Kind
 from prodigyplus.engine.param_step import ParamStep, cost_of
 from prodigyplus.terms.dtypes import compute_dtype
 from prodigyplus.terms.requests import Answers, Requests
-from prodigyplus.terms.scalars import Scalars
+from prodigyplus.terms.step_numbers import StepNumbers
 
 
 class Bundle(ABC):
@@ -47,7 +47,7 @@ class Bundle(ABC):
         """Requests for sums of the raw gradients' squares; among them ``total``, one for each parameter."""
 
     @abstractmethod
-    def work(self, squares: Answers, n: Scalars) -> Work:
+    def backend(self, squares: Answers, n: StepNumbers) -> Backend:
         """The backend that runs the passes.
 
         Args:
@@ -87,11 +87,11 @@ class Bundle(ABC):
         return bool(self.layouts[0].shard_axes)
 
 
-class Work(Protocol):
+class Backend(Protocol):
     """A backend: runs the passes of one bundle, and keeps what one pass needs from another."""
 
     kind: Kind
-    n: Scalars
+    n: StepNumbers
 
     def momentum_(self) -> Tensor | None:
         """Update the first moment; if Cautious masks it, return how many elements agree, else None."""

@@ -24,7 +24,7 @@ from prodigyplus.engine.passes import FactorSums, Noise, Samples, State
 from prodigyplus.formulas import moments, schedule_free
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import strided_samples
-from prodigyplus.terms.scalars import Packed
+from prodigyplus.terms.step_numbers import PackedNumbers
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -83,7 +83,7 @@ def _measure_(
     state: State,
     factor_sums: FactorSums | None,
     samples: Samples | None,
-    n: Packed,
+    n: PackedNumbers,
     kind: Kind,
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """:func:`prodigyplus.engine.passes.measure_`, without keeping the direction."""
@@ -96,7 +96,7 @@ def _move_(
     grad: Tensor,
     roots: tuple[Tensor, ...],
     scale: Tensor,
-    n: Packed,
+    n: PackedNumbers,
     kind: Kind,
     noise: Noise,
 ) -> None:
@@ -123,7 +123,7 @@ def measure_and_move_(
     state: State,
     factor_sums: FactorSums | None,
     slice_p: int,
-    n: Packed,
+    n: PackedNumbers,
     kind: Kind,
     numel: int,
     noise: Noise,

@@ -12,7 +12,7 @@ from torch import Tensor
 from prodigyplus.options import Options
 from prodigyplus.state_table import StateOptions
 from prodigyplus.terms.device_constants import Constants, int64_on
-from prodigyplus.terms.scalars import Packed, Scalars
+from prodigyplus.terms.step_numbers import PackedNumbers, StepNumbers
 
 
 class GroupStep:
@@ -21,7 +21,7 @@ class GroupStep:
     Args:
         index: Its index in ``param_groups``.
         param_group: The group itself; its numbers are views of the columns.
-        constants: The optimiser's.
+        constants: The optimiser's cache of constants.
 
     Attributes:
         skips_per_param: Whether each parameter is skipped individually, instead of all together.
@@ -37,37 +37,37 @@ class GroupStep:
         self.skips_per_param = False
         self.adapts = not self.options.is_frozen(param_group)
         self.batch_keys: dict[Hashable, Hashable | None] = {}
-        self._numbers: tuple[Packed, ...]
+        self._numbers: tuple[PackedNumbers, ...]
         self._observed: list[tuple[list[int], Tensor, Tensor]] = []
-        self._scalars: dict[tuple[torch.device, torch.dtype], Scalars] = {}
+        self._in_dtypes: dict[tuple[torch.device, torch.dtype], StepNumbers] = {}
 
     @functools.cached_property
     def state_options(self) -> StateOptions:
         """Those of its options that determine which state its parameters have."""
         return StateOptions.of(self.options)
 
-    def set_numbers(self, *numbers: Packed) -> None:
+    def set_numbers(self, *numbers: PackedNumbers) -> None:
         """Set the numbers of this step, in one or more dtypes."""
         self._numbers = numbers
-        self._scalars.clear()
+        self._in_dtypes.clear()
 
-    def scalars(self, device: torch.device, dtype: torch.dtype) -> Scalars:
+    def step_numbers(self, device: torch.device, dtype: torch.dtype) -> StepNumbers:
         """The numbers of this step on ``device``, floating-point ones in ``dtype``; cached."""
         key = device, dtype
-        if key not in self._scalars:
+        if key not in self._in_dtypes:
             numbers = next(
                 (given for given in self._numbers if given.values.dtype == dtype), self._numbers[0]
             )
-            self._scalars[key] = numbers.to(device, dtype).across(0)
-        return self._scalars[key]
+            self._in_dtypes[key] = numbers.to(device, dtype).across(0)
+        return self._in_dtypes[key]
 
     def observe(self, ordinals: list[int], products: Tensor, norms: Tensor) -> None:
         """Record the evidence of the parameters at ``ordinals``: products and norms, (count,)."""
         self._observed.append((ordinals, products, norms))
 
     @property
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """The weights of the products and of the norms in this step's evidence; 0-dim."""
+    def evidence_weights(self) -> tuple[Tensor, Tensor]:
+        """The factors of this step's products and of its norms, 0-dim."""
         n = self._numbers[0].across(0)
         return n.evidence_weight, n.dlr if self.options.evidence == "balance" else torch.ones_like(n.dlr)
 

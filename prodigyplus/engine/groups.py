@@ -56,9 +56,9 @@ class Groups:
     """All parameter groups during one step.
 
     Args:
-        param_groups: Those of the optimiser.
-        columns: Their numbers.
-        constants: The optimiser's.
+        param_groups: The optimiser's ``param_groups``.
+        columns: The numbers of the groups.
+        constants: The optimiser's cache of constants.
     """
 
     def __init__(
@@ -150,10 +150,20 @@ class Groups:
         if self._kernels is not None:
             self._kernels.end_(totals, learns)
             return
-        weights = torch.stack([weight for group in self.group_steps for weight in group.weights])
-        totals = totals * weights.view_as(totals)
-        # Groups of one pool have one d: the first of them updates it from the sums of all. It may have made
-        # fewer steps than others, or none, if its parameters are frozen.
+        weights = torch.stack([weight for group in self.group_steps for weight in group.evidence_weights])
+        totals, steps_made, learns = self._pooled(totals * weights.view_as(totals), learns)
+        leads = [g for g in self.group_steps if g.adapts and self._leaders[g.index] == g.index]
+        for alike in self._split(leads):
+            alike.adapt_(totals, steps_made, learns)
+        self._follow_leaders_()
+        self._share_(learns.any())
+
+    def _pooled(self, totals: Tensor, learns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``totals``, the steps that groups have made, and ``learns``: a pool's are those of its leader.
+
+        Groups of one pool have one d, which the first of them updates from the sums of all. It may have made
+        fewer steps than others, or none, if its parameters are frozen.
+        """
         leaders, steps_made = self._leaders, self.columns["k"]
         pools = [[index for index, of in enumerate(leaders) if of == leader] for leader in set(leaders)]
         for pool in sorted(pool for pool in pools if len(pool) > 1):
@@ -162,16 +172,17 @@ class Groups:
             most = steps_made.index_select(0, rows).amax(dim=0, keepdim=True)
             steps_made = steps_made.index_copy(0, first, most)
             learns = learns.index_copy(0, first, learns.index_select(0, rows).any(dim=0, keepdim=True))
-        adapting = [g for g in self.group_steps if g.adapts and leaders[g.index] == g.index]
-        for alike in self._split(adapting):
-            alike.adapt_(totals, steps_made, learns)
+        return totals, steps_made, learns
+
+    def _follow_leaders_(self) -> None:
+        """Copy the ``d`` of each pool, and what it was found from, to the groups that do not lead it."""
+        leaders = self._leaders
         if len(set(leaders)) < len(leaders):
-            rows = self.constants.int64(totals.device, leaders)
+            rows = self.constants.int64(self.columns.device, leaders)
             for name in ("d", "d_hat", "d_numerator", "max_d_numerator", "d_denom"):
                 self.columns[name].copy_(self.columns[name].index_select(0, rows))
-        self._share(learns.any())
 
-    def _share(self, happens: Tensor) -> None:
+    def _share_(self, happens: Tensor) -> None:
         """Set the step sizes in use, if the step ``happens`` (bool, 0-dim) and is not skipped."""
         shared, in_mean = self.columns["d"].clone(), self.columns["in_mean"].clone()
         if sharing := self.sharing:
@@ -181,7 +192,7 @@ class Groups:
         for name, values in (("shared_d", shared), ("in_mean", in_mean)):
             self.columns[name].copy_(torch.where(happens, values, self.columns[name]))
 
-    @property
+    @functools.cached_property
     def _leaders(self) -> list[int]:
         """For each group, the index of the first group in its pool; its own index if it is in none."""
         first: dict[str, int] = {}
@@ -190,7 +201,7 @@ class Groups:
             for group in self.group_steps
         ]
 
-    @property
+    @functools.cached_property
     def sharing(self) -> list[GroupStep]:
         """The groups that move by the mean of several."""
         sharing = [group for group in self.group_steps if group.options.shares_mean]

@@ -81,6 +81,11 @@ class Parameters:
                 f"{self.name(location)} has a sparse gradient, which this optimiser cannot use: build its "
                 "layer with sparse=False."
             )
+        if grad is None and p.is_meta:
+            raise RuntimeError(
+                f"{self.name(location)} is on the meta device, without values or a gradient: the model has "
+                "another in its place, as after load_state_dict(assign=True). Build the optimiser afterwards."
+            )
         if not state:
             self._placement.check(p, self.name(location))
         if not state or p.dtype not in DTYPES:
@@ -113,7 +118,7 @@ class Parameters:
         local = state_table.new_state(self._placement.local(p), grad, self._placement.layout(p), options)
         return stored(self._placement, p, local, options.slice_p)
 
-    def know(self, p: Tensor, options: StateOptions) -> None:
+    def note_fit(self, p: Tensor, options: StateOptions) -> None:
         """Note that the state of a parameter fits it, under these options."""
         self._made_for[p] = _MadeFor(self._placement.layout(p), options)
 

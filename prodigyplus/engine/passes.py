@@ -29,7 +29,7 @@ from prodigyplus.formulas import (
     variants,
 )
 from prodigyplus.terms import stacks
-from prodigyplus.terms.scalars import Numbers, Scalars
+from prodigyplus.terms.step_numbers import Numbers, StepNumbers
 
 State = Mapping[str, Tensor]
 
@@ -60,7 +60,9 @@ class Samples(NamedTuple):
         return cls(sample(grad), sample(y) + sample(z) if kind.is_offset else sample(z))
 
 
-def momentum_(y: Tensor, grad: Tensor, state: State, n: Scalars, kind: Kind) -> tuple[Tensor, Tensor | None]:
+def momentum_(
+    y: Tensor, grad: Tensor, state: State, n: StepNumbers, kind: Kind
+) -> tuple[Tensor, Tensor | None]:
     """Update the first moment.
 
     Args:
@@ -181,12 +183,12 @@ def scales(sums: State, numel: int | Tensor, dtype: torch.dtype, kind: Kind) -> 
     return Scales(along, factor)
 
 
-def step_factor(by: Scales, n: Scalars) -> Tensor:
+def step_factor(by: Scales, n: StepNumbers) -> Tensor:
     """What the step size is multiplied by for each tensor, (count,) or 0-dim; 0 in a no-op."""
     return n.unit if by.factor is None else n.unit * by.factor
 
 
-def balance_evidence(sums: State, by: Scales, numel: int | Tensor, n: Scalars) -> tuple[Tensor, Tensor]:
+def balance_evidence(sums: State, by: Scales, numel: int | Tensor, n: StepNumbers) -> tuple[Tensor, Tensor]:
     """The evidence of balance, see :func:`prodigyplus.formulas.balance.evidence`; shapes (count,).
 
     Args:
@@ -209,7 +211,7 @@ def move_(
     z: Tensor | None,
     u: Tensor,
     scale: Tensor,
-    n: Scalars,
+    n: StepNumbers,
     kind: Kind,
     noise: Noise,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
@@ -250,7 +252,7 @@ def move_(
 
 
 def finish_(
-    y: Tensor, z: Tensor | None, decrease: Tensor, wide_z: Tensor, n: Scalars, kind: Kind, noise: Noise
+    y: Tensor, z: Tensor | None, decrease: Tensor, wide_z: Tensor, n: StepNumbers, kind: Kind, noise: Noise
 ) -> None:
     """Subtract the decrease proposed by :func:`move_` from y, in place, and write z; arguments as there."""
     wide_y = y.to(decrease.dtype)
@@ -286,19 +288,19 @@ def mask_(move: Tensor, grad: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None
     return (variants.grams_(move, grad) if kind.mask == "grams" else move), None
 
 
-def _denominator(roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:
+def _denominator(roots: tuple[Tensor, ...], n: StepNumbers, kind: Kind) -> Tensor:
     """What gradients are normalised by, a new tensor: sqrt(V)/d + eps; with FOCUS, the weights' average."""
     if kind.direction == "focus":
         return roots[0].to(n.d.dtype)
     return moments.deviation(roots, n.d, n.eps, n.d.dtype)
 
 
-def direction(grad: Tensor, roots: tuple[Tensor, ...], n: Scalars, kind: Kind) -> Tensor:
+def direction(grad: Tensor, roots: tuple[Tensor, ...], n: StepNumbers, kind: Kind) -> Tensor:
     """Adam's direction, computed again from the second result of :func:`measure_`."""
     return n.gated_(_normalised(grad, _denominator(roots, n, kind), grad, {}, n, kind))
 
 
-def _roots(state: State, n: Scalars, kind: Kind) -> tuple[Tensor, ...]:
+def _roots(state: State, n: StepNumbers, kind: Kind) -> tuple[Tensor, ...]:
     """The tensors that :func:`_denominator` is computed from."""
     if kind.direction == "focus":
         return (state["exp_avg_weight"],)
@@ -306,7 +308,7 @@ def _roots(state: State, n: Scalars, kind: Kind) -> tuple[Tensor, ...]:
 
 
 def _advance_second_(
-    y: Tensor, grad: Tensor, state: State, factor_sums: FactorSums | None, n: Scalars, kind: Kind
+    y: Tensor, grad: Tensor, state: State, factor_sums: FactorSums | None, n: StepNumbers, kind: Kind
 ) -> None:
     if kind.direction == "focus":
         moments.advance_weight_(state, base(y, state, kind).to(grad.dtype), n)
@@ -321,7 +323,7 @@ def base(y: Tensor, state: State, kind: Kind) -> Tensor:
     return y if kind.z is None else schedule_free.base_iterate(y, state)
 
 
-def _normalised(numerator: Tensor, by: Tensor, y: Tensor, state: State, n: Scalars, kind: Kind) -> Tensor:
+def _normalised(numerator: Tensor, by: Tensor, y: Tensor, state: State, n: StepNumbers, kind: Kind) -> Tensor:
     """The direction, in place in ``by``; with FOCUS, a new tensor."""
     if kind.direction == "focus":
         return variants.focus(numerator, by, base(y, state, kind).to(numerator.dtype))

@@ -13,7 +13,7 @@ import torch
 
 from prodigyplus.engine.bundle import Bundle
 from prodigyplus.terms.requests import Answers, Requests, Sum
-from prodigyplus.terms.scalars import Scalars
+from prodigyplus.terms.step_numbers import StepNumbers
 
 Rule = Generator[Requests, Answers, None]
 
@@ -29,21 +29,21 @@ def update(bundle: Bundle) -> Rule:
     """
     # The sums of the raw gradients' squares decide whether the step happens at all.
     squares = yield {**bundle.squares(), **_presence(bundle)}
-    work = bundle.work(squares, _numbers(bundle, squares))
+    backend = bundle.backend(squares, _numbers(bundle, squares))
 
-    if work.kind.has_momentum:
-        yield from work.scale_up_(work.momentum_())
-    answers = yield from _asked(work.measure_())
-    takes_evidence, is_late = work.kind.evidence is not None, work.kind.is_late
-    evidence = work.evidence_(answers) if takes_evidence and not is_late else None
-    if (agreeing := work.move_(answers)) is not None:
-        yield from work.scale_up_(agreeing)
+    if backend.kind.has_momentum:
+        yield from backend.scale_up_(backend.momentum_())
+    answers = yield from _asked(backend.measure_())
+    takes_evidence, is_late = backend.kind.evidence is not None, backend.kind.is_late
+    evidence = backend.evidence_(answers) if takes_evidence and not is_late else None
+    if (agreeing := backend.move_(answers)) is not None:
+        yield from backend.scale_up_(agreeing)
     if is_late:
-        answers |= yield from _asked(work.late_sums())
-        evidence = work.evidence_(answers)
+        answers |= yield from _asked(backend.late_sums())
+        evidence = backend.evidence_(answers)
     if evidence is not None:
         bundle.group.observe(bundle.ordinals, *evidence)
-    work.finish_()
+    backend.finish_()
 
 
 def _asked(requests: Requests) -> Generator[Requests, Answers, Answers]:
@@ -61,9 +61,9 @@ def _presence(bundle: Bundle) -> Requests:
     return {"present": Sum(present, bundle.axes)}
 
 
-def _numbers(bundle: Bundle, squares: Answers) -> Scalars:
+def _numbers(bundle: Bundle, squares: Answers) -> StepNumbers:
     """The numbers of the step, those of a no-op for parameters that are skipped individually."""
-    n = bundle.group.scalars(bundle.weights[0].device, bundle.dtype)
+    n = bundle.group.step_numbers(bundle.weights[0].device, bundle.dtype)
     if bundle.group.skips_per_param:
         n = n.where(squares["total"].isfinite())
     if bundle.present is not None and not all(bundle.present):

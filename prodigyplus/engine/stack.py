@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from prodigyplus.engine import compiled, passes
-from prodigyplus.engine.bundle import Bundle, Work
+from prodigyplus.engine.bundle import Backend, Bundle
 from prodigyplus.engine.param_step import ParamStep, matrices
 from prodigyplus.engine.passes import FactorSums, Noise, Samples
 from prodigyplus.formulas import balance, moments, muon, prodigy, stochastic_rounding, variants
 from prodigyplus.terms import stacks
 from prodigyplus.terms.requests import Answers, Requests
-from prodigyplus.terms.scalars import Scalars
+from prodigyplus.terms.step_numbers import StepNumbers
 
 
 class Stack(Bundle):
@@ -43,9 +43,9 @@ class Stack(Bundle):
             square_sums=compiled.square_sums if self.compiles else moments.square_sums,
         )
 
-    def work(self, squares: Answers, n: Scalars) -> Work:
-        backend = _MuonWork if self.is_matrix else _CompiledWork if self.compiles else _PlainWork
-        return backend(self, squares, n)
+    def backend(self, squares: Answers, n: StepNumbers) -> Backend:
+        chosen = _MuonBackend if self.is_matrix else _CompiledBackend if self.compiles else _OperatorBackend
+        return chosen(self, squares, n)
 
     def noise(self, step: Tensor) -> Noise:
         """The noise that rounds the weights and z; None if they are not rounded stochastically.
@@ -61,7 +61,7 @@ class Stack(Bundle):
         return self.layout.index_terms(self.weights[0].device), stochastic_rounding.seeds(step, ordinals)
 
 
-class _PlainWork:
+class _OperatorBackend:
     """The passes of one stack, operator by operator, and what is kept between them.
 
     Args:
@@ -70,7 +70,7 @@ class _PlainWork:
         n: The numbers of the step.
     """
 
-    def __init__(self, stack: Stack, squares: Mapping[str, Tensor], n: Scalars) -> None:
+    def __init__(self, stack: Stack, squares: Mapping[str, Tensor], n: StepNumbers) -> None:
         kind = stack.kind
         self.stack, self.kind, self.n = stack, kind, n
         self.noise = stack.noise(n.step)
@@ -173,7 +173,7 @@ class _PlainWork:
             stacks.write_back_([state[key] for state in self.stack.states], values)
 
 
-class _CompiledWork(_PlainWork):
+class _CompiledBackend(_OperatorBackend):
     """The passes of one stack, compiled."""
 
     def measure_(self) -> Requests:
@@ -207,7 +207,7 @@ class _CompiledWork(_PlainWork):
         return None
 
 
-class _MuonWork(_PlainWork):
+class _MuonBackend(_OperatorBackend):
     """The passes of one parameter that Muon moves, whose matrices are orthogonalised between two of them."""
 
     _late: dict[str, Tensor]  # see late_sums()

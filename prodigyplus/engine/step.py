@@ -34,10 +34,10 @@ class Step:
     backward pass, they may move earlier, and each moves or is skipped individually.
 
     Args:
-        param_groups: The optimiser's.
-        columns: Their numbers.
+        param_groups: The optimiser's ``param_groups``.
+        columns: The numbers of the groups.
         exchange: Completes sums over shards.
-        constants: The optimiser's.
+        constants: The optimiser's cache of constants.
         in_backward: Whether the step begins with a gradient within a backward pass.
     """
 
@@ -157,22 +157,30 @@ class Step:
             ("groups", groups),
             lambda: int64_on(zeros.device, [group for group, count in groups for _ in range(count)]),
         )
-        ones = self._constants.get(zeros.device, "ones", lambda: zeros[:1] + 1)
-        for of_bundles in counts:
-            if all(count is None for count in of_bundles):
-                # The sum is the same at every step.
-                sums.append(
-                    self._constants.get_recent(
-                        zeros.device,
-                        ("parameters", len(zeros), groups),
-                        lambda: zeros.index_add(0, index, ones.expand(len(index))),
-                    )
-                )
-                continue
-            values = [
-                ones.expand(len(seen.ordinals)) if count is None else count.to(zeros)
-                for seen, count in zip(self._seen, of_bundles, strict=True)
-            ]
-            sums.append(zeros.index_add(0, index, torch.cat([zeros[:0], *values])))
+        sums += [self._counted(of_bundles, groups, index) for of_bundles in counts]
         whole = self._exchange.sum_over_stages(torch.cat(sums))
         return whole[0], *whole[1:].view(len(counts), -1).unbind()
+
+    def _counted(
+        self, counts: Sequence[Tensor | None], groups: tuple[tuple[int, int], ...], index: Tensor
+    ) -> Tensor:
+        """The sums by group of one of the counts of :meth:`_sums_by_group`; (groups,).
+
+        Args:
+            counts: As in that method.
+            groups: For each bundle seen, the index of its group, and how many parameters it has.
+            index: The index of each parameter's group; int64.
+        """
+        zeros = self._zeros
+        ones = self._constants.get(zeros.device, "ones", lambda: zeros[:1] + 1)
+        if all(count is None for count in counts):  # the sum is the same at every step
+            return self._constants.get_recent(
+                zeros.device,
+                ("parameters", len(zeros), groups),
+                lambda: zeros.index_add(0, index, ones.expand(len(index))),
+            )
+        values = [
+            ones.expand(len(seen.ordinals)) if count is None else count.to(zeros)
+            for seen, count in zip(self._seen, counts, strict=True)
+        ]
+        return zeros.index_add(0, index, torch.cat([zeros[:0], *values]))

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+# Makes Adam-atan2's direction 1 where g² equals its average, as Adam's is.
+ATAN2_SCALE = 4 / math.pi
+
 
 def adam_(grad: Tensor, deviation: Tensor) -> Tensor:
     """``g / (sqrt(V)/d + eps)``, in place in ``deviation``, which is the denominator, with eps added.
@@ -18,7 +21,7 @@ def adam_(grad: Tensor, deviation: Tensor) -> Tensor:
 
 def atan2_(grad: Tensor, deviation: Tensor) -> Tensor:
     """``(4/π)·atan2(g, sqrt(V)/d)``, in place in ``deviation``: Adam-atan2 (arXiv 2407.05872, eq. 34)."""
-    return torch.atan2(grad, deviation, out=deviation).mul_(4 / math.pi)
+    return torch.atan2(grad, deviation, out=deviation).mul_(ATAN2_SCALE)
 
 
 def stable_scale(square_sum: Tensor, numel: int | Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from prodigyplus.terms import stacks
 from prodigyplus.terms.layout import Layout
 from prodigyplus.terms.requests import Sum
-from prodigyplus.terms.scalars import Scalars
+from prodigyplus.terms.step_numbers import StepNumbers
 
 # A matrix smaller than this in every dimension is not worth factoring.
 _SMALLEST_FACTORED = 32
@@ -32,12 +32,12 @@ FACTORS = ("row", "col", "mean")
 # How many elements are squared at a time: on a CPU what fits its caches, elsewhere what is worth a launch.
 _RUN, _RUN_ON_DEVICE = 1 << 20, 1 << 24
 
-# In how many parts they are summed along the outer dimension, so that each thread sums what it has itself
-# squared, which is in its own cache.
+# How many parts of the outer dimension are summed separately, so that each thread adds up squares that are in
+# its own cache.
 _LANES = 8
 
 # As in Adafactor: avoids 0/0 in the normalised row factor of an all-zero tensor.
-_TINY = 1e-30
+TINY = 1e-30
 
 
 def factored_dims(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -126,7 +126,7 @@ def _joined(pieces: list[Tensor], dim: int) -> Tensor:
 
 
 def advance_factors_(
-    state: Mapping[str, Tensor], sums: Mapping[str, Tensor], sizes: tuple[int, int], n: Scalars
+    state: Mapping[str, Tensor], sums: Mapping[str, Tensor], sizes: tuple[int, int], n: StepNumbers
 ) -> None:
     """Update the factors of the second moment, in place.
 
@@ -141,18 +141,18 @@ def advance_factors_(
         _average_(state[f"exp_avg_sq_{name}"], n.gated(sums[name]) * (n.sq_weight / count), n.beta2)
 
 
-def advance_full_(state: Mapping[str, Tensor], grad: Tensor, n: Scalars) -> None:
+def advance_full_(state: Mapping[str, Tensor], grad: Tensor, n: StepNumbers) -> None:
     """Update a full second moment with a stack of gradients, in place."""
     squares = n.gated(grad.to(n.d.dtype)).square_()
     _average_(state["exp_avg_sq"], squares.mul_(n.sq_weight), n.beta2)
 
 
-def advance_weight_(state: Mapping[str, Tensor], weight: Tensor, n: Scalars) -> None:
+def advance_weight_(state: Mapping[str, Tensor], weight: Tensor, n: StepNumbers) -> None:
     """FOCUS's average of the weights, in place: ``w̄ ← β2·w̄ + (1−β2) d²·w``."""
     _average_(state["exp_avg_weight"], weight * n.sq_weight, n.beta2)
 
 
-def advance_first_(state: Mapping[str, Tensor], grad: Tensor, n: Scalars) -> Tensor:
+def advance_first_(state: Mapping[str, Tensor], grad: Tensor, n: StepNumbers) -> Tensor:
     """``m ← β1·m + (1−β1) d·g``, in place; returns m in the dtype of the computation."""
     return _average_(state["exp_avg"], grad * n.grad_weight, n.beta1)
 
@@ -168,7 +168,7 @@ def roots(state: Mapping[str, Tensor], d: Tensor, dtype: torch.dtype) -> tuple[T
     if not is_factored(state):
         return (state["exp_avg_sq"],)
     row, column, mean = (state[f"exp_avg_sq_{name}"].to(dtype) for name in FACTORS)
-    return row.div(mean + _TINY).sqrt_(), column.sqrt().div_(d)
+    return row.div(mean + TINY).sqrt_(), column.sqrt().div_(d)
 
 
 def deviation(roots: tuple[Tensor, ...], d: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:

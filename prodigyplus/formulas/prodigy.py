@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prodigyplus.terms import stacks
 from prodigyplus.terms.dtypes import wide_dtype
-from prodigyplus.terms.scalars import Scalars
+from prodigyplus.terms.step_numbers import StepNumbers
 
 # How far the limiter lets d grow in one step.
 LIMIT = 2**0.25
@@ -46,7 +46,7 @@ AVERAGES = ("exp_avg_product", "max_l1", "max_l2")
 
 
 def evidence_sums_(
-    grad: Tensor, base: Tensor, state: Mapping[str, Tensor], kind: str, n: Scalars
+    grad: Tensor, base: Tensor, state: Mapping[str, Tensor], kind: str, n: StepNumbers
 ) -> dict[str, Tensor]:
     """Update ``s`` in ``state``, and return the local sums that :func:`evidence_` needs.
 
@@ -76,7 +76,7 @@ def evidence_sums_(
 
 
 def evidence_(
-    sums: Mapping[str, Tensor], state: Mapping[str, Tensor], kind: str, n: Scalars
+    sums: Mapping[str, Tensor], state: Mapping[str, Tensor], kind: str, n: StepNumbers
 ) -> tuple[Tensor, Tensor]:
     """Products and norms (see the module docstring) from sums over whole tensors; shapes (count,).
 
@@ -91,7 +91,9 @@ def evidence_(
     return torch.where(n.observes, product, 0), torch.where(n.observes, norm, 0)
 
 
-def _relative_(sums: Mapping[str, Tensor], state: Mapping[str, Tensor], n: Scalars) -> tuple[Tensor, Tensor]:
+def _relative_(
+    sums: Mapping[str, Tensor], state: Mapping[str, Tensor], n: StepNumbers
+) -> tuple[Tensor, Tensor]:
     average, l1, l2 = (state[key] for key in AVERAGES)
     new, weight = sums["product"].to(average.dtype), n.ema_weight.to(average.dtype)
     started = l1 > 0  # False until the first observation, which starts the average

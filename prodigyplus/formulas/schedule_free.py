@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prodigyplus.terms.scalars import Scalars
+from prodigyplus.terms.step_numbers import StepNumbers
 
 # How many elements of a large tensor step at once on a CPU, so that what is read again is still in a cache.
 _AT_ONCE = 1 << 17
@@ -59,7 +59,7 @@ def base_iterate(y: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def step_(
-    y: Tensor, z: Tensor, u: Tensor, step: Tensor, n: Scalars, *, decays: bool, is_offset: bool
+    y: Tensor, z: Tensor, u: Tensor, step: Tensor, n: StepNumbers, *, decays: bool, is_offset: bool
 ) -> None:
     """Step y and z, in place: ``y ← y + [c·(z − y) − step·(1−β1(1−c))·u]``, ``z ← z − step·u``.
 
@@ -107,7 +107,7 @@ def propose_(
     z: Tensor,
     u: Tensor,
     step: Tensor,
-    n: Scalars,
+    n: StepNumbers,
     *,
     decays: bool,
     decays_by_lr: bool,
@@ -135,7 +135,14 @@ def propose_(
 
 
 def accept_(
-    y: Tensor, z: Tensor, decrease: Tensor, n: Scalars, *, decays: bool, decays_by_lr: bool, is_offset: bool
+    y: Tensor,
+    z: Tensor,
+    decrease: Tensor,
+    n: StepNumbers,
+    *,
+    decays: bool,
+    decays_by_lr: bool,
+    is_offset: bool,
 ) -> None:
     """Subtract a decrease from :func:`propose_` from y, in place; an offset z is updated for the new y."""
     if decays and not decays_by_lr:
@@ -147,7 +154,7 @@ def accept_(
     y.sub_(decrease)
 
 
-def descend_(y: Tensor, u: Tensor, step: Tensor, n: Scalars, *, decays: bool) -> None:
+def descend_(y: Tensor, u: Tensor, step: Tensor, n: StepNumbers, *, decays: bool) -> None:
     """Without Schedule-Free: ``y ← (1 − decay)·y − step·u``, in place in y."""
     if decays:
         y.mul_(1 - n.decay)

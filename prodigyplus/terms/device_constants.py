@@ -18,7 +18,7 @@ T = TypeVar("T")
 # How many constants an optimiser keeps at most.
 _MAX_CONSTANTS = 1 << 14
 
-# For how many steps that make their batches anew, what is recent is kept without being used.
+# After how many steps that made their batches anew and did not use it, a constant of get_recent() is dropped.
 _RECENT = 4
 
 

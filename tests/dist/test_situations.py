@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -277,6 +277,49 @@ def test_tied_weights_are_saved_under_each_name(pool, tied):
     assert saved.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert len({pointer for pointer, _ in saved.values()}) == 4
     assert torch.equal(saved["0.weight"][1], saved["1.weight"][1]) == tied
+
+
+def with_weights_of_others():
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+    loaded = {
+        name: distribute_tensor(torch.ones(p.shape), p.device_mesh, p.placements)
+        for name, p in model.named_parameters()
+    }
+    model.load_state_dict(loaded, assign=True)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"on the meta device.* Build the optimiser afterwards"):
+        optimizer.step()
+    optimizer = ShardedProdigyPlusScheduleFree(model.parameters())
+    optimizer.step()
+
+
+def test_parameters_that_others_have_replaced(pool):
+    pool.run(2, with_weights_of_others)
+
+
+def averages_of_a_pipeline():
+    """The whole average of this rank's stage, of a pipeline of two stages, each on two ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    stage, _ = mesh.get_coordinate()
+    torch.manual_seed(stage)
+    model = nn.ModuleDict({f"{stage}": nn.Linear(4, 4)})
+    fully_shard(model[f"{stage}"], mesh=mesh["dp"])
+    optimizer = ShardedProdigyPlusScheduleFree(
+        model.parameters(), d0=1e-2, process_group=mesh.get_group("pp")
+    )
+    model[f"{stage}"](torch.ones(4, 4)).square().sum().backward()
+    optimizer.step()
+    in_shards = {name: whole(value) for name, value in optimizer.averaged_state_dict(model).items()}
+    return in_shards, optimizer.averaged_state_dict(model, full=True)
+
+
+def test_the_first_rank_of_each_stage_has_its_whole_average(pool):
+    for rank, (expected, found) in enumerate(pool.run(4, averages_of_a_pipeline)):
+        assert found.keys() == (set() if rank % 2 else {f"{rank // 2}.weight", f"{rank // 2}.bias"})
+        assert_same(found, {name: expected[name] for name in found})
 
 
 def disagreeing(mesh_name, what, options):

@@ -109,7 +109,7 @@ def step(groups, square, present, evidence, *, initializes):
     found = {"learns": learns.double()}
     for dtype in (torch.float64, torch.float32):
         for index, of_group in enumerate(groups.group_steps):
-            n = of_group.scalars(DEVICE, dtype)
+            n = of_group.step_numbers(DEVICE, dtype)
             found |= {
                 (dtype, index, name): value.double()
                 for name, value in n._asdict().items()

@@ -49,11 +49,24 @@ def test_no_gradients_at_all():
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_gradients_that_come_late_or_that_nobody_wants(trained):
+def test_gradients_that_are_rare_or_that_nobody_wants(trained):
     parameter = nn.Parameter(torch.ones(4), requires_grad=trained)
     optimizer = ProdigyPlusScheduleFree([parameter])
     for step in range(30):
-        parameter.grad = torch.ones(4) if trained and step == 8 else None
+        parameter.grad = torch.ones(4) if trained and step % 10 == 9 else None
+        optimizer.step()
+
+
+def test_gradients_that_come_no_more():
+    """As under FSDP2 without a backward pass that reduces them."""
+    parameter = nn.Parameter(torch.ones(4))
+    optimizer = ProdigyPlusScheduleFree([parameter])
+    parameter.grad = torch.ones(4)
+    optimizer.step()
+    parameter.grad = None
+    for _ in range(9):
+        optimizer.step()
+    with pytest.warns(UserWarning, match=r"set_requires_gradient_sync\(True\)"):
         optimizer.step()
 
 

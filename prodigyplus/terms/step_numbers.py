@@ -15,7 +15,7 @@ from torch import Tensor
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class Scalars(NamedTuple):
+class StepNumbers(NamedTuple):
     """The numbers of a group in one step: 0-dim tensors of one dtype and device.
 
     In a no-op, weights that keep something are 1 and weights that add something are 0. If the step is a no-op
@@ -45,13 +45,13 @@ class Scalars(NamedTuple):
     observes: Tensor  # bool: whether this gradient counts as evidence; not if lr is 0
     step: Tensor  # int64: the number of this step, from 1
 
-    packed: Packed  # the same numbers in few tensors
+    packed: PackedNumbers  # the same numbers in few tensors
 
-    def where(self, condition: Tensor) -> Scalars:
+    def where(self, condition: Tensor) -> StepNumbers:
         """These numbers where ``condition`` (bool, 0-dim or (count,)) holds, a no-op's elsewhere."""
         return self.packed.where(condition).across(0)
 
-    def across(self, dims: int) -> Scalars:
+    def across(self, dims: int) -> StepNumbers:
         """These numbers, in shapes that broadcast over a stack of tensors of ``dims`` dimensions."""
         return self.packed.across(dims) if self.unit.ndim else self
 
@@ -71,47 +71,49 @@ class Scalars(NamedTuple):
 
 
 # The indices of the first field that adds something, and of the first that a no-op leaves unchanged.
-_FIRST_ADDED, _FIRST_UNCHANGED = map(Scalars._fields.index, ("grad_weight", "y_fraction"))
+_FIRST_ADDED, _FIRST_UNCHANGED = map(StepNumbers._fields.index, ("grad_weight", "y_fraction"))
 
-VALUES: tuple[str, ...] = Scalars._fields[: Scalars._fields.index("gate")]
-"""The names of the numbers in :attr:`Packed.values`, in order."""
+VALUES: tuple[str, ...] = StepNumbers._fields[: StepNumbers._fields.index("gate")]
+"""The names of the numbers in :attr:`PackedNumbers.values`, in order."""
 
 
-class Packed(NamedTuple):
-    """:class:`Scalars` in few tensors: the form that compiled passes and kernels take."""
+class PackedNumbers(NamedTuple):
+    """:class:`StepNumbers` in few tensors: the form that compiled passes and kernels take."""
 
     values: Tensor  # shape (numbers,), or (numbers, count) where parameters of a stack have their own
     gate: Tensor
     observes: Tensor
     step: Tensor
 
-    def where(self, condition: Tensor) -> Packed:
-        """See :meth:`Scalars.where`."""
+    def where(self, condition: Tensor) -> PackedNumbers:
+        """See :meth:`StepNumbers.where`."""
         values = self.values
         if values.ndim <= condition.ndim:
             values = values.unsqueeze(1).expand(-1, len(condition))
         kept, added, unchanged = values.tensor_split((_FIRST_ADDED, _FIRST_UNCHANGED))
-        return Packed(
+        return PackedNumbers(
             torch.cat((torch.where(condition, kept, 1), torch.where(condition, added, 0), unchanged)),
             torch.where(condition, self.gate, 0),
             self.observes & condition,
             self.step,
         )
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
+    def to(self, device: torch.device, dtype: torch.dtype) -> PackedNumbers:
         """These numbers on ``device``, floating-point ones in ``dtype``."""
         gate = self.gate.to(device, _BITS[dtype])
-        return Packed(self.values.to(device, dtype), gate, self.observes.to(device), self.step.to(device))
+        return PackedNumbers(
+            self.values.to(device, dtype), gate, self.observes.to(device), self.step.to(device)
+        )
 
-    def across(self, dims: int) -> Scalars:
+    def across(self, dims: int) -> StepNumbers:
         """These numbers one by one, in shapes that broadcast over a stack of ``dims``-dimensional tensors."""
         values, gate, observes = self.values, self.gate, self.observes
         if values.ndim > 1:
             shape = -1, *(1,) * dims
             values, gate, observes = values.view(len(values), *shape), gate.view(shape), observes.view(shape)
         # Not _make(), which torch.compile cannot trace in 2.8; mypy cannot know how many values there are.
-        return Scalars(*values.unbind(), gate, observes, self.step, self)  # type: ignore[call-arg, arg-type]
+        return StepNumbers(*values.unbind(), gate, observes, self.step, self)  # type: ignore[call-arg, arg-type]
 
 
-Numbers: TypeAlias = "Scalars | Packed"
+Numbers: TypeAlias = "StepNumbers | PackedNumbers"
 """The numbers of a step in either form; both have ``across``."""
