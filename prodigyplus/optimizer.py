@@ -187,14 +187,15 @@ class ProdigyPlusScheduleFree(Optimizer):
     ) -> None:
         # The signature is the one place that has the defaults: its arguments are taken by their names.
         given = {name: value for name, value in locals().items() if name in options.NAMES}
-        self._set_up(WholeTensors(), OneProcess(), ParameterHooks())
+        if "_placement" not in self.__dict__:  # a subclass has set its own
+            self._set_up(WholeTensors(), OneProcess(), ParameterHooks())
         # Every key of a group is a default, so that a fresh and a loaded optimiser have the same.
         super().__init__(params, {**options.plain(given), **checkpoint.first_values(1.0)})
 
     def _set_up(
         self, placement: Placement, exchange: Exchange, hooks: Hooks, *, shares_d: bool = False
     ) -> None:
-        """Set where tensors lie and who completes sums, before any group is added; later calls do nothing.
+        """Set where tensors lie and who completes sums, before any group is added.
 
         Args:
             placement, exchange, hooks: See their classes.
@@ -203,8 +204,6 @@ class ProdigyPlusScheduleFree(Optimizer):
         Raises:
             ValueError: ``ZeroRedundancyOptimizer`` constructs it, and ``shares_d`` is False.
         """
-        if "_placement" in self.__dict__:
-            return
         if not shares_d and is_called_from("torch.distributed.optim.zero_redundancy_optimizer"):
             raise ValueError(
                 f"ZeroRedundancyOptimizer gives each rank a {type(self).__name__} of other parameters, and "

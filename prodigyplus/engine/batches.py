@@ -146,8 +146,7 @@ class Batch(Bundle):
         Returns:
             Whether it can be reused. If not, a new batch must be made.
         """
-        launches = self._launches
-        assert launches is not None
+        launches = self.launches
         # This runs for every parameter at every step, so by map(), without a line of Python for each.
         if {*map(type, grads)} != {Tensor} or {*map(_TORCH_LAYOUT, grads)} != {torch.strided}:
             return False
@@ -172,7 +171,7 @@ class Batch(Bundle):
 
     def squares(self) -> Requests:
         """See :class:`Bundle`; one request for each piece of the buffer of sums."""
-        launches = self.launches
+        launches = self._launches = self._launches or self._launches_made_()
         sums, totals = launches.squares()
         pieces = {
             f"squares {index}": Sum(sums[piece.start : piece.end], piece.axes)
@@ -183,18 +182,22 @@ class Batch(Bundle):
     def backend(self, squares: Answers, n: StepNumbers) -> Backend:
         return _KernelBackend(self, squares, n)
 
+    def _launches_made_(self) -> Launches:
+        """Its launches, pointed to its tensors, of which they hold the addresses."""
+        states, slice_p, device = self.states, self.group.options.slice_p, self.weights[0].device
+        factored = tuple(map(moments.is_factored, states))
+        key = "launches", tuple(self.ordinals), tuple(map(id, self.layouts)), factored, slice_p
+        launches = self.group.constants.get_recent(
+            device, key, lambda: Launches(Plan(self.layouts, factored, slice_p, device, tile_size()))
+        )
+        launches.point_(self.weights, states, self.grads)
+        self._watched = [weakref.ref(entry, self._freed.append) for entry in self._entries]
+        return launches
+
     @property
     def launches(self) -> Launches:
-        """Its launches, which hold the addresses of its tensors; made at the first call."""
-        if self._launches is None:
-            states, slice_p, device = self.states, self.group.options.slice_p, self.weights[0].device
-            factored = tuple(map(moments.is_factored, states))
-            key = "launches", tuple(self.ordinals), tuple(map(id, self.layouts)), factored, slice_p
-            self._launches = self.group.constants.get_recent(
-                device, key, lambda: Launches(Plan(self.layouts, factored, slice_p, device, tile_size()))
-            )
-            self._launches.point_(self.weights, states, self.grads)
-            self._watched = [weakref.ref(entry, self._freed.append) for entry in self._entries]
+        """Its launches, once :meth:`squares` has made them."""
+        assert self._launches is not None
         return self._launches
 
     @property

@@ -173,9 +173,9 @@ class Optimizers(OptimizersContainer):
         with self.optimizers[0].averaged_parameters():
             yield
 
-    def scalars(self, prefix: str = "") -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """The numbers of the step size, for a logger; see the optimiser's method."""
-        return self.optimizers[0].scalars(prefix)
+        return self.optimizers[0].scalars()
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state, flat: its tensors by names of parameters, its numbers by groups."""
