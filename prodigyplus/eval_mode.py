@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from prodigyplus.formulas import schedule_free
 from prodigyplus.terms.isolation import isolated
-from prodigyplus.torch_private import version_of
 from prodigyplus.view import View
 
 State = Mapping[str, Tensor]
@@ -23,13 +22,13 @@ class AverageSwap:
     def __init__(self) -> None:
         self.is_lent = False  # whether the model holds x within a context of :meth:`lent`
         # In eval mode: y of each parameter whose x was projected, since y cannot be recomputed from such an
-        # x; and the version of the weights that hold x. If it has changed, someone has loaded other weights,
-        # to which this y does not belong.
-        self._saved_y: dict[Tensor, tuple[Tensor, int]] = {}
+        # x; and x. If the model holds another by then, someone has loaded weights, to which this y does not
+        # belong.
+        self._saved: dict[Tensor, tuple[Tensor, Tensor]] = {}
 
     def forget(self) -> None:
-        """Drop the saved y, since the weights in the model have been replaced."""
-        self._saved_y.clear()
+        """Drop what is saved, since the weights in the model have been replaced."""
+        self._saved.clear()
 
     @isolated
     def swap_(self, view: View, *, train: bool) -> None:
@@ -46,9 +45,9 @@ class AverageSwap:
                 if train:
                     self._put_y_(p, local, state, beta1)
                 elif p in projected:
-                    y = p.detach().clone()
-                    p.copy_(projected.pop(p))
-                    self._saved_y[p] = y, version_of(local)
+                    y, x = p.detach().clone(), projected.pop(p)
+                    p.copy_(x)
+                    self._saved[p] = view.placement.local(y), view.placement.local(x)
                 else:
                     schedule_free.x_from_y(local, state, beta1, out=local)
             group["train_mode"], group["average_beta1"] = train, None if train else beta1
@@ -64,11 +63,11 @@ class AverageSwap:
         }
 
     def _put_y_(self, p: Tensor, local: Tensor, state: State, beta1: float) -> None:
-        saved = self._saved_y.pop(p, None)
-        if saved is not None and saved[1] == version_of(local):
-            p.copy_(saved[0])
-        else:
-            schedule_free.y_from_x(local, state, beta1, out=local)
+        y, x = self._saved.pop(p, (None, None))
+        holds_x = None if x is None else (local == x).all()
+        schedule_free.y_from_x(local, state, beta1, out=local)
+        if y is not None and holds_x is not None:
+            local.copy_(torch.where(holds_x, y, local))
 
     def averages(self, view: View) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (parameter, x) for each parameter that does not hold x now; x is new, laid out like it."""

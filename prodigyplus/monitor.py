@@ -6,15 +6,16 @@ have arrived. Each kind of problem is reported once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prodigyplus.engine.groups import Groups
 from prodigyplus.exchange import Exchange
-from prodigyplus.reporting import Warner
+from prodigyplus.placement import Location, locations, memory_of
+from prodigyplus.reporting import Warner, is_called_from
 from prodigyplus.terms.isolation import is_captured
 from prodigyplus.torch_private import version_of
 from prodigyplus.view import View
@@ -61,6 +62,8 @@ class Monitor:
 
     def begin(self, view: View) -> None:
         """Before a step, check what earlier steps have left."""
+        if not self._steps:
+            self._look_for_misuse(view)
         if self._versions:
             self._compare_versions(view)
         if self._sent is not None:
@@ -68,6 +71,27 @@ class Monitor:
             if sent.event is None or (not is_captured(sent.event.device) and sent.event.query()):
                 self._sent = None
                 self._read(sent)
+
+    def _look_for_misuse(self, view: View) -> None:
+        """Before the first step, warn of what trains wrongly from the beginning."""
+        first: dict[Hashable, Location] = {}
+        for location in locations(view.groups):
+            local = view.placement.local(location.p)
+            if type(local) not in (Tensor, nn.Parameter) or local.is_meta or not local.numel():
+                continue
+            other = first.setdefault(memory_of(local), location)
+            if other.p is not location.p:
+                names = " and ".join(one.name_in(view.groups) for one in (other, location))
+                self._warner.warn(
+                    f"{names} share memory: each step moves it twice, and their average is wrong. Tie layers "
+                    "by the parameter itself, as b.weight = a.weight, not by its .data.",
+                    what="memory",
+                )
+        if is_called_from("torch.distributed.optim.post_localSGD_optimizer"):
+            self._warner.warn(
+                "PostLocalSGDOptimizer averages the weights of ranks, but each rank finds a step size and an "
+                "average of its own: use DistributedDataParallel without it."
+            )
 
     def end(self, view: View, groups: Groups, exchange: Exchange, *, in_backward: bool) -> None:
         """After a step, note what to check later.
@@ -111,8 +135,9 @@ class Monitor:
                 f"({len(changed)} of its parameters were); this has happened several times. Changes by "
                 "clamp_(), max_norm or renormalisation do not reach the average that is evaluated, and are "
                 "mistaken for progress: call optimizer.constrain(parameters, projection) once instead. See "
-                "docs/constraints.md. (Weights that are swapped for others and put back, as an EMA's, do no "
-                "harm.)",
+                "docs/constraints.md. So are changes by another optimiser that has the same parameter: give "
+                "each parameter to one. (Weights that are swapped for others and put back, as an EMA's, do "
+                "no harm.)",
                 what="weights",
             )
 

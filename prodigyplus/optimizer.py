@@ -307,6 +307,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         steps.end(view, step)
         if not (view.is_evaluating or step.initializes_state):
             self._hold_(step)
+            self._free_stale_copies()
             self._cache.monitor.end(view, step.groups, self._exchange, in_backward=bool(step.taken))
         for group in fused:
             for p in group["params"]:
@@ -348,7 +349,15 @@ class ProdigyPlusScheduleFree(Optimizer):
     def _has_changed_weights(self) -> None:
         """Drop what was computed from the weights that the model held before."""
         self._cache.monitor.forget_weights()
-        self._placement.free_gathered(self._view.parameters)
+        self._free_stale_copies()
+
+    def _free_stale_copies(self) -> None:
+        """Free copies of weights that have changed since: what FSDP2 has gathered, and autocast has cast.
+
+        After a forward pass without a backward pass, both would go on with them.
+        """
+        torch.clear_autocast_cache()
+        self._placement.free_gathered(p for group in self.param_groups for p in group["params"])
 
     # ------------------------------------------------------------------- within the backward pass
 
@@ -636,6 +645,8 @@ class ProdigyPlusScheduleFree(Optimizer):
         # Runs before users' hooks, which are to see the final state dict.
         def finish(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             to_python_numbers_(saved["param_groups"])
+            for group in saved["param_groups"]:
+                group |= options.plain(group)  # a schedule may have put in numbers of numpy
             states = checkpoint.saved_states(self.param_groups, self.state, self._placement, self._exchange)
             others = {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
             saved["state"] = {**states, **others}

@@ -7,7 +7,7 @@ an entry of the state is kept and saved, and which parameters take part in a ste
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -91,7 +91,7 @@ class Placement(Protocol):
         """
         ...
 
-    def free_gathered(self, parameters: Collection[Tensor]) -> None:
+    def free_gathered(self, parameters: Iterable[Tensor]) -> None:
         """Free whole copies that FSDP2 has gathered of parameters whose values have changed."""
         ...
 
@@ -160,7 +160,7 @@ class WholeTensors:
                 "(from prodigyplus_dist)."
             )
 
-    def free_gathered(self, parameters: Collection[Tensor]) -> None:
+    def free_gathered(self, parameters: Iterable[Tensor]) -> None:
         pass
 
 
@@ -192,6 +192,11 @@ def locations(groups: Sequence[Mapping[str, Any]]) -> list[Location]:
         for in_group, p in enumerate(param_group["params"])
     )
     return [Location(*place, ordinal) for ordinal, place in enumerate(places, 1)]
+
+
+def memory_of(local: Tensor) -> tuple[int, Hashable, Hashable, Hashable]:
+    """Where a local tensor lies: its storage, and where in it; equal for two that are the same memory."""
+    return local.untyped_storage().data_ptr(), local.storage_offset(), local.shape, local.stride()
 
 
 def name_of(group: Mapping[str, Any], index: int, in_group: int) -> str:

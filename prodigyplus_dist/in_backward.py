@@ -81,11 +81,14 @@ class Buckets:
 
     Args:
         model: The wrapped model, which may have no other communication hook.
-        take: Updates a parameter by its gradient.
+
+    Attributes:
+        takes: Functions that update a parameter by its gradient, of all optimisers of the model; each returns
+            whether it has done so.
     """
 
-    def __init__(self, model: DistributedDataParallel, take: Take) -> None:
-        self._take = take
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self.takes: list[Take] = []
         self._waiting: list[tuple[Average, list[Tensor], list[Tensor]]] = []
         group = model.process_group
 
@@ -106,14 +109,20 @@ class Buckets:
         for average, parameters, gradients in waiting:
             average.wait()
             for p, grad in zip(parameters, gradients, strict=True):
-                self._take(p, grad)
+                for take in self.takes:
+                    if take(p, grad):
+                        break
+
+
+# DDP takes one communication hook for a model, which serves all optimisers of its parameters.
+_BUCKETS: WeakKeyDictionary[DistributedDataParallel, Buckets] = WeakKeyDictionary()
 
 
 class MeshHooks:
     """Hooks that run once gradients have been reduced; see :class:`prodigyplus.engine.in_backward.Hooks`."""
 
     def __init__(self) -> None:
-        self._buckets: WeakKeyDictionary[DistributedDataParallel, Buckets] = WeakKeyDictionary()
+        self._attached: WeakKeyDictionary[DistributedDataParallel, Buckets] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "MeshHooks":
         return MeshHooks()  # hooks on a model update one optimiser's parameters
@@ -126,11 +135,13 @@ class MeshHooks:
         if not isinstance(model, DistributedDataParallel):
             return hook_parameters(parameters, take)
         # With these options, DDP learns which parameters are unused only after the backward pass, so step()
-        # moves all. And DDP takes one communication hook for a model: the first serves later groups, too.
-        if not (model.find_unused_parameters or model.static_graph or model in self._buckets):
-            self._buckets[model] = Buckets(model, take)
+        # moves all. A group that comes later is served by the hook that is there.
+        if not (model.find_unused_parameters or model.static_graph or model in self._attached):
+            buckets = self._attached[model] = _BUCKETS.get(model) or Buckets(model)
+            _BUCKETS[model] = buckets
+            buckets.takes.append(take)
         return []
 
     def finish(self) -> None:
-        for buckets in self._buckets.values():
+        for buckets in self._attached.values():
             buckets.consume()

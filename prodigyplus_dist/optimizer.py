@@ -83,9 +83,9 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
 
         Args:
             model: The model whose parameters the optimiser was given, wrapped or not.
-            full: Gather every tensor, one after the other, and keep copies on the CPU of rank 0, under their
-                names in the unwrapped model; with ``process_group``, on the first rank of each stage. Other
-                ranks get an empty dict.
+            full: Gather every tensor, one after the other, and keep copies on the CPU of the first rank of
+                the model's meshes (rank 0, or in a pipeline the first of each stage), under their names in
+                the unwrapped model. Other ranks get an empty dict.
         """
         entries = super().averaged_state_dict(model)
         if not full:
@@ -107,10 +107,12 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         Args:
             entries: Those of the model's state dict.
         """
-        if cast("MeshExchange", self._exchange).process_group is None:
-            return not dist.is_initialized() or dist.get_rank() == 0
         meshes = {entry.device_mesh for entry in entries if isinstance(entry, DTensor)}
-        return not any(any(mesh.get_coordinate() or ()) for mesh in meshes)
+        is_first = not any(any(mesh.get_coordinate() or ()) for mesh in meshes)
+        # Tensors that are not sharded are those of all ranks, unless these are said to have others.
+        holds_others = cast("MeshExchange", self._exchange).process_group is not None
+        is_alone = bool(meshes) or holds_others or not dist.is_initialized()
+        return is_first and (is_alone or dist.get_rank() == 0)
 
     def check_replicas(self, replicas: dist.ProcessGroup | None = None) -> None:
         """Check that all ranks agree where they have to; see :func:`prodigyplus_dist.check_replicas`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from typing import Any
 
 import torch
@@ -122,9 +122,9 @@ class MeshTensors:
                 f"{name} has placements {p.placements}: a Partial parameter has no value to train."
             )
 
-    def free_gathered(self, parameters: Collection[Tensor]) -> None:
+    def free_gathered(self, parameters: Iterable[Tensor]) -> None:
         # FSDP2 keeps the weights of a root module gathered after a forward pass, until a backward pass.
-        reshard_modules_of({p for p in parameters if isinstance(p, DTensor)})
+        reshard_modules_of(parameters)
 
 
 def _lies_with(p: Tensor, grad: Tensor | None) -> bool:

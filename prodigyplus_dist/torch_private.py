@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -30,23 +30,29 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 def fsdp_groups_of(modules: Iterable[nn.Module]) -> list[Any]:
     """FSDP2's own groups of the parameters that it manages in these modules.
 
-    Each has ``_is_hsdp``, and ``fsdp_params`` with their ``sharded_param`` and how they are offloaded.
+    Each has ``is_sharded``, ``_is_hsdp``, and ``fsdp_params`` with their ``sharded_param`` and how they are
+    offloaded.
     Without it, ``fuse_backward`` would accept parameters whose gradients are not whole when hooks see them.
     """
     return [group for module in modules for group in _fsdp_groups(module)]
 
 
-def reshard_modules_of(parameters: Collection[Tensor]) -> None:
+def reshard_modules_of(parameters: Iterable[Tensor]) -> None:
     """Free what FSDP2 has gathered of sharded parameters, whose values have changed since.
 
-    Without it, a root module would go on with the weights that it gathered before they changed. FSDP2 keeps a
+    Without it, a module would go on with the weights that it gathered before they changed. FSDP2 keeps a
     table of its modules; a parameter does not know its module.
 
     Args:
-        parameters: The sharded parameters, as the optimiser has them.
+        parameters: Those whose values have changed, as the optimiser has them; read only if a module has
+            gathered something.
     """
-    for module in _fsdp_modules() if parameters else ():
-        if any(p.sharded_param in parameters for group in _fsdp_groups(module) for p in group.fsdp_params):
+    gathered = [
+        module for module in _fsdp_modules() if not all(group.is_sharded for group in _fsdp_groups(module))
+    ]
+    changed = {*parameters} if gathered else set()
+    for module in gathered:
+        if any(p.sharded_param in changed for group in _fsdp_groups(module) for p in group.fsdp_params):
             module.reshard()
 
 

@@ -30,10 +30,13 @@ class _MadeFor(NamedTuple):
 
     layout: Layout
     options: StateOptions
+    entries: int  # how many it had
 
-    def fits(self, layout: Layout, options: StateOptions) -> bool:
-        """Whether it fits a parameter of this layout, under these options."""
-        return (self.layout is layout or self.layout == layout) and self.options == options
+    def fits(self, layout: Layout, options: StateOptions, entries: int) -> bool:
+        """Whether a state of so many entries fits a parameter of this layout, under these options."""
+        # Prodigy's evidence may have been freed since, but nothing can have come.
+        is_of_layout = self.layout is layout or self.layout == layout
+        return is_of_layout and self.options == options and self.entries >= entries
 
 
 class Parameters:
@@ -99,14 +102,13 @@ class Parameters:
         weight, gradient, layout = local(p), local(gradient).resolve_neg(), self._placement.layout(p)
         before = self._made_for.get(p)
         # Field by field: tuples made for every parameter at every step would keep the garbage collector busy.
-        fits = before is not None and before.fits(layout, group.state_options)
+        fits = before is not None and before.fits(layout, group.state_options, len(state))
         if not (state and fits):
-            made_for = _MadeFor(layout, group.state_options)
             if not state:
                 state.update(self.new_state(p, gradient, group.state_options))
             else:
-                self._check_state(location, weight, gradient, made_for, group)
-            self._made_for[p] = made_for
+                self._check_state(location, weight, gradient, group)
+            self._made_for[p] = _MadeFor(layout, group.state_options, len(state))
         if not group.adapts:
             for key in state_table.EVIDENCE_KEYS:
                 state.pop(key, None)
@@ -120,40 +122,47 @@ class Parameters:
 
     def note_fit(self, p: Tensor, options: StateOptions) -> None:
         """Note that the state of a parameter fits it, under these options."""
-        self._made_for[p] = _MadeFor(self._placement.layout(p), options)
+        self._made_for[p] = _MadeFor(self._placement.layout(p), options, len(self._state[p]))
 
     def forget_replaced(self) -> None:
         """Drop references to parameters that were replaced."""
         if len(self._made_for) > 2 * len(self._state):
             self._made_for.clear()
 
-    def _check_state(
-        self, location: Location, weight: Tensor, grad: Tensor, now: _MadeFor, group: GroupStep
-    ) -> None:
-        """Refuse a state that was made for other options, or for a parameter of another shape.
+    def _check_state(self, location: Location, weight: Tensor, grad: Tensor, group: GroupStep) -> None:
+        """Refuse a state that was made for other options, or for a parameter of another shape, or by others.
 
         Raises:
             RuntimeError: The state does not fit.
         """
         before = self._made_for.get(location.p)
         if before is not None:
-            for name, old, new in zip(StateOptions._fields, before.options, now.options, strict=True):
+            options = zip(StateOptions._fields, before.options, group.state_options, strict=True)
+            for name, old, new in options:
                 if old != new and name in group.param_group:
                     value, index = group.param_group[name], location.group
                     raise RuntimeError(
                         f"{name}={value!r} in param_groups[{index}], whose state was made under another "
                         "value: build another optimiser to change it."
                     )
-        state = self._placement.local_state(self._state[location.p])
+        if foreign := self._state[location.p].keys() - state_table.TABLE.keys():
+            raise RuntimeError(
+                f"the state of {self.name(location)} has {sorted(foreign)}, which are not this optimiser's. "
+                "It could not load them again: keep them in a dict of your own."
+            )
+        state, layout = (
+            self._placement.local_state(self._state[location.p]),
+            self._placement.layout(location.p),
+        )
         needed = {
             key: shape
-            for key, shape in state_table.expected_shapes(weight, grad, now.layout, now.options).items()
+            for key, shape in state_table.expected_shapes(weight, grad, layout, group.state_options).items()
             if key in state or group.adapts or key not in state_table.EVIDENCE_KEYS
         }
         found = {key: tuple(value.shape) for key, value in state.items()}
         if found != needed:
             key = next(key for key in [*needed, *found] if found.get(key) != needed.get(key))
-            shape = now.layout.shape
+            shape = layout.shape
             was = (
                 "" if before is None else f", and was of shape {before.layout.shape} when its state was made"
             )

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from prodigyplus import ProdigyPlusScheduleFree, checkpoint
 from prodigyplus.checkpoint import WEIGHTS
 from prodigyplus.formulas import schedule_free
+from prodigyplus.placement import memory_of
 
 
 def _framework() -> str:
@@ -284,8 +285,7 @@ def _without_sharing(
 
 def _memory(tensor: Any) -> tuple[Any, ...]:
     """Where a tensor lies; of a DTensor, its local piece."""
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.untyped_storage().data_ptr(), local.storage_offset(), tensor.shape, local.stride()
+    return memory_of(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
 
 
 # ------------------------------------------------------------------------------------------- checks

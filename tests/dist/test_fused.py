@@ -103,6 +103,36 @@ def moved_in_backward():
     return moved, len(before)
 
 
+def of_two_optimizers(fused):
+    """Two optimisers of one model, of which the first is replaced by another after a while."""
+    torch.manual_seed(0)
+    model = Transformer(1)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=0.05)
+    halves = list(model.parameters())[::2], list(model.parameters())[1::2]
+
+    def made(half):
+        optimizer = ShardedProdigyPlusScheduleFree(half, fused_back_pass=fused, d0=1e-3)
+        if fused:
+            optimizer.fuse_backward(wrapped)
+        return optimizer
+
+    data, optimizers = Walks(), list(map(made, halves))
+    for step in range(6):
+        if step == 3:
+            optimizers[0] = None  # no longer alive when the next one hooks into the same model
+            optimizers[0] = made(halves[0])
+        wrapped.zero_grad()
+        loss_of(wrapped, data.next().chunk(2)[dist.get_rank()]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_two_optimizers_of_one_model_under_ddp(pool):
+    """DDP has one communication hook for both."""
+    assert_same(pool.run(2, of_two_optimizers, True), pool.run(2, of_two_optimizers, False))
+
+
 def test_ddp_moves_parameters_while_others_wait_for_their_gradients(pool):
     for moved, count in pool.run(2, moved_in_backward):
         assert count / 3 < moved < count

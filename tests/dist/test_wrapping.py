@@ -64,6 +64,38 @@ def test_parameters_offloaded_to_the_cpu(pool):
     assert_same(pool.run(2, trained, False, True), pool.run(2, trained, False))
 
 
+def looked_at(optimizer_class, before_step, options):
+    """The losses of a run; with ``before_step``, a forward pass comes between backward pass and step."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 40), torch.nn.Tanh(), torch.nn.Linear(40, 1))
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = optimizer_class(model.parameters(), **options)
+    x, losses = torch.randn(16, 8), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        if before_step:
+            with torch.no_grad():
+                model(x)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_forward_pass_between_backward_pass_and_step(pool):
+    """FSDP2 keeps what it has gathered for it, which the step makes old."""
+    for optimizer, options in (
+        (ShardedProdigyPlusScheduleFree, {"d0": 1e-3}),
+        (torch.optim.AdamW, {"lr": 1e-2}),
+    ):
+        expected, found = (pool.run(2, looked_at, optimizer, each, options) for each in (False, True))
+        # torch's own optimisers train on at the old weights; when they no longer do, so need not we.
+        assert (found == expected) == (optimizer is ShardedProdigyPlusScheduleFree)
+
+
 def trained_in_wrappers(wrapper, fuses):
     """The weights and the average of a run whose inner layer recomputes activations, or is compiled."""
     torch.manual_seed(0)

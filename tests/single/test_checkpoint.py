@@ -6,6 +6,7 @@ import json
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -150,6 +151,31 @@ def test_lists_where_tuples_were():
     saved["param_groups"][0]["betas"] = list(saved["param_groups"][0]["betas"])
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+    run(optimizer, problem, 1)
+
+
+def test_numbers_of_numpy_that_a_schedule_has_set():
+    problem, optimizer = pair((40, 12))
+    run(optimizer, problem, 2)
+    optimizer.param_groups[0].update(lr=np.float64(0.5), warmup_steps=np.int64(3))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    (group,) = torch.load(file, weights_only=True)["param_groups"]
+    assert (type(group["lr"]), group["lr"]) == (float, 0.5)
+    assert (type(group["warmup_steps"]), group["warmup_steps"]) == (int, 3)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("value", [0, torch.ones(40, 12)], ids=["number", "tensor"])
+def test_entries_of_the_users_in_a_state_are_refused(steps, value):
+    """Saved, they could not be loaded."""
+    problem, optimizer = pair((40, 12))
+    run(optimizer, problem, steps)
+    optimizer.state[problem.parameters[0]]["slow"] = value
+    with pytest.raises(RuntimeError, match=r"the state of parameter 0 .* has \['slow'\]"):
+        run(optimizer, problem, 1)
+    del optimizer.state[problem.parameters[0]]["slow"]
     run(optimizer, problem, 1)
 
 

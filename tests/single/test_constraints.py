@@ -322,7 +322,12 @@ def test_a_parameter_that_was_replaced_is_told_of():
         run(optimizer, problem, 1)
 
 
-def test_weights_loaded_in_eval_mode_are_trained_on():
+def written_to_its_data(p, values):
+    p.data = values.clone()
+
+
+@pytest.mark.parametrize("load", [torch.Tensor.copy_, written_to_its_data])
+def test_weights_loaded_in_eval_mode_are_trained_on(load):
     """They are no x of the y that eval() has kept."""
     trained = []
     for constrained in (True, False):
@@ -332,7 +337,7 @@ def test_weights_loaded_in_eval_mode_are_trained_on():
         run(optimizer, problem, 5)
         optimizer.eval()
         with torch.no_grad():
-            problem.parameters[0].copy_(problem.target)
+            load(problem.parameters[0], problem.target)
         optimizer.train()
         trained.append(problem.parameters[0])
     assert torch.equal(*trained)

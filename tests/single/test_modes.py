@@ -146,6 +146,7 @@ def test_averaged_parameters_come_back_after_an_error():
     assert_same(snapshot(optimizer), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*share memory:UserWarning")
 def test_averaged_parameters_come_back_where_they_share_memory():
     shared = torch.ones(3)
     parameters = [nn.Parameter(shared), nn.Parameter(shared)]
@@ -352,3 +353,28 @@ def test_check_replicas_of_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match=r"prodigyplus_dist\.check_replicas"):
         optimizer.check_replicas()
+
+
+def test_weights_that_autocast_has_cast_before():
+    """It keeps what it has cast, for all forward passes within it; the average must not meet those of y."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=1e-2)
+    x = torch.ones(4, 8)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    with torch.autocast("cpu", torch.bfloat16), optimizer.averaged_parameters():
+        expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        at_y = model(x)
+        with optimizer.averaged_parameters():
+            found = model(x)
+        after = model(x)
+        optimizer.step()
+        moved = model(x)
+    assert torch.equal(found, expected)
+    assert torch.equal(after, at_y)
+    assert not torch.equal(found, at_y)
+    assert not torch.equal(moved, at_y)

@@ -57,6 +57,21 @@ def test_gradients_that_are_rare_or_that_nobody_wants(trained):
         optimizer.step()
 
 
+def test_parameters_that_share_memory():
+    """As layers that were tied by ``.data``: the average of both would be computed from the same weights."""
+    parameters = [nn.Parameter(torch.ones(2, 4)) for _ in range(3)]
+    parameters[2].data = parameters[0].data
+    views = [nn.Parameter(row) for row in torch.ones(2, 4)]  # of one storage, but other elements
+    optimizer = ProdigyPlusScheduleFree([{"params": parameters}, {"params": views}])
+    for p in (*parameters, *views):
+        p.grad = torch.ones_like(p)
+    expected = r"parameter 0 of param_groups\[0\] and parameter 2 of param_groups\[0\] share memory"
+    with pytest.warns(UserWarning, match=expected) as caught:
+        optimizer.step()
+    assert len(caught) == 1
+    optimizer.step()
+
+
 def test_gradients_that_come_no_more():
     """As under FSDP2 without a backward pass that reduces them."""
     parameter = nn.Parameter(torch.ones(4))
