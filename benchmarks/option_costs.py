@@ -63,8 +63,7 @@ fused=False | On a GPU: torch operators in place of the Triton kernels. For comp
 fused_back_pass=True | Moves weights within the backward pass. When gradients do not fit:
   [fused.md](fused.md).
   | source: [tutorial](https://pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html)
-use_stableadamw=False | No scaling down of large updates. When you clip gradients yourself, or d stays
-  small.
+use_stableadamw=False | No scaling down of large updates. Where d stays small.
   | source: on: {2304.13013}
 eps=None | Adam-atan2: bounded updates without an epsilon. When gradients may be as small as `eps`.
   | source: {2407.05872, eq. 34} | given: eps=None, use_stableadamw=False
@@ -304,7 +303,10 @@ NOTES = """\
   the first of them.
 - On a GPU, kernels move float32 and bfloat16 weights, except in groups with Cautious, Grams, ADOPT, OrthoGrad
   or FOCUS: these move operator by operator, with a launch for each of some 45 operators and each shape.
-  With `fused_back_pass`, parameters move by kernels one by one, as their gradients come.
+  With `fused_back_pass`, parameters move by kernels one by one, as their gradients come. Weights that are not
+  contiguous, of a subclass of `Tensor`, or of more than 2³⁰ elements on a rank move by operators, too, without
+  notice; `fused=True` makes that an error where options, dtypes or devices are the reason. GPUs other than
+  NVIDIA's have not been tried.
 - `use_schedulefree`, `use_focus`, `use_muon_pp`, `use_speed="relative"`, `factored`, `factored_fp32`,
   `bfloat16_z`, `slice_p`, `step_size` decide what state there is, and are fixed from a parameter's first step
   on. The others may change between two steps, and are checked when they do. Once `prodigy_steps` has passed,

@@ -62,8 +62,9 @@ class ProdigyPlusScheduleFree(Optimizer):
     >>> optimizer.step()
     >>> optimizer.eval()
 
-    Keep the learning rate constant and do not clip gradients: StableAdamW takes the place of clipping. A step
-    that meets an inf or NaN in any gradient changes nothing, and no step waits for the device.
+    Keep the learning rate constant. Clip gradients only where single ones may be far too large
+    (docs/guides/loops.md). A step that meets an inf or NaN in any gradient changes nothing, and no step waits
+    for the device.
 
     Every option may be set per parameter group. Those that decide what state a parameter has
     (``use_schedulefree``, ``use_focus``, ``use_muon_pp``, ``use_speed="relative"``, ``factored``,
