@@ -303,10 +303,10 @@ NOTES = """\
   the first of them.
 - On a GPU, kernels move float32 and bfloat16 weights, except in groups with Cautious, Grams, ADOPT, OrthoGrad
   or FOCUS: these move operator by operator, with a launch for each of some 45 operators and each shape.
-  With `fused_back_pass`, parameters move by kernels one by one, as their gradients come. Weights that are not
-  contiguous, of a subclass of `Tensor`, or of more than 2³⁰ elements on a rank move by operators, too, without
-  notice; `fused=True` makes that an error where options, dtypes or devices are the reason. GPUs other than
-  NVIDIA's have not been tried.
+  With `fused_back_pass`, parameters move by kernels one by one, as their gradients come. Weights that are
+  not contiguous, of a subclass of `Tensor`, or of more than 2³⁰ elements on a rank move by operators too,
+  without notice; `fused=True` makes that an error where options, dtypes or devices are the reason. GPUs other
+  than NVIDIA's have not been tried.
 - `use_schedulefree`, `use_focus`, `use_muon_pp`, `use_speed="relative"`, `factored`, `factored_fp32`,
   `bfloat16_z`, `slice_p`, `step_size` decide what state there is, and are fixed from a parameter's first step
   on. The others may change between two steps, and are checked when they do. Once `prodigy_steps` has passed,

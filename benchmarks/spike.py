@@ -30,7 +30,7 @@ def balance(parameters: Any, **options: Any) -> Optimizer:
 
 
 def adamw(parameters: Any) -> Optimizer:
-    """torch's."""
+    """AdamW of torch."""
     return torch.optim.AdamW(parameters, 1e-2)
 
 
@@ -57,7 +57,7 @@ def losses(
     found = []
     for step in range(SPIKE + max(AFTER) + 1):
         optimizer.zero_grad()
-        (F.mse_loss(model(x), y) * (factor if step == SPIKE else 1.0)).backward()
+        (F.mse_loss(model(x), y) * (factor if step == SPIKE else 1.0)).backward()  # type: ignore[no-untyped-call]
         if clips:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
