@@ -147,6 +147,9 @@ UNSEEN: dict[tuple[str, str], str] = {
         "factors",
         "tensor, column, first = tl.load(row - B_TENSOR), tl.load(row + B_POINTER), tl.load(row + B_FIRST)",
     ): _FIRST_COLUMN,
+    ("add_parts", "is_inner, first = tl.load(row - A_IS_INNER), tl.load(row + A_FIRST)"): _FIRST_COLUMN,
+    ("add_up", "first, stride = tl.load(entry - U_FIRST), tl.load(entry + U_STRIDE)"): _FIRST_COLUMN,
+    ("factors", "total = tl.load(sums + first + index, mask=exists, other=1.0)"): _NO_ELEMENT,
     ("tile_of", "tensor = tl.load(matrix - M_TENSOR)"): _FIRST_COLUMN,
     ("tile_of", "local = tl.multiple_of(tl.load(size - S_LOCAL).to(tl.int32), MULTIPLE)"): _FIRST_COLUMN,
     (

@@ -39,6 +39,7 @@ _ADMITTED: dict[str, tuple[object, ...]] = {
 }
 
 
+@functools.cache
 def admits(kind: Kind) -> bool:
     """Whether the passes of a kind can be compiled."""
     return kind.refused_by(_ADMITTED) is None

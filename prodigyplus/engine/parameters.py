@@ -77,43 +77,57 @@ class Parameters:
             RuntimeError: The parameter cannot be trained with this gradient or state.
             ValueError: It cannot be trained at all, as its group says.
         """
-        p, state, local = location.p, self._state[location.p], self._placement.local
+        p, local = location.p, self._placement.local
         gradient, present = self._placement.gradient(location, grad, self.name)
+        self._check_can_be_trained(location, gradient, group, has_gradient=grad is not None)
+        # The memory of a negative view holds its values with the opposite sign.
+        weight, gradient, layout = local(p), local(gradient).resolve_neg(), self._placement.layout(p)
+        state = self._fitting_state_(location, weight, gradient, layout, group)
+        if not group.adapts:
+            for key in state_table.EVIDENCE_KEYS:
+                state.pop(key, None)
+        local_state = self._placement.local_state(state)
+        return ParamStep(weight, gradient, local_state, layout, group, location.ordinal, present)
+
+    def _check_can_be_trained(
+        self, location: Location, gradient: Tensor, group: GroupStep, *, has_gradient: bool
+    ) -> None:
+        p, is_new = location.p, not self._state[location.p]
         if gradient.layout is not torch.strided:
             raise RuntimeError(
                 f"{self.name(location)} has a sparse gradient, which this optimiser cannot use: build its "
                 "layer with sparse=False."
             )
-        if grad is None and p.is_meta:
+        if p.is_meta and not has_gradient:
             raise RuntimeError(
                 f"{self.name(location)} is on the meta device, without values or a gradient: the model has "
                 "another in its place, as after load_state_dict(assign=True). Build the optimiser afterwards."
             )
-        if not state:
+        if is_new:
             self._placement.check(p, self.name(location))
-        if not state or p.dtype not in DTYPES:
+        if is_new or p.dtype not in DTYPES:
             check_parameter(p, group.options, self.name(location))
         if not _fits(gradient.dtype, compute_dtype(p)):
             raise RuntimeError(
                 f"{self.name(location)} is {p.dtype}, but its gradient {gradient.dtype}: give it one of the "
                 "parameter's dtype, or of bfloat16 beside float32."
             )
-        # The memory of a negative view holds its values with the opposite sign.
-        weight, gradient, layout = local(p), local(gradient).resolve_neg(), self._placement.layout(p)
+
+    def _fitting_state_(
+        self, location: Location, weight: Tensor, grad: Tensor, layout: Layout, group: GroupStep
+    ) -> dict[str, Tensor]:
+        """The state of a parameter: made if there is none yet, checked if it may not fit."""
+        p, state, options = location.p, self._state[location.p], group.state_options
         before = self._made_for.get(p)
         # Field by field: tuples made for every parameter at every step would keep the garbage collector busy.
-        fits = before is not None and before.fits(layout, group.state_options, len(state))
-        if not (state and fits):
-            if not state:
-                state.update(self.new_state(p, gradient, group.state_options))
-            else:
-                self._check_state(location, weight, gradient, group)
-            self._made_for[p] = _MadeFor(layout, group.state_options, len(state))
-        if not group.adapts:
-            for key in state_table.EVIDENCE_KEYS:
-                state.pop(key, None)
-        local_state = self._placement.local_state(state)
-        return ParamStep(weight, gradient, local_state, layout, group, location.ordinal, present)
+        if state and before is not None and before.fits(layout, options, len(state)):
+            return state
+        if state:
+            self._check_state(location, weight, grad, group)
+        else:
+            state.update(self.new_state(p, grad, options))
+        self._made_for[p] = _MadeFor(layout, options, len(state))
+        return state
 
     def new_state(self, p: Tensor, grad: Tensor, options: StateOptions) -> dict[str, Tensor]:
         """The state of a parameter before its first step, as it is kept; samples are plain tensors."""
