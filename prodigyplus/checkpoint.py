@@ -127,6 +127,15 @@ def parallel_wrappers(model: nn.Module) -> frozenset[str]:
     return frozenset(path for path, module in modules if isinstance(module, parallel))
 
 
+def exported(entries: Iterable[tuple[str, Any]], model: nn.Module) -> dict[str, Any]:
+    """Copies of the entries of a model's state dict on the CPU, under their names in the unwrapped model."""
+    wrappers = parallel_wrappers(model)
+    return {
+        unwrapped(name, wrappers): value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+        for name, value in entries
+    }
+
+
 def unwrapped(name: str, wrappers: Collection[str] | None = None) -> str:
     """A parameter's name in the unwrapped model.
 

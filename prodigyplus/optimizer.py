@@ -568,14 +568,7 @@ class ProdigyPlusScheduleFree(Optimizer):
         self._check_no_step_is_under_way()
         eval_mode.check_model(self._view, model)
         entries = self._cache.average.state_dict_of(self._view, model, self._has_changed_weights)
-        if not full:
-            return entries
-        wrappers = checkpoint.parallel_wrappers(model)
-        full_entries = {checkpoint.unwrapped(name, wrappers): value for name, value in entries.items()}
-        return {
-            name: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
-            for name, value in full_entries.items()
-        }
+        return checkpoint.exported(entries.items(), model) if full else entries
 
     def check_replicas(self) -> None:
         """Does nothing in a single process; compares ranks in ``ShardedProdigyPlusScheduleFree``.

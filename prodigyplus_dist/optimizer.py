@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from prodigyplus import checkpoint
@@ -90,16 +90,15 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
         entries = super().averaged_state_dict(model)
         if not full:
             return entries
-        wrappers, keeps = checkpoint.parallel_wrappers(model), self._keeps_whole(entries.values())
-        whole: dict[str, Any] = {}
-        for name, value in entries.items():
-            gathered = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
-            if keeps:
-                is_tensor = isinstance(gathered, Tensor)
-                whole[checkpoint.unwrapped(name, wrappers)] = (
-                    gathered.to("cpu", copy=True) if is_tensor else gathered
-                )
-        return whole
+        gathered = (
+            (name, value.full_tensor() if isinstance(value, DTensor) else value)
+            for name, value in entries.items()
+        )
+        if self._keeps_whole(entries.values()):
+            return checkpoint.exported(gathered, model)
+        for _ in gathered:  # all ranks gather together
+            pass
+        return {}
 
     def _keeps_whole(self, entries: Iterable[Any]) -> bool:
         """Whether this rank keeps the whole tensors that ranks gather together.
@@ -108,11 +107,10 @@ class ShardedProdigyPlusScheduleFree(ProdigyPlusScheduleFree):
             entries: Those of the model's state dict.
         """
         meshes = {entry.device_mesh for entry in entries if isinstance(entry, DTensor)}
-        is_first = not any(any(mesh.get_coordinate() or ()) for mesh in meshes)
-        # Tensors that are not sharded are those of all ranks, unless these are said to have others.
-        holds_others = cast("MeshExchange", self._exchange).process_group is not None
-        is_alone = bool(meshes) or holds_others or not dist.is_initialized()
-        return is_first and (is_alone or dist.get_rank() == 0)
+        # Without meshes, all ranks have the same tensors, unless they are said to have others.
+        if meshes or cast("MeshExchange", self._exchange).process_group is not None:
+            return not any(any(mesh.get_coordinate() or ()) for mesh in meshes)
+        return not dist.is_initialized() or dist.get_rank() == 0
 
     def check_replicas(self, replicas: dist.ProcessGroup | None = None) -> None:
         """Check that all ranks agree where they have to; see :func:`prodigyplus_dist.check_replicas`."""
