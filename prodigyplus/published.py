@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from prodigyplus.formulas import moments, prodigy
 from prodigyplus.optimizer import ProdigyPlusScheduleFree
 from prodigyplus.options import Options
 from prodigyplus.placement import name_of
+from prodigyplus.reporting import warn_caller
 from prodigyplus.state_table import StateOptions
 from prodigyplus.terms import samples
 from prodigyplus.terms.dtypes import compute_dtype, wide_dtype
@@ -124,6 +124,13 @@ class _Tally(Counter[tuple[Outcome, tuple[str, ...], Unit, str]]):
             self.add(Outcome.EXACT, *names, unit=unit)
         else:
             self.add(Outcome.CONVERTED, *names, unit=unit, note=note)
+
+    def lines(self) -> tuple[ReportLine, ...]:
+        """A line of the report for each."""
+        return tuple(
+            ReportLine(outcome, names, unit, count, note)
+            for (outcome, names, unit, note), count in self.items()
+        )
 
 
 class _Scales(NamedTuple):
@@ -287,8 +294,40 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
     tally = _Tally()
     converted = [_group(package, saved, index, saved_states, tally) for index in range(len(saved))]
     groups = checkpoint.checked_groups({"state": {}, "param_groups": converted}, optimizer.param_groups)
-    of_ours = {}
-    for index, (group, ours) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+    states = _states(package, state_dict, groups, optimizer.param_groups, tally)
+    _set_shared_d_(groups, saved, tally)
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    report = ImportReport(package.version, all(group["train_mode"] for group in groups), tally.lines())
+    if notable := report.of(Outcome.CHANGES, Outcome.ANEW):
+        warn_caller(
+            f"the run will continue differently than with prodigy-plus-schedule-free {package.version}:\n  "
+            + "\n  ".join(map(str, notable))
+        )
+    return report
+
+
+def _states(
+    package: _Package,
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Group],
+    own: Sequence[Group],
+    tally: _Tally,
+) -> dict[Any, dict[str, Tensor]]:
+    """The states of all parameters as ours, by the package's keys of them.
+
+    Args:
+        package: The version that saved them.
+        state_dict: The package's.
+        groups: Its groups, converted.
+        own: Our optimiser's groups.
+        tally: What has become of each entry is added to it.
+
+    Raises:
+        ValueError: A parameter has another shape, or is no matrix, but in a group that Muon moves.
+    """
+    saved, saved_states = state_dict["param_groups"], state_dict["state"]
+    states = {}
+    for index, (group, ours) in enumerate(zip(groups, own, strict=True)):
         for applies, name, how in package.changes:
             if applies(group):
                 tally.add(Outcome.CHANGES, name, unit="group", note=how)
@@ -301,23 +340,10 @@ def import_published(optimizer: ProdigyPlusScheduleFree, state_dict: Mapping[str
                     f'To go on without: state_dict["param_groups"][{index}]["use_muon_pp"] = False.'
                 )
             if saved_states.get(key):
-                of_ours[key] = _state(saved_states[key], p, o, scales, name, tally)
+                states[key] = _state(saved_states[key], p, o, scales, name, tally)
             else:
                 tally.add(Outcome.EXACT, "no state", note="no gradient yet")
-    _set_shared_d_(groups, saved, tally)
-    optimizer.load_state_dict({"state": of_ours, "param_groups": groups})
-
-    items = tuple(
-        ReportLine(outcome, names, unit, count, note) for (outcome, names, unit, note), count in tally.items()
-    )
-    report = ImportReport(package.version, all(group["train_mode"] for group in groups), items)
-    if notable := report.of(Outcome.CHANGES, Outcome.ANEW):
-        warnings.warn(
-            f"the run will continue differently than with prodigy-plus-schedule-free {package.version}:\n  "
-            + "\n  ".join(map(str, notable)),
-            stacklevel=2,
-        )
-    return report
+    return states
 
 
 def _package_of(state_dict: Mapping[str, Any]) -> _Package:
