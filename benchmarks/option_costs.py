@@ -445,7 +445,7 @@ def main() -> None:
         "\nThe numbers, which cost neither state nor all-reduces:\n",
     )
     page.table("option and default | what it does | passes:", numbers())
-    page.tell(f"\n{NOTES}", *(f"- {note}." for _, _, note in package._EXCLUSIONS), f"\n{DIFFERENT}")
+    page.tell(f"\n{NOTES}", *(f"- {exclusion.note}." for exclusion in package._EXCLUSIONS), f"\n{DIFFERENT}")
     page.save("options.md")
 
 

@@ -15,7 +15,7 @@ import numbers
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -335,47 +335,58 @@ def check_group_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
             )
 
 
-# What excludes what, in this order: (when, what is then set, what to say of it).
-_EXCLUSIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], dict[str, Any], str], ...] = (
-    *(
-        (
-            lambda o, name=name, off=off: o["step_size"] == "balance" and o[name] not in (off, None),
-            {name: off},
-            f"step_size='balance' excludes {name}, an option of Prodigy's step size: {name}={off!r}",
-        )
-        for name, off in (("use_speed", False), ("d_coef", 1.0), ("beta4", 0.0))
-    ),
-    (
+class _Exclusion(NamedTuple):
+    """Options that exclude others."""
+
+    applies: Callable[[Mapping[str, Any]], bool]  # to a group
+    switches_off: dict[str, Any]  # what it has set, then
+    note: str
+
+
+def _of_prodigy_alone(name: str, off: Any) -> _Exclusion:
+    return _Exclusion(
+        lambda o: o["step_size"] == "balance" and o[name] not in (off, None),
+        {name: off},
+        f"step_size='balance' excludes {name}, an option of Prodigy's step size: {name}={off!r}",
+    )
+
+
+# In this order.
+_EXCLUSIONS: tuple[_Exclusion, ...] = (
+    _of_prodigy_alone("use_speed", off=False),
+    _of_prodigy_alone("d_coef", off=1.0),
+    _of_prodigy_alone("beta4", off=0.0),
+    _Exclusion(
         lambda o: o["eps"] is None and o["use_stableadamw"] and not o["use_muon_pp"],  # which has no eps
         {"use_stableadamw": False},
         "eps=None (Adam-atan2) excludes use_stableadamw=True: StableAdamW is off",
     ),
-    (
+    _Exclusion(
         lambda o: o["use_cautious"] and o["use_grams"],
         {"use_grams": False},
         "use_cautious=True excludes use_grams=True: Grams is off",
     ),
-    (
+    _Exclusion(
         lambda o: o["use_focus"] and o["factored"],
         {"factored": False},
         "use_focus=True excludes factored=True: factored is off, and the state larger",
     ),
-    (
+    _Exclusion(
         lambda o: o["use_focus"] and o["eps"] is None,
         {"eps": 1e-8},
         "use_focus=True excludes eps=None (Adam-atan2): Adam-atan2 is off",
     ),
-    (
+    _Exclusion(
         lambda o: o["use_focus"] and o["use_muon_pp"],
         {"use_muon_pp": False},
         "use_focus=True excludes use_muon_pp=True: Muon is off",
     ),
-    (
+    _Exclusion(
         lambda o: o["use_muon_pp"] and o["use_adopt"],
         {"use_adopt": False},
         "use_muon_pp=True excludes use_adopt=True: ADOPT is off, there is no second moment",
     ),
-    (
+    _Exclusion(
         lambda o: o["use_muon_pp"] and o["use_orthograd"],
         {"use_orthograd": False},
         "use_muon_pp=True excludes use_orthograd=True: OrthoGrad is off",
@@ -386,11 +397,11 @@ _EXCLUSIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], dict[str, Any], st
 def resolve_exclusions_(group: dict[str, Any]) -> list[str]:
     """Switch off the options of ``group`` that another one excludes; returns a note on each."""
     notes = []
-    for excludes, consequence, note in _EXCLUSIONS:
-        if excludes(group):
-            group.update(consequence)
-            values = ", ".join(f"{name}={value!r}" for name, value in consequence.items())
-            notes.append(f"{note}. Pass {values} to silence this.")
+    for exclusion in _EXCLUSIONS:
+        if exclusion.applies(group):
+            group.update(exclusion.switches_off)
+            values = ", ".join(f"{name}={value!r}" for name, value in exclusion.switches_off.items())
+            notes.append(f"{exclusion.note}. Pass {values} to silence this.")
     return notes
 
 

@@ -140,6 +140,14 @@ class _Scales(NamedTuple):
     statistic: float = 1.0  # of Prodigy's statistics
 
 
+class _Change(NamedTuple):
+    """What behaves differently here than in a version of the package."""
+
+    applies: Callable[[Group], bool]  # to a group
+    name: str
+    how: str
+
+
 @dataclass(frozen=True, slots=True)
 class _Package:
     """How a version of the package differs from ours.
@@ -151,7 +159,7 @@ class _Package:
         speed: Our value for its ``use_speed=True``.
         numbers: The other entries of a group that we need.
         scales: Returns the scales of a group, given all groups and its index.
-        changes: What behaves differently here: (whether it does, given the group's options; name; how).
+        changes: What behaves differently here.
     """
 
     version: str
@@ -160,7 +168,7 @@ class _Package:
     speed: bool | str
     numbers: tuple[str, ...]
     scales: Callable[[Sequence[Group], int], _Scales]
-    changes: tuple[tuple[Callable[[Group], bool], str, str], ...]
+    changes: tuple[_Change, ...]
 
 
 # The options in a group of both versions, and of the later one alone.
@@ -218,17 +226,21 @@ _1_9 = _Package(
     numbers=("d", "d_prev", "d_numerator", "d_denom", "weight_sum", "k", "train_mode"),
     scales=_scales_of_1_9,
     changes=(
-        (lambda o: True, "d", "goes by progress at z, not y, and by the ratio N/‖s‖₁, not its arctangent"),
-        (
+        _Change(
+            lambda o: True, "d", "goes by progress at z, not y, and by the ratio N/‖s‖₁, not its arctangent"
+        ),
+        _Change(
             lambda o: not o["split_groups"] or 0 < (o["prodigy_steps"] or 0) <= o["calls"],
             "d_prev",
             "does not shorten the memory of the second moment, where it was left behind",
         ),
-        (lambda o: o["use_stableadamw"], "use_stableadamw", "divides by the root of the rms, not the rms"),
-        (lambda o: o["eps"] is None, "eps=None", "steps are 4/π as long, as Adam-atan2 has it"),
-        (lambda o: o["use_focus"], "use_focus", "averages z weighted with d², not y"),
-        (lambda o: o["use_orthograd"], "use_orthograd", "projects the direction, not the gradient"),
-        (lambda o: o["use_muon_pp"], "use_muon_pp", "has other polynomials, and no memory of the rms"),
+        _Change(
+            lambda o: o["use_stableadamw"], "use_stableadamw", "divides by the root of the rms, not the rms"
+        ),
+        _Change(lambda o: o["eps"] is None, "eps=None", "steps are 4/π as long, as Adam-atan2 has it"),
+        _Change(lambda o: o["use_focus"], "use_focus", "averages z weighted with d², not y"),
+        _Change(lambda o: o["use_orthograd"], "use_orthograd", "projects the direction, not the gradient"),
+        _Change(lambda o: o["use_muon_pp"], "use_muon_pp", "has other polynomials, and no memory of the rms"),
     ),
 )
 
@@ -246,17 +258,17 @@ _2_0 = _Package(
     numbers=("d", "d_numerator", "max_d_numerator", "d_denom", "effective_lr", "k", "train_mode"),
     scales=lambda groups, index: _Scales(),
     changes=(
-        (
+        _Change(
             lambda o: o["use_cautious"] and not o["use_schedulefree"],
             "use_cautious",
             "applies its mask, and does not only compute it",
         ),
-        (
+        _Change(
             lambda o: o["use_adopt"] and not o["use_schedulefree"],
             "use_adopt",
             "normalises d·g, not g, by the deviation of d·g",
         ),
-        (
+        _Change(
             lambda o: o["d_limiter"] and o["d_coef"] < 1 and not o["use_speed"],
             "d_limiter",
             "limits d_coef·d_hat, not d_hat",
@@ -328,9 +340,9 @@ def _states(
     saved, saved_states = state_dict["param_groups"], state_dict["state"]
     states = {}
     for index, (group, ours) in enumerate(zip(groups, own, strict=True)):
-        for applies, name, how in package.changes:
-            if applies(group):
-                tally.add(Outcome.CHANGES, name, unit="group", note=how)
+        for change in package.changes:
+            if change.applies(group):
+                tally.add(Outcome.CHANGES, change.name, unit="group", note=change.how)
         o, scales = Options.of(group), package.scales(saved, index)
         for in_group, (key, p) in enumerate(zip(group["params"], ours["params"], strict=True)):
             name = name_of(ours, index, in_group)
