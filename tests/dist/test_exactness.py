@@ -150,7 +150,8 @@ def test_exactness(pool, mesh_name):
         found, d = first[name]
         groups = groups_of(problem_of(mesh.shapes, name).parameters, mesh.shapes, name)
         grows = torch.tensor([not SLOW & group.keys() for group in groups])
-        assert (expected_d[-1] > 10 * expected_d[0])[grows].double().mean() > 0.8, name
+        # A comparison says little where d has not moved: in most groups it has grown tenfold.
+        assert (expected_d[-1] > 10 * expected_d[0])[grows].double().mean() > 2 / 3, name
         for other in others:
             assert torch.equal(other[name][1], d), name
         assert (d / expected_d - 1).abs().max() <= 1e-5, name
