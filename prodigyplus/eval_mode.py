@@ -63,11 +63,13 @@ class AverageSwap:
         }
 
     def _put_y_(self, p: Tensor, local: Tensor, state: State, beta1: float) -> None:
-        y, x = self._saved.pop(p, (None, None))
-        holds_x = None if x is None else (local == x).all()
+        if p not in self._saved:
+            schedule_free.y_from_x(local, state, beta1, out=local)
+            return
+        y, x = self._saved.pop(p)
+        holds_x = (local == x).all()
         schedule_free.y_from_x(local, state, beta1, out=local)
-        if y is not None and holds_x is not None:
-            local.copy_(torch.where(holds_x, y, local))
+        local.copy_(torch.where(holds_x, y, local))
 
     def averages(self, view: View) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (parameter, x) for each parameter that does not hold x now; x is new, laid out like it."""
