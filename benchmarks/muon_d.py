@@ -23,12 +23,14 @@ sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+# With Prodigy's own default: groups move by the mean of their step sizes.
+MUON = ["--muon", "--option", "split_groups_mean=True"]
+
 # Name, what runs the script, options, and a colour.
 ARMS: tuple[tuple[str, str, list[str], str], ...] = (
     ("one group, no Muon", "", [], "C7"),
-    ("Muon's groups, no Muon", SPLIT, ["--muon"], "C0"),
-    ("Muon", "", ["--muon"], "C1"),
-    ("Muon, split_groups_mean=True", "", ["--muon", "--option", "split_groups_mean=True"], "C3"),
+    ("Muon's groups, no Muon", SPLIT, MUON, "C0"),
+    ("Muon", "", MUON, "C1"),
     ("Muon, split_groups=False", "", ["--muon", "--option", "split_groups=False"], "C2"),
 )
 
