@@ -271,7 +271,7 @@ def _sent_to_host(groups: Groups, differing: dict[str, Tensor]) -> _Sent | None:
     event = torch.Event(device=home)
     copied = {name: value.to("cpu", non_blocking=True) for name, value in sent.differing.items()}
     counts, sizes = (tensor.to("cpu", non_blocking=True) for tensor in (sent.counts, sent.sizes))
-    event.record()
+    event.record(torch.accelerator.current_stream(home))  # by default, that of the current device
     return sent._replace(counts=counts, sizes=sizes, differing=copied, event=event)
 
 

@@ -45,7 +45,7 @@ class Steps:
         """Begin a step; see :class:`prodigyplus.engine.step.Step`."""
         columns = self.columns(view)
         if is_captured(columns.device):
-            self.constants.keep_for_graph()
+            self.constants.keep_for_graph(columns)
         step = Step(view.groups, columns, exchange, self.constants, in_backward=in_backward)
         for group in step.groups.group_steps:
             if group.param_group["calls"] == 0:  # state, if there is any, may be older than the weights

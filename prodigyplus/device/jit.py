@@ -98,7 +98,7 @@ def _options(constants: Mapping[str, object]) -> dict[str, object]:
         name: _triton_dtype(value) if isinstance(value, of_torch) else value
         for name, value in constants.items()
     }
-    # No fused multiply-adds, so that the CPU and the GPU round alike.
+    # No fused multiply-adds, so that GPUs round as the CPU does, except where they divide or take roots.
     return {**options, "enable_fp_fusion": False}
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prodigyplus.device import jit
-from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, TileKind, Tiles, TileSize
+from prodigyplus.device.plan import ALIGNMENT, AT_ONCE, BLOCK, FACTOR_BLOCK, Plan, TileKind, TileSize
 from prodigyplus.device.tables import EVIDENCE_KINDS, Dtypes
 from prodigyplus.terms.device_constants import SentTable
 from prodigyplus.terms.requests import SymmetricProduct
@@ -220,7 +220,7 @@ class Launches:
                     kernels.squares, (len(tiles.table),),
                     self._pointers, plan.sizes, plan.matrices, tiles.table, outer, inner,
                     DTYPE=dtype, FACTORED=tiles.kind.factored, FAST=self._is_fast(tiles.kind),
-                    **self._tile(self._programs.squares, [dtype]),
+                    **_constants_of_tile(plan.tile, self._programs.squares, dtype),
                 )  # fmt: skip
             if len(plan.parts):
                 jit.launch(
@@ -305,6 +305,7 @@ class Launches:
         ordinals = plan.sizes if ordinals is None else ordinals
         read = (plan.sizes, plan.numels) if directions is None else (self._directions, directions.scales)
         is_aligned = directions is None or self._directions_are_aligned
+        program = self._programs.move if moves else self._programs.measure
         for tiles in plan.tiles:
             jit.launch(
                 _kernels().sweep, (len(tiles.table),),
@@ -312,47 +313,10 @@ class Launches:
                 norm_parts[tiles.first :], evidence_parts[:, tiles.first :], plan.tile_count,
                 norms, plan.numels, ordinals, n.step, *read,
                 MOVES=moves, TAKES_EVIDENCE=len(evidence_parts) > 0,
-                **self._constants(setup, tiles, is_aligned),
-                **self._tile(
-                    self._programs.move if moves else self._programs.measure,
-                    [*setup.dtypes.of_elements, setup.direction],
+                **_constants_of_sweep(
+                    setup, tiles.kind, plan.tile, program, is_fast=is_aligned and self._is_fast(tiles.kind),
                 ),
             )  # fmt: skip
-
-    def _constants(self, setup: Setup, tiles: Tiles, is_aligned: bool) -> dict[str, Any]:
-        return {
-            "GRAD_DTYPE": setup.dtypes.grad,
-            "WEIGHT_DTYPE": setup.dtypes.weight,
-            "BASE_DTYPE": setup.dtypes.base,
-            "EXP_AVG_DTYPE": setup.dtypes.exp_avg,
-            "EXP_AVG_SQ_DTYPE": setup.dtypes.exp_avg_sq,
-            "FACTOR_DTYPE": setup.dtypes.outer,
-            "MEAN_DTYPE": setup.dtypes.mean,
-            "P0_DTYPE": setup.dtypes.p0,
-            "S_DTYPE": setup.dtypes.s,
-            "DIRECTION_DTYPE": setup.direction,
-            "READS": setup.direction is not None,
-            "FACTORED": tiles.kind.factored,
-            "SINGLE": tiles.kind.single,
-            "FAST": self._is_fast(tiles.kind) and is_aligned,
-            "MOMENTUM": setup.has_momentum,
-            "IS_OFFSET": setup.is_offset,
-            "ATAN2": setup.is_atan2,
-            "STABLE": setup.is_stable,
-            "DECAYS": setup.decays,
-            "STOCHASTIC": setup.rounds,
-            "KIND": EVIDENCE_KINDS[setup.evidence],
-            "SLICE_P": setup.slice_p,
-            "SAMPLES": 1 << (-(-self.plan.tile.columns // setup.slice_p) - 1).bit_length(),
-        }
-
-    def _tile(self, program: Program, dtypes: Sequence[torch.dtype | None]) -> dict[str, int]:
-        """Constants: how a kernel works through its tiles, and how many elements it reads at a time."""
-        rows, columns = self.plan.tile
-        widest = max(dtype.itemsize for dtype in dtypes if dtype is not None)
-        strip, warps = program
-        vector = _VECTOR_BYTES // widest
-        return {"ROWS": rows, "COLUMNS": columns, "STRIP": strip, "VECTOR": vector, "num_warps": warps}
 
     def _is_fast(self, kind: TileKind) -> bool:
         return kind.fast and self._is_aligned
@@ -385,6 +349,49 @@ class Launches:
 
     def _empty(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.float32, device=self.plan.device)
+
+
+# Cached, since every step asks for the same ones.
+@functools.cache
+def _constants_of_sweep(
+    setup: Setup, kind: TileKind, tile: TileSize, program: Program, *, is_fast: bool
+) -> Mapping[str, object]:
+    return {
+        "GRAD_DTYPE": setup.dtypes.grad,
+        "WEIGHT_DTYPE": setup.dtypes.weight,
+        "BASE_DTYPE": setup.dtypes.base,
+        "EXP_AVG_DTYPE": setup.dtypes.exp_avg,
+        "EXP_AVG_SQ_DTYPE": setup.dtypes.exp_avg_sq,
+        "FACTOR_DTYPE": setup.dtypes.outer,
+        "MEAN_DTYPE": setup.dtypes.mean,
+        "P0_DTYPE": setup.dtypes.p0,
+        "S_DTYPE": setup.dtypes.s,
+        "DIRECTION_DTYPE": setup.direction,
+        "READS": setup.direction is not None,
+        "FACTORED": kind.factored,
+        "SINGLE": kind.single,
+        "FAST": is_fast,
+        "MOMENTUM": setup.has_momentum,
+        "IS_OFFSET": setup.is_offset,
+        "ATAN2": setup.is_atan2,
+        "STABLE": setup.is_stable,
+        "DECAYS": setup.decays,
+        "STOCHASTIC": setup.rounds,
+        "KIND": EVIDENCE_KINDS[setup.evidence],
+        "SLICE_P": setup.slice_p,
+        "SAMPLES": 1 << (-(-tile.columns // setup.slice_p) - 1).bit_length(),
+        **_constants_of_tile(tile, program, *setup.dtypes.of_elements, setup.direction),
+    }
+
+
+@functools.cache
+def _constants_of_tile(tile: TileSize, program: Program, *dtypes: torch.dtype | None) -> Mapping[str, int]:
+    """How a kernel works through its tiles, and how many elements it reads at a time."""
+    rows, columns = tile
+    widest = max(dtype.itemsize for dtype in dtypes if dtype is not None)
+    strip, warps = program
+    vector = _VECTOR_BYTES // widest
+    return {"ROWS": rows, "COLUMNS": columns, "STRIP": strip, "VECTOR": vector, "num_warps": warps}
 
 
 def _numbers(n: PackedNumbers) -> tuple[Tensor, int, int, Tensor, int]:

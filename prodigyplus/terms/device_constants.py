@@ -37,7 +37,7 @@ class Constants:
         self._made: dict[Hashable, Any] = {}
         self._age = 0
         self._used: dict[Hashable, int] = {}  # what is recent, and at which age it was last used
-        self._in_graphs: list[dict[Hashable, Any]] = []
+        self._in_graphs: list[tuple[object, dict[Hashable, Any]]] = []
 
     def get(self, device: torch.device, key: Hashable, make: Callable[[], T]) -> T:
         """The result of ``make()``, which is called once for each device and key, and then cached.
@@ -78,9 +78,9 @@ class Constants:
         """:func:`int64_on`, cached."""
         return self.get(device, tuple(numbers), lambda: int64_on(device, numbers))
 
-    def keep_for_graph(self) -> None:
-        """Keep everything cached so far from being freed: a graph that is captured now reads it."""
-        self._in_graphs.append(dict(self._made))
+    def keep_for_graph(self, read: object) -> None:
+        """Keep from being freed what a graph that is captured now reads: ``read``, and all that is cached."""
+        self._in_graphs.append((read, dict(self._made)))
 
 
 def sent(table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

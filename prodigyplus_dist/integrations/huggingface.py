@@ -17,7 +17,8 @@ __all__ = ["ProdigyPlusMixin", "ProdigyPlusTrainer"]  # noqa: F822
 
 _SCHEDULES = ("constant", "constant_with_warmup")
 _LOGGED = ("d", "step_size")
-_OVERRIDDEN = ("evaluate", "evaluation_loop", "save_model", "log", "_load_best_model", "create_optimizer")
+_OVERRIDDEN = ("train", "evaluate", "evaluation_loop", "save_model", "log", "create_optimizer",
+               "_load_best_model", "_load_from_checkpoint")  # fmt: skip
 _Base: Any = object  # in classes that use the mixin, a Trainer follows it
 
 
@@ -86,10 +87,7 @@ class ProdigyPlusMixin(_Base):
                 f"optimizers=({type(self.optimizer).__name__}, …): pass one of this package, without "
                 "optimizer_options, or none."
             )
-        groups = [options] if self.optimizer is None else self.optimizer.param_groups
-        if self.lr_scheduler is None and any(group.get("use_schedulefree", True) for group in groups):
-            _check_schedule(self.args)
-        _check_learning_rate(self.args)
+        self._check_rates()
         _check_backend(self)
         # Before all other callbacks, so that those that save or publish the model at the end find x in it.
         self.callback_handler.callbacks.insert(0, _average_at_end())
@@ -98,10 +96,41 @@ class ProdigyPlusMixin(_Base):
         given = self.optimizer_cls_and_kwargs
         if given is not None:  # a copy, since the Trainer takes "params" out of it
             self.optimizer_cls_and_kwargs = (given[0], dict(given[1]))
+        self._check_rates()  # again: a search for hyperparameters, among others, changes args
         try:
-            return super().create_optimizer(*args, **kwargs)
+            made = super().create_optimizer(*args, **kwargs)
         finally:
             self.optimizer_cls_and_kwargs = given
+        if not isinstance(inner := _unwrapped(made), ProdigyPlusScheduleFree):
+            raise ValueError(
+                f"{type(self).__name__}.create_optimizer has made {type(inner).__name__}: let it make the "
+                "optimiser that self.optimizer_cls_and_kwargs names."
+            )
+        return made
+
+    def _check_rates(self) -> None:
+        given = {} if self.optimizer_cls_and_kwargs is None else self.optimizer_cls_and_kwargs[1]
+        groups = [given] if self.optimizer is None else self.optimizer.param_groups
+        if self.lr_scheduler is None and any(group.get("use_schedulefree", True) for group in groups):
+            _check_schedule(self.args)
+        _check_learning_rate(self.args)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:  # a KeyboardInterrupt too
+            self._end_after_exception()
+            raise
+
+    def _end_after_exception(self) -> None:
+        """Leave the model with x, if this rank can do so alone: others may not have met the exception."""
+        optimizer = _unwrapped(self.optimizer)
+        if not isinstance(optimizer, ProdigyPlusScheduleFree) or optimizer._constraints:
+            return  # a projection of DTensors may communicate
+        try:
+            optimizer.eval()
+        except RuntimeError as error:  # a backward pass has begun a step, or a device has failed
+            warn_caller(f"ProdigyPlusMixin: the model is left with the training weights y: {error}")
 
     def _averaged(self) -> AbstractContextManager[None]:
         optimizer = _unwrapped(self.optimizer)
@@ -135,6 +164,10 @@ class ProdigyPlusMixin(_Base):
     def _load_best_model(self) -> None:
         self._hold_average()  # in train mode, the best x would be taken for y
         super()._load_best_model()
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._hold_average()  # as above, if this Trainer has trained before
+        super()._load_from_checkpoint(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and (optimizer := _unwrapped(self.optimizer)) is not None:
@@ -229,6 +262,11 @@ def _average_at_end() -> Any:
             self._remove_hook()  # of a training that an exception has ended
             if (optimizer := _unwrapped(kwargs["optimizer"])) is not None:
                 self._hook = optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.train())
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # After a checkpoint the model holds x. The Trainer's own training_step() calls this too, but not
+            # all those that replace it do.
+            kwargs["optimizer"].train()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self._remove_hook()

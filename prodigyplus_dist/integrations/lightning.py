@@ -73,6 +73,7 @@ class ScheduleFreeCallback(_pl.Callback):
         self._end()  # of a fit that an exception has cut short
         if stage == "fit":
             _check_trainer(trainer)
+            _warn_of_others_before(self, trainer.callbacks)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # The optimisers are there now, and no strategy has loaded a checkpoint into them yet.
@@ -323,6 +324,21 @@ def _check_trainer(trainer: Any) -> None:
             raise ValueError(
                 f"callbacks: {type(callback).__name__} looks for a learning rate, by which the step size "
                 "that the optimiser finds would be multiplied. Leave it out, and lr at 1."
+            )
+
+
+def _warn_of_others_before(callback: ScheduleFreeCallback, callbacks: Sequence[Any]) -> None:
+    """Warn of callbacks that might put other weights into the model before ``callback`` puts in x."""
+    hooks = "on_validation_start", "on_validation_end"
+    for other in callbacks[: callbacks.index(callback)]:
+        is_lightnings = type(other).__module__.startswith(("lightning.", "pytorch_lightning."))
+        if not is_lightnings and any(
+            getattr(type(other), hook) != getattr(_pl.Callback, hook) for hook in hooks
+        ):
+            _rank_zero_warn(
+                f"callbacks: {type(other).__name__} stands before ScheduleFreeCallback. If it puts other "
+                "weights into the model for a validation, such as an EMA, training goes on from these. Put "
+                "ScheduleFreeCallback first."
             )
 
 

@@ -169,7 +169,7 @@ def test_warm_up_and_rates_that_are_refused(tmp_path):
     # It would have no effect: the Trainer gives each group a weight decay.
     with pytest.raises(ValueError, match=r"weight_decay=0\.2.*TrainingArguments"):
         trainer(arguments(tmp_path), optimizer_options={"weight_decay": 0.2})
-    with pytest.raises(RuntimeError, match=r"has no evaluate.*in this order"):
+    with pytest.raises(RuntimeError, match=r"has no train, evaluate.*in this order"):
         type("Alone", (huggingface.ProdigyPlusMixin,), {})()
     for name, cure in (("is_deepspeed_enabled", "Use FSDP2"), ("is_fsdp_enabled", "Set version=2")):
         plugin = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
@@ -197,6 +197,79 @@ def test_processes_that_accelerate_does_not_join(monkeypatch):
         check(fsdp=True, size=2)
     with pytest.warns(UserWarning, match=r"WORLD_SIZE=2.*set use_cpu=True"):
         check(fsdp=None, size=1)
+
+
+@processes(1)
+def test_args_that_are_changed_later_are_refused(tmp_path):
+    """As a search for hyperparameters changes them."""
+    for name, value in (("lr_scheduler_type", "linear"), ("learning_rate", 1e-3)):
+        its = trainer(arguments(tmp_path))
+        setattr(its.args, name, value)
+        with pytest.raises(ValueError, match=f"{name}="):
+            its.train()
+
+
+@processes(1)
+def test_a_trainer_that_makes_its_own_optimiser(tmp_path):
+    from transformers import Trainer
+
+    from prodigyplus_dist.integrations.huggingface import ProdigyPlusMixin
+
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.AdamW(self.model.parameters())
+            return self.optimizer
+
+    its = type("Mine", (ProdigyPlusMixin, Own), {})(
+        language_model(), arguments(tmp_path), train_dataset=Rows(16)
+    )
+    with pytest.raises(ValueError, match=r"Mine\.create_optimizer has made AdamW"):
+        its.train()
+
+
+@processes(1)
+def test_an_exception_leaves_the_average(tmp_path):
+    """And a checkpoint that is then loaded is evaluated as it is."""
+    from safetensors.torch import load_file
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **its):
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    args = arguments(tmp_path, save_strategy="steps", save_steps=4, save_only_model=True)
+    its = trainer(args, dropout=0.0, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        its.train()
+    held_out = Rows(**HELD_OUT)
+    assert its.optimizer.optimizer.holds_average
+    assert its.evaluate()["eval_loss"] == pytest.approx(loss_of(its.model, held_out), rel=1e-6)
+    good = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    its.model.load_state_dict(good, strict=False)
+    assert its.evaluate()["eval_loss"] == pytest.approx(loss_of(its.model, held_out), rel=1e-6)
+    its.save_model(str(tmp_path / "again"))
+    assert same(load_file(tmp_path / "again" / "model.safetensors"), good)
+
+
+@processes(1)
+def test_every_step_begins_from_y(tmp_path):
+    """Also where a training_step() does not call optimizer.train(), and a checkpoint has left x."""
+    from prodigyplus_dist.integrations.huggingface import ProdigyPlusTrainer
+
+    at_average = []
+
+    class Own(ProdigyPlusTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            at_average.append(self.optimizer.optimizer.holds_average)
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    Own(language_model(), args, train_dataset=Rows(16), optimizer_options={"step_size": "balance"}).train()
+    assert at_average == [False] * 8
 
 
 @processes(1)

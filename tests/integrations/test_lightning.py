@@ -729,6 +729,24 @@ def test_another_optimiser(tmp_path):
     assert re.fullmatch(r"ScheduleFreeCallback has nothing to do.*AdamW.*", message)
 
 
+class Average(pl.Callback):
+    """As an EMA that puts its weights into the model for each validation."""
+
+    def on_validation_start(self, trainer, pl_module):
+        pass
+
+
+def test_a_callback_that_would_lend_other_weights_first(tmp_path):
+    def warned(*callbacks):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit_module(Module(), tmp_path, *callbacks, max_epochs=1)
+        return [str(its.message) for its in caught if "Put ScheduleFreeCallback first" in str(its.message)]
+
+    assert len(warned(Average(), ScheduleFreeCallback())) == 1
+    assert warned(ScheduleFreeCallback(), Average(), ModelCheckpoint()) == []
+
+
 def test_a_callback_can_be_copied():
     assert copy.deepcopy(ScheduleFreeCallback(log=("d",)))._names == ("d",)
 

@@ -468,7 +468,10 @@ def angles(y, x, out, COUNT: tl.constexpr):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # of infinities
 def test_angles():
-    """Within 2 ulp, on either side of each case of the series, at zeros and infinities."""
+    """Within 2 ulp, on either side of each case of the series, at zeros and infinities.
+
+    GPUs divide less precisely, by up to 2 ulp, and two divisions are in it.
+    """
     special = [0.0, 1e-38, 1.0, 3.4e38, float("inf")]
     ratios = [*(step / 1000 for step in range(1, 1001)), 0.41421354, 0.41421357]
     points = [(y, x) for y in special for x in special] + [p for r in ratios for p in ((r, 1.0), (1.0, r))]
@@ -478,5 +481,5 @@ def test_angles():
     out = torch.full_like(y, torch.nan)
     angles[(1,)](y, x, out, COUNT=count)
     expected = torch.atan2(y.double(), x.double())
-    limits = torch.finfo(torch.float32)
-    assert ((out - expected).abs() <= 2 * limits.eps * expected.abs() + limits.tiny).all()
+    limits, ulps = torch.finfo(torch.float32), 2 if interprets() else 6
+    assert ((out - expected).abs() <= ulps * limits.eps * expected.abs() + limits.tiny).all()

@@ -318,8 +318,8 @@ def test_what_has_not_come_yet_is_read_later(often, monkeypatch):
         def __init__(self, device):
             self.device, self.asked = device, 0
 
-        def record(self):
-            pass
+        def record(self, stream):
+            assert stream == "the stream of cpu"
 
         def query(self):
             self.asked += 1
@@ -329,6 +329,7 @@ def test_what_has_not_come_yet_is_read_later(often, monkeypatch):
     seen = []
     monkeypatch.setattr(monitor, "_is_on_host", lambda device: False)
     monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"the stream of {device}")
     run(optimizer, problem, 5)
     optimizer._cache.monitor._read = seen.append
     for step in range(6, 10):
