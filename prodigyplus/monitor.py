@@ -77,7 +77,8 @@ class Monitor:
         first: dict[Hashable, Location] = {}
         for location in locations(view.groups):
             local = view.placement.local(location.p)
-            if type(local) not in (Tensor, nn.Parameter) or local.is_meta or not local.numel():
+            has_memory = local.layout is torch.strided and not local.is_meta and local.numel() > 0
+            if type(local) not in (Tensor, nn.Parameter) or not has_memory:
                 continue
             other = first.setdefault(memory_of(local), location)
             if other.p is not location.p:
