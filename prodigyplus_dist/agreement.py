@@ -34,8 +34,8 @@ class Agreement(NamedTuple):
     def differing(self) -> dict[str, Tensor]:
         """Which of the numbers differ from their mean over the ranks, so that some rank has another; bool."""
         return {
-            name: (total - self.ranks * own).abs() > _TOLERANCE * self.ranks * own.abs()
-            for (name, total), own in zip(self.totals.items(), self.own.values(), strict=True)
+            name: (total - self.ranks * self.own[name]).abs() > _TOLERANCE * self.ranks * self.own[name].abs()
+            for name, total in self.totals.items()
         }
 
 

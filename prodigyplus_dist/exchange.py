@@ -53,24 +53,24 @@ class MeshExchange:
         answers = local_answers(asked)
         # By process group, since meshes may share axes, and by device, since only some may be offloaded; in
         # order of first use, the same on every rank.
-        packed: dict[tuple[dist.ProcessGroup, torch.device], list[tuple[int, str]]] = {}
+        buffers: dict[tuple[dist.ProcessGroup, torch.device], list[tuple[int, str]]] = {}
         for index, sums in enumerate(asked):
             for name, sum_ in sums.items():
                 for axis in sum_.axes:
                     key = cast("dist.ProcessGroup", axis), sum_.local.device
-                    packed.setdefault(key, []).append((index, name))
+                    buffers.setdefault(key, []).append((index, name))
 
         def begin(key: tuple[dist.ProcessGroup, torch.device]) -> Callable[[], None]:
-            wait = _all_reduce([answers[index][name] for index, name in packed[key]], key[0])
+            wait = _all_reduce([answers[index][name] for index, name in buffers[key]], key[0])
 
             def end() -> None:
-                for (index, name), value in zip(packed[key], wait(), strict=True):
+                for (index, name), value in zip(buffers[key], wait(), strict=True):
                     answers[index][name] = value
 
             return end
 
         # One after the other, since a sum may need several: the first begins now, the others later.
-        keys = list(packed)
+        keys = list(buffers)
         end_first = begin(keys[0]) if keys else None
 
         def finish() -> list[Answers]:

@@ -92,8 +92,8 @@ def _wrapped(tensor: Tensor) -> Tensor:
         return tensor
     names, _ = tensor.__tensor_flatten__()
     inner = [getattr(tensor, name) for name in names]
-    same = [its for its in inner if its.shape == tensor.shape and its.dtype == tensor.dtype]
-    return same[0] if len(same) == 1 else tensor
+    alike = [value for value in inner if value.shape == tensor.shape and value.dtype == tensor.dtype]
+    return alike[0] if len(alike) == 1 else tensor
 
 
 def split(placement: Placement, tensor: Tensor, count: int) -> Sequence[Tensor]:

@@ -149,9 +149,12 @@ def test_exactness(pool, mesh_name):
         expected, expected_d = in_one_process(mesh.shapes, name)
         found, d = first[name]
         groups = groups_of(problem_of(mesh.shapes, name).parameters, mesh.shapes, name)
-        grows = torch.tensor([not SLOW & group.keys() for group in groups])
-        # A comparison says little where d has not moved: in most groups it has grown tenfold.
-        assert (expected_d[-1] > 10 * expected_d[0])[grows].double().mean() > 2 / 3, name
+        # Of a few elements there is a single sample, so that d is down to chance.
+        sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+        grows = torch.tensor(
+            [not SLOW & group.keys() and size > 11 for group, size in zip(groups, sizes, strict=True)]
+        )
+        assert (expected_d[-1] > 10 * expected_d[0])[grows].double().mean() > 0.8, name
         for other in others:
             assert torch.equal(other[name][1], d), name
         assert (d / expected_d - 1).abs().max() <= 1e-5, name
